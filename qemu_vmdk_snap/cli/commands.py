@@ -1,0 +1,45 @@
+"""The table of commands: where each one's module is, so that only the one called for is imported."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+
+class Command(NamedTuple):
+    """Where a command lives and the line that `--help` shows for it."""
+
+    module: str
+    help: str
+
+
+_HERE: Final = "qemu_vmdk_snap.cli"
+
+GROUPS: Final[dict[str, str]] = {
+    "image": "create, inspect, compare and convert VMDK images and chains, in qemu-img's words",
+    "snapshot": "snapshot the VMDK disks of libvirt domains, in virsh's words",
+    "guest": "boot a small guest on an image and check what it sees",
+}
+
+COMMANDS: Final[dict[str, dict[str, Command]]] = {
+    "image": {
+        "create": Command(f"{_HERE}.image.create", "make an image, or an overlay on another image"),
+        "info": Command(f"{_HERE}.image.info", "tell what an image, or its whole backing chain, is"),
+        "check": Command(f"{_HERE}.image.check", "check the tables of an image and the chain below it"),
+        "map": Command(f"{_HERE}.image.map", "tell where each part of the guest's disk is stored"),
+        "compare": Command(f"{_HERE}.image.compare", "tell whether a guest would see the same bytes on two images"),
+        "convert": Command(f"{_HERE}.image.convert", "copy what a guest sees into a new image"),
+    },
+    "snapshot": {
+        "create": Command(f"{_HERE}.snapshot.create", "freeze the disks of a domain and go on in new overlays"),
+        "list": Command(f"{_HERE}.snapshot.list", "list the snapshots of a domain"),
+        "info": Command(f"{_HERE}.snapshot.info", "tell about one snapshot"),
+    },
+    "guest": {
+        "boot": Command(f"{_HERE}.guest.boot", "boot the probe guest on an image"),
+        "verify": Command(f"{_HERE}.guest.verify", "check that a guest reads what the engine reads"),
+    },
+}
+
+TOP_LEVEL: Final[dict[str, Command]] = {
+    "demo": Command(f"{_HERE}.demo", "show a guest prove a chain of snapshots, from an empty folder"),
+}

@@ -1,0 +1,1 @@
+"""The `guest` commands, one file each."""

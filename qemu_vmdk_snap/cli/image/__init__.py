@@ -1,0 +1,1 @@
+"""The `image` commands, one file each."""

@@ -1,0 +1,123 @@
+"""The entry point: find the command, import its module alone, run it, turn an error into one line and a status."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn, Protocol, cast
+
+from qemu_vmdk_snap.cli import exit_status
+from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL, Command
+from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.errors import VmdkSnapError
+
+PROGRAM = "qemu-vmdk-snap"
+
+
+class CommandModule(Protocol):
+    """What the module of a command has: it describes its arguments, then runs."""
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the command's arguments to `parser`."""
+
+    def run(self, args: argparse.Namespace, ui: Ui) -> int | None:
+        """Do it and show it; the returned number is the exit status, None is 0."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"{self.prog}: {message} (try {self.prog} --help)\n")
+        raise SystemExit(exit_status.USAGE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words in (["--version"], ["-V"]):
+        from qemu_vmdk_snap import __version__
+
+        sys.stdout.write(f"{PROGRAM} {__version__}\n")
+        return 0
+    command, prog, rest = _find(words)
+    if command is None:
+        return _show_help(words)
+    module = cast(CommandModule, importlib.import_module(command.module))
+    parser = make_parser(module, command, prog)
+    args = parser.parse_args(rest)
+    ui = Ui(
+        json_output=getattr(args, "output_format", "human") == "json",
+        quiet=getattr(args, "quiet", False),
+        progress=getattr(args, "progress", False),
+    )
+    return _run(module, args, ui)
+
+
+def make_parser(module: CommandModule, command: Command, prog: str) -> argparse.ArgumentParser:
+    """Return the argument parser of one command, with the options that all of them have."""
+    parser = _Parser(prog=prog, description=command.help, allow_abbrev=False)
+    module.configure(parser)
+    parser.add_argument(
+        "--output", dest="output_format", choices=("human", "json"), default="human", help="text (default) or JSON"
+    )
+    return parser
+
+
+def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
+    try:
+        status = module.run(args, ui) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing to tell, and nothing more to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (VmdkSnapError, OSError) as error:
+        ui.error(_one_line(error))
+        return getattr(args, "error_status", None) or exit_status.status_of(error)
+    except KeyboardInterrupt:
+        ui.error("cancelled")
+        return exit_status.CANCELLED
+    return status
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{error.strerror}"
+    return str(error)
+
+
+def _find(words: Sequence[str]) -> tuple[Command | None, str, list[str]]:
+    if words and words[0] in TOP_LEVEL:
+        return TOP_LEVEL[words[0]], f"{PROGRAM} {words[0]}", list(words[1:])
+    if len(words) > 1 and words[1] in COMMANDS.get(words[0], {}):
+        return COMMANDS[words[0]][words[1]], f"{PROGRAM} {words[0]} {words[1]}", list(words[2:])
+    return None, PROGRAM, []
+
+
+def _show_help(words: Sequence[str]) -> int:
+    group = next((word for word in words if not word.startswith("-")), None)
+    wanted = not words or words[-1] in ("-h", "--help", "help")
+    if group in COMMANDS:
+        names = [word for word in words[1:] if not word.startswith("-")]
+        if names and not wanted:
+            sys.stderr.write(f"{PROGRAM} {group}: no command {names[0]!r} (try {PROGRAM} {group} --help)\n")
+            return exit_status.USAGE
+        rows = [(f"{group} {name}", command.help) for name, command in COMMANDS[str(group)].items()]
+        return _print_help(f"usage: {PROGRAM} {group} COMMAND ...\n\n{GROUPS[str(group)]}", rows, wanted)
+    if group is not None and group != "help":
+        sys.stderr.write(f"{PROGRAM}: no command {group!r} (try {PROGRAM} --help)\n")
+        return exit_status.USAGE
+    rows = [(f"{name} {command}", entry.help) for name, table in COMMANDS.items() for command, entry in table.items()]
+    rows += [(name, entry.help) for name, entry in TOP_LEVEL.items()]
+    intro = f"usage: {PROGRAM} GROUP COMMAND ...\n\nSnapshots of VMDK disks under QEMU and libvirt, proven by booting a guest."
+    return _print_help(intro, rows, bool(words) and wanted)
+
+
+def _print_help(intro: str, rows: Sequence[tuple[str, str]], wanted: bool) -> int:
+    width = max(len(name) for name, _ in rows)
+    lines = [intro, "", *(f"  {name:<{width}}  {text}" for name, text in rows)]
+    (sys.stdout if wanted else sys.stderr).write("\n".join(lines) + "\n")
+    return 0 if wanted else exit_status.USAGE

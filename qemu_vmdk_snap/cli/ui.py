@@ -1,0 +1,80 @@
+"""What the user sees: text, JSON, a progress line on a terminal, and one line for an error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.ops.progress import Progress
+
+_PROGRESS_AFTER: Final = 1.0
+_PROGRESS_EVERY: Final = 0.1
+
+
+class Ui:
+    """The only place that writes to the user. `json_output` is what `--output=json` asked for."""
+
+    def __init__(self, *, json_output: bool = False, quiet: bool = False, progress: bool = False) -> None:
+        self.json_output = json_output
+        self.quiet = quiet
+        self._progress_wanted = progress
+        self._started = time.monotonic()
+        self._last_progress = 0.0
+        self._progress_open = False
+
+    def text(self, line: str = "") -> None:
+        """Print one line of the answer."""
+        self._end_progress()
+        if not self.quiet:
+            sys.stdout.write(line + "\n")
+
+    def json(self, value: object) -> None:
+        """Print `value` as the JSON answer, indented as qemu-img does."""
+        self._end_progress()
+        sys.stdout.write(json.dumps(value, indent=4, default=str) + "\n")
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Print `rows` in columns under `header`, as wide as their widest cell."""
+        cells = [[str(cell) for cell in row] for row in rows]
+        widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
+        rule = "-" * (sum(widths) + 3 * (len(widths) - 1))
+        for i, row in enumerate([list(header), [rule], *cells]):
+            self.text(row[0] if i == 1 else "   ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+
+    def progress(self, step: Progress) -> None:
+        """Show how far an operation is: at once with `-p`, else on a terminal when it takes over a second."""
+        now = time.monotonic()
+        shown = self._progress_wanted or (sys.stderr.isatty() and now - self._started > _PROGRESS_AFTER)
+        if self.quiet or self.json_output or not shown or now - self._last_progress < _PROGRESS_EVERY:
+            return
+        self._last_progress = now
+        percent = 100.0 * step.done / step.total if step.total else 100.0
+        sys.stderr.write(f"\r    ({percent:.2f}/100%) {step.stage:<8}")
+        sys.stderr.flush()
+        self._progress_open = True
+
+    def warn(self, message: str) -> None:
+        """Print one line on standard error that does not end the command."""
+        self._end_progress()
+        sys.stderr.write(f"qemu-vmdk-snap: warning: {message}\n")
+
+    def error(self, message: object) -> None:
+        """Print the one line that says why the command failed."""
+        self._end_progress()
+        line = " ".join(str(message).split("\n"))
+        sys.stderr.write(f"qemu-vmdk-snap: {line}\n")
+
+    def _end_progress(self) -> None:
+        if self._progress_open:
+            sys.stderr.write("\n")
+            self._progress_open = False
+
+
+def keyed(pairs: Mapping[str, object]) -> list[str]:
+    """Return `pairs` as `key: value` lines, keys padded to one width."""
+    width = max((len(key) for key in pairs), default=0) + 1
+    return [f"{key + ':':<{width}} {value}" for key, value in pairs.items()]

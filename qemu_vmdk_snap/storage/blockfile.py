@@ -1,0 +1,138 @@
+"""The port through which every byte of an image passes, and its POSIX adapter.
+
+Tests put a recorder or a bytearray in its place; nothing above this floor calls `os` on an image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, Self
+
+Buffer = bytes | bytearray | memoryview
+
+
+class BlockFile(Protocol):
+    """A random-access file. Offsets and lengths are bytes; writes are visible to reads at once, durable after `flush`."""
+
+    @property
+    def path(self) -> Path:
+        """The name to show in messages."""
+
+    def size(self) -> int:
+        """Return the length of the file."""
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Return up to `length` bytes at `offset`: fewer only where the file ends."""
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        """Write all of `data` at `offset`, extending the file where needed."""
+
+    def truncate(self, size: int) -> None:
+        """Set the length of the file; what is added reads as zeros."""
+
+    def flush(self) -> None:
+        """Return when everything written so far is durable."""
+
+    def next_data(self, offset: int) -> int:
+        """Return the first offset from `offset` on that may hold data: all before it reads as zeros."""
+
+    def fileno(self) -> int | None:
+        """Return a descriptor that the kernel can copy from and to, or None where there is none."""
+
+    def close(self) -> None:
+        """Let go of the file; closing twice is harmless."""
+
+
+class PosixFile:
+    """A regular file opened by path."""
+
+    def __init__(self, fd: int, path: Path) -> None:
+        self._fd = fd
+        self._path = path
+
+    @classmethod
+    def open(cls, path: Path, *, writable: bool = False) -> Self:
+        """Open an existing regular file.
+
+        Raises:
+            OSError: it cannot be opened, or it is no regular file (a fifo or device is never followed).
+        """
+        # O_NONBLOCK: a fifo planted under an image's name must not hang the open.
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
+        fd = os.open(path, flags)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return cls(fd, path)
+
+    @property
+    def path(self) -> Path:
+        """The path it was opened by."""
+        return self._path
+
+    def size(self) -> int:
+        """Return the length of the file in bytes."""
+        return os.fstat(self._fd).st_size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Return up to `length` bytes at `offset`: fewer only where the file ends."""
+        data = os.pread(self._fd, length, offset)
+        if len(data) == length or not data:
+            return data
+        parts = [data]
+        done = len(data)
+        while done < length and (data := os.pread(self._fd, length - done, offset + done)):
+            parts.append(data)
+            done += len(data)
+        return b"".join(parts)
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        """Write all of `data` at `offset`."""
+        done = os.pwrite(self._fd, data, offset)
+        view = memoryview(data)
+        while done < len(view):
+            done += os.pwrite(self._fd, view[done:], offset + done)
+
+    def truncate(self, size: int) -> None:
+        """Set the length of the file."""
+        os.ftruncate(self._fd, size)
+
+    def flush(self) -> None:
+        """Return when everything written so far is durable."""
+        os.fdatasync(self._fd)
+
+    def next_data(self, offset: int) -> int:
+        """Return the first offset from `offset` on that is not in a hole of the file (its size where there is none)."""
+        try:
+            return os.lseek(self._fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return self.size()
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                return offset  # no hole information here: anything may be data
+            raise
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close the descriptor; with it go its locks."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
+            self._fd = -1
+
+
+FileOpener = Callable[[Path, bool], BlockFile]
+"""Opens (path, writable) as a BlockFile; the seam through which tests put another disk under the engine."""
+
+
+def open_posix(path: Path, writable: bool) -> BlockFile:
+    """Open `path` as a `PosixFile`: the opener that everything uses unless told otherwise."""
+    return PosixFile.open(path, writable=writable)

@@ -1,0 +1,99 @@
+"""Bytes from file to file without passing through Python: shared extents, then the kernel's own copy, then a buffer."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Callable
+from typing import Final
+
+from qemu_vmdk_snap.storage.blockfile import BlockFile
+from qemu_vmdk_snap.units import MIB
+
+_FICLONERANGE: Final = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range)
+_CLONE_RANGE: Final = struct.Struct("qQQQ")  # source fd, source offset, length, destination offset
+_CLONE_UNIT: Final = 4096
+_KERNEL_STEP: Final = 64 * MIB
+_BUFFER_STEP: Final = 4 * MIB
+_NOT_HERE: Final = (
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.ENOTTY,
+    errno.EXDEV,
+    errno.ENOSYS,
+    errno.EPERM,
+    errno.ETXTBSY,
+    errno.EBADF,
+)
+
+
+class Copier:
+    """Copies ranges into one file, remembering which of the fast ways its file systems have refused."""
+
+    def __init__(self, target: BlockFile) -> None:
+        self._target = target
+        self._no_clone: set[int] = set()
+        self._no_kernel_copy: set[int] = set()
+
+    def copy(
+        self, source: BlockFile, source_offset: int, target_offset: int, length: int, on_step: Callable[[int], None]
+    ) -> None:
+        """Copy `length` bytes; `on_step` hears how many at least every 64 MiB. Bytes past the source's end are zeros."""
+        available = max(0, min(length, source.size() - source_offset))
+        done = self._clone(source, source_offset, target_offset, available)
+        if done:
+            on_step(done)
+        done = self._in_kernel(source, source_offset, target_offset, done, available, on_step)
+        while done < available:
+            data = source.read_at(source_offset + done, min(_BUFFER_STEP, available - done))
+            if not data:
+                break
+            self._target.write_at(target_offset + done, data)
+            done += len(data)
+            on_step(len(data))
+        if done < length:
+            self._pad(target_offset + done, length - done)
+            on_step(length - done)
+
+    def _clone(self, source: BlockFile, source_offset: int, target_offset: int, length: int) -> int:
+        in_fd, out_fd = source.fileno(), self._target.fileno()
+        if in_fd is None or out_fd is None or in_fd in self._no_clone:
+            return 0
+        length -= length % _CLONE_UNIT
+        if not length or source_offset % _CLONE_UNIT or target_offset % _CLONE_UNIT:
+            return 0
+        try:
+            fcntl.ioctl(out_fd, _FICLONERANGE, _CLONE_RANGE.pack(in_fd, source_offset, length, target_offset))
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+            self._no_clone.add(in_fd)
+            return 0
+        return length
+
+    def _in_kernel(
+        self, source: BlockFile, source_offset: int, target_offset: int, done: int, length: int, on_step: Callable[[int], None]
+    ) -> int:
+        in_fd, out_fd = source.fileno(), self._target.fileno()
+        if in_fd is None or out_fd is None or in_fd in self._no_kernel_copy:
+            return done
+        while done < length:
+            step = min(_KERNEL_STEP, length - done)
+            try:
+                copied = os.copy_file_range(in_fd, out_fd, step, source_offset + done, target_offset + done)
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise
+                self._no_kernel_copy.add(in_fd)
+                return done
+            if not copied:
+                return done
+            done += copied
+            on_step(copied)
+        return done
+
+    def _pad(self, offset: int, length: int) -> None:
+        # Only the tail of a grain that its file cuts short comes here: less than a grain.
+        self._target.write_at(offset, bytes(length))

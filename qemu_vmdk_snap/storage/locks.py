@@ -1,0 +1,56 @@
+"""QEMU's image locks, so that both sides keep out of each other's way.
+
+QEMU takes shared open-file-description locks on single bytes of the image: byte 100 + n says "I use permission n", byte
+200 + n says "I do not share permission n". Whoever wants n checks that nobody locks 200 + n, and whoever does not share n
+checks that nobody locks 100 + n. Source: QEMU 7.2, block/file-posix.c, raw_apply_lock_bytes and raw_check_lock_bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import struct
+from pathlib import Path
+from typing import Final
+
+from qemu_vmdk_snap.errors import LockBusy
+
+_USED: Final = 100
+_UNSHARED: Final = 200
+_CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3
+_NAMES: Final = {_CONSISTENT_READ: "consistent read", _WRITE: "write", _RESIZE: "resize"}
+_FLOCK: Final = struct.Struct("hhxxxxqqixxxx")  # type, whence, start, len, pid: struct flock of 64-bit Linux
+_NO_OFD_LOCKS: Final = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+def lock_image(fd: int, path: Path, *, writable: bool) -> None:
+    """Hold `fd` as QEMU holds an image: for reading (nobody may write), or for writing (nobody else may).
+
+    The locks go when the descriptor is closed. A file system without such locks is used unlocked, as QEMU does.
+
+    Raises:
+        LockBusy: another open of the image, in any process, excludes this one.
+    """
+    used = (_CONSISTENT_READ, _WRITE, _RESIZE) if writable else (_CONSISTENT_READ,)
+    unshared = (_WRITE, _RESIZE)
+    try:
+        for byte in [*(_USED + n for n in used), *(_UNSHARED + n for n in unshared)]:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, 0, byte, 1, 0))
+    except OSError as error:
+        if error.errno in _NO_OFD_LOCKS:
+            return
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise LockBusy(path, "image") from error
+        raise
+    # First take, then check: two that start together may both give way, but never both go on.
+    for n in used:
+        _check(fd, path, _UNSHARED + n, n)
+    for n in unshared:
+        _check(fd, path, _USED + n, n)
+
+
+def _check(fd: int, path: Path, byte: int, permission: int) -> None:
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, byte, 1, 0))
+    if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
+        kind = "shared" if byte >= _UNSHARED else "exclusive"
+        raise LockBusy(path, f"{kind} {_NAMES[permission]}")

@@ -1,0 +1,135 @@
+"""Sector 0 of a hosted sparse extent (`KDMV`), and the rules that hold between its fields.
+
+Source: VMware Virtual Disk Format 5.0, "Hosted Sparse Extents"; limits as QEMU 7.2 block/vmdk.c has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntFlag
+from pathlib import Path
+from typing import Annotated, Final
+
+from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors
+from qemu_vmdk_snap.vmdk.ondisk import U8, U16, U32, U64, Must, OnDisk, Wire, power_of_two
+
+MAGIC: Final = b"KDMV"
+NEWLINE_PROBE: Final = b"\n \r\n"
+GD_AT_END: Final = 0xFFFF_FFFF_FFFF_FFFF
+"""gdOffset of a stream whose real header is the footer at the end of the file."""
+
+GTES_PER_GT: Final = 512
+MAX_GRAIN_SECTORS: Final = 0x200000  # QEMU's limit: 1 GiB
+MAX_GD_ENTRIES: Final = 32 << 20  # QEMU's limit
+COMPRESS_NONE: Final = 0
+COMPRESS_DEFLATE: Final = 1
+
+
+class HeaderFlag(IntFlag):
+    """The bits of `flags`."""
+
+    NEWLINE_TEST = 1 << 0
+    REDUNDANT_GD = 1 << 1
+    ZEROED_GRAINS = 1 << 2
+    COMPRESSED = 1 << 16
+    MARKERS = 1 << 17
+
+
+_KNOWN_FLAGS: Final = 0xFFFF_FFFF & (
+    HeaderFlag.NEWLINE_TEST
+    | HeaderFlag.REDUNDANT_GD
+    | HeaderFlag.ZEROED_GRAINS
+    | HeaderFlag.COMPRESSED
+    | HeaderFlag.MARKERS
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SparseExtentHeader(OnDisk):
+    """The header of a hosted sparse extent: 512 bytes; offsets and sizes count sectors."""
+
+    magic: Annotated[bytes, Wire("4s"), Must(lambda v: v == MAGIC, "must be b'KDMV'")]
+    version: Annotated[int, Wire("I"), Must(lambda v: v in (1, 2, 3), "must be 1, 2 or 3")]
+    flags: U32
+    capacity: U64
+    grain_size: Annotated[
+        int,
+        Wire("Q"),
+        Must(lambda v: power_of_two(v) and v <= MAX_GRAIN_SECTORS, "must be a power of two from 1 to 0x200000"),
+    ]
+    descriptor_offset: U64
+    descriptor_size: U64
+    gtes_per_gt: Annotated[int, Wire("I"), Must(lambda v: 0 < v <= GTES_PER_GT, "must be from 1 to 512")]
+    rgd_offset: U64
+    gd_offset: U64
+    overhead: U64
+    unclean_shutdown: U8
+    newline_probe: Annotated[bytes, Wire("4s")]
+    compression: U16
+    reserved: Annotated[bytes, Wire("433s")]
+
+    @property
+    def gt_coverage(self) -> int:
+        """Sectors of the guest's disk that one grain table covers."""
+        return self.grain_size * self.gtes_per_gt
+
+    @property
+    def gd_entries(self) -> int:
+        """Entries of the grain directory, rounded up: the last table may be covered in part."""
+        return -(-self.capacity // self.gt_coverage)
+
+    @property
+    def gt_sectors(self) -> int:
+        """Sectors that one grain table takes in the file."""
+        return byte_sectors(self.gtes_per_gt * 4)
+
+    @property
+    def redundant(self) -> bool:
+        """Whether the file keeps a second copy of the directory and the tables."""
+        return bool(self.flags & HeaderFlag.REDUNDANT_GD) and self.rgd_offset != 0
+
+    @property
+    def compressed(self) -> bool:
+        """Whether grains are stored deflated."""
+        return bool(self.flags & HeaderFlag.COMPRESSED)
+
+
+def check_header(header: SparseExtentHeader, path: Path, file_size: int) -> None:
+    """Check what no single field can tell: that the parts named by the header can lie in a file of `file_size` bytes.
+
+    Raises:
+        FormatError: a count or an offset is absurd; nothing has been allocated by it.
+        Unsupported: an incompatible flag, or a compression, that this package does not know.
+    """
+    _check_flags(header, path)
+    if header.gd_entries > MAX_GD_ENTRIES:
+        rule = f"must need at most {MAX_GD_ENTRIES} grain directory entries, not {header.gd_entries}"
+        raise FormatError(path, header.offset_of("capacity"), "capacity", header.capacity, rule)
+    if header.descriptor_offset:
+        _check_inside(header, "descriptor_offset", header.descriptor_size, path, file_size)
+    if header.gd_offset == GD_AT_END and header.compressed:
+        return
+    gd_sectors = byte_sectors(header.gd_entries * 4)
+    _check_inside(header, "gd_offset", gd_sectors, path, file_size)
+    if header.redundant:
+        _check_inside(header, "rgd_offset", gd_sectors, path, file_size)
+
+
+def _check_flags(header: SparseExtentHeader, path: Path) -> None:
+    # The technote's low 16 bits are compatible, the high 16 bits are not: an unknown one there changes the meaning.
+    unknown = header.flags & 0xFFFF_0000 & ~_KNOWN_FLAGS
+    if unknown:
+        raise Unsupported(path, f"byte 0x8: flags = {header.flags:#x}: unknown incompatible bits {unknown:#x}")
+    if header.compressed and header.compression != COMPRESS_DEFLATE:
+        raise Unsupported(path, f"byte 0x4d: compression = {header.compression}: only 1 (deflate) is known")
+    if header.flags & HeaderFlag.NEWLINE_TEST and header.newline_probe != NEWLINE_PROBE:
+        rule = "must be b'\\n \\r\\n': the file was damaged by a text-mode transfer"
+        raise FormatError(path, header.offset_of("newline_probe"), "newline_probe", header.newline_probe, rule)
+
+
+def _check_inside(header: SparseExtentHeader, field: str, sectors: int, path: Path, file_size: int) -> None:
+    start = getattr(header, field)
+    if start == 0 or (start + sectors) * SECTOR_SIZE > file_size:
+        rule = f"must leave {sectors} sectors inside the file of {file_size} bytes"
+        raise FormatError(path, header.offset_of(field), field, start, rule)
