@@ -3,8 +3,6 @@
 Source: VMware Virtual Disk Format 5.0, "Hosted Sparse Extents"; limits as QEMU 7.2 block/vmdk.c has them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path

@@ -1,0 +1,375 @@
+"""The chain: the top link first, every parent behind it, read and written as the one disk that the guest sees.
+
+        guest offset  0        64K       128K      192K
+    top (depth 0)     [ data  ][  hole  ][  zero  ][  hole  ]
+    parent (1)        [ data  ][  data  ][  data  ][  hole  ]
+    base (2)          [ data  ][  data  ][  data  ][  hole  ]
+    guest sees          top      parent    zeros     zeros
+
+Invariants: a parent is opened for reading only, and only after its CID equals the parentCID of the link above; before the first
+byte of data is written after an open, the top's new CID is durable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import Final, Literal, NamedTuple, Self, overload
+
+import numpy as np
+
+from qemu_vmdk_snap.chain.link import Link, PlacedExtent, open_link
+from qemu_vmdk_snap.chain.resolver import Resolver, confined
+from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, InvalidRequest
+from qemu_vmdk_snap.storage.blockfile import Buffer, FileOpener, open_posix
+from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
+from qemu_vmdk_snap.vmdk.extent import Below
+from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, HOLE, NO_SOURCE, Row, RunTable
+
+MAX_DEPTH: Final = 256
+"""No chain is deeper; a deeper one is refused before it eats the file descriptors."""
+
+WINDOW_GRAINS: Final = 1 << 18
+"""Grains that are resolved at once: bounds the memory of every operation, however large the disk."""
+
+_MAX_WINDOW: Final = 1 << 40
+
+
+class RunKind(IntEnum):
+    """What a run of the map is."""
+
+    HOLE = 0
+    """Not stored in any link: reads as zeros."""
+    ZERO = 1
+    """A link says zeros, over whatever its parents hold."""
+    DATA = 2
+    """Stored in a link."""
+
+
+class Run(NamedTuple):
+    """A stretch of the guest's disk that one link stores in one piece. Offsets and lengths are bytes."""
+
+    offset: int
+    length: int
+    kind: RunKind
+    depth: int
+    """Which link answers: 0 is the top. For a hole, the base."""
+    path: Path | None
+    """The file that stores it; None unless the kind is DATA."""
+    file_offset: int | None
+    """Where in that file; of the compressed grain's record where `compressed`. None unless the kind is DATA."""
+    compressed: bool
+
+
+class Source(NamedTuple):
+    """An extent of some link, as the `sources` of a run table number them."""
+
+    depth: int
+    placed: PlacedExtent
+
+
+class Chain:
+    """An open backing chain. Hold it in a `with` block, or close it: its files stay locked until then."""
+
+    def __init__(self, links: Sequence[Link]) -> None:
+        self.links = tuple(links)
+        self.sources = [Source(depth, placed) for depth, link in enumerate(links) for placed in link.extents]
+        self.capacity = links[0].capacity
+        self._grain: tuple[int, int, bytes] = (NO_SOURCE, 0, b"")  # the last grain inflated: source, file offset, bytes
+
+    @property
+    def depth(self) -> int:
+        """How many links there are; 1 is an image without a parent."""
+        return len(self.links)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes at guest offset `offset`, as the guest sees them.
+
+        Raises:
+            InvalidRequest: the range is not inside the disk.
+            FormatError: a table of some link names a grain outside its file.
+        """
+        self._check_range(offset, length)
+        return self.read_below(0, offset, length)
+
+    def read_below(self, depth: int, offset: int, length: int) -> bytes:
+        """Return what is seen from the link at `depth` downwards; zeros behind the end of a shorter link."""
+        parts = []
+        while length > 0:
+            part = self._read_piece(depth, offset, length)
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def map(self, offset: int = 0, length: int | None = None) -> Iterator[Run]:
+        """Yield where each part of the range is stored, in order, without gaps, neighbours joined.
+
+        Raises:
+            InvalidRequest: the range is not inside the disk.
+        """
+        for row in self.rows(offset, length):
+            yield self.describe(row)
+
+    def rows(self, offset: int = 0, length: int | None = None) -> Iterator[Row]:
+        """Yield the same as `map` as plain integers, joined across windows too."""
+        last: Row | None = None
+        for table in self.tables(offset, length):
+            for row in table.rows():
+                if last is not None and _continues(last, row):
+                    last = last._replace(length=last.length + row.length)
+                    continue
+                if last is not None:
+                    yield last
+                last = row
+        if last is not None:
+            yield last
+
+    def tables(self, offset: int = 0, length: int | None = None) -> Iterator[RunTable]:
+        """Yield the range's runs as tables, one for each bounded window of the disk, neighbours joined within it."""
+        length = self.capacity - offset if length is None else length
+        self._check_range(offset, length)
+        window = min(_MAX_WINDOW, WINDOW_GRAINS * min(link.grain_bytes for link in self.links))
+        end = offset + length
+        while offset < end:
+            stop = min(end, offset - offset % window + window)
+            yield self.resolve(offset, stop)
+            offset = stop
+
+    def resolve(self, start: int, end: int, depth: int = 0) -> RunTable:
+        """Return the runs of [start, end) as seen from the link at `depth`; memory grows with the grains in the range."""
+        table = self.links[depth].resolve(start, end)
+        for link in self.links[depth + 1 :]:
+            holes = np.flatnonzero(table.kinds == HOLE)
+            if not len(holes):
+                break
+            table = table.over(link.resolve(start, end))
+        return table.coalesced()
+
+    def describe(self, row: Row) -> Run:
+        """Return `row` of one of this chain's tables with its link and file in place of the source's number."""
+        if row.source == NO_SOURCE:
+            kind = RunKind.HOLE if row.kind == HOLE else RunKind.ZERO
+            return Run(row.offset, row.length, kind, len(self.links) - 1, None, None, False)
+        depth, placed = self.sources[row.source]
+        file = placed.extent.file
+        if row.kind < DATA or file is None:
+            return Run(row.offset, row.length, RunKind.ZERO, depth, None, None, False)
+        compressed = row.kind == COMPRESSED
+        return Run(row.offset, row.length, RunKind.DATA, depth, file.path, row.file_offset, compressed)
+
+    def read_row(self, row: Row, skip: int, length: int) -> bytes:
+        """Return `length` bytes from byte `skip` of `row`, one of this chain's rows."""
+        if row.kind < DATA:
+            return bytes(length)
+        _, placed = self.sources[row.source]
+        if row.kind == DATA:
+            return self._stored(placed, row.file_offset + skip, length)
+        inside = (row.offset + skip - placed.start) % placed.extent.grain_bytes
+        return self._inflated(placed, row.file_offset)[inside : inside + length]
+
+    def close(self) -> None:
+        """Close every file of the chain and let go of its locks; closing twice is harmless."""
+        for link in self.links:
+            link.close()
+
+    def __enter__(self) -> Self:
+        """Return the chain itself."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close the chain."""
+        self.close()
+
+    def _check_range(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.capacity:
+            path = self.links[0].path
+            raise InvalidRequest(path, f"{length} bytes at {offset} are not inside the disk of {self.capacity} bytes")
+
+    def _read_piece(self, depth: int, offset: int, length: int) -> bytes:
+        for link in self.links[depth:]:
+            if offset >= link.capacity:
+                return bytes(length)
+            placed = link.at(offset)
+            kind, file_offset, left = placed.extent.lookup(offset - placed.start)
+            length = min(length, left)
+            if kind == HOLE:
+                continue
+            if kind == DATA:
+                return self._stored(placed, file_offset, length)
+            if kind == COMPRESSED:
+                inside = (offset - placed.start) % placed.extent.grain_bytes
+                return self._inflated(placed, file_offset)[inside : inside + length]
+            return bytes(length)
+        return bytes(length)
+
+    @staticmethod
+    def _stored(placed: PlacedExtent, file_offset: int, length: int) -> bytes:
+        file = placed.extent.file
+        data = b"" if file is None else file.read_at(file_offset, length)
+        # Some writers end the file inside the last grain: what is missing of it is zeros.
+        return data if len(data) == length else data + bytes(length - len(data))
+
+    def _inflated(self, placed: PlacedExtent, file_offset: int) -> bytes:
+        source, offset, data = self._grain
+        if (source, offset) != (placed.source, file_offset):
+            data = placed.extent.read_grain(file_offset)
+            self._grain = (placed.source, file_offset, data)
+        return data
+
+
+class WritableChain(Chain):
+    """An open chain whose top link takes writes; the top is locked against every other writer and reader."""
+
+    def __init__(self, links: Sequence[Link]) -> None:
+        super().__init__(links)
+        self._cid_renewed = False
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        """Write `data` at guest offset `offset`: into the top link alone. Durable after `flush`.
+
+        Raises:
+            InvalidRequest: the range is not inside the disk.
+            Unsupported: the top link is of a kind that cannot take the write.
+            OSError: the system refused (no space, I/O error); what was flushed before reads as it did.
+        """
+        view = memoryview(data).cast("B")
+        self._check_range(offset, len(view))
+        if not len(view):
+            return
+        self.renew_cid()
+        top = self.links[0]
+        for placed, first, last in top.overlapping(offset, offset + len(view)):
+            start = placed.start + first - offset
+            piece = view[start : start + last - first]
+            placed.extent.write(first, piece, self._below(placed))
+
+    def renew_cid(self) -> None:
+        """Make a new CID of the top durable, once for each open: all that follows may change what the guest sees."""
+        if not self._cid_renewed:
+            self.links[0].renew_cid()  # barrier: whoever finds new data under the old CID would trust it
+            self._cid_renewed = True
+
+    def flush(self) -> None:
+        """Return when everything written so far is durable."""
+        self.links[0].flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        try:
+            self.flush()
+        finally:
+            super().close()
+
+    def __exit__(self, exc_type: type[BaseException] | None, *exc: object) -> None:
+        """Flush and close; an error inside the block is not hidden by one of the flush."""
+        if exc_type is None:
+            self.close()
+            return
+        with contextlib.suppress(OSError):
+            self.flush()
+        super().close()
+
+    def _below(self, placed: PlacedExtent) -> Below:
+        return lambda offset, length: self.read_below(1, placed.start + offset, length)
+
+
+@overload
+def open_chain(
+    path: Path | str,
+    *,
+    writable: Literal[False] = False,
+    trusted_dirs: Sequence[Path | str] = (),
+    resolver: Resolver | None = None,
+    opener: FileOpener = open_posix,
+    lock: bool = True,
+    check_cids: bool = True,
+) -> Chain: ...
+
+
+@overload
+def open_chain(
+    path: Path | str,
+    *,
+    writable: Literal[True],
+    trusted_dirs: Sequence[Path | str] = (),
+    resolver: Resolver | None = None,
+    opener: FileOpener = open_posix,
+    lock: bool = True,
+    check_cids: bool = True,
+) -> WritableChain: ...
+
+
+def open_chain(
+    path: Path | str,
+    *,
+    writable: bool = False,
+    trusted_dirs: Sequence[Path | str] = (),
+    resolver: Resolver | None = None,
+    opener: FileOpener = open_posix,
+    lock: bool = True,
+    check_cids: bool = True,
+) -> Chain:
+    """Open an image and every parent below it, locked as QEMU locks them, and check that each parent may be trusted.
+
+    Parents and extents are opened beside the file that names them and below `trusted_dirs`, nowhere else; `resolver` takes
+    the place of that rule. `lock=False` is qemu-img's `-U`: read what somebody else may be writing.
+
+    Raises:
+        OSError: a file cannot be opened.
+        FormatError: a file is no VMDK, or breaks the format.
+        CidMismatch: a parent was written after its overlay was made.
+        CorruptChain: a parent is missing, outside the folders that may be opened, or the chain is a loop.
+        LockBusy: another process holds an image in a way that excludes this open.
+        Unsupported: an image is of a kind, or asked for an access, that is not available.
+    """
+    find = resolver or confined(trusted_dirs)
+    links: list[Link] = []
+    try:
+        _open_links(Path(path), links, find, opener, writable, lock, check_cids)
+        return WritableChain(links) if writable else Chain(links)
+    except BaseException:
+        for link in links:
+            link.close()
+        raise
+
+
+def _open_links(
+    path: Path, links: list[Link], find: Resolver, opener: FileOpener, writable: bool, lock: bool, check_cids: bool
+) -> None:
+    seen: set[Path] = set()
+    sources = 0
+    while True:
+        real = path.resolve()
+        if real in seen:
+            raise CorruptChain(links[-1].path, f"its parent {path} is already in the chain: the chain is a loop")
+        if len(links) == MAX_DEPTH:
+            raise CorruptChain(links[0].path, f"the chain is deeper than {MAX_DEPTH} links")
+        seen.add(real)
+        link = _open_one(path, links, find, opener, writable, sources, lock)
+        links.append(link)
+        sources += len(link.extents)
+        if len(links) > 1 and check_cids and links[-2].parent_cid != link.cid:
+            raise CidMismatch(links[-2].path, link.path, links[-2].parent_cid, link.cid)
+        if link.parent_cid == NO_PARENT:
+            return
+        if link.hint is None:
+            raise CorruptChain(link.path, f"parentCID = {link.parent_cid:08x}, but no parentFileNameHint names the parent")
+        path = find(link.path, link.hint, "parent")
+
+
+def _open_one(
+    path: Path, above: list[Link], find: Resolver, opener: FileOpener, writable: bool, sources: int, lock: bool
+) -> Link:
+    top = not above
+    return open_link(path, opener=opener, writable=writable and top, resolver=find, first_source=sources, lock=lock)
+
+
+def _continues(last: Row, row: Row) -> bool:
+    if (last.kind, last.source) != (row.kind, row.source):
+        return False
+    if row.kind == DATA:
+        return row.file_offset == last.file_offset + last.length
+    return row.kind != COMPRESSED or row.file_offset == last.file_offset

@@ -1,0 +1,259 @@
+"""One link of a chain: a descriptor, where it is stored, and the extents it names, open and locked."""
+
+from __future__ import annotations
+
+import bisect
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from qemu_vmdk_snap.chain.resolver import Resolver
+from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener
+from qemu_vmdk_snap.storage.locks import lock_image
+from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
+from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, NO_PARENT, Descriptor, ExtentLine, is_descriptor
+from qemu_vmdk_snap.vmdk.extent import Extent, ExtentSpec, open_extent
+from qemu_vmdk_snap.vmdk.header import MAGIC, SparseExtentHeader, check_header
+from qemu_vmdk_snap.vmdk.runs import ZERO, RunTable
+
+_MIN_CID_DIGITS: Final = 5
+
+
+class PlacedExtent(NamedTuple):
+    """An extent, the byte of the guest's disk where it begins, and its number among the sources of the chain."""
+
+    start: int
+    extent: Extent
+    source: int
+
+
+class Link:
+    """One open image of a chain. Offsets are bytes of the guest's disk."""
+
+    def __init__(
+        self, file: BlockFile, descriptor: Descriptor, extents: list[PlacedExtent], files: list[BlockFile], embedded: bool
+    ) -> None:
+        self.file = file
+        self.path = file.path
+        self.descriptor = descriptor
+        self.extents = extents
+        self.embedded = embedded
+        self._files = files
+        self._starts = [placed.start for placed in extents]
+        self.capacity = sector_bytes(descriptor.sectors)
+
+    @property
+    def cid(self) -> int:
+        """The link's content ID."""
+        return self.descriptor.cid
+
+    @property
+    def parent_cid(self) -> int:
+        """The CID its parent had when the link was made; `NO_PARENT` for a base."""
+        return self.descriptor.parent_cid
+
+    @property
+    def hint(self) -> str | None:
+        """Where its parent is, as written in the descriptor, or None for a base."""
+        return self.descriptor.parent_hint
+
+    @property
+    def grain_bytes(self) -> int:
+        """The smallest unit that any of its extents allocates."""
+        return min((placed.extent.grain_bytes for placed in self.extents), default=SECTOR_SIZE)
+
+    @property
+    def files(self) -> list[BlockFile]:
+        """Every file of the link, the descriptor's first."""
+        return self._files
+
+    def at(self, offset: int) -> PlacedExtent:
+        """Return the extent that holds the byte at `offset`, which must be below the capacity."""
+        return self.extents[bisect.bisect_right(self._starts, offset) - 1]
+
+    def overlapping(self, start: int, end: int) -> Iterator[tuple[PlacedExtent, int, int]]:
+        """Yield the extents that share bytes with [start, end), and what they share, in extent offsets."""
+        for placed in self.extents:
+            first = max(start, placed.start)
+            last = min(end, placed.start + placed.extent.capacity)
+            if first < last:
+                yield placed, first - placed.start, last - placed.start
+
+    def resolve(self, start: int, end: int) -> RunTable:
+        """Return the runs of [start, end) in this link alone; what lies behind its capacity is zeros."""
+        tables = [
+            placed.extent.resolve(first, last).with_source(placed.source).shifted(placed.start)
+            for placed, first, last in self.overlapping(start, end)
+        ]
+        if end > self.capacity:
+            tables.append(RunTable.single(max(start, self.capacity), end, ZERO))
+        return RunTable.concatenate(tables)
+
+    def renew_cid(self) -> None:
+        """Give the link a new CID, durably, with longContentID in step.
+
+        Only the digits change, in place and as many as there were, so a power cut leaves the descriptor whole.
+        """
+        old = self.descriptor
+        digits = old.values["cid"].end - old.values["cid"].start
+        width = digits if _MIN_CID_DIGITS <= digits <= 8 else 8
+        cid = new_cid(avoid=old.cid, digits=width)
+        changes = {"CID": f"{cid:0{width}x}"}
+        long_id = old.get("ddb.longContentID")
+        if long_id is not None and len(long_id) >= 8:
+            changes["ddb.longContentID"] = f"{long_id[:-8]}{cid:08x}"
+        self.write_descriptor(old.with_values(changes))
+
+    def write_descriptor(self, new: Descriptor) -> None:
+        """Store `new` over the descriptor of the link, durably; only the bytes that differ are written.
+
+        Raises:
+            Unsupported: it has grown out of the room that the header gives it.
+        """
+        old = self.descriptor.raw
+        if len(new.raw) > len(old) and self.embedded:
+            room = self._embedded_room()
+            if len(new.raw) > room:
+                raise Unsupported(self.path, f"a descriptor of {len(new.raw)} bytes does not fit into its {room} bytes")
+        after = new.raw + bytes(max(0, len(old) - len(new.raw))) if self.embedded else new.raw
+        for start, end in _changes(old, after):
+            self.file.write_at(new.base + start, after[start:end])
+        if not self.embedded and len(after) < len(old):
+            self.file.truncate(len(after))
+        self.file.flush()
+        self.descriptor = new
+
+    def _embedded_room(self) -> int:
+        header = SparseExtentHeader.parse(self.file.read_at(0, SECTOR_SIZE), path=self.path)
+        return sector_bytes(header.descriptor_size)
+
+    def flush(self) -> None:
+        """Return when every write to the link is durable."""
+        for placed in self.extents:
+            placed.extent.flush()
+
+    def close(self) -> None:
+        """Close the files, and with them let go of the locks."""
+        for file in self._files:
+            file.close()
+
+
+def new_cid(*, avoid: int = NO_PARENT, digits: int = 8) -> int:
+    """Return a random CID of so many digits that is neither `avoid` nor one of the values with a meaning."""
+    while True:
+        cid = secrets.randbits(4 * digits)
+        if cid not in (avoid, 0, NO_PARENT, NO_PARENT - 1):
+            return cid
+
+
+def _changes(old: bytes, new: bytes) -> list[tuple[int, int]]:
+    """Return the stretches of `new` that differ from `old`, neighbours within a sector joined."""
+    same = min(len(old), len(new))
+    differing = [i for i in range(same) if old[i] != new[i]]
+    stretches: list[list[int]] = []
+    for i in differing:
+        if stretches and i - stretches[-1][1] < 16:
+            stretches[-1][1] = i + 1
+        else:
+            stretches.append([i, i + 1])
+    if len(new) > same:
+        stretches.append([same, len(new)])
+    return [(start, end) for start, end in stretches]
+
+
+def read_descriptor(file: BlockFile) -> tuple[Descriptor, bool]:
+    """Return the descriptor of the image in `file`, and whether it is embedded in a sparse extent.
+
+    Raises:
+        FormatError: the file is no VMDK, or its descriptor cannot be.
+        Unsupported: it is an extent of a disk whose descriptor is another file.
+    """
+    path = file.path
+    head = file.read_at(0, SECTOR_SIZE)
+    if head[:4] == MAGIC:
+        header = SparseExtentHeader.parse(head, path=path)
+        check_header(header, path, file.size())
+        if not header.descriptor_offset:
+            raise Unsupported(path, "has no descriptor: it is an extent; open the descriptor file that names it")
+        base, size = sector_bytes(header.descriptor_offset), sector_bytes(header.descriptor_size)
+        if size > MAX_BYTES:
+            rule = f"must be at most {MAX_BYTES // SECTOR_SIZE}"
+            at = header.offset_of("descriptor_size")
+            raise FormatError(path, at, "descriptor_size", header.descriptor_size, rule)
+        return Descriptor.parse(file.read_at(base, size), path=path, base=base), True
+    if is_descriptor(head):
+        if file.size() > MAX_BYTES:
+            raise FormatError(path, 0, "descriptor", file.size(), f"must be at most {MAX_BYTES} bytes long")
+        return Descriptor.parse(file.read_at(0, file.size()), path=path), False
+    raise FormatError(path, 0, "magic", head[:4], "must be b'KDMV', or the text '# Disk DescriptorFile'")
+
+
+def open_link(
+    path: Path, *, opener: FileOpener, writable: bool, resolver: Resolver, first_source: int = 0, lock: bool = True
+) -> Link:
+    """Open one image: its descriptor and its extents, locked as QEMU locks them.
+
+    `first_source` is the number that its first extent gets among the sources of the chain.
+
+    Raises:
+        FormatError: what is on disk breaks the format.
+        Unsupported: a kind of extent that is not available.
+        LockBusy: another process excludes this open.
+        CorruptChain: an extent is missing or lies where it may not be opened.
+    """
+    files: list[BlockFile] = []
+
+    def opened(target: Path, write: bool) -> BlockFile:
+        file = opener(target, write)
+        files.append(file)
+        descriptor = file.fileno()
+        if lock and descriptor is not None:
+            lock_image(descriptor, target, writable=write)
+        return file
+
+    try:
+        file = opened(path, writable)
+        descriptor, embedded = read_descriptor(file)
+        lines = _checked_extents(descriptor, embedded)
+        extents, start = [], 0
+        for number, line in enumerate(lines):
+            extent_file, extent_path, write = _extent_file(line, file, embedded, writable, resolver, opened)
+            extent = open_extent(ExtentSpec(line, extent_path, extent_file, write))
+            extents.append(PlacedExtent(start, extent, first_source + number))
+            start += sector_bytes(line.sectors)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    return Link(file, descriptor, extents, files, embedded)
+
+
+def _checked_extents(descriptor: Descriptor, embedded: bool) -> tuple[ExtentLine, ...]:
+    path, lines = descriptor.path, descriptor.extents
+    if not lines or not descriptor.sectors:
+        raise FormatError(path, descriptor.base, "extents", len(lines), "must give the disk at least one sector")
+    if descriptor.sectors > (1 << 63) // SECTOR_SIZE:
+        raise FormatError(path, lines[0].at, "sectors", descriptor.sectors, "must be below 2^54 in all")
+    if embedded and len(lines) > 1:
+        raise Unsupported(path, f"byte {lines[1].at:#x}: an embedded descriptor with more than one extent")
+    _ = descriptor.cid, descriptor.parent_cid, descriptor.create_type  # a link without these is refused here, by name
+    return lines
+
+
+def _extent_file(
+    line: ExtentLine,
+    file: BlockFile,
+    embedded: bool,
+    writable: bool,
+    resolver: Resolver,
+    opened: FileOpener,
+) -> tuple[BlockFile | None, Path, bool]:
+    if embedded:
+        return file, file.path, writable  # whatever the line calls it: the file may have been renamed
+    write = writable and line.access == "RW"
+    if line.file is None or line.access == "NOACCESS":
+        return None, file.path, write
+    path = resolver(file.path, line.file, "extent")
+    return opened(path, write), path, write

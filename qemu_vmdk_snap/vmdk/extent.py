@@ -1,0 +1,100 @@
+"""What every kind of extent offers, and the one table that says which module reads which kind.
+
+An extent is a stretch of the guest's disk with its own storage. Offsets are bytes from the extent's start unless they are
+called file offsets. To add a kind: write one module with `open_extent`, and name it in `MODULES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
+
+from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
+from qemu_vmdk_snap.vmdk.descriptor import ExtentLine
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.vmdk.runs import RunTable
+
+MODULES: Final[dict[str, str]] = {
+    "SPARSE": "qemu_vmdk_snap.vmdk.sparse",
+}
+"""Extent type of the descriptor -> the module whose `open_extent` opens it."""
+
+Below = Callable[[int, int], bytes]
+"""Reads (extent offset, length) as the guest sees it below this link: what a partly written grain is filled up with."""
+
+
+class Place(NamedTuple):
+    """Where one byte of the extent is, and for how many more bytes the same holds."""
+
+    kind: int
+    """A kind of `vmdk.runs`: HOLE, ZERO, DATA or COMPRESSED."""
+    file_offset: int
+    """Of the byte itself where the kind is DATA; of the grain's record where it is COMPRESSED; else 0."""
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExtentSpec:
+    """What an extent is opened from."""
+
+    line: ExtentLine
+    path: Path
+    file: BlockFile | None
+    """None for an extent without a file (ZERO, NOACCESS)."""
+    writable: bool
+
+
+class Extent(Protocol):
+    """One extent, open. Reading never changes it; writes are durable after `flush`."""
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the guest's disk that it stands for."""
+
+    @property
+    def grain_bytes(self) -> int:
+        """The unit that is allocated at once; for a kind without grains the whole capacity."""
+
+    @property
+    def file(self) -> BlockFile | None:
+        """Where its stored runs are, or None for one without a file."""
+
+    def lookup(self, offset: int) -> Place:
+        """Return where the byte at `offset` is."""
+
+    def resolve(self, start: int, end: int) -> RunTable:
+        """Return the runs of [start, end), sources not yet set. Memory is a few dozen bytes a grain."""
+
+    def read_grain(self, file_offset: int) -> bytes:
+        """Return the inflated grain whose record is at `file_offset`; only for kinds that have COMPRESSED runs."""
+
+    def write(self, offset: int, data: Buffer, below: Below) -> None:
+        """Write `data` at `offset`; grains covered in part are filled up from `below` when they are new."""
+
+    def flush(self) -> None:
+        """Return when all writes are durable, data before the tables that name it."""
+
+
+class ExtentModule(Protocol):
+    """What the module of a kind has."""
+
+    def open_extent(self, spec: ExtentSpec) -> Extent:
+        """Open an extent of this kind; raises FormatError or Unsupported."""
+
+
+def open_extent(spec: ExtentSpec) -> Extent:
+    """Open the extent that `spec.line` describes.
+
+    Raises:
+        FormatError: what is on disk breaks the format.
+        Unsupported: the kind, or the asked access, is not available.
+    """
+    module = MODULES.get(spec.line.type)
+    if module is None:
+        raise Unsupported(spec.path, f"byte {spec.line.at:#x}: extents of type {spec.line.type} are not supported yet")
+    return cast(ExtentModule, importlib.import_module(module)).open_extent(spec)

@@ -1,0 +1,153 @@
+"""Grain tables behind a grain directory: single entries for served requests, whole stretches as arrays for everything else.
+
+    grain directory            grain tables (entries_per_table entries each)
+    +------+                   +-----+-----+-----+
+    | GDE0 | ----------------> | GTE | GTE | ... |      a GTE names the sector of a grain; 0 and 1 have meanings of their own
+    | GDE1 | --- 0: no table   +-----+-----+-----+
+    +------+
+
+Invariants: tables are read on demand and only a bounded number stays in memory; a changed table stays there until `write_back`
+has stored it, and every reader sees it meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.storage.blockfile import BlockFile
+from qemu_vmdk_snap.units import sector_bytes
+
+_CACHED_BYTES: Final = 8 << 20
+MAX_DIRTY_TABLES: Final = 2048
+
+Entries = npt.NDArray[Any]
+
+
+class GrainTables:
+    """The tables of one extent. `directory` is the GD as stored: one sector number a table, 0 where there is none."""
+
+    def __init__(
+        self, file: BlockFile, path: Path, directory: bytes, *, entries_per_table: int, entry_size: int = 4
+    ) -> None:
+        self._file = file
+        self._path = path
+        self._directory = np.frombuffer(directory, "<u4" if entry_size == 4 else "<u8").astype(np.int64)
+        self._dtype = np.dtype("<u4" if entry_size == 4 else "<u8")
+        self.entries_per_table = entries_per_table
+        self._entry_size = entry_size
+        self.table_bytes = entries_per_table * entry_size
+        self._cache: OrderedDict[int, bytearray] = OrderedDict()
+        self._cache_limit = max(16, _CACHED_BYTES // self.table_bytes)
+        self._dirty: dict[int, bytearray] = {}
+
+    @property
+    def count(self) -> int:
+        """How many tables the directory has room for."""
+        return len(self._directory)
+
+    @property
+    def directory(self) -> npt.NDArray[np.int64]:
+        """Sector of each table, 0 where there is none."""
+        return self._directory
+
+    @property
+    def dirty(self) -> dict[int, bytearray]:
+        """Tables that were changed and not yet stored, by number."""
+        return self._dirty
+
+    def table_sector(self, table: int) -> int:
+        """Return the sector of a table in the file, 0 where there is none."""
+        return int(self._directory[table])
+
+    def place_table(self, table: int, sector: int) -> None:
+        """Note where a table that did not exist now is; its entries are zeros."""
+        self._directory[table] = sector
+        self._cache.pop(table, None)
+
+    def entry(self, grain: int) -> int:
+        """Return the entry of `grain`."""
+        table, index = divmod(grain, self.entries_per_table)
+        raw = self._table(table)
+        at = index * self._entry_size
+        return int.from_bytes(raw[at : at + self._entry_size], "little")
+
+    def set_entry(self, grain: int, value: int) -> None:
+        """Change the entry of `grain` in memory; the table is dirty from now on."""
+        table, index = divmod(grain, self.entries_per_table)
+        raw = self._dirty.get(table)
+        if raw is None:
+            raw = self._dirty[table] = self._table(table)
+            self._cache.pop(table, None)
+        at = index * self._entry_size
+        raw[at : at + self._entry_size] = value.to_bytes(self._entry_size, "little")
+
+    def stored(self) -> None:
+        """Note that every dirty table is in the file now."""
+        for table, raw in self._dirty.items():
+            self._remember(table, raw)
+        self._dirty = {}
+
+    def entries(self, first: int, last: int) -> Entries:
+        """Return the entries of grains [first, last) as an array of that length."""
+        per_table = self.entries_per_table
+        t0, t1 = first // per_table, -(-last // per_table)
+        found = np.zeros((t1 - t0, per_table), self._dtype)
+        for table, count in self._contiguous(t0, t1):
+            offset = sector_bytes(int(self._directory[table]))
+            length = count * self.table_bytes
+            if self._file.next_data(offset) >= offset + length:
+                continue  # a hole of the file: all entries are 0
+            raw = self._file.read_at(offset, length)
+            if len(raw) != length:
+                self._beyond_end(table)
+            found[table - t0 : table - t0 + count] = np.frombuffer(raw, self._dtype).reshape(count, per_table)
+        for table, changed in self._dirty.items():
+            if t0 <= table < t1:
+                found[table - t0] = np.frombuffer(changed, self._dtype)
+        return found.reshape(-1)[first - t0 * per_table : last - t0 * per_table]
+
+    def _contiguous(self, t0: int, t1: int) -> Iterator[tuple[int, int]]:
+        """Yield (first table, count) of the stretches of [t0, t1) whose tables lie one behind the other in the file."""
+        sectors = self._directory[t0:t1]
+        present = np.flatnonzero(sectors)
+        if not len(present):
+            return
+        step = self.table_bytes // 512
+        breaks = np.flatnonzero((np.diff(present) != 1) | (np.diff(sectors[present]) != step)) + 1
+        for group in np.split(present, breaks):
+            yield t0 + int(group[0]), len(group)
+
+    def _table(self, table: int) -> bytearray:
+        raw = self._dirty.get(table) or self._cache.get(table)
+        if raw is None:
+            raw = self._load(table)
+            self._remember(table, raw)
+        elif table in self._cache:
+            self._cache.move_to_end(table)
+        return raw
+
+    def _load(self, table: int) -> bytearray:
+        sector = int(self._directory[table])
+        if not sector:
+            return bytearray(self.table_bytes)
+        raw = bytearray(self._file.read_at(sector_bytes(sector), self.table_bytes))
+        if len(raw) != self.table_bytes:
+            self._beyond_end(table)
+        return raw
+
+    def _remember(self, table: int, raw: bytearray) -> None:
+        self._cache[table] = raw
+        if len(self._cache) > self._cache_limit:
+            self._cache.popitem(last=False)
+
+    def _beyond_end(self, table: int) -> None:
+        sector = int(self._directory[table])
+        rule = f"must place the grain table inside the file of {self._file.size()} bytes"
+        raise FormatError(self._path, sector_bytes(sector), f"grain directory entry {table}", sector, rule)
