@@ -23,7 +23,7 @@ import numpy as np
 from qemu_vmdk_snap.chain.link import Link, PlacedExtent, open_link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, InvalidRequest
-from qemu_vmdk_snap.storage.blockfile import Buffer, FileOpener, open_posix
+from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer, FileOpener, open_posix
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 from qemu_vmdk_snap.vmdk.extent import Below
 from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, HOLE, NO_SOURCE, Row, RunTable
@@ -76,6 +76,7 @@ class Chain:
     def __init__(self, links: Sequence[Link]) -> None:
         self.links = tuple(links)
         self.sources = [Source(depth, placed) for depth, link in enumerate(links) for placed in link.extents]
+        self.path = links[0].path
         self.capacity = links[0].capacity
         self._grain: tuple[int, int, bytes] = (NO_SOURCE, 0, b"")  # the last grain inflated: source, file offset, bytes
 
@@ -169,6 +170,10 @@ class Chain:
             return self._stored(placed, row.file_offset + skip, length)
         inside = (row.offset + skip - placed.start) % placed.extent.grain_bytes
         return self._inflated(placed, row.file_offset)[inside : inside + length]
+
+    def file_of(self, row: Row) -> BlockFile | None:
+        """Return the file that stores `row` as it is, for the kernel to copy from; None where there is none."""
+        return self.sources[row.source].placed.extent.file if row.kind == DATA else None
 
     def close(self) -> None:
         """Close every file of the chain and let go of its locks; closing twice is harmless."""

@@ -7,16 +7,19 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.chain.link import new_cid, read_descriptor
 from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.storage.blockfile import BlockFile, PosixFile
-from qemu_vmdk_snap.storage.durable import new_file
+from qemu_vmdk_snap.storage.durable import NewFiles, new_file
 from qemu_vmdk_snap.units import GIB, SECTOR_SIZE, TIB, byte_sectors
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor, make_descriptor
 from qemu_vmdk_snap.vmdk.header import MAGIC, MAX_GRAIN_SECTORS, SparseExtentHeader
-from qemu_vmdk_snap.vmdk.sparse_layout import plan_sparse, write_sparse
+from qemu_vmdk_snap.vmdk.sparse_layout import SparseLayout, plan_sparse, write_sparse
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.vmdk.bulk import BulkWriter
 
 ADAPTER_TYPES: Final = ("ide", "buslogic", "lsilogic", "legacyESX")
 DEFAULT_GRAIN: Final = 64 << 10
@@ -56,8 +59,9 @@ def create_image(
     path, options = Path(path), options or ImageOptions()
     sectors = _checked_sectors(path, size)
     _check_options(path, options)
-    ddb = _base_ddb(sectors, options)
-    _create_sparse(path, sectors, options, None, NO_PARENT, ddb, durable, mode)
+    layout, text = _plan(path.name, path, sectors, options, None, NO_PARENT, _base_ddb(sectors, options))
+    with new_file(path, durable=durable, mode=mode) as file:
+        write_sparse(file, layout, text)
 
 
 def create_overlay(
@@ -69,12 +73,13 @@ def create_overlay(
     options: ImageOptions | None = None,
     durable: bool = True,
     mode: int = 0o666,
+    name: str | None = None,
 ) -> None:
     """Make `path` an empty overlay on `base`: same size, grain, adapter, geometry and hardware version.
 
     `base` is only read, without a lock: it may be open in a running QEMU, as long as its writer's CID is settled. `hint` is
     what the overlay calls its parent; by default the way to `base` from the overlay's folder. `options` replaces what would
-    be inherited.
+    be inherited; `name` is what the overlay will be called, where that is not `path` yet.
 
     Raises:
         FileExistsError: something bears the name; it is untouched.
@@ -97,26 +102,44 @@ def create_overlay(
     if options is not inherited or not ddb:
         ddb = _ddb(sectors, options)
     hint = _hint(path, base) if hint is None else hint
-    _create_sparse(path, sectors, options, hint, descriptor.cid, ddb, durable, mode)
+    layout, text = _plan(name or path.name, path, sectors, options, hint, descriptor.cid, ddb)
+    with new_file(path, durable=durable, mode=mode) as new:
+        write_sparse(new, layout, text)
 
 
-def _create_sparse(
+def open_new_image(files: NewFiles, path: Path, size: int, options: ImageOptions) -> BulkWriter:
+    """Return the writer that fills a new image, which appears as `path` with the other `files`.
+
+    Raises:
+        FileExistsError: something bears the name; it is untouched.
+        InvalidRequest: the size or an option cannot be.
+    """
+    from qemu_vmdk_snap.vmdk.bulk import BulkSparse  # NumPy: not needed to make an empty image
+
+    sectors = _checked_sectors(path, size)
+    _check_options(path, options)
+    layout, text = _plan(path.name, path, sectors, options, None, NO_PARENT, _base_ddb(sectors, options))
+    file = files.add(path)
+    write_sparse(file, layout, text)
+    return BulkSparse(file, layout)
+
+
+def _plan(
+    name: str,
     path: Path,
     sectors: int,
     options: ImageOptions,
     hint: str | None,
     parent_cid: int,
     ddb: Mapping[str, str],
-    durable: bool,
-    mode: int,
-) -> None:
+) -> tuple[SparseLayout, bytes]:
     cid = new_cid(avoid=parent_cid)
     text = make_descriptor(
         cid=cid,
         parent_cid=parent_cid,
         create_type="monolithicSparse",
         hint=hint,
-        extents=[("RW", sectors, "SPARSE", path.name, None)],
+        extents=[("RW", sectors, "SPARSE", name, None)],
         ddb={**ddb, "longContentID": f"{secrets.token_hex(12)}{cid:08x}"},
         path=path,
     )
@@ -126,8 +149,7 @@ def _create_sparse(
         zeroed_grains=options.zeroed_grain,
         descriptor=text,
     )
-    with new_file(path, durable=durable, mode=mode) as file:
-        write_sparse(file, layout, text)
+    return layout, text
 
 
 def _inherited_options(file: BlockFile, descriptor: Descriptor, embedded: bool) -> ImageOptions:

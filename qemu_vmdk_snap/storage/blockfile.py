@@ -41,6 +41,9 @@ class BlockFile(Protocol):
     def next_data(self, offset: int) -> int:
         """Return the first offset from `offset` on that may hold data: all before it reads as zeros."""
 
+    def next_hole(self, offset: int) -> int:
+        """Return the end of the data that begins at `offset`: where the next hole of the file begins, or its size."""
+
     def fileno(self) -> int | None:
         """Return a descriptor that the kernel can copy from and to, or None where there is none."""
 
@@ -108,13 +111,20 @@ class PosixFile:
 
     def next_data(self, offset: int) -> int:
         """Return the first offset from `offset` on that is not in a hole of the file (its size where there is none)."""
+        return self._seek(offset, os.SEEK_DATA, unknown=offset)
+
+    def next_hole(self, offset: int) -> int:
+        """Return where the next hole from `offset` on begins (the size of the file where there is none)."""
+        return self._seek(offset, os.SEEK_HOLE, unknown=self.size())
+
+    def _seek(self, offset: int, what: int, *, unknown: int) -> int:
         try:
-            return os.lseek(self._fd, offset, os.SEEK_DATA)
+            return os.lseek(self._fd, offset, what)
         except OSError as error:
             if error.errno == errno.ENXIO:
                 return self.size()
             if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-                return offset  # no hole information here: anything may be data
+                return unknown  # no hole information here: anything may be data
             raise
 
     def fileno(self) -> int:

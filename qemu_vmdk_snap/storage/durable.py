@@ -52,7 +52,7 @@ class NewFiles:
         """
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-        temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.tmp")
+        temporary = temporary_name(path)
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         file = PosixFile(fd, temporary)
         self._pending.append((file, path))
@@ -108,9 +108,33 @@ def new_file(path: Path, *, durable: bool = True, mode: int = 0o666) -> Iterator
         yield files.add(path, mode)
 
 
+def temporary_name(path: Path) -> Path:
+    """Return a hidden name beside `path` that nothing bears yet, for what will be `path` when it is complete."""
+    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.tmp")
+
+
+def publish(temporary: Path, path: Path, *, durable: bool = True) -> None:
+    """Give the complete file `temporary` the name `path`, never over another file, and take the old name away.
+
+    Raises:
+        FileExistsError: something bears the name; both files are as they were.
+    """
+    if durable:
+        fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)  # barrier: the file is complete on disk before it gets its name
+        finally:
+            os.close(fd)
+    _link(temporary, path)
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    if durable:
+        sync_folder(path.parent)
+
+
 def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Make `path` hold `data`, durably and in one step: a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.tmp")
+    temporary = temporary_name(path)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         file = PosixFile(fd, temporary)

@@ -1,0 +1,125 @@
+"""Tell whether a guest would see the same bytes on two disks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from qemu_vmdk_snap.chain.disk import Disk
+from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
+from qemu_vmdk_snap.units import MIB, SECTOR_SIZE
+from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, Row
+
+_STEP: Final = 2 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class CompareReport:
+    """The first difference, or none."""
+
+    identical: bool
+    reason: str | None = None
+    """None, "content", or in strict mode also "size" or "allocation"."""
+    offset: int | None = None
+    """Guest byte of the first difference: of the sector that differs, or of the run whose allocation does."""
+    sizes: tuple[int, int] | None = None
+    """Both sizes, where they differ."""
+
+
+class _Pair(NamedTuple):
+    """A stretch that is one run on either disk: the rows, and how far into each the stretch begins."""
+
+    offset: int
+    length: int
+    one: Row
+    skip_one: int
+    two: Row
+    skip_two: int
+
+
+def compare(one: Disk, two: Disk, *, strict: bool = False, on_progress: OnProgress = ignore) -> CompareReport:
+    """Compare the disks byte by byte. What both leave out, and what both take from the same place, is not read.
+
+    Where one is longer, its rest must be zeros; `strict` asks for equal sizes and equal allocation too, as qemu-img's `-s`.
+    """
+    sizes = None if one.capacity == two.capacity else (one.capacity, two.capacity)
+    if strict and sizes:
+        return CompareReport(False, "size", None, sizes)
+    common = min(one.capacity, two.capacity)
+    meter = Meter("compare", max(one.capacity, two.capacity), on_progress)
+    for pair in _pairs(one, two, common):
+        if strict and (pair.one.kind == HOLE) != (pair.two.kind == HOLE):
+            return CompareReport(False, "allocation", pair.offset, sizes)
+        offset = _first_difference(one, two, pair, meter)
+        if offset is not None:
+            return CompareReport(False, "content", offset, sizes)
+        meter.reach(pair.offset + pair.length)
+    longer = one if one.capacity > two.capacity else two
+    for row in longer.rows(common, longer.capacity - common):
+        offset = _first_nonzero(longer, row, 0, row.length, meter)
+        if offset is not None:
+            return CompareReport(False, "content", offset, sizes)
+        meter.reach(row.offset + row.length)
+    return CompareReport(True, None, None, sizes)
+
+
+def _pairs(one: Disk, two: Disk, end: int) -> Iterator[_Pair]:
+    rows_one, rows_two = one.rows(0, end), two.rows(0, end)
+    row_one, row_two = next(rows_one, None), next(rows_two, None)
+    offset = 0
+    while row_one is not None and row_two is not None:
+        stop = min(row_one.offset + row_one.length, row_two.offset + row_two.length)
+        yield _Pair(offset, stop - offset, row_one, offset - row_one.offset, row_two, offset - row_two.offset)
+        offset = stop
+        if row_one.offset + row_one.length == stop:
+            row_one = next(rows_one, None)
+        if row_two.offset + row_two.length == stop:
+            row_two = next(rows_two, None)
+
+
+def _first_difference(one: Disk, two: Disk, pair: _Pair, meter: Meter) -> int | None:
+    if pair.one.kind < DATA and pair.two.kind < DATA:
+        return None
+    if pair.one.kind < DATA:
+        return _first_nonzero(two, pair.two, pair.skip_two, pair.length, meter)
+    if pair.two.kind < DATA:
+        return _first_nonzero(one, pair.one, pair.skip_one, pair.length, meter)
+    if _same_place(one, two, pair):
+        return None
+    for done in range(0, pair.length, _STEP):
+        length = min(_STEP, pair.length - done)
+        left = one.read_row(pair.one, pair.skip_one + done, length)
+        right = two.read_row(pair.two, pair.skip_two + done, length)
+        if left != right:
+            return pair.offset + done + _differing_sector(left, right)
+        meter.step(length)
+    return None
+
+
+def _same_place(one: Disk, two: Disk, pair: _Pair) -> bool:
+    file_one, file_two = one.file_of(pair.one), two.file_of(pair.two)
+    if file_one is None or file_two is None:
+        return False
+    if pair.one.file_offset + pair.skip_one != pair.two.file_offset + pair.skip_two:
+        return False
+    return file_one is file_two or file_one.path.samefile(file_two.path)
+
+
+def _first_nonzero(disk: Disk, row: Row, skip: int, length: int, meter: Meter) -> int | None:
+    if row.kind < DATA:
+        return None
+    for done in range(0, length, _STEP):
+        data = disk.read_row(row, skip + done, min(_STEP, length - done))
+        if data.count(0) != len(data):
+            return row.offset + skip + done + _differing_sector(data, bytes(len(data)))
+        meter.step(len(data))
+    return None
+
+
+def _differing_sector(left: bytes, right: bytes) -> int:
+    """Return the offset of the first sector in which the two differ; they do."""
+    for start in range(0, len(left), SECTOR_SIZE):
+        if left[start : start + SECTOR_SIZE] != right[start : start + SECTOR_SIZE]:
+            return start
+    raise AssertionError("equal buffers have no differing sector")

@@ -1,0 +1,127 @@
+"""Filling a new image in one pass, in ascending order: no reading back, no copy-on-write, the kernel moves the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import numpy as np
+
+from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
+from qemu_vmdk_snap.storage.copying import Copier
+from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
+from qemu_vmdk_snap.vmdk.sparse_layout import SparseLayout
+
+OnStep = Callable[[int], None]
+MAX_FILE_SECTORS: Final = 1 << 32
+
+
+class BulkWriter(Protocol):
+    """Takes the data of a new disk by ascending offsets (bytes); what is not put reads as zeros."""
+
+    def put(self, offset: int, length: int, source: BlockFile, source_offset: int, on_step: OnStep) -> None:
+        """Copy `length` bytes of `source` to `offset`; `on_step` hears of them at least every 64 MiB."""
+
+    def put_bytes(self, offset: int, data: Buffer) -> None:
+        """Write `data` to `offset`."""
+
+    def finish(self) -> None:
+        """Complete the file: every table and its full length. It is durable when its creator says so."""
+
+
+class BulkFlat:
+    """Fills a file whose byte n is byte n of the disk: raw images and flat extents."""
+
+    def __init__(self, file: BlockFile, capacity: int, *, start: int = 0) -> None:
+        file.truncate(start + capacity)
+        self._file = file
+        self._start = start
+        self._copier = Copier(file)
+
+    def put(self, offset: int, length: int, source: BlockFile, source_offset: int, on_step: OnStep) -> None:
+        """Copy `length` bytes of `source` to `offset`."""
+        self._copier.copy(source, source_offset, self._start + offset, length, on_step)
+
+    def put_bytes(self, offset: int, data: Buffer) -> None:
+        """Write `data` to `offset`."""
+        self._file.write_at(self._start + offset, data)
+
+    def finish(self) -> None:
+        """Do nothing: the length was set at the start."""
+
+
+class BulkSparse:
+    """Fills a hosted sparse extent: grains in guest order behind the overhead, so that long runs stay long in the file."""
+
+    def __init__(self, file: BlockFile, layout: SparseLayout) -> None:
+        self._file = file
+        self._layout = layout
+        self._copier = Copier(file)
+        self._unit = sector_bytes(layout.header.grain_size)
+        self._end = sector_bytes(layout.header.overhead)
+        self._last_grain = -1
+        self._last_position = 0
+        self._tables_at_once = 512
+        self._window = -1
+        self._entries = np.zeros(0, "<u4")
+
+    def put(self, offset: int, length: int, source: BlockFile, source_offset: int, on_step: OnStep) -> None:
+        """Copy `length` bytes of `source` to `offset`."""
+        self._copier.copy(source, source_offset, self._allocate(offset, length), length, on_step)
+
+    def put_bytes(self, offset: int, data: Buffer) -> None:
+        """Write `data` to `offset`."""
+        self._file.write_at(self._allocate(offset, len(data)), data)
+
+    def finish(self) -> None:
+        """Store the last tables and give the file the whole of its last grain."""
+        self._store_tables()
+        self._file.truncate(self._end)
+
+    def _allocate(self, offset: int, length: int) -> int:
+        """Return the file offset for the range; grains that it is the first to touch follow the last one's."""
+        first, inside = divmod(offset, self._unit)
+        last = (offset + length - 1) // self._unit
+        if first == self._last_grain:
+            start, fresh = self._last_position, first + 1
+        else:
+            start, fresh = self._end, first
+        count = last + 1 - fresh
+        if count:
+            self._name_grains(fresh, self._end, count)
+            self._end += count * self._unit
+        self._last_grain, self._last_position = last, start + (last - first) * self._unit
+        return start + inside
+
+    def _name_grains(self, first: int, position: int, count: int) -> None:
+        step = self._layout.header.grain_size
+        sector = position // SECTOR_SIZE
+        if sector + count * step > MAX_FILE_SECTORS:
+            feature = f"the data does not fit: an extent file holds at most {MAX_FILE_SECTORS} sectors (2 TiB)"
+            raise Unsupported(self._file.path, feature)
+        per_window = self._tables_at_once * self._layout.header.gtes_per_gt
+        while count:
+            window, index = divmod(first, per_window)
+            if window != self._window:
+                self._store_tables()
+                self._window, self._entries = window, np.zeros(per_window, "<u4")
+            now = min(count, per_window - index)
+            self._entries[index : index + now] = sector + step * np.arange(now, dtype=np.int64)
+            first, sector, count = first + now, sector + now * step, count - now
+
+    def _store_tables(self) -> None:
+        if self._window < 0:
+            return
+        header = self._layout.header
+        tables = self._entries.reshape(self._tables_at_once, header.gtes_per_gt)
+        used = np.flatnonzero(tables.any(axis=1))
+        # Untouched tables stay holes of the file: only stretches of used ones are written.
+        for stretch in np.split(used, np.flatnonzero(np.diff(used) != 1) + 1):
+            if not len(stretch):
+                continue
+            raw = tables[stretch[0] : stretch[-1] + 1].tobytes()
+            at = (self._window * self._tables_at_once + int(stretch[0])) * header.gt_sectors
+            self._file.write_at(sector_bytes(self._layout.rgt_sector + at), raw)
+            self._file.write_at(sector_bytes(self._layout.gt_sector + at), raw)
+        self._window = -1
