@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ("awk", "cat", "cut", "dirname", "env", "flock", "grep", "head", "mkdir", "sed", "sh", "sha256sum", "tr")
+TOOLS = (
+    "awk",
+    "cat",
+    "cut",
+    "dirname",
+    "env",
+    "flock",
+    "grep",
+    "head",
+    "mkdir",
+    "sed",
+    "sh",
+    "sha256sum",
+    "sleep",
+    "tr",
+)
 
 DEBIAN = "ID=debian\nVERSION_ID=13\n"
 UBUNTU = "ID=ubuntu\nID_LIKE=debian\n"
@@ -192,6 +208,17 @@ def test_a_failed_installation_is_tried_again(debian: Machine) -> None:
     debian.calls("python")
     debian.run("setup")
     assert "-m pip install" in " ".join(debian.calls("python"))
+
+
+def test_two_at_once_install_once(debian: Machine) -> None:
+    fake = debian.bin / "python3"
+    fake.write_text(
+        fake.read_text().replace('case "$*" in', 'case "$*" in *"-m pip"*) sleep 0.2 ;; esac\ncase "$*" in', 1)
+    )
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(debian.run, ("setup", "setup")))
+    assert [done.returncode for done in both] == [0, 0]
+    assert sum("-m pip install" in call for call in debian.calls("python")) == 1
 
 
 def test_an_old_python_is_refused(debian: Machine) -> None:
