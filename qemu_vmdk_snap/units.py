@@ -57,7 +57,7 @@ def parse_size(text: str) -> int:
 def format_size(size: int) -> str:
     """Return `size` bytes for a reader, in qemu-img's way: `512 B`, `64 KiB`, `1.5 GiB`."""
     value, unit = float(size), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):  # noqa: B007
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
         if value < 999.5 or unit == "EiB":
             break
         value /= 1024

@@ -6,8 +6,8 @@
     base (2)          [ data  ][  data  ][  data  ][  hole  ]
     guest sees          top      parent    zeros     zeros
 
-Invariants: a parent is opened for reading only, and only after its CID equals the parentCID of the link above; before the first
-byte of data is written after an open, the top's new CID is durable.
+Invariants: a parent is opened for reading only, and only after its CID equals the parentCID of the link above; before
+the first byte of data is written after an open, the top's new CID is durable.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Chain:
             offset = stop
 
     def resolve(self, start: int, end: int, depth: int = 0) -> RunTable:
-        """Return the runs of [start, end) as seen from the link at `depth`; memory grows with the grains in the range."""
+        """Return the runs of [start, end) as seen from the link at `depth`; memory grows with its grains."""
         table = self.links[depth].resolve(start, end)
         for link in self.links[depth + 1 :]:
             holes = np.flatnonzero(table.kinds == HOLE)
@@ -268,9 +268,9 @@ class WritableChain(Chain):
         finally:
             super().close()
 
-    def __exit__(self, exc_type: type[BaseException] | None, *exc: object) -> None:
+    def __exit__(self, *exc: object) -> None:
         """Flush and close; an error inside the block is not hidden by one of the flush."""
-        if exc_type is None:
+        if not any(exc):
             self.close()
             return
         with contextlib.suppress(OSError):
@@ -319,8 +319,8 @@ def open_chain(
 ) -> Chain:
     """Open an image and every parent below it, locked as QEMU locks them, and check that each parent may be trusted.
 
-    Parents and extents are opened beside the file that names them and below `trusted_dirs`, nowhere else; `resolver` takes
-    the place of that rule. `lock=False` is qemu-img's `-U`: read what somebody else may be writing.
+    Parents and extents are opened beside the file that names them and below `trusted_dirs`, nowhere else; `resolver`
+    takes the place of that rule. `lock=False` is qemu-img's `-U`: read what somebody else may be writing.
 
     Raises:
         OSError: a file cannot be opened.
@@ -361,7 +361,9 @@ def _open_links(
         if link.parent_cid == NO_PARENT:
             return
         if link.hint is None:
-            raise CorruptChain(link.path, f"parentCID = {link.parent_cid:08x}, but no parentFileNameHint names the parent")
+            raise CorruptChain(
+                link.path, f"parentCID = {link.parent_cid:08x}, but no parentFileNameHint names the parent"
+            )
         path = find(link.path, link.hint, "parent")
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Protocol, Self
+from typing import Protocol, Self
 
 from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.storage.blockfile import BlockFile, PosixFile
 from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.units import SECTOR_SIZE, round_up
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, Row
-
-
 
 
 class Disk(Protocol):
@@ -43,7 +41,7 @@ class Disk(Protocol):
 
 
 class RawDisk:
-    """A raw image: guest byte n is byte n of the file; its holes are holes. A part of a sector at the end is filled up."""
+    """A raw image: guest byte n is byte n of the file; a part of a sector at its end is filled up with zeros."""
 
     def __init__(self, path: Path, *, lock: bool = True) -> None:
         """Open `path` for reading, locked as QEMU locks it unless `lock` is False.
@@ -67,7 +65,9 @@ class RawDisk:
         """Yield the data and the holes of the file."""
         end = self.capacity if length is None else offset + length
         if offset < 0 or end > self.capacity:
-            raise InvalidRequest(self.path, f"{end - offset} bytes at {offset} are not inside the disk of {self.capacity} bytes")
+            raise InvalidRequest(
+                self.path, f"{end - offset} bytes at {offset} are not inside the disk of {self.capacity} bytes"
+            )
         while offset < end:
             data = min(end, self._file.next_data(offset)) if offset < self._size else end
             if data > offset:

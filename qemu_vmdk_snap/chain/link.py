@@ -33,7 +33,12 @@ class Link:
     """One open image of a chain. Offsets are bytes of the guest's disk."""
 
     def __init__(
-        self, file: BlockFile, descriptor: Descriptor, extents: list[PlacedExtent], files: list[BlockFile], embedded: bool
+        self,
+        file: BlockFile,
+        descriptor: Descriptor,
+        extents: list[PlacedExtent],
+        files: list[BlockFile],
+        embedded: bool,
     ) -> None:
         self.file = file
         self.path = file.path

@@ -1,7 +1,7 @@
 """From a hint in an untrusted file to a path that may be opened.
 
-An image can name any path as its parent or extent. What is opened is confined to the folder of the file that names it, and to
-folders that the caller trusts; what a name leads to by way of symbolic links is what counts.
+An image can name any path as its parent or extent. What is opened is confined to the folder of the file that names it,
+and to folders that the caller trusts; what a name leads to by way of symbolic links is what counts.
 """
 
 from __future__ import annotations

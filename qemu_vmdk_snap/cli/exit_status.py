@@ -1,7 +1,7 @@
 """The one table from error class to exit status.
 
-0 to 3 keep the meaning that qemu-img gives them command by command (compare: 0 same, 1 different, 2 error; check: 0 good,
-2 corrupt, 3 leaks), so the classes begin above. 63 is qemu-img's own status for "not supported".
+0 to 3 keep the meaning that qemu-img gives them command by command (compare: 0 same, 1 different, 2 error; check: 0
+good, 2 corrupt, 3 leaks), so the classes begin above. 63 is qemu-img's own status for "not supported".
 """
 
 from __future__ import annotations

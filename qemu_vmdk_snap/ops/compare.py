@@ -41,7 +41,8 @@ class _Pair(NamedTuple):
 def compare(one: Disk, two: Disk, *, strict: bool = False, on_progress: OnProgress = ignore) -> CompareReport:
     """Compare the disks byte by byte. What both leave out, and what both take from the same place, is not read.
 
-    Where one is longer, its rest must be zeros; `strict` asks for equal sizes and equal allocation too, as qemu-img's `-s`.
+    Where one is longer, its rest must be zeros; `strict` asks for equal sizes and equal allocation too, as qemu-img's
+    `-s`.
     """
     sizes = None if one.capacity == two.capacity else (one.capacity, two.capacity)
     if strict and sizes:

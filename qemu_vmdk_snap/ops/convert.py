@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +47,9 @@ def convert(
 ) -> ConvertReport:
     """Make `path` an image (`output_format` vmdk or raw) that shows a guest what `source` shows it.
 
-    Runs that the source does not store are not stored in the copy. `sparse_size` > 0 also looks into stored runs and leaves
-    out what is zeros, in units of so many bytes. With `backing` the copy is an overlay that stores what differs from it.
-    The new image appears when it is complete; a failure or a callback that raises leaves nothing behind.
+    Runs that the source does not store are not stored in the copy. `sparse_size` > 0 also looks into stored runs and
+    leaves out what is zeros, in units of so many bytes. With `backing` the copy is an overlay that stores what differs
+    from it. The new image appears when it is complete; a failure or a callback that raises leaves nothing behind.
 
     Raises:
         FileExistsError: something bears the name; it is untouched.
@@ -107,7 +108,7 @@ def _nonzero_parts(data: bytes, offset: int, unit: int) -> list[tuple[int, int]]
         edges.append(len(data))
     parts: list[tuple[int, int]] = []
     array = np.frombuffer(data, np.uint8)
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         if array[start:end].any():
             if parts and parts[-1][1] == start:
                 parts[-1] = (parts[-1][0], end)

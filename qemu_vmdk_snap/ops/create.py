@@ -25,7 +25,7 @@ ADAPTER_TYPES: Final = ("ide", "buslogic", "lsilogic", "legacyESX")
 DEFAULT_GRAIN: Final = 64 << 10
 MIN_GRAIN: Final = 4 << 10
 MAX_CAPACITY: Final = 64 * TIB
-"""VMware's limit for any disk is 62 TiB; the tables of a larger one would not fit QEMU's limits at the default grain."""
+"""VMware's limit for any disk is 62 TiB; a larger one's tables would not fit QEMU's limits at the default grain."""
 
 _INHERITED: Final = ("adapterType", "geometry.cylinders", "geometry.heads", "geometry.sectors", "virtualHWVersion")
 
@@ -77,9 +77,9 @@ def create_overlay(
 ) -> None:
     """Make `path` an empty overlay on `base`: same size, grain, adapter, geometry and hardware version.
 
-    `base` is only read, without a lock: it may be open in a running QEMU, as long as its writer's CID is settled. `hint` is
-    what the overlay calls its parent; by default the way to `base` from the overlay's folder. `options` replaces what would
-    be inherited; `name` is what the overlay will be called, where that is not `path` yet.
+    `base` is only read, without a lock: it may be open in a running QEMU, as long as its writer's CID is settled.
+    `hint` is what the overlay calls its parent; by default the way to `base` from the overlay's folder. `options`
+    replaces what would be inherited; `name` is what the overlay will be called, where that is not `path` yet.
 
     Raises:
         FileExistsError: something bears the name; it is untouched.
@@ -97,7 +97,9 @@ def create_overlay(
     _check_options(path, options)
     sectors = descriptor.sectors if size is None else _checked_sectors(path, size)
     if sectors < descriptor.sectors:
-        raise InvalidRequest(path, f"size {sectors * SECTOR_SIZE} is less than the {descriptor.sectors * SECTOR_SIZE} of its base")
+        raise InvalidRequest(
+            path, f"size {sectors * SECTOR_SIZE} is less than the {descriptor.sectors * SECTOR_SIZE} of its base"
+        )
     ddb = {key: value for key in _INHERITED if (value := descriptor.get(f"ddb.{key}")) is not None}
     if options is not inherited or not ddb:
         ddb = _ddb(sectors, options)

@@ -17,7 +17,7 @@ Buffer = bytes | bytearray | memoryview
 
 
 class BlockFile(Protocol):
-    """A random-access file. Offsets and lengths are bytes; writes are visible to reads at once, durable after `flush`."""
+    """A random-access file; offsets and lengths are bytes. Writes are read back at once, and durable after `flush`."""
 
     @property
     def path(self) -> Path:

@@ -40,7 +40,7 @@ class Copier:
     def copy(
         self, source: BlockFile, source_offset: int, target_offset: int, length: int, on_step: Callable[[int], None]
     ) -> None:
-        """Copy `length` bytes; `on_step` hears how many at least every 64 MiB. Bytes past the source's end are zeros."""
+        """Copy `length` bytes, zeros past the source's end; `on_step` hears how many at least every 64 MiB."""
         available = max(0, min(length, source.size() - source_offset))
         done = self._clone(source, source_offset, target_offset, available)
         if done:
@@ -74,7 +74,13 @@ class Copier:
         return length
 
     def _in_kernel(
-        self, source: BlockFile, source_offset: int, target_offset: int, done: int, length: int, on_step: Callable[[int], None]
+        self,
+        source: BlockFile,
+        source_offset: int,
+        target_offset: int,
+        done: int,
+        length: int,
+        on_step: Callable[[int], None],
     ) -> int:
         in_fd, out_fd = source.fileno(), self._target.fileno()
         if in_fd is None or out_fd is None or in_fd in self._no_kernel_copy:

@@ -31,8 +31,8 @@ def sync_folder(folder: Path) -> None:
 class NewFiles:
     """Files that appear together, in the order they were added, when the block ends well; else none of them stays.
 
-    Put the file that names the others (a descriptor) last: whoever sees it sees them all. `durable=False` leaves out the
-    waiting for the disk, for callers who make many files and sync once, or for tests.
+    Put the file that names the others (a descriptor) last: whoever sees it sees them all. `durable=False` leaves out
+    the waiting for the disk, for callers who make many files and sync once, or for tests.
     """
 
     def __init__(self, *, durable: bool = True) -> None:

@@ -1,8 +1,9 @@
 """QEMU's image locks, so that both sides keep out of each other's way.
 
 QEMU takes shared open-file-description locks on single bytes of the image: byte 100 + n says "I use permission n", byte
-200 + n says "I do not share permission n". Whoever wants n checks that nobody locks 200 + n, and whoever does not share n
-checks that nobody locks 100 + n. Source: QEMU 7.2, block/file-posix.c, raw_apply_lock_bytes and raw_check_lock_bytes.
+200 + n says "I do not share permission n". Whoever wants n checks that nobody locks 200 + n, and whoever does not
+share n checks that nobody locks 100 + n. Source: QEMU 7.2, block/file-posix.c, raw_apply_lock_bytes and
+raw_check_lock_bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Filling a new image in one pass, in ascending order: no reading back, no copy-on-write, the kernel moves the bytes."""
+"""Filling a new image in one pass by ascending offsets: no reading back, and the kernel moves the bytes."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class BulkFlat:
 
 
 class BulkSparse:
-    """Fills a hosted sparse extent: grains in guest order behind the overhead, so that long runs stay long in the file."""
+    """Fills a hosted sparse extent: grains in guest order behind the overhead, so that long runs stay long."""
 
     def __init__(self, file: BlockFile, layout: SparseLayout) -> None:
         self._file = file
         self._layout = layout
         self._copier = Copier(file)
         self._unit = sector_bytes(layout.header.grain_size)
-        self._end = sector_bytes(layout.header.overhead)
+        self._end: int = sector_bytes(layout.header.overhead)
         self._last_grain = -1
         self._last_position = 0
         self._tables_at_once = 512

@@ -1,9 +1,9 @@
 """The descriptor: the text that names an image's CID, its parent, its extents and its disk database.
 
-Parsing keeps every byte, and a change touches only the value it names, so `Descriptor.parse(raw).raw == raw` always, with
-unknown keys, comments, line ends and padding included. What `make_descriptor` writes is the form that every reader accepts:
-ASCII, `CID` before `parentCID`, no spaces round `=`, no blank line between the extent heading and the extents (QEMU 7.2
-counts an extent twice there).
+Parsing keeps every byte, and a change touches only the value it names, so `Descriptor.parse(raw).raw == raw` always,
+with unknown keys, comments, line ends and padding included. What `make_descriptor` writes is the form that every
+reader accepts: ASCII, `CID` before `parentCID`, no spaces round `=`, no blank line between the extent heading and the
+extents (QEMU 7.2 counts an extent twice there).
 
 Source: VMware Virtual Disk Format 5.0, "The Descriptor File"; QEMU 7.2 block/vmdk.c; VirtualBox VMDK.cpp.
 """
@@ -184,7 +184,10 @@ def _looks_like(raw: bytes) -> bool:
     # Some writers put blank lines or other comments first, or begin with `version=` at once; QEMU takes these too.
     for line in raw[:4096].splitlines():
         text = line.strip().lower()
-        if text.startswith((b"# disk descriptorfile", b"#disk descriptorfile")) or text.replace(b" ", b"") == b"version=1":
+        if (
+            text.startswith((b"# disk descriptorfile", b"#disk descriptorfile"))
+            or text.replace(b" ", b"") == b"version=1"
+        ):
             return True
         if text and not text.startswith(b"#"):
             return False
@@ -224,7 +227,9 @@ def _unescape(text: str) -> str:
 
 def _quoted_text(text: str, codec: str, path: Path) -> bytes:
     if any(ord(char) < 32 or char == '"' for char in text):
-        raise InvalidRequest(path, f"{text!r} cannot be written into a descriptor: it holds a quote or a control character")
+        raise InvalidRequest(
+            path, f"{text!r} cannot be written into a descriptor: it holds a quote or a control character"
+        )
     try:
         return text.encode(codec, "surrogateescape" if codec == "utf-8" else "strict")
     except UnicodeEncodeError as error:
@@ -262,8 +267,8 @@ def make_descriptor(
 ) -> bytes:
     """Return the text of a new descriptor, in the form that every reader accepts.
 
-    `extents` are (access, sectors, type, file, offset); the offset is written only where it is not None. Text outside ASCII
-    adds the line `encoding="UTF-8"`.
+    `extents` are (access, sectors, type, file, offset); the offset is written only where it is not None. Text outside
+    ASCII adds the line `encoding="UTF-8"`.
 
     Raises:
         InvalidRequest: a name holds a quote or a control character, which the format cannot carry.

@@ -1,7 +1,7 @@
 """What every kind of extent offers, and the one table that says which module reads which kind.
 
-An extent is a stretch of the guest's disk with its own storage. Offsets are bytes from the extent's start unless they are
-called file offsets. To add a kind: write one module with `open_extent`, and name it in `MODULES`.
+An extent is a stretch of the guest's disk with its own storage. Offsets are bytes from the extent's start unless they
+are called file offsets. To add a kind: write one module with `open_extent`, and name it in `MODULES`.
 """
 
 from __future__ import annotations

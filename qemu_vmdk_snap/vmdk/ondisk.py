@@ -54,12 +54,12 @@ class OnDisk:
     @classmethod
     def columns(cls) -> tuple[Column, ...]:
         """Return the fields in their order on disk."""
-        return _columns(cls)
+        return _columns(cls)  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
 
     @classmethod
     def layout(cls) -> struct.Struct:
         """Return the packed little-endian layout of the whole record."""
-        return _layout(cls)
+        return _layout(cls)  # type: ignore[arg-type]
 
     @classmethod
     def parse(cls, raw: bytes, *, path: Path, base: int = 0) -> Self:
@@ -93,7 +93,7 @@ class OnDisk:
         return next(column.offset for column in cls.columns() if column.name == field)
 
 
-@functools.cache
+@functools.cache  # one entry a record class
 def _columns(cls: type[OnDisk]) -> tuple[Column, ...]:
     columns, offset = [], 0
     for name, hint in get_type_hints(cls, include_extras=True).items():

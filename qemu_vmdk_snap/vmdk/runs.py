@@ -1,8 +1,8 @@
 """Runs: where the bytes of a stretch of the guest's disk are. The one map that every operation consumes.
 
-A RunTable is the columns of consecutive runs as NumPy arrays, so that resolving, merging and counting work on whole tables.
-Its runs cover [start, end) without gap or overlap; offsets are bytes, relative to whoever made the table (an extent, a link
-or the whole disk).
+A RunTable is the columns of consecutive runs as NumPy arrays, so that resolving, merging and counting work on whole
+tables. Its runs cover [start, end) without gap or overlap; offsets are bytes, relative to whoever made the table (an
+extent, a link or the whole disk).
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ class RunTable:
 def from_entries(kinds: Kinds, file_offsets: Int64s, unit: int, start: int, end: int) -> RunTable:
     """Return the runs of consecutive grains of `unit` bytes, the first at `start`; `end` may cut the last short.
 
-    `kinds` and `file_offsets` have one value a grain. Neighbours of one kind become one run; compressed grains stay single.
+    `kinds` and `file_offsets` have one value a grain. Neighbours of one kind become one run; compressed grains stay
+    single.
     """
     count = len(kinds)
     cut = np.ones(count, bool)

@@ -3,7 +3,8 @@
     | header | descriptor | RGD | redundant GTs | GD | GTs | pad | grain | grain | ...
     sector 0   1..20        21                               overhead
 
-A GTE is 0 (the parent answers), 1 where the header's flag allows it (zeros over any parent), or the sector of the grain.
+A GTE is 0 (the parent answers), 1 where the header's flag allows it (zeros over any parent), or the sector of the
+grain.
 
 Invariants of writing:
 - A grain is durable before any table names it: tables change in memory first, and `flush` stores them behind a barrier.
@@ -57,7 +58,9 @@ def open_extent(spec: ExtentSpec) -> SparseExtent:
     if header.compressed or header.flags & HeaderFlag.MARKERS:
         raise Unsupported(spec.path, "streamOptimized (compressed) extents are not supported yet")
     if spec.writable and header.version > 2:
-        raise Unsupported(spec.path, f"version {header.version} extents are read-only: who else tracks their changes is unknown")
+        raise Unsupported(
+            spec.path, f"version {header.version} extents are read-only: who else tracks their changes is unknown"
+        )
     if header.capacity < spec.line.sectors:
         rule = f"must be at least the {spec.line.sectors} sectors that the descriptor gives the extent"
         raise FormatError(spec.path, header.offset_of("capacity"), "capacity", header.capacity, rule)

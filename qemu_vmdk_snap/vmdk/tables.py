@@ -1,13 +1,14 @@
-"""Grain tables behind a grain directory: single entries for served requests, whole stretches as arrays for everything else.
+"""Grain tables behind a grain directory: single entries for served requests, whole stretches as arrays for the rest.
 
     grain directory            grain tables (entries_per_table entries each)
     +------+                   +-----+-----+-----+
-    | GDE0 | ----------------> | GTE | GTE | ... |      a GTE names the sector of a grain; 0 and 1 have meanings of their own
+    | GDE0 | ----------------> | GTE | GTE | ... |      a GTE names the sector of a grain; 0 and 1 have meanings of
+    their own
     | GDE1 | --- 0: no table   +-----+-----+-----+
     +------+
 
-Invariants: tables are read on demand and only a bounded number stays in memory; a changed table stays there until `write_back`
-has stored it, and every reader sees it meanwhile.
+Invariants: tables are read on demand and only a bounded number stays in memory; a changed table stays there until
+`write_back` has stored it, and every reader sees it meanwhile.
 """
 
 from __future__ import annotations

@@ -1,0 +1,96 @@
+"""What the image commands share: qemu-img's options for opening, and the opening itself."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.units import parse_size
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.chain.disk import Disk
+
+
+def add_open_options(parser: argparse.ArgumentParser, *, raw: bool = False) -> None:
+    """Add the options of a command that opens images: `-U`, `--allow-dir`, `-q`, and `-f` where `raw` may be read."""
+    kinds = "vmdk (default) or raw; raw is never guessed" if raw else "vmdk"
+    parser.add_argument(
+        "-f", "--format", dest="format", default="vmdk", metavar="FMT", help=f"format of the image: {kinds}"
+    )
+    parser.add_argument(
+        "-U", "--force-share", action="store_true", help="open the image even while another process writes it"
+    )
+    add_quiet(parser)
+    add_allow_dir(parser)
+
+
+def add_allow_dir(parser: argparse.ArgumentParser) -> None:
+    """Add `--allow-dir`, the folders outside an image's own where its parents and extents may be."""
+    parser.add_argument(
+        "--allow-dir",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="follow parents and extents into DIR too, not only beside the image (may be repeated)",
+    )
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Add `-q`."""
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+
+
+def add_progress(parser: argparse.ArgumentParser) -> None:
+    """Add `-p`."""
+    parser.add_argument("-p", "--progress", action="store_true", help="show progress")
+
+
+def need_vmdk(path: Path | str, image_format: str) -> None:
+    """Refuse any format but VMDK, in one line with the status of "not supported"."""
+    if image_format != "vmdk":
+        raise Unsupported(Path(path), f"format {image_format!r} is not supported here: only vmdk is")
+
+
+def open_disk(path: Path, image_format: str, args: argparse.Namespace) -> Disk:
+    """Open an image for reading in the format that the user named.
+
+    Raises:
+        Unsupported: the format is neither vmdk nor raw; and all that `open_chain` raises.
+    """
+    if image_format == "raw":
+        from qemu_vmdk_snap.chain.disk import RawDisk
+
+        return RawDisk(path, lock=not args.force_share)
+    need_vmdk(path, image_format)
+    from qemu_vmdk_snap.chain.chain import open_chain
+
+    return open_chain(path, trusted_dirs=args.allow_dir, lock=not args.force_share)
+
+
+def split_options(words: list[str]) -> dict[str, str]:
+    """Return the `-o name=value,name=value` options of a command; a doubled comma is one comma of a value."""
+    options: dict[str, str] = {}
+    for word in words:
+        for part in word.replace(",,", "\0").split(","):
+            name, equals, value = part.replace("\0", ",").partition("=")
+            if name:
+                options[name] = value if equals else "on"
+    return options
+
+
+def as_bool(name: str, value: str) -> bool:
+    """Return what an on/off option says."""
+    if value not in ("on", "off", "yes", "no", "true", "false"):
+        raise InvalidRequest(f"-o {name}", f"{value!r} must be on or off")
+    return value in ("on", "yes", "true")
+
+
+def size_argument(text: str) -> int:
+    """Parse a size on the command line."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -1,0 +1,65 @@
+"""`image convert`: copy what a guest sees into a new image."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qemu_vmdk_snap.cli.image.common import add_open_options, add_progress, open_disk, size_argument, split_options
+from qemu_vmdk_snap.cli.image.create import parse_options
+from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.errors import Unsupported
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `image convert`."""
+    add_open_options(parser, raw=True)
+    parser.add_argument(
+        "-O", "--target-format", default="vmdk", metavar="FMT", help="format of the new image: vmdk (default) or raw"
+    )
+    parser.add_argument(
+        "-B", "--backing", type=Path, metavar="FILE", help="make an overlay on FILE that stores what differs from it"
+    )
+    parser.add_argument("-F", "--backing-format", default="vmdk", metavar="FMT", help="format of the base: vmdk")
+    parser.add_argument(
+        "-o", "--options", action="append", default=[], metavar="NAME=VALUE,...", help="options, as for create"
+    )
+    parser.add_argument(
+        "-S",
+        "--sparse-size",
+        type=size_argument,
+        default=0,
+        metavar="SIZE",
+        help="also leave out stored zeros, in units of SIZE (default 0: what the source stores is stored)",
+    )
+    for ignored in ("-t", "-T", "-m"):
+        parser.add_argument(ignored, dest=f"ignored{ignored}", metavar="X", help=argparse.SUPPRESS)
+    parser.add_argument("-W", dest="ignored_w", action="store_true", help=argparse.SUPPRESS)
+    add_progress(parser)
+    parser.add_argument("filename", type=Path)
+    parser.add_argument("output_filename", type=Path, help="the new image; nothing is ever overwritten")
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Convert, silently as qemu-img does."""
+    from qemu_vmdk_snap.ops.convert import convert
+
+    if args.target_format not in ("vmdk", "raw"):
+        raise Unsupported(args.output_filename, f"format {args.target_format!r} is not supported: vmdk and raw are")
+    if args.backing_format != "vmdk":
+        raise Unsupported(
+            args.output_filename, f"a base of format {args.backing_format!r} is not supported: only vmdk is"
+        )
+    words = split_options(args.options)
+    with open_disk(args.filename, args.format, args) as source:
+        report = convert(
+            source,
+            args.output_filename,
+            output_format=args.target_format,
+            options=parse_options(words) if words else None,
+            backing=args.backing,
+            sparse_size=args.sparse_size,
+            on_progress=ui.progress,
+        )
+    if ui.json_output:
+        ui.json({"filename": str(report.path), "virtual-size": report.capacity, "data-bytes": report.data})

@@ -1,0 +1,133 @@
+"""`image create`: an empty image, or an overlay on another."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+from qemu_vmdk_snap.cli.image.common import add_quiet, as_bool, need_vmdk, size_argument, split_options
+from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.ops.create import ImageOptions, create_image, create_overlay
+from qemu_vmdk_snap.units import parse_size
+
+OPTION_HELP: Final = {
+    "adapter_type": "virtual adapter type: ide (default), lsilogic, buslogic or legacyESX",
+    "backing_file": "file name of a base image",
+    "backing_fmt": "must be 'vmdk' if present",
+    "compat6": "VMDK version 6 image: hardware version 6 (on/off)",
+    "grain_size": "bytes allocated at once: a power of two from 4k to 1G (default 64k)",
+    "hwversion": "VMDK hardware version (default 4)",
+    "size": "virtual disk size",
+    "subformat": "monolithicSparse (default)",
+    "toolsversion": "VMware guest tools version",
+    "zeroed_grain": "let grains be marked as zeros (on/off)",
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `image create`."""
+    parser.add_argument("-f", "--format", default="vmdk", metavar="FMT", help="format of the new image: vmdk")
+    parser.add_argument(
+        "-b", "--backing", metavar="FILE", help="make an overlay on FILE, named as seen from the new image's folder"
+    )
+    parser.add_argument("-F", "--backing-format", metavar="FMT", help="format of the base: vmdk")
+    parser.add_argument("-u", "--unsafe", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "-o", "--options", action="append", default=[], metavar="NAME=VALUE,...", help="options; `-o help` lists them"
+    )
+    add_quiet(parser)
+    parser.add_argument("filename", type=Path, help="the new image; nothing is ever overwritten")
+    parser.add_argument(
+        "size", nargs="?", type=size_argument, help="guest bytes, with suffix K, M, G, T; an overlay has its base's"
+    )
+
+
+def run(args: argparse.Namespace, ui: Ui) -> int | None:
+    """Make the image and say what was made, as qemu-img does."""
+    need_vmdk(args.filename, args.format)
+    words = split_options(args.options)
+    if "help" in words or "?" in words:
+        return _list_options(ui)
+    backing = words.pop("backing_file", None) or args.backing
+    need_vmdk(backing or args.filename, words.pop("backing_fmt", None) or args.backing_format or "vmdk")
+    size = _size(words.pop("size")) if "size" in words else args.size
+    if args.unsafe:
+        raise Unsupported(args.filename, "-u: an overlay has to record its base's CID, so the base is opened")
+    if backing is None:
+        if size is None:
+            raise InvalidRequest(args.filename, "an image needs a size (or a base: -b)")
+        create_image(args.filename, size, options=parse_options(words))
+    else:
+        base = args.filename.parent / backing
+        create_overlay(args.filename, base, hint=backing, size=size, options=parse_options(words) if words else None)
+    _report(args.filename, ui)
+    return None
+
+
+def parse_options(words: dict[str, str]) -> ImageOptions:
+    """Return the image options that `-o` words name.
+
+    Raises:
+        InvalidRequest: an unknown name, or a value that cannot be.
+        Unsupported: a subformat that cannot be written.
+    """
+    unknown = sorted(set(words) - set(OPTION_HELP))
+    if unknown:
+        raise InvalidRequest(f"-o {unknown[0]}", f"no such option (known: {', '.join(OPTION_HELP)})")
+    subformat = words.get("subformat", "monolithicSparse")
+    if subformat != "monolithicSparse":
+        raise Unsupported(Path("-o subformat"), f"{subformat!r} is not supported yet: only monolithicSparse is")
+    compat6 = as_bool("compat6", words.get("compat6", "off"))
+    if compat6 and "hwversion" in words:
+        raise InvalidRequest("-o compat6", "cannot go with hwversion")
+    return ImageOptions(
+        grain_size=_size(words.get("grain_size", "64k")),
+        adapter_type=words.get("adapter_type", "ide"),
+        hwversion="6" if compat6 else words.get("hwversion", "4"),
+        toolsversion=words.get("toolsversion"),
+        zeroed_grain=as_bool("zeroed_grain", words.get("zeroed_grain", "off")),
+    )
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise InvalidRequest("-o", str(error)) from None
+
+
+def _list_options(ui: Ui) -> int:
+    ui.text("Supported options:")
+    for name, text in OPTION_HELP.items():
+        ui.text(f"  {name:<16} - {text}")
+    return 0
+
+
+def _report(path: Path, ui: Ui) -> None:
+    if ui.quiet:
+        return
+    from qemu_vmdk_snap.chain.link import read_descriptor
+    from qemu_vmdk_snap.storage.blockfile import PosixFile
+    from qemu_vmdk_snap.units import sector_bytes
+
+    file = PosixFile.open(path)
+    try:
+        descriptor, _ = read_descriptor(file)
+    finally:
+        file.close()
+    size = sector_bytes(descriptor.sectors)
+    if ui.json_output:
+        ui.json(
+            {
+                "filename": str(path),
+                "format": "vmdk",
+                "virtual-size": size,
+                "cid": descriptor.cid,
+                "backing-filename": descriptor.parent_hint,
+            }
+        )
+        return
+    backing = f" backing_file={descriptor.parent_hint} backing_fmt=vmdk" if descriptor.parent_hint else ""
+    ui.text(f"Formatting '{path}', fmt=vmdk size={size}{backing} subformat={descriptor.create_type}")

@@ -1,0 +1,107 @@
+"""`image info`: what an image is, or every image of its chain."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap.cli.image.common import add_open_options, need_vmdk
+from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.units import format_size
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.ops.info import ImageInfo
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `image info`."""
+    add_open_options(parser)
+    parser.add_argument(
+        "--backing-chain", action="store_true", help="tell about every image of the chain, the top first"
+    )
+    parser.add_argument("filename", type=Path)
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Show what the image is, with qemu-img's words and JSON keys."""
+    from qemu_vmdk_snap.ops.info import chain_info, image_info
+
+    need_vmdk(args.filename, args.format)
+    lock = not args.force_share
+    if args.backing_chain:
+        images = chain_info(args.filename, trusted_dirs=args.allow_dir, lock=lock)
+    else:
+        images = [image_info(args.filename, trusted_dirs=args.allow_dir, lock=lock)]
+    if ui.json_output:
+        values = [_as_json(image) for image in images]
+        ui.json(values if args.backing_chain else values[0])
+        return
+    for i, image in enumerate(images):
+        if i:
+            ui.text()
+        for line in _as_text(image):
+            ui.text(line)
+
+
+def _as_json(image: ImageInfo) -> dict[str, object]:
+    value: dict[str, object] = {
+        "virtual-size": image.virtual_size,
+        "filename": str(image.path),
+        "cluster-size": image.grain_bytes,
+        "format": "vmdk",
+        "actual-size": image.actual_size,
+        "format-specific": {
+            "type": "vmdk",
+            "data": {
+                "cid": image.cid,
+                "parent-cid": image.parent_cid,
+                "create-type": image.create_type,
+                "extents": [
+                    {
+                        "virtual-size": extent.virtual_size,
+                        "filename": str(extent.path) if extent.path else None,
+                        "cluster-size": extent.grain_bytes,
+                        "format": extent.type,
+                    }
+                    for extent in image.extents
+                ],
+            },
+        },
+        "dirty-flag": False,
+    }
+    if image.hint is not None:
+        value["backing-filename"] = image.hint
+        value["backing-filename-format"] = "vmdk"
+        value["full-backing-filename"] = str(image.parent) if image.parent else None
+    return value
+
+
+def _as_text(image: ImageInfo) -> list[str]:
+    lines = [
+        f"image: {image.path}",
+        "file format: vmdk",
+        f"virtual size: {format_size(image.virtual_size)} ({image.virtual_size} bytes)",
+        f"disk size: {format_size(image.actual_size)}",
+        f"cluster_size: {image.grain_bytes}",
+    ]
+    if image.hint is not None:
+        missing = "" if image.parent else " (not found, or not in a folder that may be opened)"
+        actual = f" (actual path: {image.parent})" if image.parent and str(image.parent) != image.hint else missing
+        lines += [f"backing file: {image.hint}{actual}", "backing file format: vmdk"]
+    lines += [
+        "Format specific information:",
+        f"    cid: {image.cid:08x}",
+        f"    parent cid: {image.parent_cid:08x}",
+        f"    create type: {image.create_type}",
+        "    extents:",
+    ]
+    for i, extent in enumerate(image.extents):
+        lines += [
+            f"        [{i}]:",
+            f"            virtual size: {extent.virtual_size}",
+            f"            filename: {extent.path or '(none)'}",
+            f"            cluster size: {extent.grain_bytes}",
+            f"            format: {extent.type}",
+        ]
+    return lines

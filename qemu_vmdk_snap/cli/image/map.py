@@ -1,0 +1,85 @@
+"""`image map`: which file stores which part of the guest's disk."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap.cli.image.common import add_open_options, open_disk, size_argument
+from qemu_vmdk_snap.cli.ui import Ui
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.chain.chain import Chain
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `image map`."""
+    add_open_options(parser)
+    parser.add_argument("-s", "--start-offset", type=size_argument, default=0, metavar="OFFSET", help="where to begin")
+    parser.add_argument("-l", "--max-length", type=size_argument, metavar="LENGTH", help="how much to tell about")
+    parser.add_argument("filename", type=Path)
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Show the map with qemu-img's columns, or its JSON keys."""
+    from qemu_vmdk_snap.chain.chain import Chain
+    from qemu_vmdk_snap.cli.image.common import need_vmdk
+
+    need_vmdk(args.filename, args.format)
+    with open_disk(args.filename, "vmdk", args) as chain:
+        assert isinstance(chain, Chain)
+        length = chain.capacity - args.start_offset
+        if args.max_length is not None:
+            length = min(length, args.max_length)
+        if ui.json_output:
+            _write_json(chain, args.start_offset, length)
+        else:
+            _write_text(chain, args.start_offset, length, ui)
+
+
+def _write_json(chain: Chain, offset: int, length: int) -> None:
+    """Write one object a line as qemu-img does; straight from the rows, as there may be millions."""
+    before = "["
+    for lines in _json_lines(chain, offset, length):
+        sys.stdout.write(before + ",\n".join(lines))
+        before = ",\n"
+    sys.stdout.write("]\n" if before != "[" else "[]\n")
+
+
+def _json_lines(chain: Chain, offset: int, length: int) -> Iterator[list[str]]:
+    from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, NO_SOURCE, ZERO
+
+    base = chain.depth - 1
+    depths = [source.depth for source in chain.sources]
+    lines: list[str] = []
+    for start, size, kind, source, file_offset in chain.rows(offset, length):
+        depth = base if source == NO_SOURCE else depths[source]
+        if kind == DATA:
+            tail = f'"present": true, "zero": false, "data": true, "offset": {file_offset}'
+        elif kind == COMPRESSED:
+            tail = '"present": true, "zero": false, "data": true, "compressed": true'
+        elif kind == ZERO and source != NO_SOURCE:
+            tail = '"present": true, "zero": true, "data": false'
+        else:
+            tail = '"present": false, "zero": true, "data": false'
+        lines.append(f'{{ "start": {start}, "length": {size}, "depth": {depth}, {tail}}}')
+        if len(lines) == 1 << 16:
+            yield lines
+            lines = []
+    if lines:
+        yield lines
+
+
+def _write_text(chain: Chain, offset: int, length: int, ui: Ui) -> None:
+    ui.text(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
+    for run in chain.map(offset, length):
+        if run.path is not None:
+            where = "compressed" if run.compressed else f"{run.file_offset or 0:#x}"
+            ui.text(f"{_hex(run.offset):<16}{_hex(run.length):<16}{where:<16}{run.path}")
+
+
+def _hex(value: int) -> str:
+    return f"{value:#x}" if value else "0"

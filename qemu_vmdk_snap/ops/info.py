@@ -1,0 +1,98 @@
+"""What an image is: its size, kind, CIDs, parent and extents, without opening its parents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu_vmdk_snap.chain.chain import open_chain
+from qemu_vmdk_snap.chain.link import Link, open_link
+from qemu_vmdk_snap.chain.resolver import confined
+from qemu_vmdk_snap.errors import CorruptChain
+from qemu_vmdk_snap.storage.blockfile import open_posix
+
+
+@dataclass(frozen=True, slots=True)
+class ExtentInfo:
+    """One extent; sizes in bytes."""
+
+    virtual_size: int
+    path: Path | None
+    """None for an extent without a file."""
+    type: str
+    grain_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """One image; sizes in bytes."""
+
+    path: Path
+    virtual_size: int
+    actual_size: int
+    """What its files take on disk."""
+    grain_bytes: int
+    create_type: str
+    cid: int
+    parent_cid: int
+    hint: str | None
+    parent: Path | None
+    """Where the hint leads, or None: there is no parent, it does not exist, or it may not be opened."""
+    extents: tuple[ExtentInfo, ...]
+
+
+def image_info(path: Path | str, *, trusted_dirs: Sequence[Path | str] = (), lock: bool = True) -> ImageInfo:
+    """Return what the image at `path` is; its parents are not opened, and need not exist.
+
+    Raises:
+        FormatError, Unsupported, LockBusy, CorruptChain (an extent is missing), OSError: as `open_chain`.
+    """
+    link = open_link(Path(path), opener=open_posix, writable=False, resolver=confined(trusted_dirs), lock=lock)
+    try:
+        return _describe(link, trusted_dirs)
+    finally:
+        link.close()
+
+
+def chain_info(path: Path | str, *, trusted_dirs: Sequence[Path | str] = (), lock: bool = True) -> list[ImageInfo]:
+    """Return the images of the whole chain, the top first; a CID that does not fit is for `check` to tell.
+
+    Raises:
+        CorruptChain: a parent is missing, may not be opened, or the chain is a loop; and all that `image_info` raises.
+    """
+    with open_chain(path, trusted_dirs=trusted_dirs, lock=lock, check_cids=False) as chain:
+        return [_describe(link, trusted_dirs) for link in chain.links]
+
+
+def _describe(link: Link, trusted_dirs: Sequence[Path | str]) -> ImageInfo:
+    extents = tuple(
+        ExtentInfo(
+            placed.extent.capacity,
+            placed.extent.file.path if placed.extent.file else None,
+            line.type,
+            placed.extent.grain_bytes,
+        )
+        for placed, line in zip(link.extents, link.descriptor.extents, strict=False)
+    )
+    return ImageInfo(
+        path=link.path,
+        virtual_size=link.capacity,
+        actual_size=sum(file.path.stat().st_blocks * 512 for file in link.files),
+        grain_bytes=link.grain_bytes,
+        create_type=link.descriptor.create_type,
+        cid=link.cid,
+        parent_cid=link.parent_cid,
+        hint=link.hint,
+        parent=_parent(link, trusted_dirs),
+        extents=extents,
+    )
+
+
+def _parent(link: Link, trusted_dirs: Sequence[Path | str]) -> Path | None:
+    if link.hint is None:
+        return None
+    try:
+        return confined(trusted_dirs)(link.path, link.hint, "parent")
+    except CorruptChain:
+        return None
