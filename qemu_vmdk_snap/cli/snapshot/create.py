@@ -1,0 +1,114 @@
+"""`snapshot create`: freeze the VMDK disks of a domain, and let it go on in new overlays."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
+from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.domain.snapshot import SnapshotReport
+
+
+class DiskSpec(NamedTuple):
+    """One `--diskspec`."""
+
+    disk: str
+    takes_part: bool | None
+    """None: as the domain's XML says."""
+    overlay: Path | None
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_domain(parser)
+    parser.add_argument(
+        "snapshotname", metavar="NAME", nargs="?", help="name of the snapshot (default: seconds since 1970)"
+    )
+    parser.add_argument("--name", help="the same, as virsh snapshot-create-as has it")
+    parser.add_argument("--description", metavar="TEXT", help="description of the snapshot")
+    parser.add_argument("--disk-only", action="store_true", help="no memory; a shut-off domain has none to save anyway")
+    parser.add_argument(
+        "--diskspec",
+        metavar="DISK[,snapshot=no|external][,file=PATH]",
+        action="append",
+        default=[],
+        help="how one disk (target or file) takes part; a comma in PATH is doubled; may be repeated",
+    )
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Take the snapshot and say what was done."""
+    from qemu_vmdk_snap.domain.connect import connection
+    from qemu_vmdk_snap.domain.snapshot import create_snapshot
+
+    if args.name is not None and args.snapshotname not in (None, args.name):
+        raise InvalidRequest(f"snapshot names {args.snapshotname!r} and {args.name!r}", "give one")
+    specs = [parse_diskspec(text) for text in args.diskspec]
+    with connection(args.connect) as conn:
+        report = create_snapshot(
+            conn,
+            args.domain,
+            args.snapshotname if args.name is None else args.name,
+            args.description,
+            required=[spec.disk for spec in specs if spec.takes_part],
+            exclude=[spec.disk for spec in specs if spec.takes_part is False],
+            overlays={spec.disk: spec.overlay for spec in specs if spec.overlay is not None},
+        )
+    tell_recovery(report.recovered, ui)
+    if ui.json_output:
+        ui.json(as_json(report))
+        return
+    ui.text(f"Domain snapshot {report.snapshot} created")
+    for disk in report.disks:
+        ui.text(f"  {disk.target}: {disk.overlay} on {disk.frozen} (chain of {len(disk.chain) + 1})")
+    for target, reason in report.skipped:
+        ui.text(f"  {target}: not part of it: {reason}")
+
+
+def parse_diskspec(text: str) -> DiskSpec:
+    """Return what a `--diskspec` says, in virsh's syntax.
+
+    Raises:
+        InvalidRequest: it says something that is not known, or that VMDK disks cannot do.
+    """
+    disk, *settings = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
+    takes_part: bool | None = None
+    overlay: Path | None = None
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key == "snapshot" and value in ("no", "external"):
+            takes_part = value == "external"
+        elif key == "file" and value:
+            overlay = Path(value)
+        elif (key, value) not in (("driver", "vmdk"), ("stype", "file")):
+            raise InvalidRequest(f"diskspec {text!r}", f"{setting!r} is not possible for a VMDK disk")
+    if not disk:
+        raise InvalidRequest(f"diskspec {text!r}", "must begin with a disk")
+    if takes_part is False and overlay is not None:
+        raise InvalidRequest(f"diskspec {text!r}", "snapshot=no leaves no use for file=")
+    return DiskSpec(disk, takes_part, overlay)
+
+
+def as_json(report: SnapshotReport) -> dict[str, object]:
+    """Return the report for programs."""
+    return {
+        "domain": report.domain,
+        "snapshot": report.snapshot,
+        "creation-time": report.creation_time,
+        "parent": report.parent,
+        "disks": [
+            {
+                "target": disk.target,
+                "frozen": str(disk.frozen),
+                "overlay": str(disk.overlay),
+                "chain": [str(disk.overlay), *map(str, disk.chain)],
+            }
+            for disk in report.disks
+        ],
+        "skipped": [{"target": target, "reason": reason} for target, reason in report.skipped],
+    }

@@ -1,0 +1,68 @@
+"""`snapshot list`: the snapshots of a domain, as a table, as names, or as a tree."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap.cli.snapshot.info import as_json
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
+from qemu_vmdk_snap.cli.ui import Ui
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.domain.registry import SnapshotInfo
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_domain(parser)
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--tree", action="store_true", help="draw the tree of the snapshots")
+    shape.add_argument("--name", action="store_true", help="names only")
+    shape.add_argument("--parent", action="store_true", help="add a column with the parent")
+    parser.add_argument("--roots", action="store_true", help="only snapshots without a parent")
+    parser.add_argument("--leaves", action="store_true", help="only snapshots without children")
+    parser.add_argument("--current", action="store_true", help="only children of the current snapshot")
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Show the snapshots."""
+    from qemu_vmdk_snap.domain.connect import connection
+    from qemu_vmdk_snap.domain.recovery import recover_by_name
+    from qemu_vmdk_snap.domain.registry import list_snapshots, tree_lines
+
+    with connection(args.connect) as conn:
+        tell_recovery(recover_by_name(conn, args.domain), ui)
+        snapshots = _wanted(list_snapshots(conn, args.domain), args)
+    if ui.json_output:
+        ui.json([as_json(snapshot) for snapshot in snapshots])
+    elif args.tree:
+        for line in tree_lines(snapshots):
+            ui.text(line)
+    elif args.name:
+        for snapshot in snapshots:
+            ui.text(snapshot.name)
+    else:
+        _table(snapshots, args.parent, ui)
+
+
+def _wanted(snapshots: Sequence[SnapshotInfo], args: argparse.Namespace) -> list[SnapshotInfo]:
+    current = next((snapshot.name for snapshot in snapshots if snapshot.current), None)
+    return [
+        snapshot
+        for snapshot in snapshots
+        if not (args.roots and snapshot.parent is not None)
+        and not (args.leaves and snapshot.children)
+        and not (args.current and (current is None or snapshot.parent != current))
+    ]
+
+
+def _table(snapshots: Sequence[SnapshotInfo], with_parent: bool, ui: Ui) -> None:
+    header = ["Name", "Creation Time", "State", *(["Parent"] if with_parent else [])]
+    rows = []
+    for snapshot in snapshots:
+        created = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(snapshot.creation_time))
+        rows.append([snapshot.name, created, snapshot.state, *([snapshot.parent or ""] if with_parent else [])])
+    ui.table(header, rows)

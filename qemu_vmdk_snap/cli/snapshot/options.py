@@ -1,0 +1,31 @@
+"""What the snapshot commands share: the connection, and how a recovery is told."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap.cli.ui import Ui
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.domain.recovery import Recovery
+
+
+def add_domain(parser: argparse.ArgumentParser) -> None:
+    """Add the connection and the domain, as virsh has them."""
+    parser.add_argument(
+        "-c",
+        "--connect",
+        metavar="URI",
+        help="libvirt connection (default: LIBVIRT_DEFAULT_URI, or libvirt's own); qemu:///embed?root=/DIR: no daemon",
+    )
+    parser.add_argument("domain", metavar="DOMAIN", help="name, id or UUID of the domain")
+
+
+def tell_recovery(recovery: Recovery | None, ui: Ui) -> None:
+    """Say on standard error that an unfinished snapshot was settled first."""
+    if recovery is None:
+        return
+    what = "was finished" if recovery.finished else "was taken back"
+    left = f"; left in place: {', '.join(map(str, recovery.left))}" if recovery.left else ""
+    ui.warn(f"domain {recovery.domain}: the interrupted snapshot {recovery.snapshot!r} {what}{left}")

@@ -1,0 +1,1 @@
+"""The libvirt plugin: snapshots of the VMDK disks of domains, registered in libvirt's own metadata."""

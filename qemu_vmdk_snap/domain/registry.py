@@ -1,0 +1,179 @@
+"""What libvirt's own snapshot metadata knows, with what the files on disk say to it. There is no other registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import qemu_vmdk_snap as engine
+from qemu_vmdk_snap.domain import xml
+from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
+from qemu_vmdk_snap.domain.plan import volume_resolver
+from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
+
+if TYPE_CHECKING:
+    import libvirt
+
+
+@dataclass(frozen=True, slots=True)
+class DiskState:
+    """One disk of a snapshot, as the XML has it and as it is on disk now."""
+
+    target: str
+    mode: str
+    """`external`, `internal`, `manual` or `no`, in libvirt's words."""
+    overlay: Path | None
+    """What was put on top when the snapshot was made."""
+    frozen: Path | None
+    """The file that holds the disk as it was."""
+    frozen_bytes: int | None
+    """What the frozen file takes up on its file system; None when it is missing or has no part in the snapshot."""
+    overlay_bytes: int | None
+    depth: int | None
+    """How many links the disk as it was has; None when its chain cannot be opened."""
+    missing: tuple[Path, ...]
+    problem: str | None
+    """Why the frozen chain cannot be read, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """One snapshot of a domain."""
+
+    domain: str
+    name: str
+    creation_time: int
+    """Seconds since 1970."""
+    state: str
+    parent: str | None
+    children: tuple[str, ...]
+    descendants: int
+    current: bool
+    description: str | None
+    memory: str
+    disks: tuple[DiskState, ...]
+
+    @property
+    def location(self) -> str:
+        """Return `external` or `internal`, as virsh's snapshot-info decides it."""
+        modes = {disk.mode for disk in self.disks} | {self.memory}
+        return "external" if "external" in modes else "internal"
+
+
+def list_snapshots(conn: libvirt.virConnect, domain_name: str) -> list[SnapshotInfo]:
+    """Return every snapshot of the domain, whoever made it, in virsh's order: by name, whatever the case.
+
+    Raises:
+        DomainError: there is no such domain, or libvirt cannot tell.
+    """
+    domain = find_domain(conn, domain_name)
+    name = domain.name()
+    volume_path = volume_resolver(conn, name)
+    with libvirt_errors(name, "list its snapshots"):
+        parsed = [xml.parse_snapshot(s.getXMLDesc(0), volume_path) for s in domain.listAllSnapshots()]
+        current = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
+    parsed.sort(key=lambda snapshot: (snapshot.name.casefold(), snapshot.name))
+    return [_info(name, snapshot, parsed, current) for snapshot in parsed]
+
+
+def snapshot_info(conn: libvirt.virConnect, domain_name: str, snapshot: str | None = None) -> SnapshotInfo:
+    """Return one snapshot of the domain, the current one if none is named.
+
+    Raises:
+        DomainError: the domain has no such snapshot, or no current one.
+    """
+    for info in list_snapshots(conn, domain_name):
+        if info.name == snapshot or (snapshot is None and info.current):
+            return info
+    raise DomainError(domain_name, "has no current snapshot" if snapshot is None else f"has no snapshot {snapshot!r}")
+
+
+def tree_lines(snapshots: Sequence[SnapshotInfo]) -> Iterator[str]:
+    """Yield the tree of the snapshots as virsh draws it; one whose parent is not among them is a root."""
+    names = {snapshot.name for snapshot in snapshots}
+    for snapshot in snapshots:
+        if snapshot.parent not in names:
+            yield snapshot.name
+            yield from _branch(snapshot, snapshots, "")
+            yield ""
+
+
+def _branch(snapshot: SnapshotInfo, snapshots: Sequence[SnapshotInfo], indent: str) -> Iterator[str]:
+    children = [child for child in snapshots if child.parent == snapshot.name]
+    if children:
+        yield f"{indent}  |"
+    for child in children:
+        last = child is children[-1]
+        yield f"{indent}  +- {child.name}"
+        below = indent + ("   " if last else "  |") + " "
+        yield from _branch(child, snapshots, below)
+        if not last and any(other.parent == child.name for other in snapshots):
+            yield f"{indent}  |"
+
+
+def _info(
+    domain: str, snapshot: xml.SnapshotXml, everyone: Sequence[xml.SnapshotXml], current: str | None
+) -> SnapshotInfo:
+    return SnapshotInfo(
+        domain=domain,
+        name=snapshot.name,
+        creation_time=snapshot.creation_time,
+        state=snapshot.state,
+        parent=snapshot.parent,
+        children=tuple(other.name for other in everyone if other.parent == snapshot.name),
+        descendants=len(_descendants(snapshot.name, everyone)),
+        current=snapshot.name == current,
+        description=snapshot.description,
+        memory=snapshot.memory,
+        disks=tuple(_disk_state(disk) for disk in snapshot.disks),
+    )
+
+
+def _descendants(name: str, everyone: Sequence[xml.SnapshotXml]) -> set[str]:
+    found: set[str] = set()
+    frontier = {name}
+    while frontier:
+        frontier = {other.name for other in everyone if other.parent in frontier} - found
+        found |= frontier
+    return found
+
+
+def _disk_state(disk: xml.SnapshotDisk) -> DiskState:
+    if disk.mode != "external" or disk.frozen is None:
+        return DiskState(disk.target, disk.mode, disk.overlay, disk.frozen, None, None, None, (), None)
+    files = [path for path in (disk.frozen, disk.overlay) if path is not None]
+    depth, problem = _depth(disk)
+    return DiskState(
+        target=disk.target,
+        mode=disk.mode,
+        overlay=disk.overlay,
+        frozen=disk.frozen,
+        frozen_bytes=_allocated(disk.frozen),
+        overlay_bytes=None if disk.overlay is None else _allocated(disk.overlay),
+        depth=depth,
+        missing=tuple(path for path in files if not path.exists()),
+        problem=problem,
+    )
+
+
+def _depth(disk: xml.SnapshotDisk) -> tuple[int | None, str | None]:
+    """Return the number of links of the frozen chain, or why it cannot be told."""
+    if disk.frozen is None:
+        return None, None
+    try:
+        # Without locks: a guest may be writing to the overlay above, never to these links.
+        with engine.open_chain(disk.frozen, trusted_dirs=[path.parent for path in disk.backing], lock=False) as chain:
+            return chain.depth, None
+    except VmdkSnapError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"{error.filename or disk.frozen}: {error.strerror}"
+
+
+def _allocated(path: Path) -> int | None:
+    try:
+        return path.stat().st_blocks * 512  # st_blocks counts 512 bytes whatever the file system's block is
+    except OSError:
+        return None

@@ -1,0 +1,269 @@
+"""Domain and snapshot XML, as pure functions from text to text.
+
+A changed domain is spliced, not rewritten: only the `<disk>` elements that change are replaced in the text, so that
+everything else (namespaces, qemu:commandline, metadata of other programs) stays byte for byte what libvirt gave us.
+Sources: libvirt's formatdomain.html (disks, backingStore) and formatsnapshot.html.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+from xml.parsers import expat
+from xml.sax.saxutils import escape, quoteattr
+
+VolumePath = Callable[[str, str], Path]
+"""(pool, volume) -> the file of a storage volume."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """One disk of a domain. `refusal` says why it can take no part in a snapshot; None when it can."""
+
+    target: str
+    path: Path | None
+    """Its file: the top of the chain. None where there is none (network, an empty drive)."""
+    backing: tuple[Path, ...] = ()
+    """The files below it, as far as the XML spells them out, nearest first."""
+    closed: bool = False
+    """Whether the XML spells out the chain down to its end."""
+    refusal: str | None = None
+    opted_out: bool = False
+    """Whether the domain says `snapshot='no'` of it: then it takes part only when it is named."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotDisk:
+    """One disk in the XML of a snapshot."""
+
+    target: str
+    mode: str
+    """`external`, `internal`, `manual` or `no`."""
+    overlay: Path | None
+    """The file that was put on top of the frozen one."""
+    frozen: Path | None
+    """The file that the domain had when the snapshot was made."""
+    backing: tuple[Path, ...] = ()
+    """The files below the frozen one, as far as the domain's XML spelt them out."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotXml:
+    """What the XML of a snapshot says."""
+
+    name: str
+    state: str
+    creation_time: int
+    """Seconds since 1970."""
+    description: str | None = None
+    parent: str | None = None
+    memory: str = "no"
+    disks: tuple[SnapshotDisk, ...] = field(default=())
+
+
+class NewTop(NamedTuple):
+    """How a disk changes: its new top, and the files of the chain below it, nearest first."""
+
+    overlay: Path
+    chain: Sequence[Path]
+
+
+def list_disks(domain_xml: str, volume_path: VolumePath | None = None) -> list[Disk]:
+    """Return every disk of the domain, in the order of the XML; those that can take no part say why."""
+    return [_read_disk(element, volume_path) for element in ET.fromstring(domain_xml).findall("./devices/disk")]
+
+
+def stack(domain_xml: str, tops: Mapping[str, NewTop]) -> str:
+    """Return the XML with a new top on the disks named by target, and the whole chain below it spelt out.
+
+    libvirt refuses to start a VMDK chain of three and more links unless the format of each is in the XML.
+
+    Raises:
+        KeyError: the domain has no disk with such a target.
+    """
+    raw = domain_xml.encode()
+    missing = dict(tops)
+    pieces, last = [], 0
+    for start, end in _disk_spans(raw):
+        element = ET.fromstring(raw[start:end])
+        top = missing.pop(_target(element), None)
+        if top is not None:
+            pieces += [raw[last:start], _stacked(element, top, raw[:start])]
+            last = end
+    if missing:
+        raise KeyError(next(iter(missing)))
+    return b"".join([*pieces, raw[last:]]).decode()
+
+
+def snapshot_xml(snapshot: SnapshotXml, domain_xml: str) -> str:
+    """Return the XML that registers `snapshot`, with the domain as it was inside."""
+    lines = ["<domainsnapshot>", f"  <name>{escape(snapshot.name)}</name>"]
+    if snapshot.description is not None:
+        lines.append(f"  <description>{escape(snapshot.description)}</description>")
+    lines.append(f"  <state>{snapshot.state}</state>")
+    if snapshot.parent is not None:
+        lines.append(f"  <parent><name>{escape(snapshot.parent)}</name></parent>")
+    lines += [
+        f"  <creationTime>{snapshot.creation_time}</creationTime>",
+        f"  <memory snapshot='{snapshot.memory}'/>",
+        "  <disks>",
+    ]
+    for disk in snapshot.disks:
+        head = f"    <disk name={quoteattr(disk.target)} snapshot={quoteattr(disk.mode)}"
+        if disk.overlay is None:
+            lines.append(f"{head}/>")
+            continue
+        source = quoteattr(str(disk.overlay))
+        lines.append(f"{head} type='file'><driver type='vmdk'/><source file={source}/></disk>")
+    lines += ["  </disks>", domain_xml.strip(), "</domainsnapshot>", ""]
+    return "\n".join(lines)
+
+
+def parse_snapshot(text: str, volume_path: VolumePath | None = None) -> SnapshotXml:
+    """Return what the XML of a snapshot says, whoever made the snapshot."""
+    root = ET.fromstring(text)
+    domain = root.find("domain")
+    disks = [] if domain is None else domain.findall("./devices/disk")
+    frozen = {_target(element): (_file_of(element, volume_path), tuple(_backing(element)[0])) for element in disks}
+    memory = root.find("memory")
+    return SnapshotXml(
+        name=root.findtext("name", ""),
+        state=root.findtext("state", "shutoff"),
+        creation_time=int(root.findtext("creationTime", "0")),
+        description=root.findtext("description"),
+        parent=root.findtext("parent/name"),
+        memory="no" if memory is None else memory.get("snapshot", "no"),
+        disks=tuple(_snapshot_disk(element, frozen) for element in root.findall("./disks/disk")),
+    )
+
+
+def files_in(text: str) -> set[Path]:
+    """Return every file that a domain's or snapshot's XML names as the source of a disk, at any depth."""
+    sources = ET.fromstring(text).iterfind(".//source[@file]")
+    return {Path(source.attrib["file"]) for source in sources}
+
+
+def _read_disk(element: ET.Element, volume_path: VolumePath | None) -> Disk:
+    path = _file_of(element, volume_path)
+    backing, closed = _backing(element)
+    return Disk(
+        _target(element), path, tuple(backing), closed, _refusal(element, path), element.get("snapshot") == "no"
+    )
+
+
+def _refusal(element: ET.Element, path: Path | None) -> str | None:
+    kind, device = element.get("type", ""), element.get("device", "disk")
+    driver = element.find("driver")
+    image_format = "raw" if driver is None else driver.get("type", "raw")
+    source = element.find("source")
+    reasons = (
+        (device != "disk", f"is a {device}, not a disk"),
+        (kind not in ("file", "volume"), f"is of type {kind!r}, not a file"),
+        (image_format != "vmdk", f"has the format {image_format}, not vmdk"),
+        (path is None, "has no file"),
+        (element.find("readonly") is not None, "is read-only"),
+        (element.find("shareable") is not None, "is shared with other domains"),
+        (element.find("transient") is not None, "is transient: its changes are thrown away at shutdown"),
+        (path is not None and not path.is_absolute(), "has a relative path"),
+        (element.find(".//encryption") is not None, "is encrypted"),
+        (source is not None and source.find("slices") is not None, "is a slice of a file"),
+    )
+    return next((reason for holds, reason in reasons if holds), None)
+
+
+def _target(element: ET.Element) -> str:
+    target = element.find("target")
+    return "" if target is None else target.get("dev", "")
+
+
+def _file_of(element: ET.Element, volume_path: VolumePath | None) -> Path | None:
+    source = element.find("source")
+    if source is None:
+        return None
+    if element.get("type") == "volume" and volume_path is not None:
+        return volume_path(source.get("pool", ""), source.get("volume", ""))
+    name = source.get("file")
+    return Path(name) if name else None
+
+
+def _backing(element: ET.Element) -> tuple[list[Path], bool]:
+    """Return the files of the nested `<backingStore>` elements, and whether an empty one ends them."""
+    files: list[Path] = []
+    store = element.find("backingStore")
+    while store is not None and store.get("type") == "file":
+        source = store.find("source")
+        files.append(Path("" if source is None else source.get("file", "")))
+        store = store.find("backingStore")
+    return files, store is not None and not len(store) and store.get("type") is None
+
+
+def _disk_spans(raw: bytes) -> list[tuple[int, int]]:
+    """Return where in the text each `/domain/devices/disk` element begins and ends."""
+    path: list[str] = []
+    starts: list[int] = []
+    spans: list[tuple[int, int]] = []
+    parser = expat.ParserCreate()
+
+    def start(name: str, _attributes: dict[str, str]) -> None:
+        path.append(name)
+        if path == ["domain", "devices", "disk"]:
+            starts.append(parser.CurrentByteIndex)
+
+    def end(_name: str) -> None:
+        if path == ["domain", "devices", "disk"]:
+            at = parser.CurrentByteIndex
+            # Of `<disk/>` expat gives the same index for start and end; of `<disk>...</disk>` that of the end tag.
+            spans.append((starts[-1], raw.index(b">", at) + 1))
+        path.pop()
+
+    parser.StartElementHandler, parser.EndElementHandler = start, end
+    parser.Parse(raw, True)
+    return spans
+
+
+def _stacked(element: ET.Element, top: NewTop, before: bytes) -> bytes:
+    """Return the `<disk>` element with the new top, indented as the text before it."""
+    source = element.find("source")
+    if source is None:
+        raise KeyError(_target(element))
+    known, closed = _backing(element)
+    old_store = element.find("backingStore")
+    keep = closed and known == list(top.chain[1:])  # spelt out already: whatever it says of each file stays
+    below = old_store if keep else _chain_element(top.chain[1:])
+    store = ET.Element("backingStore", {"type": "file"})
+    ET.SubElement(store, "format", {"type": "vmdk"})
+    frozen = ET.SubElement(store, "source", {"file": str(top.chain[0])})
+    frozen.extend(source)  # labels given to the file by hand hold for the new top and for the frozen one
+    if old_store is not None:
+        element.remove(old_store)
+    if below is not None:
+        store.append(below)
+    element.set("type", "file")
+    for name in ("pool", "volume", "mode", "index"):
+        source.attrib.pop(name, None)
+    source.set("file", str(top.overlay))
+    element.insert(list(element).index(source) + 1, store)
+    margin = len(before) - len(before.rstrip(b" "))
+    element.tail = None
+    ET.indent(element, level=margin // 2)
+    return ET.tostring(element, encoding="unicode").encode()
+
+
+def _chain_element(chain: Sequence[Path]) -> ET.Element:
+    if not chain:
+        return ET.Element("backingStore")
+    store = ET.Element("backingStore", {"type": "file"})
+    ET.SubElement(store, "format", {"type": "vmdk"})
+    ET.SubElement(store, "source", {"file": str(chain[0])})
+    store.append(_chain_element(chain[1:]))
+    return store
+
+
+def _snapshot_disk(element: ET.Element, frozen: Mapping[str, tuple[Path | None, tuple[Path, ...]]]) -> SnapshotDisk:
+    target, mode = element.get("name", ""), element.get("snapshot", "external")
+    source = element.find("source")
+    name = None if source is None else source.get("file")
+    return SnapshotDisk(target, mode, Path(name) if name else None, *frozen.get(target, (None, ())))
