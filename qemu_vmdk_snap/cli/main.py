@@ -112,8 +112,9 @@ def _show_help(words: Sequence[str]) -> int:
         return exit_status.USAGE
     rows = [(f"{name} {command}", entry.help) for name, table in COMMANDS.items() for command, entry in table.items()]
     rows += [(name, entry.help) for name, entry in TOP_LEVEL.items()]
-    intro = f"usage: {PROGRAM} GROUP COMMAND ...\n\nSnapshots of VMDK disks under QEMU and libvirt, proven by booting a
-    guest." return _print_help(intro, rows, bool(words) and wanted)
+    purpose = "Snapshots of VMDK disks under QEMU and libvirt, proven by booting a guest."
+    intro = f"usage: {PROGRAM} GROUP COMMAND ...\n\n{purpose}"
+    return _print_help(intro, rows, bool(words) and wanted)
 
 
 def _print_help(intro: str, rows: Sequence[tuple[str, str]], wanted: bool) -> int:
