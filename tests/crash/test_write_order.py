@@ -97,7 +97,10 @@ def test_no_data_is_durable_under_the_old_cid(chain_files: dict[str, bytes], tmp
         except CidMismatch:
             refused += 1
 
-    assert cut_at_every_write(chain_files, write_some, tmp_path, told) > refused > 0
+    def write_in_place(chain: WritableChain) -> None:
+        chain.write_at(512, NEW * 1024)
+
+    assert cut_at_every_write(chain_files, write_in_place, tmp_path, told) > refused > 0
 
 
 def test_both_copies_of_the_tables_are_written(chain_files: dict[str, bytes]) -> None:
