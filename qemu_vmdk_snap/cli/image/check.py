@@ -1,0 +1,89 @@
+"""`image check`: exit status 0 where nothing is wrong, 2 for corruptions, 3 for leaked grains alone, 1 on an error."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap.cli.image.common import add_open_options, add_progress, need_vmdk
+from qemu_vmdk_snap.cli.ui import Ui
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.ops.check import CheckReport
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `image check`."""
+    add_open_options(parser)
+    parser.add_argument(
+        "--backing-chain", action="store_true", help="check the tables of every link, not of the top alone"
+    )
+    parser.add_argument("-T", "--src-cache", help=argparse.SUPPRESS)
+    add_progress(parser)
+    parser.add_argument("filename", type=Path)
+    parser.set_defaults(error_status=1)
+
+
+def run(args: argparse.Namespace, ui: Ui) -> int:
+    """Check and show what was found; notes do not change the exit status."""
+    from qemu_vmdk_snap.chain.resolver import confined
+    from qemu_vmdk_snap.ops.check import check_image
+
+    need_vmdk(args.filename, args.format)
+    report = check_image(
+        args.filename,
+        resolver=confined(args.allow_dir),
+        whole_chain=args.backing_chain,
+        lock=not args.force_share,
+        on_progress=ui.progress,
+    )
+    if ui.json_output:
+        ui.json(_as_json(report))
+    else:
+        _show(report, ui)
+    if report.corruptions:
+        return 2
+    return 3 if report.leaks else 0
+
+
+def _as_json(report: CheckReport) -> dict[str, object]:
+    """Return qemu-img's keys (these two only where they are not 0, as there), and our findings."""
+    answer: dict[str, object] = {"image-end-offset": report.end, "total-clusters": report.total, "check-errors": 0}
+    if report.corruptions:
+        answer["corruptions"] = report.corruptions
+    if report.leaks:
+        answer["leaks"] = report.leaks
+    answer |= {
+        "allocated-clusters": report.allocated,
+        "fragmented-clusters": report.fragmented,
+        "compressed-clusters": report.compressed,
+        "filename": str(report.path),
+        "format": "vmdk",
+        "chain-depth": report.depth,
+        "findings": [finding.as_json() for finding in report.findings],
+    }
+    return answer
+
+
+def _show(report: CheckReport, ui: Ui) -> None:
+    words = {"corruption": "ERROR", "leak": "Leaked", "note": "Note"}
+    for finding in report.findings:
+        ui.text(f"{words[finding.severity]} {finding}")
+    if report.corruptions:
+        ui.text(f"\n{report.corruptions} errors were found on the image.")
+        ui.text("Data may be corrupted, or further writes to the image may corrupt it.")
+    if report.leaks:
+        ui.text(f"\n{report.leaks} leaked clusters were found on the image.")
+        ui.text("This means waste of disk space, but no harm to data.")
+    if not report.corruptions and not report.leaks:
+        ui.text("No errors were found on the image.")
+    if report.total and report.allocated:
+        share = 100.0 * report.allocated / report.total
+        fragmented = 100.0 * report.fragmented / report.allocated
+        compressed = 100.0 * report.compressed / report.allocated
+        ui.text(
+            f"{report.allocated}/{report.total} = {share:.2f}% allocated, {fragmented:.2f}% fragmented, "
+            f"{compressed:.2f}% compressed clusters"
+        )
+    ui.text(f"Image end offset: {report.end}")

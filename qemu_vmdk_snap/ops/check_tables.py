@@ -1,0 +1,243 @@
+"""Checks the grain tables of one hosted sparse extent, as whole arrays.
+
+Looked for: a directory entry that is 0, outside the file or inside something else; a grain table entry that lies
+beyond the end of the file, inside the metadata, or shares its grain with another; primary and redundant copies that
+differ; grains of the file that no entry names.
+
+Memory: 4 bytes for each allocated grain, and one window of tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qemu_vmdk_snap.ops.findings import LISTED, Findings, Severity
+from qemu_vmdk_snap.storage.blockfile import BlockFile
+from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
+from qemu_vmdk_snap.vmdk.header import HeaderFlag, SparseExtentHeader
+from qemu_vmdk_snap.vmdk.tables import GrainTables
+
+_TABLES_AT_ONCE: Final = 2048
+
+Int64s = npt.NDArray[np.int64]
+Entries = npt.NDArray[Any]
+
+
+@dataclass(slots=True)
+class GrainCounts:
+    """What the tables of an extent add up to, in grains."""
+
+    total: int = 0
+    allocated: int = 0
+    fragmented: int = 0
+    """Allocated grains that do not follow the allocated grain before them in the file."""
+    compressed: int = 0
+
+    def add(self, other: GrainCounts) -> None:
+        """Add the counts of another extent."""
+        self.total += other.total
+        self.allocated += other.allocated
+        self.fragmented += other.fragmented
+        self.compressed += other.compressed
+
+
+@dataclass(frozen=True, slots=True)
+class TableAudit:
+    """What `audit_tables` read: what a repair needs again, so that nothing is worked out twice."""
+
+    counts: GrainCounts
+    end: int
+    """Byte behind the last grain or table that is in use."""
+    leaks: list[tuple[int, int]] = field(default_factory=list)
+    """(first sector, sectors) of each stretch that nothing refers to."""
+    shared: Entries = field(default_factory=lambda: np.zeros(0, np.uint32))
+    """Sectors of grains that overlap the grain before them, as entries have them."""
+
+
+def audit_tables(
+    file: BlockFile, header: SparseExtentHeader, findings: Findings, on_grains: Callable[[int], None]
+) -> TableAudit:
+    """Add what is wrong with the tables to `findings`; `on_grains` hears how many grains each window had."""
+    return _Audit(file, header, findings).run(on_grains)
+
+
+class _Audit:
+    def __init__(self, file: BlockFile, header: SparseExtentHeader, findings: Findings) -> None:
+        self._file, self._path, self._header, self._findings = file, file.path, header, findings
+        self._size = file.size()
+        self._grains = -(-header.capacity // header.grain_size)
+        self._lowest = 2 if header.flags & HeaderFlag.ZEROED_GRAINS else 1
+        self._tables = self._read_directory(header.gd_offset, "grain directory entry")
+        self._redundant = (
+            self._read_directory(header.rgd_offset, "redundant grain directory entry") if header.redundant else None
+        )
+        self._meta_starts, self._meta_ends = self._metadata()
+        self._last = -1
+
+    def run(self, on_grains: Callable[[int], None]) -> TableAudit:
+        counts = GrainCounts(total=self._grains)
+        stored: list[Entries] = []
+        for first, entries, copy in self._windows():
+            self._compare_copies(first, entries, copy)
+            named = np.flatnonzero(entries >= self._lowest)
+            sectors = entries[named]
+            if len(sectors):
+                good = self._inside_file(first, named, sectors) & self._outside_metadata(first, named, sectors)
+                counts.allocated += len(sectors)
+                counts.fragmented += self._fragmented(sectors)
+                stored.append(sectors[good])
+            on_grains(len(entries))
+        sectors = np.concatenate(stored) if stored else np.zeros(0, np.uint32)
+        step = self._header.grain_size
+        if len(sectors) > 1 and not bool((sectors[1:] >= sectors[:-1] + np.uint64(step)).all()):
+            sectors = np.sort(sectors)
+        shared = sectors[1:][np.diff(sectors.astype(np.int64)) < step]
+        if len(shared):
+            self._name_shared(np.unique(shared), len(shared))
+        leaks = self._find_leaks(sectors)
+        last = int(sectors[-1]) + step if len(sectors) else 0
+        end = sector_bytes(max(last, int(self._meta_ends[-1])))
+        return TableAudit(counts, min(end, self._size), leaks, np.unique(shared))
+
+    def _windows(self) -> Iterator[tuple[int, Entries, Entries | None]]:
+        per_table = self._header.gtes_per_gt
+        window = _TABLES_AT_ONCE * per_table
+        for first in range(0, self._grains, window):
+            last = min(self._grains, first + window)
+            copy = None if self._redundant is None else self._redundant.entries(first, last)
+            yield first, self._tables.entries(first, last), copy
+
+    def _read_directory(self, gd_offset: int, name: str) -> GrainTables:
+        """Return the tables; entries that cannot be followed are noted and taken as absent."""
+        header = self._header
+        raw = self._file.read_at(sector_bytes(gd_offset), header.gd_entries * 4)
+        directory = np.frombuffer(raw, "<u4").copy()
+        absent = np.flatnonzero(directory == 0)
+        if len(absent):
+            at = sector_bytes(gd_offset) + 4 * int(absent[0])
+            rule = "must name a grain table: QEMU overwrites the header when it writes through an entry of 0"
+            self._findings.corrupt(self._path, at, f"{name} {absent[0]}", 0, rule, len(absent))
+        beyond = np.flatnonzero((directory.astype(np.int64) + header.gt_sectors) * SECTOR_SIZE > self._size)
+        for index in beyond:
+            at = sector_bytes(gd_offset) + 4 * int(index)
+            rule = f"must place the grain table inside the file of {self._size} bytes"
+            self._findings.corrupt(self._path, at, f"{name} {index}", int(directory[index]), rule)
+        directory[beyond] = 0
+        return GrainTables(self._file, self._path, directory.tobytes(), entries_per_table=header.gtes_per_gt)
+
+    def _metadata(self) -> tuple[Int64s, Int64s]:
+        """Return the sorted stretches (sectors) that hold metadata; note those that lie over each other."""
+        header = self._header
+        gd_sectors = byte_sectors(header.gd_entries * 4)
+        fixed = [(0, 1), (header.descriptor_offset, header.descriptor_size), (header.gd_offset, gd_sectors)]
+        tables = [self._tables.directory]
+        if self._redundant is not None:
+            fixed.append((header.rgd_offset, gd_sectors))
+            tables.append(self._redundant.directory)
+        fixed = [(start, length) for start, length in fixed if length]
+        starts = np.concatenate([np.array([start for start, _ in fixed]), *(table[table > 0] for table in tables)])
+        lengths = np.full(len(starts), header.gt_sectors, np.int64)
+        lengths[: len(fixed)] = [length for _, length in fixed]
+        order = np.argsort(starts, kind="stable")
+        starts, ends = starts[order], (starts + lengths)[order]
+        reach = np.maximum.accumulate(ends)
+        for index in np.flatnonzero(starts[1:] < reach[:-1]) + 1:
+            rule = f"must not lie inside the metadata that reaches to sector {reach[index - 1]}"
+            at = sector_bytes(int(starts[index]))
+            self._findings.corrupt(self._path, at, "grain table", int(starts[index]), rule)
+        opens = np.concatenate([[True], starts[1:] > reach[:-1]])
+        return starts[opens], reach[np.append(np.flatnonzero(opens)[1:] - 1, len(reach) - 1)]
+
+    def _compare_copies(self, first: int, entries: Entries, copy: Entries | None) -> None:
+        if copy is None or self._redundant is None or np.array_equal(entries, copy):
+            return
+        differing = np.flatnonzero(entries != copy)
+        redundant = self._redundant
+        items = (
+            (
+                self._entry_offset(redundant, first + int(i)),
+                int(copy[i]),
+                f"must equal the primary entry {entries[i]} of grain {first + i}",
+            )
+            for i in differing
+        )
+        self._findings.corrupt_many(self._path, "redundant grain table entry", items, len(differing))
+
+    def _inside_file(self, first: int, named: Int64s, sectors: Entries) -> npt.NDArray[np.bool_]:
+        good = sectors.astype(np.int64) * SECTOR_SIZE < self._size
+        if not good.all():
+            beyond = np.flatnonzero(~good)
+            self._bad_entries(first, named[beyond], sectors[beyond], f"inside the file of {self._size} bytes")
+        return np.asarray(good)
+
+    def _outside_metadata(self, first: int, named: Int64s, sectors: Entries) -> npt.NDArray[np.bool_]:
+        if len(self._meta_ends) == 1 and int(sectors.min()) >= self._meta_ends[0]:
+            return np.ones(len(sectors), np.bool_)
+        places = sectors.astype(np.int64)
+        before = np.searchsorted(self._meta_starts, places + self._header.grain_size, "left") - 1
+        good = (before < 0) | (self._meta_ends[before] <= places)
+        if not good.all():
+            inside = np.flatnonzero(~good)
+            self._bad_entries(first, named[inside], sectors[inside], "outside the metadata")
+        return np.asarray(good)
+
+    def _bad_entries(self, first: int, indices: Int64s, sectors: Entries, where: str) -> None:
+        items = (
+            (self._entry_offset(self._tables, first + int(i)), int(sector), f"must place grain {first + i} {where}")
+            for i, sector in zip(indices, sectors, strict=True)
+        )
+        self._findings.corrupt_many(self._path, "grain table entry", items, len(indices))
+
+    def _name_shared(self, shared: Entries, count: int) -> None:
+        """Find the entries whose grains overlap: a second pass over the tables, made only for a broken image."""
+        step = self._header.grain_size
+        items: list[tuple[int, object, str]] = []
+        for first, entries, _ in self._windows():
+            places = entries.astype(np.int64)
+            near = np.searchsorted(shared, np.maximum(places - step + 1, 0), "left")
+            hit = shared[np.minimum(near, len(shared) - 1)] < places + step
+            hit &= (near < len(shared)) & (entries >= self._lowest)
+            for index in np.flatnonzero(hit):
+                at = self._entry_offset(self._tables, first + int(index))
+                rule = f"must not share the place of grain {first + index} in the file with another entry"
+                items.append((at, int(entries[index]), rule))
+                if len(items) == LISTED:
+                    break
+            if len(items) == LISTED:
+                break
+        self._findings.corrupt_many(self._path, "shared grain table entry", items, count)
+
+    def _find_leaks(self, sectors: Entries) -> list[tuple[int, int]]:
+        """Return the stretches from the overhead to the end of the file that nothing names; whole grains only."""
+        step = self._header.grain_size
+        starts = np.concatenate([self._meta_starts, sectors.astype(np.int64)])
+        ends = np.concatenate([self._meta_ends, sectors.astype(np.int64) + step])
+        order = np.argsort(starts, kind="stable")
+        starts, ends = starts[order], np.maximum.accumulate(ends[order])
+        floor = min(self._header.overhead, self._size // SECTOR_SIZE)
+        from_ = np.maximum(ends, floor)
+        to = np.append(starts[1:], self._size // SECTOR_SIZE)
+        leaks = []
+        for index in np.flatnonzero(to - from_ >= step):
+            start, length = int(from_[index]), int(to[index] - from_[index])
+            leaks.append((start, length))
+            rule = "must be named by a grain table entry"
+            args = (self._path, sector_bytes(start), "grain", start, rule, length // step)
+            self._findings.add(Severity.LEAK, *args)
+        return leaks
+
+    def _fragmented(self, sectors: Entries) -> int:
+        step = self._header.grain_size
+        places = sectors.astype(np.int64)
+        jumps = int((np.diff(places) != step).sum()) + (self._last >= 0 and int(places[0]) != self._last + step)
+        self._last = int(places[-1])
+        return jumps
+
+    def _entry_offset(self, tables: GrainTables, grain: int) -> int:
+        table, index = divmod(grain, self._header.gtes_per_gt)
+        return sector_bytes(tables.table_sector(table)) + 4 * index
