@@ -237,13 +237,13 @@ def open_link(
 
 def _checked_extents(descriptor: Descriptor, embedded: bool) -> tuple[ExtentLine, ...]:
     path, lines = descriptor.path, descriptor.extents
+    _ = descriptor.cid, descriptor.parent_cid, descriptor.create_type  # a link without these is refused here, by name
     if not lines or not descriptor.sectors:
         raise FormatError(path, descriptor.base, "extents", len(lines), "must give the disk at least one sector")
     if descriptor.sectors > (1 << 63) // SECTOR_SIZE:
         raise FormatError(path, lines[0].at, "sectors", descriptor.sectors, "must be below 2^54 in all")
     if embedded and len(lines) > 1:
         raise Unsupported(path, f"byte {lines[1].at:#x}: an embedded descriptor with more than one extent")
-    _ = descriptor.cid, descriptor.parent_cid, descriptor.create_type  # a link without these is refused here, by name
     return lines
 
 

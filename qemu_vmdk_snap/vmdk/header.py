@@ -34,7 +34,8 @@ class HeaderFlag(IntFlag):
     MARKERS = 1 << 17
 
 
-_KNOWN_FLAGS: Final = 0xFFFF_FFFF & (
+# As a plain int: ~ of a flag class would keep to the bits that the class knows.
+_KNOWN_FLAGS: Final = int(
     HeaderFlag.NEWLINE_TEST
     | HeaderFlag.REDUNDANT_GD
     | HeaderFlag.ZEROED_GRAINS

@@ -1,7 +1,7 @@
 """A disk for tests that remembers every write and barrier, and tells which images a power cut could leave.
 
-The model: writes since the last flush reach the disk in any subset, and any write may be torn at 512-byte sectors. A change of
-the file's length counts as a write. What was flushed is there.
+The model: writes since the last flush reach the disk in any subset, and any write may be torn at 512-byte sectors. A
+change of the file's length counts as a write. What was flushed is there.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int | None:
     if "help" in words or "?" in words:
         return _list_options(ui)
     backing = words.pop("backing_file", None) or args.backing
-    need_vmdk(backing or args.filename, words.pop("backing_fmt", None) or args.backing_format or "vmdk")
+    need_vmdk(backing or args.filename, words.pop("backing_fmt", args.backing_format or "vmdk"))
     size = _size(words.pop("size")) if "size" in words else args.size
     if args.unsafe:
         raise Unsupported(args.filename, "-u: an overlay has to record its base's CID, so the base is opened")
