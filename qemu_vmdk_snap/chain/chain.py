@@ -13,7 +13,7 @@ the first byte of data is written after an open, the top's new CID is durable.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, Self, overload
@@ -333,7 +333,7 @@ def open_chain(
     find = resolver or confined(trusted_dirs)
     links: list[Link] = []
     try:
-        _open_links(Path(path), links, find, opener, writable, lock, check_cids)
+        _open_links(Path(path), links, find, opener, frozenset([0] if writable else []), lock, check_cids)
         return WritableChain(links) if writable else Chain(links)
     except BaseException:
         for link in links:
@@ -341,8 +341,36 @@ def open_chain(
         raise
 
 
+def open_links(
+    path: Path | str,
+    *,
+    writable_depths: Collection[int],
+    resolver: Resolver,
+    opener: FileOpener = open_posix,
+    check_cids: bool = True,
+) -> Chain:
+    """Open a chain whose links at `writable_depths` are held for writing: for operations that change links themselves.
+
+    Nothing is written by way of the chain, and no CID is renewed: that is up to the operation. Raises what `open_chain` does.
+    """
+    links: list[Link] = []
+    try:
+        _open_links(Path(path), links, resolver, opener, writable_depths, True, check_cids)
+        return Chain(links)
+    except BaseException:
+        for link in links:
+            link.close()
+        raise
+
+
 def _open_links(
-    path: Path, links: list[Link], find: Resolver, opener: FileOpener, writable: bool, lock: bool, check_cids: bool
+    path: Path,
+    links: list[Link],
+    find: Resolver,
+    opener: FileOpener,
+    writable: Collection[int],
+    lock: bool,
+    check_cids: bool,
 ) -> None:
     seen: set[Path] = set()
     sources = 0
@@ -368,10 +396,16 @@ def _open_links(
 
 
 def _open_one(
-    path: Path, above: list[Link], find: Resolver, opener: FileOpener, writable: bool, sources: int, lock: bool
+    path: Path,
+    above: list[Link],
+    find: Resolver,
+    opener: FileOpener,
+    writable: Collection[int],
+    sources: int,
+    lock: bool,
 ) -> Link:
-    top = not above
-    return open_link(path, opener=opener, writable=writable and top, resolver=find, first_source=sources, lock=lock)
+    write = len(above) in writable
+    return open_link(path, opener=opener, writable=write, resolver=find, first_source=sources, lock=lock)
 
 
 def _continues(last: Row, row: Row) -> bool:

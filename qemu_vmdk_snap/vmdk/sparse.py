@@ -158,6 +158,46 @@ class SparseExtent:
         self._file.flush()
         self.tables.stored()
 
+    def reserve(self, offset: int, length: int) -> int:
+        """Give the grains of a range, none of them stored yet, one place in the file and return its byte offset.
+
+        Both ends are on grains, or at the end of the disk. The caller fills the whole place before the next flush.
+        """
+        unit = self._grain_bytes
+        first, count = offset // unit, -(-length // unit)
+        position = self._place_at_end(count * unit, first)
+        self._file_size = position + count * unit
+        self._name_grains(first, count, byte_sectors(position))
+        return position
+
+    def zero(self, offset: int, length: int) -> bool:
+        """Mark whole grains, none of them stored, as zeros over any parent; return False where there is no such mark."""
+        if not self._has_zeroed:
+            return False
+        for grain in range(offset // self._grain_bytes, -(-(offset + length) // self._grain_bytes)):
+            self._make_table(grain // self.header.gtes_per_gt)
+            self.tables.set_entry(grain, GTE_ZEROED)
+        return True
+
+    def clear(self) -> None:
+        """Forget every grain, durably, and give their space back: the parent answers everywhere."""
+        self.flush()
+        zeros = bytes(self.tables.table_bytes)
+        ends = [self.header.overhead]
+        for tables in (self._redundant, self.tables):
+            if tables is None:
+                continue
+            for table in np.flatnonzero(tables.directory).tolist():
+                sector = tables.table_sector(table)
+                ends.append(sector + self.header.gt_sectors)
+                if self._file.next_data(sector_bytes(sector)) < sector_bytes(sector) + len(zeros):
+                    self._file.write_at(sector_bytes(sector), zeros)
+        self._file.flush()  # barrier: no table names a grain any more when the space goes
+        self._file_size = min(self._file_size, sector_bytes(max(ends)))
+        self._file.truncate(self._file_size)
+        self._file.flush()
+        self.tables = self._read_tables(self.header.gd_offset, "gd_offset")
+
     def _write_new(self, offset: int, data: memoryview, below: Below) -> int:
         """Store a stretch of grains that are not stored yet, in one write; return how many bytes of `data` it took."""
         unit = self._grain_bytes
@@ -176,12 +216,15 @@ class SparseExtent:
             taken += len(piece)
             grain += 1
         sector = self._append(b"".join(parts), zeroed_from)
-        for i in range(len(parts)):
-            self._make_table((first + i) // self.header.gtes_per_gt)
-            self.tables.set_entry(first + i, sector + i * self.header.grain_size)
+        self._name_grains(first, len(parts), sector)
         if len(self.tables.dirty) >= MAX_DIRTY_TABLES:
             self.flush()
         return taken
+
+    def _name_grains(self, first: int, count: int, sector: int) -> None:
+        for i in range(count):
+            self._make_table((first + i) // self.header.gtes_per_gt)
+            self.tables.set_entry(first + i, sector + i * self.header.grain_size)
 
     def _whole_grain(self, grain: int, inside: int, piece: memoryview, below: Below | None) -> bytes:
         unit = self._grain_bytes
@@ -197,14 +240,18 @@ class SparseExtent:
 
     def _append(self, data: bytes, grain: int) -> int:
         """Write whole grains behind the end of the file and return the sector of the first."""
-        sector = byte_sectors(round_up(max(self._file_size, self._file.size()), self._grain_bytes))
-        if sector + byte_sectors(len(data)) > MAX_FILE_SECTORS:
+        position = self._place_at_end(len(data), grain)
+        self._file.write_at(position, data)
+        self._file_size = position + len(data)
+        return byte_sectors(position)
+
+    def _place_at_end(self, length: int, grain: int) -> int:
+        position = round_up(max(self._file_size, self._file.size()), self._grain_bytes)
+        if position + length > sector_bytes(MAX_FILE_SECTORS):
             feature = f"grain {grain} does not fit: an extent file holds at most {MAX_FILE_SECTORS} sectors (2 TiB)"
             raise Unsupported(self._path, feature)
-        self._file.write_at(sector_bytes(sector), data)
-        self._file_size = sector_bytes(sector) + len(data)
         self._unsynced = True
-        return sector
+        return position
 
     def _make_table(self, table: int) -> None:
         """Give a directory entry that is 0 a table of its own, as the format asks and some writers left out."""
