@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import threading
@@ -34,6 +35,7 @@ namespaces = []
 cgroup_controllers = []
 """
 
+_embedded: dict[Path, libvirt.virConnect] = {}
 _loop_started = False
 _loop_lock = threading.Lock()
 
@@ -50,14 +52,21 @@ def connection(uri: str | None = None) -> Iterator[libvirt.virConnect]:
     try:
         yield conn
     finally:
-        conn.close()
+        if conn not in _embedded.values():
+            conn.close()
 
 
 def open_connection(uri: str | None = None) -> libvirt.virConnect:
-    """Return an open connection; see `connection`. `qemu:///embed?root=DIR` gets the event loop that it needs."""
+    """Return an open connection; see `connection`.
+
+    `qemu:///embed?root=DIR` gets the event loop that it needs, is opened once per process, and is to be left open: each
+    open adds its drivers to libvirt's table for good, and the table is full after about ten.
+    """
     wanted = uri or os.environ.get("LIBVIRT_DEFAULT_URI", "")
     _refuse_remote(wanted)
     root = embed_root(wanted)
+    if root in _embedded:
+        return _embedded[root]
     if root is not None:
         prepare_embed_root(root)
     libvirt = import_libvirt(log=root / "libvirt.log" if root else None)
@@ -67,6 +76,10 @@ def open_connection(uri: str | None = None) -> libvirt.virConnect:
         conn = libvirt.open(uri)
     except libvirt.libvirtError as error:
         raise PluginError(f"libvirt {uri or 'default connection'}", _message(error)) from error
+    if root is not None:
+        if not _embedded:
+            atexit.register(_embedded.clear)  # while the binding can still close it: later it would complain
+        _embedded[root] = conn
     try:
         _refuse_remote(conn.getURI())
     except InvalidRequest:

@@ -18,8 +18,7 @@ class DiskSpec(NamedTuple):
     """One `--diskspec`."""
 
     disk: str
-    takes_part: bool | None
-    """None: as the domain's XML says."""
+    takes_part: bool
     overlay: Path | None
 
 
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             args.snapshotname if args.name is None else args.name,
             args.description,
             required=[spec.disk for spec in specs if spec.takes_part],
-            exclude=[spec.disk for spec in specs if spec.takes_part is False],
+            exclude=[spec.disk for spec in specs if not spec.takes_part],
             overlays={spec.disk: spec.overlay for spec in specs if spec.overlay is not None},
         )
     tell_recovery(report.recovered, ui)
@@ -77,7 +76,7 @@ def parse_diskspec(text: str) -> DiskSpec:
         InvalidRequest: it says something that is not known, or that VMDK disks cannot do.
     """
     disk, *settings = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
-    takes_part: bool | None = None
+    takes_part = True
     overlay: Path | None = None
     for setting in settings:
         key, _, value = setting.partition("=")
@@ -89,7 +88,7 @@ def parse_diskspec(text: str) -> DiskSpec:
             raise InvalidRequest(f"diskspec {text!r}", f"{setting!r} is not possible for a VMDK disk")
     if not disk:
         raise InvalidRequest(f"diskspec {text!r}", "must begin with a disk")
-    if takes_part is False and overlay is not None:
+    if not takes_part and overlay is not None:
         raise InvalidRequest(f"diskspec {text!r}", "snapshot=no leaves no use for file=")
     return DiskSpec(disk, takes_part, overlay)
 
