@@ -67,6 +67,8 @@ def open_connection(uri: str | None = None) -> libvirt.virConnect:
     root = embed_root(wanted)
     if root in _embedded:
         return _embedded[root]
+    if root is not None and _embedded:
+        raise InvalidRequest(wanted, f"this process has its libvirt in {next(iter(_embedded))}, and can have only one")
     if root is not None:
         prepare_embed_root(root)
     libvirt = import_libvirt(log=root / "libvirt.log" if root else None)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,7 +111,7 @@ def take_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: Intent
         made = [overlay for overlay in intent.overlays if overlay.identity is not None]
         if _named(domain, intent):
             for overlay in made:
-                _hold_empty(overlay, held)  # from here on no guest can start on it
+                _hold_empty(overlay, _folders(intent), held)  # from here on no guest can start on it
             snapshot = _registered(domain, intent)
             if snapshot is not None:
                 _forget(snapshot)
@@ -162,6 +163,7 @@ def _unlink_overlays(conn: libvirt.virConnect, domain: libvirt.virDomain, intent
     """Unlink what the dead command made; return what had to stay."""
     left = []
     named: set[Path] | None = None
+    folders = _folders(intent)
     for overlay in intent.overlays:
         path = Path(overlay.path)
         if not os.path.lexists(path):
@@ -169,7 +171,7 @@ def _unlink_overlays(conn: libvirt.virConnect, domain: libvirt.virDomain, intent
         if overlay.identity is None:
             # It died before it noted which files it made: somebody else may have taken the name since.
             named = _all_named(conn) if named is None else named
-            ours = path not in named and _parent_of(path) == Path(overlay.frozen)
+            ours = path not in named and _parent_of(path, folders) == Path(overlay.frozen)
         else:
             ours = _identity(path) == overlay.identity
         if not ours:
@@ -177,7 +179,7 @@ def _unlink_overlays(conn: libvirt.virConnect, domain: libvirt.virDomain, intent
             continue
         try:
             with contextlib.ExitStack() as held:
-                _hold_empty(overlay, held)
+                _hold_empty(overlay, folders, held)
                 path.unlink()
         except (VmdkSnapError, OSError):
             left.append(path)
@@ -190,7 +192,12 @@ def _unlink_made(overlay: Overlay) -> None:
         path.unlink()
 
 
-def _hold_empty(overlay: Overlay, held: contextlib.ExitStack) -> None:
+def _folders(intent: Intent) -> list[Path]:
+    """Return where the chains of the snapshot lie: nothing else is opened, whatever the files say of their parents."""
+    return sorted({path.parent for path in xml.files_in(intent.new_xml)})
+
+
+def _hold_empty(overlay: Overlay, folders: Sequence[Path], held: contextlib.ExitStack) -> None:
     """Lock the overlay against every other user until `held` closes.
 
     Raises:
@@ -198,14 +205,14 @@ def _hold_empty(overlay: Overlay, held: contextlib.ExitStack) -> None:
         LockBusy: a guest, or another program, has it open.
     """
     path = Path(overlay.path)
-    chain = held.enter_context(engine.open_chain(path, writable=True, trusted_dirs=["/"]))
+    chain = held.enter_context(engine.open_chain(path, writable=True, trusted_dirs=folders))
     if any(run.depth == 0 and run.kind is not engine.RunKind.HOLE for run in chain.map()):
         raise DomainError(overlay.target, f"overlay {path} holds data already: it stays")
 
 
-def _parent_of(path: Path) -> Path | None:
+def _parent_of(path: Path, folders: Sequence[Path]) -> Path | None:
     try:
-        with engine.open_chain(path, trusted_dirs=["/"], lock=False, check_cids=False) as chain:
+        with engine.open_chain(path, trusted_dirs=folders, lock=False, check_cids=False) as chain:
             return chain.links[1].path if chain.depth > 1 else None
     except (VmdkSnapError, OSError):
         return None

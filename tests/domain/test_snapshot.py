@@ -262,17 +262,29 @@ def test_a_connection_that_fails_is_one_line_and_nothing_on_standard_error(capfd
     assert capfd.readouterr().err == ""
 
 
+def test_a_second_in_process_libvirt_is_refused(lab: Lab, scratch: Path) -> None:
+    assert connect.open_connection(lab.uri) is lab.conn
+    with pytest.raises(InvalidRequest, match=r"this process has its libvirt in .*, and can have only one"):
+        connect.open_connection(f"qemu:///embed?root={scratch}/other")
+    assert not (scratch / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("uri", "reason"),
     [
         ("qemu:///embed", "must name its folder by an absolute path"),
         ("qemu:///embed?root=x", "must name its folder by an absolute path"),
-        (f"qemu:///embed?root=/{'x' * 80}", "must be at most 60 bytes long"),
     ],
 )
 def test_an_unusable_embed_root_is_refused(uri: str, reason: str) -> None:
     with pytest.raises(InvalidRequest, match=reason):
         connect.open_connection(uri)
+
+
+def test_a_root_too_long_for_sockets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="must be at most 60 bytes long"):
+        connect.prepare_embed_root(tmp_path / ("x" * 60))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_binding_the_package_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,16 @@ def test_everything_outside_the_changed_disk_stays_byte_for_byte() -> None:
     assert after.encode() != DOMAIN.encode()
 
 
+def test_what_only_looks_like_a_disk_is_left_alone() -> None:
+    disk = "<disk type='file'><driver type='vmdk'/><source file='/a'/><target dev='vda'/></disk>"
+    before = (
+        f"<domain><!-- {disk} --><metadata>{disk}<![CDATA[{disk}]]></metadata><description>ä€</description><devices>"
+    )
+    after = xml.stack(f"{before}{disk}</devices></domain>", {"vda": xml.NewTop(Path("/n"), [Path("/a")])})
+    assert after.startswith(before)
+    assert after.count("/n") == 1
+
+
 def test_the_whole_chain_is_spelt_out_and_closed() -> None:
     chain = [A, Path("/img/two.vmdk"), Path("/elsewhere/base.vmdk")]
     first, second = xml.list_disks(xml.stack(DOMAIN, {"vda": xml.NewTop(Path("/img/new.vmdk"), chain)}))
