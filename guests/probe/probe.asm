@@ -1,0 +1,605 @@
+; The probe: a guest in ten sectors. It boots under a PC BIOS from a floppy or from the disk under test, takes commands
+; over COM1, and answers with what the BIOS reads from the disk. See README.md beside this file for the protocol.
+;
+;   build: nasm -f bin -o probe.bin probe.asm
+;
+; Memory   0x07c00  this program (boot sector and the rest, loaded by the boot sector), stack below it
+;          0x0a000  the line that came in          0x0a400  the line that goes out
+;          0x0b000  CRC-32 tables, four of 1 KiB   0x20000  sectors read or to be written
+
+bits 16
+cpu 386
+org 0x7c00
+
+PROBE_SECTORS   equ 10
+PROTOCOL        equ '1'
+COM1            equ 0x3f8
+DEBUG_EXIT      equ 0x501               ; -device isa-debug-exit,iobase=0x501,iosize=1
+ACPI_PM1A       equ 0x604               ; where SeaBIOS puts PM1a_CNT, on pc and on q35
+IN_LINE         equ 0xa000
+IN_MAX          equ 250
+OUT_LINE        equ 0xa400
+TABLES          equ 0xb000
+BUFFER_SEGMENT  equ 0x2000
+BATCH           equ 127                 ; sectors a BIOS call may move
+
+start:
+        cli
+        xor     ax, ax
+        mov     ds, ax
+        mov     es, ax
+        mov     ss, ax
+        mov     sp, 0x7c00
+        sti
+        cld
+        jmp     0:.here
+.here:
+        mov     [boot_drive], dl
+        test    dl, 0x80
+        jnz     .from_disk
+        mov     ax, 0x0200 + PROBE_SECTORS - 1  ; floppy: the rest is on track 0
+        mov     bx, rest
+        mov     cx, 0x0002
+        mov     dh, 0
+        int     0x13
+        jc      .failed
+        jmp     main
+.from_disk:
+        mov     [disk], dl
+        mov     word [packet.count], PROBE_SECTORS - 1
+        mov     word [packet.offset], rest
+        mov     dword [packet.lba], 1
+        mov     si, packet
+        mov     ah, 0x42
+        int     0x13
+        jnc     main
+.failed:
+        mov     al, '!'                 ; nothing else can be said yet
+        mov     dx, COM1
+        out     dx, al
+        hlt
+        jmp     .failed
+
+boot_drive      db 0
+disk            db 0x80
+
+        align 4
+packet:                                 ; disk address packet of INT 13h, AH = 42h and 43h
+        db      16, 0
+.count  dw      0
+.offset dw      0
+.segment dw     0
+.lba    dd      0, 0
+
+        times 510 - ($ - $$) db 0
+        dw      0xaa55
+
+rest:
+main:
+        mov     word [packet.segment], BUFFER_SEGMENT
+        mov     word [packet.offset], 0
+        call    serial_init
+        call    make_tables
+        mov     dword [sequence], '00'
+        call    begin_ok
+        call    hello
+        call    send
+next_line:
+        call    get_line
+        call    check_line
+        jc      next_line
+        movzx   eax, byte [IN_LINE + 3]
+        mov     si, IN_LINE + 3
+        call    skip_word
+        cmp     al, 'h'
+        je      do_hello
+        cmp     al, 's'
+        je      do_size
+        cmp     al, 'c'
+        je      do_crc
+        cmp     al, 'd'
+        je      do_dump
+        cmp     al, 'p'
+        je      do_pattern
+        cmp     al, 'o'
+        je      do_off
+        mov     bx, text_unknown
+fail_text:                              ; answer "err" and the text at BX
+        push    bx
+        mov     bx, text_err
+        call    begin
+        pop     bx
+        call    put_text
+        call    send
+        jmp     next_line
+
+; ---- commands ------------------------------------------------------------------------------------------------------
+
+do_hello:
+        call    begin_ok
+        call    hello
+        call    send
+        jmp     next_line
+
+hello:                                  ; "probe VERSION DRIVE": what this is, and where it was booted from
+        mov     bx, text_probe
+        call    put_text
+        mov     al, [boot_drive]
+        jmp     put_byte
+
+do_size:                                ; sectors of the disk, by AH = 48h
+        mov     word [parameters], 30
+        mov     dl, [disk]
+        mov     si, parameters
+        mov     ah, 0x48
+        int     0x13
+        jc      fail_bios
+        call    begin_ok
+        mov     eax, [parameters + 20]
+        call    put_long
+        mov     eax, [parameters + 16]
+        call    put_long
+        call    send
+        jmp     next_line
+
+do_crc:                                 ; CRC-32 of COUNT sectors from LBA on
+        call    get_range
+        jc      fail_usage
+        mov     dword [crc], 0xffffffff
+.batch:
+        call    next_batch
+        jz      .done
+        call    read_batch
+        jc      fail_bios
+        mov     cx, [packet.count]
+        call    crc_buffer
+        call    advance
+        jmp     .batch
+.done:
+        call    begin_ok
+        mov     eax, [crc]
+        not     eax
+        call    put_long
+        call    send
+        jmp     next_line
+
+do_dump:                                ; one sector in hex
+        call    get_number
+        jc      fail_usage
+        mov     [packet.lba], eax
+        mov     [packet.lba + 4], edx
+        mov     word [packet.count], 1
+        call    read_batch
+        jc      fail_bios
+        call    begin_ok
+        mov     ax, BUFFER_SEGMENT
+        mov     fs, ax
+        xor     si, si
+        mov     cx, 512
+.byte:
+        mov     al, [fs:si]
+        inc     si
+        call    put_byte
+        loop    .byte
+        call    send
+        jmp     next_line
+
+do_pattern:                             ; write the pattern of SEED over COUNT sectors from LBA on
+        call    get_number
+        jc      fail_usage
+        mov     [seed], eax
+        call    get_range
+        jc      fail_usage
+.batch:
+        call    next_batch
+        jz      .done
+        call    fill_batch
+        mov     dl, [disk]
+        mov     si, packet
+        mov     ax, 0x4300
+        int     0x13
+        jc      fail_bios
+        call    advance
+        jmp     .batch
+.done:
+        call    begin_ok
+        call    send
+        jmp     next_line
+
+do_off:                                 ; answer, then leave by the debug port, else by ACPI, else stand still
+        call    get_number
+        jc      fail_usage
+        push    ax
+        call    begin_ok
+        call    send
+        call    drain
+        pop     ax
+        mov     dx, DEBUG_EXIT
+        out     dx, al
+        mov     dx, ACPI_PM1A
+        mov     ax, 0x2000              ; SLP_EN, SLP_TYP 0: soft off
+        out     dx, ax
+.stand:
+        cli
+        hlt
+        jmp     .stand
+
+fail_usage:
+        mov     bx, text_usage
+        jmp     fail_text
+
+fail_bios:                              ; AH has what INT 13h says is wrong
+        mov     [status], ah
+        mov     bx, text_err
+        call    begin
+        mov     bx, text_bios
+        call    put_text
+        mov     al, [status]
+        call    put_byte
+        call    send
+        jmp     next_line
+
+; ---- ranges of sectors ---------------------------------------------------------------------------------------------
+
+get_range:                              ; LBA and COUNT; carry when one is missing
+        call    get_number
+        jc      .no
+        mov     [packet.lba], eax
+        mov     [packet.lba + 4], edx
+        call    get_number
+        jc      .no
+        mov     [left], eax
+        mov     [left + 4], edx
+        clc
+.no:
+        ret
+
+next_batch:                             ; set the packet's count; ZF when nothing is left
+        mov     eax, BATCH
+        cmp     dword [left + 4], 0
+        jne     .set
+        cmp     [left], eax
+        jae     .set
+        mov     eax, [left]
+.set:
+        mov     [packet.count], ax
+        test    ax, ax
+        ret
+
+advance:
+        movzx   eax, word [packet.count]
+        add     [packet.lba], eax
+        adc     dword [packet.lba + 4], 0
+        sub     [left], eax
+        sbb     dword [left + 4], 0
+        ret
+
+read_batch:
+        mov     dl, [disk]
+        mov     si, packet
+        mov     ah, 0x42
+        int     0x13
+        ret
+
+fill_batch:                             ; the pattern of each sector in the packet; see README.md
+        mov     ax, BUFFER_SEGMENT
+        mov     es, ax
+        xor     di, di
+        mov     cx, [packet.count]
+        mov     esi, [packet.lba]
+        mov     ebp, [packet.lba + 4]
+.sector:
+        imul    eax, esi, 0x9e3779b1
+        imul    ebx, ebp, 0x85ebca77
+        xor     eax, ebx
+        xor     eax, [seed]
+        jnz     .mix
+        mov     eax, 0x6d2b79f5         ; xorshift never leaves 0
+.mix:
+        mov     dx, 128
+.word:
+        mov     ebx, eax
+        shl     ebx, 13
+        xor     eax, ebx
+        mov     ebx, eax
+        shr     ebx, 17
+        xor     eax, ebx
+        mov     ebx, eax
+        shl     ebx, 5
+        xor     eax, ebx
+        stosd
+        dec     dx
+        jnz     .word
+        add     esi, 1
+        adc     ebp, 0
+        loop    .sector
+        xor     ax, ax
+        mov     es, ax
+        ret
+
+; ---- CRC-32 (polynomial 0xedb88320, as zlib), four bytes a step ----------------------------------------------------
+
+make_tables:
+        xor     ebx, ebx
+.entry:
+        mov     eax, ebx
+        mov     cx, 8
+.bit:
+        shr     eax, 1
+        jnc     .even
+        xor     eax, 0xedb88320
+.even:
+        loop    .bit
+        mov     [ebx * 4 + TABLES], eax
+        inc     bx
+        cmp     bx, 256
+        jb      .entry
+        xor     ebx, ebx                ; table n + 1 is table n pushed on by a zero byte
+.next:
+        mov     eax, [ebx * 4 + TABLES]
+        movzx   ecx, al
+        shr     eax, 8
+        xor     eax, [ecx * 4 + TABLES]
+        mov     [ebx * 4 + TABLES + 1024], eax
+        inc     bx
+        cmp     bx, 768
+        jb      .next
+        ret
+
+crc_buffer:                             ; CX sectors at BUFFER_SEGMENT into [crc]
+        shl     cx, 7                   ; in steps of four bytes
+        mov     ax, BUFFER_SEGMENT
+        mov     fs, ax
+        xor     si, si
+        mov     eax, [crc]
+.step:
+        xor     eax, [fs:si]
+        movzx   ebx, al
+        mov     edx, [ebx * 4 + TABLES + 3072]
+        movzx   ebx, ah
+        xor     edx, [ebx * 4 + TABLES + 2048]
+        shr     eax, 16
+        movzx   ebx, al
+        xor     edx, [ebx * 4 + TABLES + 1024]
+        movzx   ebx, ah
+        xor     edx, [ebx * 4 + TABLES]
+        mov     eax, edx
+        add     si, 4
+        dec     cx
+        jnz     .step
+        mov     [crc], eax
+        ret
+
+crc_text:                               ; EAX = CRC-32 of CX bytes at SI
+        mov     eax, 0xffffffff
+        jcxz    .done
+.byte:
+        movzx   ebx, byte [si]
+        xor     bl, al
+        shr     eax, 8
+        xor     eax, [ebx * 4 + TABLES]
+        inc     si
+        loop    .byte
+.done:
+        not     eax
+        ret
+
+; ---- lines in ------------------------------------------------------------------------------------------------------
+
+get_line:                               ; a line without its end into IN_LINE, its length into [in_length]
+        mov     di, IN_LINE
+.char:
+        mov     dx, COM1 + 5
+        in      al, dx
+        test    al, 1
+        jz      .char
+        mov     dx, COM1
+        in      al, dx
+        cmp     al, 13
+        je      .char
+        cmp     al, 10
+        je      .end
+        cmp     di, IN_LINE + IN_MAX
+        jae     .char                   ; too long: its sum cannot fit
+        stosb
+        jmp     .char
+.end:
+        mov     byte [di], 0
+        sub     di, IN_LINE
+        mov     [in_length], di
+        ret
+
+check_line:                             ; "SS WORD ... *CCCCCCCC": check the sum, keep SS, cut the sum off; carry when bad
+        mov     dword [sequence], '??'
+        mov     cx, [in_length]
+        sub     cx, 10
+        jbe     .bad
+        mov     si, IN_LINE
+        add     si, cx
+        cmp     word [si], ' *'
+        jne     .bad
+        mov     byte [si], 0
+        push    si
+        mov     si, IN_LINE
+        call    crc_text
+        pop     si
+        mov     edi, eax
+        add     si, 2
+        call    get_number
+        jc      .bad
+        cmp     eax, edi
+        jne     .bad
+        mov     ax, [IN_LINE]
+        mov     [sequence], ax
+        clc
+        ret
+.bad:
+        mov     bx, text_err
+        call    begin
+        mov     bx, text_sum
+        call    put_text
+        call    send
+        stc
+        ret
+
+skip_word:                              ; SI to behind the word it is at
+        cmp     byte [si], ' '
+        jbe     .done
+        inc     si
+        jmp     skip_word
+.done:
+        ret
+
+get_number:                             ; EDX:EAX = the hexadecimal number at SI; carry when there is none
+        cmp     byte [si], ' '
+        jne     .begin
+        inc     si
+        jmp     get_number
+.begin:
+        xor     eax, eax
+        xor     edx, edx
+        xor     cx, cx
+.digit:
+        movzx   ebx, byte [si]
+        sub     bl, '0'
+        cmp     bl, 9
+        jbe     .take
+        sub     bl, 'a' - '0' - 10
+        cmp     bl, 10
+        jb      .end
+        cmp     bl, 15
+        ja      .end
+.take:
+        shld    edx, eax, 4
+        shl     eax, 4
+        or      al, bl
+        inc     si
+        inc     cx
+        jmp     .digit
+.end:
+        cmp     cx, 1                   ; carry when no digit was there
+        ret
+
+; ---- lines out -----------------------------------------------------------------------------------------------------
+
+begin_ok:
+        mov     bx, text_ok
+begin:                                  ; begin an answer: the sequence and the text at BX
+        mov     ax, [sequence]
+        mov     di, OUT_LINE
+        stosw
+        mov     [out_end], di
+put_text:
+        mov     di, [out_end]
+.char:
+        mov     al, [bx]
+        inc     bx
+        test    al, al
+        jz      .end
+        stosb
+        jmp     .char
+.end:
+        mov     [out_end], di
+        ret
+
+put_long:                               ; EAX as eight digits
+        push    eax
+        shr     eax, 16
+        call    put_word
+        pop     eax
+put_word:
+        push    ax
+        mov     al, ah
+        call    put_byte
+        pop     ax
+put_byte:
+        push    ax
+        shr     al, 4
+        call    put_digit
+        pop     ax
+        and     al, 15
+put_digit:
+        add     al, '0'
+        cmp     al, '9'
+        jbe     .store
+        add     al, 'a' - '9' - 1
+.store:
+        mov     di, [out_end]
+        stosb
+        mov     [out_end], di
+        ret
+
+send:                                   ; add the sum, send the line
+        mov     cx, [out_end]
+        sub     cx, OUT_LINE
+        mov     si, OUT_LINE
+        call    crc_text
+        push    eax
+        mov     bx, text_star
+        call    put_text
+        pop     eax
+        call    put_long
+        mov     bx, text_end
+        call    put_text
+        mov     si, OUT_LINE
+.char:
+        cmp     si, [out_end]
+        je      .done
+        mov     dx, COM1 + 5
+.wait:
+        in      al, dx
+        test    al, 0x20
+        jz      .wait
+        lodsb
+        mov     dx, COM1
+        out     dx, al
+        jmp     .char
+.done:
+        ret
+
+drain:                                  ; wait until the last character has left
+        mov     dx, COM1 + 5
+.wait:
+        in      al, dx
+        test    al, 0x40
+        jz      .wait
+        ret
+
+serial_init:                            ; 115200 baud, 8N1, FIFOs on, no interrupts
+        mov     si, .settings
+.next:
+        lodsw
+        test    al, al
+        js      .done
+        movzx   dx, al
+        add     dx, COM1
+        mov     al, ah
+        out     dx, al
+        jmp     .next
+.done:
+        ret
+.settings:
+        db      1, 0x00, 3, 0x80, 0, 0x01, 1, 0x00, 3, 0x03, 2, 0xc7, 4, 0x03, 0xff, 0xff
+
+text_ok         db ' ok ', 0
+text_err        db ' err ', 0
+text_probe      db 'probe ', PROTOCOL, ' ', 0
+text_star       db ' *', 0
+text_end        db 13, 10, 0
+text_unknown    db 'unknown', 0
+text_usage      db 'usage', 0
+text_sum        db 'sum', 0
+text_bios       db 'bios ', 0
+
+        align 4
+crc             dd 0
+left            dd 0, 0
+seed            dd 0
+sequence        dd 0
+in_length       dw 0
+out_end         dw 0
+status          db 0
+        align 4
+parameters      times 32 db 0
+
+        times PROBE_SECTORS * 512 - ($ - $$) db 0

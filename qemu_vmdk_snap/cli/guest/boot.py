@@ -1,0 +1,54 @@
+"""`guest boot`: boot the probe on an image and let it answer commands."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qemu_vmdk_snap.cli.guest.options import add_guest_options
+from qemu_vmdk_snap.cli.ui import Ui
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `guest boot`."""
+    parser.add_argument(
+        "-f", "--format", default="vmdk", choices=("vmdk", "raw"), help="format of the image (default vmdk)"
+    )
+    parser.add_argument("--write", action="store_true", help="let what the guest writes reach the image")
+    parser.add_argument(
+        "--from-disk", action="store_true", help="boot from the image itself, which begins with the probe"
+    )
+    add_guest_options(parser)
+    parser.add_argument("filename", type=Path, metavar="IMAGE")
+    parser.add_argument(
+        "commands",
+        nargs="*",
+        metavar="COMMAND",
+        help="'size', 'crc LBA COUNT', 'dump LBA', 'pattern SEED LBA COUNT': one argument each, numbers in hexadecimal",
+    )
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Boot, ask, show each answer, switch off."""
+    from qemu_vmdk_snap.harness import boot
+
+    answers = []
+    with boot(
+        args.filename.resolve(strict=True),
+        image_format=args.format,
+        controller=args.controller,
+        from_disk=args.from_disk,
+        writable=args.write,
+        log_dir=args.log,
+    ) as machine:
+        if not ui.json_output:
+            ui.text(f"probe booted in {machine.boot_seconds:.2f} s, disk of {machine.probe.size()} bytes")
+        for command in args.commands:
+            answer = machine.probe.command(command, moving=1 << 30)
+            answers.append({"command": command, "answer": answer})
+            if not ui.json_output:
+                ui.text(f"{command}: {answer or 'ok'}")
+        seconds, size = machine.boot_seconds, machine.probe.size()
+        machine.power_off()
+    if ui.json_output:
+        ui.json({"boot-seconds": seconds, "virtual-size": size, "answers": answers})

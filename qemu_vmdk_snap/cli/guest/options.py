@@ -1,0 +1,19 @@
+"""What the guest commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_guest_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the machine: `--controller`, `--log`."""
+    parser.add_argument(
+        "--controller",
+        default="ahci",
+        metavar="NAME",
+        help="how the disk is attached: ide, ahci (default), virtio-blk, virtio-scsi, pvscsi, lsi or nvme",
+    )
+    parser.add_argument(
+        "--log", type=Path, metavar="DIR", help="keep QEMU's command line, its stderr and the serial log in DIR"
+    )
