@@ -24,6 +24,7 @@ from qemu_vmdk_snap.chain.link import Link, PlacedExtent, open_link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, InvalidRequest
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer, FileOpener, open_posix
+from qemu_vmdk_snap.storage.intent import refuse_pending
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 from qemu_vmdk_snap.vmdk.extent import Below
 from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, HOLE, NO_SOURCE, Row, RunTable
@@ -326,7 +327,8 @@ def open_chain(
         OSError: a file cannot be opened.
         FormatError: a file is no VMDK, or breaks the format.
         CidMismatch: a parent was written after its overlay was made.
-        CorruptChain: a parent is missing, outside the folders that may be opened, or the chain is a loop.
+        CorruptChain: a parent is missing, outside the folders that may be opened, or the chain is a loop; or, for
+            writing, an interrupted operation on the image waits for `recover`.
         LockBusy: another process holds an image in a way that excludes this open.
         Unsupported: an image is of a kind, or asked for an access, that is not available.
     """
@@ -334,6 +336,8 @@ def open_chain(
     links: list[Link] = []
     try:
         _open_links(Path(path), links, find, opener, frozenset([0] if writable else []), lock, check_cids)
+        if writable:
+            refuse_pending(links[0].path)
         return WritableChain(links) if writable else Chain(links)
     except BaseException:
         for link in links:
@@ -351,7 +355,8 @@ def open_links(
 ) -> Chain:
     """Open a chain whose links at `writable_depths` are held for writing: for operations that change links themselves.
 
-    Nothing is written by way of the chain, and no CID is renewed: that is up to the operation. Raises what `open_chain` does.
+    Nothing is written by way of the chain, and no CID is renewed: that is up to the operation. Raises what `open_chain`
+    does.
     """
     links: list[Link] = []
     try:

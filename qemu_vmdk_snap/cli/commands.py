@@ -28,6 +28,7 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
         "map": Command(f"{_HERE}.image.map", "tell where each part of the guest's disk is stored"),
         "compare": Command(f"{_HERE}.image.compare", "tell whether a guest would see the same bytes on two images"),
         "convert": Command(f"{_HERE}.image.convert", "copy what a guest sees into a new image"),
+        "commit": Command(f"{_HERE}.image.commit", "merge an image into one below it"),
     },
     "snapshot": {
         "create": Command(f"{_HERE}.snapshot.create", "freeze the disks of a domain and go on in new overlays"),
@@ -41,5 +42,6 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
 }
 
 TOP_LEVEL: Final[dict[str, Command]] = {
+    "recover": Command(f"{_HERE}.recover", "finish what a killed command has left half done"),
     "demo": Command(f"{_HERE}.demo", "show a guest prove a chain of snapshots, from an empty folder"),
 }

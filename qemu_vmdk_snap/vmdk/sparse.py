@@ -171,7 +171,7 @@ class SparseExtent:
         return position
 
     def zero(self, offset: int, length: int) -> bool:
-        """Mark whole grains, none of them stored, as zeros over any parent; return False where there is no such mark."""
+        """Mark whole grains, none of them stored, as zeros over any parent; False where there is no such mark."""
         if not self._has_zeroed:
             return False
         for grain in range(offset // self._grain_bytes, -(-(offset + length) // self._grain_bytes)):

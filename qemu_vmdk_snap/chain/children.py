@@ -1,0 +1,59 @@
+"""The way up: which images name a given one as their parent. The format links downwards only: folders are searched."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from qemu_vmdk_snap.chain.link import read_descriptor
+from qemu_vmdk_snap.chain.resolver import Resolver
+from qemu_vmdk_snap.errors import CorruptChain, FormatError, Unsupported
+from qemu_vmdk_snap.storage.blockfile import PosixFile
+from qemu_vmdk_snap.vmdk.descriptor import Descriptor
+
+
+class Child(NamedTuple):
+    """An image that names the parent in question."""
+
+    path: Path
+    parent_cid: int
+
+
+def find_children(parent: Path, cid: int, folders: Iterable[Path], resolver: Resolver) -> list[Child]:
+    """Return the images in `folders` that name `parent` as theirs and fit its `cid`, by name.
+
+    One whose parentCID does not fit cannot be read any more, whatever happens to the parent. Hidden files are temporary
+    ones and are passed over.
+    """
+    real = parent.resolve()
+    found: dict[Path, Child] = {}
+    for folder in {folder.resolve() for folder in folders}:
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith(".") or not path.is_file() or path.resolve() == real:
+                continue
+            child = _as_child(path, real, resolver)
+            if child is not None and child.parent_cid == cid:
+                found.setdefault(path.resolve(), child)
+    return list(found.values())
+
+
+def _as_child(path: Path, parent: Path, resolver: Resolver) -> Child | None:
+    descriptor = _descriptor_of(path)
+    with contextlib.suppress(FormatError, CorruptChain):
+        if descriptor is not None and descriptor.parent_hint is not None:
+            named = resolver(path, descriptor.parent_hint, "parent")
+            if named.resolve() == parent:
+                return Child(path, descriptor.parent_cid)
+    return None
+
+
+def _descriptor_of(path: Path) -> Descriptor | None:
+    with contextlib.suppress(OSError, FormatError, Unsupported):
+        file = PosixFile.open(path)
+        try:
+            return read_descriptor(file)[0]
+        finally:
+            file.close()
+    return None

@@ -1,0 +1,68 @@
+"""`image commit`: merge an image into one below it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_progress, add_quiet, need_vmdk
+from qemu_vmdk_snap.cli.ui import Ui
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `image commit`."""
+    parser.add_argument("-f", "--format", default="vmdk", metavar="FMT", help="format of the image: vmdk")
+    parser.add_argument("-t", "--cache", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "-b", "--base", type=Path, metavar="BASE", help="the image to merge into; the parent by default"
+    )
+    parser.add_argument(
+        "-d",
+        "--delete",
+        action="store_true",
+        help="delete the image and those between instead of emptying it; its children move to the base",
+    )
+    parser.add_argument(
+        "--keep-siblings",
+        action="store_true",
+        help="let other children of the base keep what they read, by copying first",
+    )
+    parser.add_argument(
+        "--child", action="append", default=[], type=Path, metavar="FILE", help="a child that is in another folder"
+    )
+    add_quiet(parser)
+    add_progress(parser)
+    add_allow_dir(parser)
+    parser.add_argument("filename", type=Path)
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Merge and say so, in qemu-img's words."""
+    from qemu_vmdk_snap.chain.resolver import confined
+    from qemu_vmdk_snap.ops.commit import commit
+
+    need_vmdk(args.filename, args.format)
+    report = commit(
+        args.filename,
+        base=args.base,
+        delete=args.delete,
+        keep_siblings=args.keep_siblings,
+        children=args.child,
+        resolver=confined(args.allow_dir),
+        on_progress=ui.progress,
+    )
+    if ui.json_output:
+        ui.json(
+            {
+                "filename": str(report.path),
+                "base": str(report.base),
+                "relinked": [str(path) for path in report.relinked],
+                "deleted": [str(path) for path in report.deleted],
+            }
+        )
+        return
+    for path in report.relinked:
+        ui.text(f"{path}: its parent is now {report.base}")
+    for path in report.deleted:
+        ui.text(f"{path}: deleted")
+    ui.text("Image committed.")

@@ -1,0 +1,60 @@
+"""Finish what a killed operation has left half done: found by the intent records beside the images."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, cast
+
+from qemu_vmdk_snap.errors import CorruptChain, LockBusy
+from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
+from qemu_vmdk_snap.storage.intent import Intent, pending_in
+
+FINISHERS: Final[dict[str, tuple[str, str]]] = {
+    "commit": ("qemu_vmdk_snap.ops.commit", "finish_commit"),
+}
+"""Operation -> module and function (intent, opener) that finishes it; running it twice does no harm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """One operation that was finished."""
+
+    operation: str
+    image: Path
+
+
+def recover(folder: Path | str, *, opener: FileOpener = open_posix) -> list[Recovery]:
+    """Finish every interrupted operation on the images in `folder` (or on the one image that is named), and tell which.
+
+    Raises:
+        LockBusy: an operation is still running, or another process has one of its images open.
+        CorruptChain: a record cannot be read or is another user's.
+        OSError: the system refused; the record stays, and so may be tried again.
+    """
+    folder = Path(folder)
+    image = None if folder.is_dir() else folder
+    found = pending_in(folder if image is None else folder.parent)
+    wanted = [intent for intent in found if image is None or intent.involves(image)]
+    for intent in wanted:
+        _finish(intent, opener)
+    return [Recovery(intent.operation, intent.image) for intent in wanted]
+
+
+def settle(folder: Path, *, opener: FileOpener = open_posix) -> None:
+    """Finish what was interrupted in `folder` before something new begins there; what is still running is let alone."""
+    for intent in pending_in(folder):
+        with contextlib.suppress(LockBusy):
+            _finish(intent, opener)
+
+
+def _finish(intent: Intent, opener: FileOpener) -> None:
+    if intent.operation not in FINISHERS:
+        raise CorruptChain(intent.path, f"operation {intent.operation!r} is not known: a later version began it")
+    module, name = FINISHERS[intent.operation]
+    finisher = cast(Callable[[Intent, FileOpener], None], getattr(importlib.import_module(module), name))
+    finisher(intent, opener)
+    intent.end()

@@ -1,0 +1,268 @@
+"""Filling stretches of an existing link from runs: grains in place where they are stored, else new ones in bulk.
+
+The bytes go from file to file in the kernel wherever a run covers whole grains. Nothing is named by a table before
+`finish` (or a flush between) has made it durable, so whoever is killed leaves unnamed grains and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Final, Protocol, Self, runtime_checkable
+
+import numpy as np
+
+from qemu_vmdk_snap.chain.chain import Chain
+from qemu_vmdk_snap.chain.disk import Disk
+from qemu_vmdk_snap.chain.link import Link, PlacedExtent
+from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
+from qemu_vmdk_snap.storage.copying import Copier
+from qemu_vmdk_snap.units import GIB, MIB
+from qemu_vmdk_snap.vmdk.extent import Below
+from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, NO_SOURCE, ZERO, Row, RunTable
+
+STEP: Final = 4 * MIB
+"""Bytes that are read at once where the kernel cannot copy."""
+
+_PIECE: Final = 4 * GIB  # resolved at once in the target: bounds the memory for small grains
+_WINDOW: Final = 1 << 34
+_FLUSH_GRAINS: Final = 1 << 20
+
+OnStep = Callable[[int], None]
+
+
+@runtime_checkable
+class GrainStore(Protocol):
+    """An extent that can place many new grains at once."""
+
+    def reserve(self, offset: int, length: int) -> int:
+        """Give whole grains, none stored yet, one place in the file; return its byte offset."""
+
+    def zero(self, offset: int, length: int) -> bool:
+        """Mark whole grains, none stored, as zeros over any parent; return False where there is no such mark."""
+
+
+@runtime_checkable
+class Clearable(Protocol):
+    """An extent that can forget all its grains."""
+
+    def clear(self) -> None:
+        """Forget every grain, durably, and give the space back."""
+
+
+class View:
+    """What is seen from the link at `depth` downwards: a Disk over an open chain that somebody else closes."""
+
+    def __init__(self, chain: Chain, depth: int, capacity: int | None = None) -> None:
+        self._chain, self._depth = chain, depth
+        self.path: Path = chain.links[min(depth, chain.depth - 1)].path
+        self.capacity = chain.capacity if capacity is None else capacity
+
+    def tables(self, offset: int, length: int) -> Iterator[RunTable]:
+        """Yield the runs of the range, window by window."""
+        end = offset + length
+        while offset < end:
+            stop = min(end, offset - offset % _WINDOW + _WINDOW)
+            if self._depth < self._chain.depth:
+                yield self._chain.resolve(offset, stop, self._depth)
+            else:
+                yield RunTable.single(offset, stop, HOLE)
+            offset = stop
+
+    def rows(self, offset: int = 0, length: int | None = None) -> Iterator[Row]:
+        """Yield the runs of the range."""
+        for table in self.tables(offset, self.capacity - offset if length is None else length):
+            yield from table.rows()
+
+    def read_row(self, row: Row, skip: int, length: int) -> bytes:
+        """Return `length` bytes from byte `skip` of `row`."""
+        return self._chain.read_row(row, skip, length)
+
+    def file_of(self, row: Row) -> BlockFile | None:
+        """Return the file that stores `row` as it is."""
+        return self._chain.file_of(row)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return what is seen in the range."""
+        if self._depth >= self._chain.depth:
+            return bytes(length)
+        return self._chain.read_below(self._depth, offset, length)
+
+    def is_zero(self, offset: int, length: int) -> bool:
+        """Return whether no stored run is seen in the range."""
+        return all(row.kind <= ZERO for row in self.rows(offset, length))
+
+    def __enter__(self) -> Self:
+        """Return the view itself."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Leave the chain open."""
+
+
+def upper_tables(chain: Chain, count: int, offset: int, length: int) -> Iterator[RunTable]:
+    """Yield what the first `count` links of the chain store, window by window; holes where they store nothing."""
+    end = offset + length
+    while offset < end:
+        stop = min(end, offset - offset % _WINDOW + _WINDOW)
+        table = chain.links[0].resolve(offset, stop)
+        for link in chain.links[1:count]:
+            table = table.over(link.resolve(offset, stop))
+        yield table.coalesced()
+        offset = stop
+
+
+def restricted(table: RunTable, *masks: tuple[RunTable, bool]) -> list[Row]:
+    """Return the parts of `table` where each (other table, wanted) has a hole exactly if wanted.
+
+    All tables cover the same stretch. Holes of `table` itself come out as zeros.
+    """
+    starts = np.unique(np.concatenate([table.starts, *(other.starts for other, _ in masks)]))
+    wanted = np.ones(len(starts), bool)
+    for other, hole in masks:
+        rows = np.searchsorted(other.starts, starts, "right") - 1
+        wanted &= (other.kinds[rows] == HOLE) == hole
+    rows = np.searchsorted(table.starts, starts, "right") - 1
+    kinds = np.where(table.kinds[rows] == HOLE, ZERO, table.kinds[rows])
+    offsets = table.file_offsets[rows] + np.where(kinds == DATA, starts - table.starts[rows], 0)
+    sources = table.sources[rows]
+    kept = RunTable(
+        starts, np.where(wanted, kinds, HOLE).astype(np.uint8), np.where(wanted, sources, NO_SOURCE), offsets, table.end
+    )
+    return [row for row in kept.coalesced().rows() if row.kind != HOLE]
+
+
+class LinkWriter:
+    """Writes into one link that is open for writing.
+
+    `below` is what the guest sees under it now, which fills up grains that are stored in part; `later` is what it will
+    see there when the operation is done, if that differs: zeros are left out where it reads as zeros.
+    """
+
+    def __init__(self, link: Link, below: View, on_step: OnStep, *, later: View | None = None) -> None:
+        self._link, self._below, self._on_step = link, below, on_step
+        self._later = later or below
+        self._copiers: dict[int, Copier] = {}
+        self._named = 0
+
+    def put_rows(self, rows: Iterable[Row], source: Disk) -> None:
+        """Store every row but the holes: data by the kernel, the rest through a buffer."""
+        for row in rows:
+            if row.kind == HOLE:
+                continue
+            if row.kind == ZERO or row.source == NO_SOURCE:
+                self.put_zeros(row.offset, row.length)
+                continue
+            file = source.file_of(row)
+            if file is not None:
+                self.put(row.offset, row.length, file, row.file_offset)
+                continue
+            for skip in range(0, row.length, STEP):
+                self.put_bytes(row.offset + skip, source.read_row(row, skip, min(STEP, row.length - skip)))
+
+    def put(self, offset: int, length: int, source: BlockFile, source_offset: int) -> None:
+        """Copy `length` bytes of `source` to guest offset `offset`."""
+        for placed, first, last in self._pieces(offset, length):
+            delta = source_offset - offset + placed.start
+            for row in placed.extent.resolve(first, last).rows():
+                self._put_row(placed, row, source, delta)
+
+    def put_bytes(self, offset: int, data: Buffer) -> None:
+        """Write `data` to guest offset `offset`."""
+        view = memoryview(data)
+        for placed, first, last in self._pieces(offset, len(view)):
+            start = placed.start + first - offset
+            self._write(placed, first, view[start : start + last - first])
+
+    def put_zeros(self, offset: int, length: int) -> None:
+        """Make the range read as zeros; nothing is stored where it does already."""
+        for placed, first, last in self._pieces(offset, length):
+            for row in placed.extent.resolve(first, last).rows():
+                if row.kind == DATA:
+                    self._write_zeros(placed, row.offset, row.length)
+                elif row.kind == HOLE and not self._later.is_zero(placed.start + row.offset, row.length):
+                    self._zero_hole(placed, row)
+        self._on_step(length)
+
+    def finish(self) -> None:
+        """Return when everything is durable, data before the tables that name it."""
+        self._link.flush()
+
+    def _pieces(self, offset: int, length: int) -> Iterator[tuple[PlacedExtent, int, int]]:
+        end = offset + length
+        while offset < end:
+            stop = min(end, offset + _PIECE)
+            yield from self._link.overlapping(offset, stop)
+            offset = stop
+
+    def _put_row(self, placed: PlacedExtent, row: Row, source: BlockFile, delta: int) -> None:
+        """Copy into one run of the target; `delta` leads from offsets in the extent to those in `source`."""
+        extent = placed.extent
+        if row.kind == DATA and extent.file is not None:
+            self._copier(extent.file).copy(source, row.offset + delta, row.file_offset, row.length, self._on_step)
+            return
+        head, start, stop, end = self._whole_grains(placed, row)
+        self._copy_part(placed, head, start, source, delta)
+        if start < stop:
+            if isinstance(extent, GrainStore) and extent.file is not None:
+                self._copy_grains(placed, extent, start, stop, source, delta)
+            else:
+                self._copy_part(placed, start, stop, source, delta)
+        self._copy_part(placed, stop, end, source, delta)
+
+    def _copy_grains(
+        self, placed: PlacedExtent, store: GrainStore, start: int, stop: int, source: BlockFile, delta: int
+    ) -> None:
+        file, unit = placed.extent.file, placed.extent.grain_bytes
+        assert file is not None
+        position = store.reserve(start, stop - start)
+        self._copier(file).copy(source, start + delta, position, stop - start, self._on_step)
+        if pad := -(stop - start) % unit:  # the last grain of the disk is stored whole
+            file.write_at(position + stop - start, bytes(pad))
+        self._count(placed, stop - start)
+
+    def _copy_part(self, placed: PlacedExtent, start: int, stop: int, source: BlockFile, delta: int) -> None:
+        for offset in range(start, stop, STEP):
+            length = min(STEP, stop - offset)
+            data = source.read_at(offset + delta, length)
+            self._write(placed, offset, data + bytes(length - len(data)))
+
+    def _write(self, placed: PlacedExtent, offset: int, data: Buffer) -> None:
+        placed.extent.write(offset, data, self._below_extent(placed))
+        self._count(placed, len(data))
+        self._on_step(len(data))
+
+    def _write_zeros(self, placed: PlacedExtent, offset: int, length: int) -> None:
+        for start in range(offset, offset + length, STEP):
+            zeros = bytes(min(STEP, offset + length - start))
+            placed.extent.write(start, zeros, self._below_extent(placed))
+
+    def _zero_hole(self, placed: PlacedExtent, row: Row) -> None:
+        extent = placed.extent
+        head, start, stop, end = self._whole_grains(placed, row)
+        self._write_zeros(placed, head, start - head)
+        if start < stop and not (isinstance(extent, GrainStore) and extent.zero(start, stop - start)):
+            self._write_zeros(placed, start, stop - start)
+        self._write_zeros(placed, stop, end - stop)
+        self._count(placed, row.length)
+
+    @staticmethod
+    def _whole_grains(placed: PlacedExtent, row: Row) -> tuple[int, int, int, int]:
+        """Return the row's start, the first and last edge of a grain in it, and its end; the disk's end is an edge."""
+        unit, end = placed.extent.grain_bytes, row.offset + row.length
+        start = min(end, -(-row.offset // unit) * unit)
+        stop = end if end == placed.extent.capacity else end - end % unit
+        return row.offset, start, max(start, stop), end
+
+    def _below_extent(self, placed: PlacedExtent) -> Below:
+        return lambda offset, length: self._below.read(placed.start + offset, length)
+
+    def _copier(self, file: BlockFile) -> Copier:
+        return self._copiers.setdefault(id(file), Copier(file))
+
+    def _count(self, placed: PlacedExtent, length: int) -> None:
+        """Store the tables now and then, so that those waiting in memory stay bounded."""
+        self._named += -(-length // placed.extent.grain_bytes)
+        if self._named >= _FLUSH_GRAINS:
+            self._named = 0
+            placed.extent.flush()

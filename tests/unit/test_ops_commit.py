@@ -1,0 +1,133 @@
+"""After a commit everything above the base reads what it read, whoever else stands on the links."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qemu_vmdk_snap import InvalidRequest, LockBusy, open_chain
+from qemu_vmdk_snap.cli.main import main
+from qemu_vmdk_snap.ops.commit import commit
+from qemu_vmdk_snap.ops.progress import Progress
+from tests.support.tree import Tree, line
+
+MIB = 1 << 20
+SIZE = 3 * MIB + 1536
+
+
+@pytest.fixture(params=[(65536, False), (4096, False), (65536, True)], ids=["64k", "4k", "zeroed"])
+def tree(tmp_path: Path, request: pytest.FixtureRequest) -> Tree:
+    tree = Tree(tmp_path, SIZE)
+    grain, zeroed = request.param
+    line(tree, 4, grain=grain, zeroed=zeroed)
+    return tree
+
+
+def test_top_is_emptied(tree: Tree) -> None:
+    top = tree.path("image-4")
+    report = commit(top)
+    assert (report.path, report.base, report.relinked, report.deleted) == (top, tree.path("image-3"), (), ())
+    tree.model["image-3"] = tree.model["image-4"]
+    tree.verify()
+    with open_chain(top) as chain:
+        assert all(run.depth > 0 for run in chain.map()), "the overlay is empty"
+
+
+def test_top_is_deleted(tree: Tree) -> None:
+    commit(tree.path("image-4"), delete=True)
+    tree.model["image-3"] = tree.model["image-4"]
+    tree.forget("image-4")
+    tree.verify()
+
+
+def test_middle_link_is_deleted_and_its_children_relinked(tree: Tree) -> None:
+    twin = tree.overlay("image-3")
+    tree.scribble(twin)
+    report = commit(tree.path("image-3"), delete=True)
+    assert set(report.relinked) == {tree.path("image-4"), tree.path(twin)}
+    tree.model["image-2"] = tree.model["image-3"]
+    tree.forget("image-3")
+    tree.verify()
+
+
+def test_middle_link_is_emptied_and_its_children_stay(tree: Tree) -> None:
+    report = commit(tree.path("image-3"))
+    assert report.relinked == ()
+    tree.model["image-2"] = tree.model["image-3"]
+    tree.verify()
+
+
+def test_several_links_are_merged_and_deleted(tree: Tree) -> None:
+    report = commit(tree.path("image-4"), base=tree.path("image-1"), delete=True)
+    assert len(report.deleted) == 3
+    tree.model["image-1"] = tree.model["image-4"]
+    for name in ("image-2", "image-3", "image-4"):
+        tree.forget(name)
+    tree.verify()
+
+
+def test_links_between_keep_what_they_read(tree: Tree) -> None:
+    report = commit(tree.path("image-4"), base=tree.path("image-1"))
+    assert report.relinked == (tree.path("image-4"),)
+    tree.model["image-1"] = tree.model["image-4"]
+    tree.verify()
+
+
+def test_sibling_is_refused_or_kept(tree: Tree) -> None:
+    sibling = tree.overlay("image-2", grain=16384)
+    tree.scribble(sibling)
+    before = {path: path.read_bytes() for path in tree.folder.iterdir()}
+    with pytest.raises(InvalidRequest, match=f"{sibling}.vmdk would no longer read the same"):
+        commit(tree.path("image-3"))
+    assert before == {path: path.read_bytes() for path in tree.folder.iterdir()}
+    commit(tree.path("image-3"), keep_siblings=True, delete=True)
+    tree.model["image-2"] = tree.model["image-3"]
+    tree.forget("image-3")
+    tree.verify()
+
+
+def test_link_between_with_another_child_is_not_deleted(tree: Tree) -> None:
+    other = tree.overlay("image-3")
+    with pytest.raises(InvalidRequest, match=f"cannot be deleted: .*{other}.vmdk depend on it"):
+        commit(tree.path("image-4"), base=tree.path("image-1"), delete=True)
+    tree.verify()
+
+
+def test_refusals(tree: Tree) -> None:
+    with pytest.raises(InvalidRequest, match="has no parent to commit to"):
+        commit(tree.path("image-1"))
+    with pytest.raises(InvalidRequest, match="is not below it in its backing chain"):
+        commit(tree.path("image-2"), base=tree.path("image-3"))
+    with open_chain(tree.path("image-3")), pytest.raises(LockBusy):
+        commit(tree.path("image-4"))
+    with open_chain(tree.path("image-4"), writable=True), pytest.raises(LockBusy):
+        commit(tree.path("image-3"), delete=True)
+    tree.verify()
+
+
+def test_cancelled(tree: Tree) -> None:
+    class Cancelled(Exception):
+        pass
+
+    def cancel(step: Progress) -> None:
+        if step.done > SIZE // 3:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        commit(tree.path("image-4"), on_progress=cancel)
+    tree.model["image-3"] = tree.read("image-3")  # half merged, as it says
+    tree.verify()
+    steps: list[Progress] = []
+    commit(tree.path("image-4"), on_progress=steps.append)
+    assert [step.done for step in steps] == sorted(step.done for step in steps)
+    assert (steps[-1].done, steps[-1].total) == (SIZE, SIZE)
+    tree.model["image-3"] = tree.model["image-4"]
+    tree.verify()
+
+
+def test_command(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["image", "commit", "-d", str(tree.path("image-4"))]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{tree.path('image-4')}: deleted", "Image committed."]
+    assert main(["recover", str(tree.folder)]) == 0
+    assert capsys.readouterr().out == "Nothing to recover.\n"
