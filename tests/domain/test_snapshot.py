@@ -118,6 +118,21 @@ def test_the_overlay_has_the_owner_of_its_base(lab: Lab) -> None:
     assert (made.st_uid, made.st_gid) == (12345, 54321)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_an_owner_that_cannot_be_given_is_refused(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = lab.disk()
+    os.chown(base, 12345, 54321)
+    domain = lab.define(base)
+
+    def not_permitted(*_: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchown", not_permitted)
+    assert refuse(lab, domain.name()) == (
+        f"domain {domain.name()}: cannot give {lab.folder}/a-000001.vmdk the owner 12345:54321 of {base}: run it as root"
+    )
+
+
 def test_only_the_wanted_disks_take_part(lab: Lab) -> None:
     domain = lab.define(lab.disk("a"), lab.disk("b"), lab.disk("c"))
     report = create_snapshot(lab.conn, domain.name(), "s1", disks=["vda", str(lab.folder / "b.vmdk")], exclude=["vdb"])
