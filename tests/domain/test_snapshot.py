@@ -128,9 +128,8 @@ def test_an_owner_that_cannot_be_given_is_refused(lab: Lab, monkeypatch: pytest.
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "fchown", not_permitted)
-    assert refuse(lab, domain.name()) == (
-        f"domain {domain.name()}: cannot give {lab.folder}/a-000001.vmdk the owner 12345:54321 of {base}: run it as root"
-    )
+    reason = f"cannot give {lab.folder}/a-000001.vmdk the owner 12345:54321 of {base}: run it as root"
+    assert refuse(lab, domain.name()) == f"domain {domain.name()}: {reason}"
 
 
 def test_only_the_wanted_disks_take_part(lab: Lab) -> None:
