@@ -29,6 +29,8 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
         "compare": Command(f"{_HERE}.image.compare", "tell whether a guest would see the same bytes on two images"),
         "convert": Command(f"{_HERE}.image.convert", "copy what a guest sees into a new image"),
         "commit": Command(f"{_HERE}.image.commit", "merge an image into one below it"),
+        "rebase": Command(f"{_HERE}.image.rebase", "put an image on another parent, or on none"),
+        "remove": Command(f"{_HERE}.image.remove", "delete an image of a tree; the others keep what they read"),
     },
     "snapshot": {
         "create": Command(f"{_HERE}.snapshot.create", "freeze the disks of a domain and go on in new overlays"),

@@ -23,12 +23,12 @@ from qemu_vmdk_snap.chain.children import find_children
 from qemu_vmdk_snap.chain.link import Link, open_link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.ops.move import delete_files
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.ops.relink import DescriptorChange, on_parent, with_fresh_cid
 from qemu_vmdk_snap.ops.transfer import Clearable, LinkWriter, View, restricted, upper_tables
 from qemu_vmdk_snap.ops.trim import trim_link
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
-from qemu_vmdk_snap.storage.durable import sync_folder
 from qemu_vmdk_snap.storage.intent import Intent, make_intent
 
 OPERATION = "commit"
@@ -241,7 +241,7 @@ def _run(plan: _Plan, on_progress: OnProgress) -> CommitReport:
         change.apply(links[change.path])
     if not plan.delete:
         _clear(top)
-    _delete(unlinked)
+    delete_files(unlinked)
     intent.end()
     deleted = tuple(link.path for link in gone)
     return CommitReport(top.path, base.path, tuple(change.path for change in plan.finish), deleted)
@@ -261,15 +261,6 @@ def _clear(link: Link) -> None:
     for placed in link.extents:
         if isinstance(placed.extent, Clearable):
             placed.extent.clear()
-
-
-def _delete(paths: Iterable[str]) -> None:
-    folders = set()
-    for path in map(Path, paths):
-        path.unlink(missing_ok=True)
-        folders.add(path.parent)
-    for folder in folders:
-        sync_folder(folder)
 
 
 def finish_commit(intent: Intent, opener: FileOpener) -> None:
@@ -293,7 +284,7 @@ def finish_commit(intent: Intent, opener: FileOpener) -> None:
             _clear(link)
         finally:
             link.close()
-    _delete(details["delete"])
+    delete_files(details["delete"])
 
 
 def _changes(details: Iterable[dict[str, object]]) -> Iterator[DescriptorChange]:

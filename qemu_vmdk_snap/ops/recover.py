@@ -11,10 +11,13 @@ from typing import Final, cast
 
 from qemu_vmdk_snap.errors import CorruptChain, LockBusy
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
-from qemu_vmdk_snap.storage.intent import Intent, pending_in
+from qemu_vmdk_snap.storage.intent import Intent, pending_in, sweep
 
 FINISHERS: Final[dict[str, tuple[str, str]]] = {
     "commit": ("qemu_vmdk_snap.ops.commit", "finish_commit"),
+    "rebase": ("qemu_vmdk_snap.ops.move", "finish_moves"),
+    "remove": ("qemu_vmdk_snap.ops.move", "finish_moves"),
+    "relink": ("qemu_vmdk_snap.ops.rebase", "finish_relink"),
 }
 """Operation -> module and function (intent, opener) that finishes it; running it twice does no harm."""
 
@@ -38,6 +41,7 @@ def recover(folder: Path | str, *, opener: FileOpener = open_posix) -> list[Reco
     folder = Path(folder)
     image = None if folder.is_dir() else folder
     found = pending_in(folder if image is None else folder.parent)
+    sweep(folder if image is None else folder.parent)
     wanted = [intent for intent in found if image is None or intent.involves(image)]
     for intent in wanted:
         _finish(intent, opener)

@@ -24,6 +24,5 @@ def trim_link(link: Link) -> int:
         end = max(round_up(audit.end, sector_bytes(header.grain_size)), sector_bytes(header.overhead))
         if end < file.size():
             given += file.size() - end
-            file.truncate(end)
-            file.flush()
+            extent.cut(end)
     return given

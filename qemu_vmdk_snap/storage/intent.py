@@ -14,7 +14,6 @@ others may write, is never followed.
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
 import os
@@ -25,10 +24,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from qemu_vmdk_snap.errors import CorruptChain
-from qemu_vmdk_snap.storage.durable import replace_file, sync_folder
+from qemu_vmdk_snap.storage.durable import sync_folder
 
 _VERSION: Final = 1
 _SUFFIX: Final = ".intent"
+_DRAFT: Final = ".new"
 _MAX_BYTES: Final = 64 << 20
 
 
@@ -52,7 +52,7 @@ class Intent:
     def begin(self) -> None:
         """Make the record durable, before anything is changed. Also replaces the record of an earlier stage."""
         for pointer in self._pointers():
-            replace_file(pointer, json.dumps({"version": _VERSION, "see": str(self.path)}).encode(), 0o600)
+            _store(pointer, {"version": _VERSION, "see": str(self.path)})
         record = {
             "version": _VERSION,
             "operation": self.operation,
@@ -60,7 +60,7 @@ class Intent:
             "images": [str(image) for image in self.images],
             "details": dict(self.details),
         }
-        replace_file(self.path, json.dumps(record, indent=1).encode(), 0o600)
+        _store(self.path, record)
 
     def update(self, **details: object) -> Intent:
         """Return the intent with changed details, its record already durable."""
@@ -71,9 +71,9 @@ class Intent:
     def end(self) -> None:
         """Take the record away, durably: the operation is finished or taken back."""
         for path in [self.path, *self._pointers()]:
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-                sync_folder(path.parent)
+            _draft(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            sync_folder(path.parent)
 
     def involves(self, image: Path) -> bool:
         """Return whether the operation changes `image`."""
@@ -101,12 +101,19 @@ def pending_in(folder: Path) -> list[Intent]:
     """
     found: dict[Path, Intent] = {}
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.name.startswith(".") and entry.name.endswith(_SUFFIX))
-    for name in names:
+        names = {entry.name for entry in entries if entry.name.startswith(".")}
+    for name in sorted(name for name in names if name.endswith(_SUFFIX)):
         intent = _read(folder / name)
         if intent is not None:
             found[intent.path] = intent
     return list(found.values())
+
+
+def sweep(folder: Path) -> None:
+    """Remove what is left of records that never became complete: their operations had not begun."""
+    for draft in folder.glob(f".*{_SUFFIX}{_DRAFT}"):
+        if not draft.with_name(draft.name.removesuffix(_DRAFT)).exists():
+            draft.unlink(missing_ok=True)
 
 
 def refuse_pending(image: Path) -> None:
@@ -125,6 +132,23 @@ def to_text(data: bytes) -> str:
 def from_text(text: str) -> bytes:
     """Return what `to_text` was given."""
     return base64.b64decode(text)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(path.name + _DRAFT)
+
+
+def _store(path: Path, record: Mapping[str, Any]) -> None:
+    """Make `path` hold the record, durably and in one step. The draft has a fixed name, so that none can pile up."""
+    draft = _draft(path)
+    draft.unlink(missing_ok=True)
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(json.dumps(record, indent=1).encode())
+        file.flush()
+        os.fsync(fd)
+    draft.replace(path)
+    sync_folder(path.parent)
 
 
 def _read(path: Path) -> Intent | None:

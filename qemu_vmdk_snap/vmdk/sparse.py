@@ -179,6 +179,12 @@ class SparseExtent:
             self.tables.set_entry(grain, GTE_ZEROED)
         return True
 
+    def cut(self, end: int) -> None:
+        """Give back, durably, what is behind byte `end` of the file; the caller knows that nothing in use is there."""
+        self._file.truncate(end)
+        self._file.flush()
+        self._file_size = end
+
     def clear(self) -> None:
         """Forget every grain, durably, and give their space back: the parent answers everywhere."""
         self.flush()
@@ -193,9 +199,7 @@ class SparseExtent:
                 if self._file.next_data(sector_bytes(sector)) < sector_bytes(sector) + len(zeros):
                     self._file.write_at(sector_bytes(sector), zeros)
         self._file.flush()  # barrier: no table names a grain any more when the space goes
-        self._file_size = min(self._file_size, sector_bytes(max(ends)))
-        self._file.truncate(self._file_size)
-        self._file.flush()
+        self.cut(min(self._file_size, sector_bytes(max(ends))))
         self.tables = self._read_tables(self.header.gd_offset, "gd_offset")
 
     def _write_new(self, offset: int, data: memoryview, below: Below) -> int:

@@ -1,0 +1,46 @@
+"""`image rebase`: put an image on another parent, or with `-b ""` on none."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_progress, add_quiet, need_vmdk
+from qemu_vmdk_snap.cli.ui import Ui
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `image rebase`."""
+    parser.add_argument("-f", "--format", default="vmdk", metavar="FMT", help="format of the image: vmdk")
+    parser.add_argument("-F", "--backing-format", default="vmdk", metavar="FMT", help="format of the parent: vmdk")
+    parser.add_argument("-t", "--cache", help=argparse.SUPPRESS)
+    parser.add_argument("-T", "--src-cache", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "-u", "--unsafe", action="store_true", help="only write the new parent down: it is known to hold the same"
+    )
+    parser.add_argument(
+        "-b",
+        "--backing",
+        required=True,
+        metavar="PARENT",
+        help='the new parent; "" makes the image stand alone (flatten)',
+    )
+    add_quiet(parser)
+    add_progress(parser)
+    add_allow_dir(parser)
+    parser.add_argument("filename", type=Path)
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Rebase; silent on success, as qemu-img is."""
+    from qemu_vmdk_snap.chain.resolver import confined
+    from qemu_vmdk_snap.ops.rebase import rebase
+
+    need_vmdk(args.filename, args.format)
+    parent = Path(args.backing) if args.backing else None
+    if parent is not None:
+        need_vmdk(parent, args.backing_format)
+    trusted = [*args.allow_dir, *([] if parent is None else [parent.parent])]
+    report = rebase(args.filename, parent, unsafe=args.unsafe, resolver=confined(trusted), on_progress=ui.progress)
+    if ui.json_output:
+        ui.json({"filename": str(report.path), "backing-filename": report.parent and str(report.parent)})

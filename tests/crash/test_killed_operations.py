@@ -1,0 +1,183 @@
+"""Killed at any point, does every operation leave each surviving snapshot as it was, and does `recover` finish it?
+
+The operation runs in a forked child that kills itself with SIGKILL just before its n-th call that changes anything on
+disk, for every n. So there is no point between two changes that is not tried.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import pytest
+
+from qemu_vmdk_snap import VmdkSnapError
+from qemu_vmdk_snap.ops.commit import commit
+from qemu_vmdk_snap.ops.rebase import rebase
+from qemu_vmdk_snap.ops.recover import recover
+from qemu_vmdk_snap.ops.remove import remove
+from tests.support.tree import Tree, line
+
+SIZE: Final = (1 << 20) + 1536
+CHANGES: Final = (
+    "pwrite",
+    "ftruncate",
+    "copy_file_range",
+    "fsync",
+    "fdatasync",
+    "replace",
+    "rename",
+    "unlink",
+    "link",
+)
+
+
+class Case(NamedTuple):
+    name: str
+    run: Callable[[Tree], object]
+    after: Callable[[Tree], None]
+    """Changes the model to what holds when the operation is done."""
+    changing: frozenset[str]
+    """Images whose content the operation may change: the base of a merge."""
+
+
+def _committed(top: str, base: str, gone: tuple[str, ...] = ()) -> Callable[[Tree], None]:
+    def after(tree: Tree) -> None:
+        tree.model[base] = tree.model[top]
+        for name in gone:
+            tree.forget(name)
+
+    return after
+
+
+def _nothing(tree: Tree) -> None:
+    pass
+
+
+CASES: Final = [
+    Case(
+        "commit-top",
+        lambda tree: commit(tree.path("image-3"), keep_siblings=True),
+        _committed("image-3", "image-2"),
+        frozenset({"image-2"}),
+    ),
+    Case(
+        "commit-delete-middle",
+        lambda tree: commit(tree.path("image-2"), delete=True, keep_siblings=True),
+        _committed("image-2", "image-1", ("image-2",)),
+        frozenset({"image-1", "image-2"}),
+    ),
+    Case(
+        "commit-deep",
+        lambda tree: commit(tree.path("image-3"), base=tree.path("image-1")),
+        _committed("image-3", "image-1"),
+        frozenset({"image-1"}),
+    ),
+    Case("rebase", lambda tree: rebase(tree.path("image-3"), tree.path("image-4")), _nothing, frozenset()),
+    Case("flatten", lambda tree: rebase(tree.path("image-2"), None), _nothing, frozenset()),
+    Case(
+        "remove", lambda tree: remove(tree.path("image-2")), lambda tree: tree.forget("image-2"), frozenset({"image-2"})
+    ),
+]
+
+
+@pytest.fixture(params=CASES, ids=[case.name for case in CASES])
+def case(request: pytest.FixtureRequest) -> Case:
+    assert isinstance(request.param, Case)
+    return request.param
+
+
+def planted(folder: Path) -> Tree:
+    """A chain of three, and a fourth image beside the third."""
+    folder.mkdir()
+    tree = Tree(folder, SIZE)
+    line(tree, 3)
+    tree.scribble(tree.overlay("image-2", grain=16384))
+    return tree
+
+
+def killed_at(number: int, work: Callable[[], object]) -> bool:
+    """Run `work` in a child that dies before its change number `number`; return whether it lived to the end."""
+    pid = os.fork()
+    if pid:
+        _, status = os.waitpid(pid, 0)
+        if os.WIFSIGNALED(status):
+            assert os.WTERMSIG(status) == signal.SIGKILL
+            return False
+        assert os.WEXITSTATUS(status) == 0, "the operation failed"
+        return True
+    left = [number]
+
+    def counted(call: Callable[..., object]) -> Callable[..., object]:
+        def wrapper(*args: object, **keywords: object) -> object:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **keywords)
+
+        return wrapper
+
+    try:
+        for name in CHANGES:
+            setattr(os, name, counted(getattr(os, name)))
+        fcntl.ioctl = counted(fcntl.ioctl)  # type: ignore[assignment]
+        work()
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def test_killed_before_every_change(case: Case, tmp_path: Path) -> None:
+    origin = planted(tmp_path / "origin")
+    number, lived = 0, False
+    while not lived:
+        tree = copy_of(origin, tmp_path / "run")
+        lived = killed_at(number, functools.partial(case.run, tree))
+        number += 1
+        readable = survivors_read_the_same(tree, case)
+        recovered = recover(tree.folder)
+        if lived or recovered:
+            case.after(tree)
+            tree.verify(leaks=False)
+        else:  # nothing had begun, or it had ended: a record tells of everything between
+            done = copy_of(tree, tmp_path / "done", files=False)
+            case.after(done)
+            assert reads_as(tree, done) or reads_as(tree, tree)
+        assert recover(tree.folder) == []
+        assert readable or recovered, "what cannot be read is mended by recover alone"
+    assert number > 10, "the operation changes something"
+
+
+def survivors_read_the_same(tree: Tree, case: Case) -> bool:
+    """Return whether all that survives can be read; what can be must read what it read."""
+    readable = True
+    for name in tree.model.keys() - case.changing:
+        try:
+            content = tree.read(name)
+        except VmdkSnapError:
+            readable = False
+        else:
+            assert content == tree.model[name], f"{name} reads something else after the kill"
+    return readable
+
+
+def reads_as(tree: Tree, model: Tree) -> bool:
+    """Return whether the files of `tree` are what `model` says, leaving temporary files aside."""
+    if {name for name in tree.files() if not name.startswith(".")} != {f"{name}.vmdk" for name in model.model}:
+        return False
+    return all(tree.read(name) == model.model[name] for name in model.model)
+
+
+def copy_of(tree: Tree, folder: Path, *, files: bool = True) -> Tree:
+    if files:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tree.folder, folder)
+    copy = Tree(folder, tree.size)
+    copy.model, copy.parents = dict(tree.model), dict(tree.parents)
+    return copy
