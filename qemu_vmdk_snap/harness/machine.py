@@ -18,7 +18,7 @@ from qemu_vmdk_snap.errors import GuestError, PluginError
 from qemu_vmdk_snap.harness.accelerator import choose_accelerator
 from qemu_vmdk_snap.harness.deadlines import scaled
 from qemu_vmdk_snap.harness.probe import floppy_image
-from qemu_vmdk_snap.harness.session import BOOT_SECONDS, ProbeSession, over_socket
+from qemu_vmdk_snap.harness.session import BOOT_SECONDS, ProbeSession, over_descriptor
 
 CONTROLLERS: Final[dict[str, tuple[str, ...]]] = {
     "ide": ("-device", "ide-hd,drive=disk"),
@@ -80,13 +80,18 @@ class Machine:
                 )
         finally:
             theirs.close()
-        self.probe = ProbeSession(over_socket(ours, self._log), setup.image.name, self._death)
+        self.probe = ProbeSession(over_descriptor(ours.detach(), self._log), setup.image.name, self._death)
         try:
             self.probe.wait_for_boot()
         except BaseException:
             self.kill()
             raise
         self.boot_seconds = time.monotonic() - started
+
+    @property
+    def pid(self) -> int:
+        """The process ID of QEMU."""
+        return self._process.pid
 
     def power_off(self, status: int = 0) -> None:
         """Let the probe switch off, and return when QEMU has ended and let go of the image.

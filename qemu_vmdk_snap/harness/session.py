@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Final, Protocol, cast
 
 import pexpect
-from pexpect import fdpexpect, socket_pexpect
+from pexpect import fdpexpect
 
 from qemu_vmdk_snap.errors import GuestError
 from qemu_vmdk_snap.harness.deadlines import scaled
@@ -23,6 +23,7 @@ from qemu_vmdk_snap.units import MIB, SECTOR_SIZE
 BOOT_SECONDS: Final = 15.0
 _ANSWER_SECONDS: Final = 10.0
 _SECONDS_PER_MIB: Final = 0.5
+_HELLO_SECONDS: Final = 1.0
 _TRIES: Final = 3
 _LINE: Final = rb"([^\r\n]*)\r\n"
 
@@ -42,6 +43,10 @@ class Line(Protocol):
         """Let go of it."""
 
 
+class _NoAnswer(GuestError):
+    """Nothing came in time; the machine may still be there."""
+
+
 class ProbeSession:
     """A probe, booted and answering. Offsets and lengths are bytes of its disk, in whole sectors."""
 
@@ -53,18 +58,17 @@ class ProbeSession:
         self._sequence = 0
 
     def wait_for_boot(self, seconds: float = BOOT_SECONDS) -> None:
-        """Return when the probe has said hello.
+        """Return when the probe has said hello: by itself when it booted, or because it was asked.
 
         Raises:
             GuestError: the machine is gone, the time is over, or another version of the probe answers.
         """
         deadline = time.monotonic() + scaled(seconds)
         while True:
-            answer = parse_answer(self._line(deadline, "the probe's first line"))
+            answer = self._hello(deadline)
             if answer is None:
-                continue  # the firmware may write to the line too
-            words = answer.text.split()
-            if not answer.ok or words[:2] != ["probe", PROTOCOL]:
+                continue
+            if not answer.ok or answer.text.split()[:2] != ["probe", PROTOCOL]:
                 raise GuestError(self._name, f"says {answer.text!r}, which is not the probe of protocol {PROTOCOL}")
             return
 
@@ -115,10 +119,7 @@ class ProbeSession:
         """Send one command and return its answer, or None when a message was damaged on the way."""
         self._sequence = self._sequence % 255 + 1
         sequence = f"{self._sequence:02x}"
-        try:
-            self._over.send(command_line(sequence, words))
-        except OSError as error:
-            raise GuestError(self._name, f"{words!r}: {self._explain()}") from error
+        self._send(sequence, words)
         while True:
             answer = parse_answer(self._line(deadline, f"the answer to {words!r}"))
             if answer is None or answer.sequence == BAD_SUM:
@@ -126,13 +127,33 @@ class ProbeSession:
             if answer.sequence == sequence:
                 return answer
 
+    def _hello(self, deadline: float) -> Answer | None:
+        """Return the next greeting, or None when something else came in; asks for one when nothing comes."""
+        patience = min(deadline, time.monotonic() + _HELLO_SECONDS)
+        try:
+            answer = parse_answer(self._line(patience, "the probe's first line"))
+        except _NoAnswer:
+            if time.monotonic() >= deadline:
+                raise
+            # It may have said hello before we listened: a terminal keeps nothing for those who come late.
+            self._send("00", "hello")
+            return None
+        # The firmware writes to the line too, and a question that came while it did so arrives damaged.
+        return None if answer is None or answer.sequence == BAD_SUM else answer
+
+    def _send(self, sequence: str, words: str) -> None:
+        try:
+            self._over.send(command_line(sequence, words))
+        except OSError as error:
+            raise GuestError(self._name, f"{words!r}: {self._explain()}") from error
+
     def _line(self, deadline: float, waiting_for: str) -> bytes:
         try:
             self._over.expect(_LINE, timeout=max(0.01, deadline - time.monotonic()))
         except pexpect.EOF as error:
             raise GuestError(self._name, f"waiting for {waiting_for}: {self._explain()}") from error
         except pexpect.TIMEOUT as error:
-            raise GuestError(self._name, f"waiting for {waiting_for}: no answer in time") from error
+            raise _NoAnswer(self._name, f"waiting for {waiting_for}: no answer in time") from error
         line: bytes = self._over.match[1]
         return line
 
@@ -140,8 +161,7 @@ class ProbeSession:
 def attach(path: Path | str, *, log: IO[bytes] | None = None, seconds: float = BOOT_SECONDS) -> ProbeSession:
     """Return a session with a probe whose serial line is at `path`: a Unix socket that listens, or a terminal.
 
-    For a libvirt domain: the source path of its serial device. The probe must not have been attached to before: its
-    first line is waited for. `log` gets every byte that comes in.
+    For a libvirt domain: the source path of its serial device. `log` gets every byte that comes in.
 
     Raises:
         GuestError: nothing answers at `path` in time.
@@ -158,31 +178,29 @@ def attach(path: Path | str, *, log: IO[bytes] | None = None, seconds: float = B
                 raise GuestError(str(path), f"cannot connect: {error.strerror}") from error
             time.sleep(0.02)
     session = ProbeSession(line, str(path))
-    session.wait_for_boot(seconds)
+    try:
+        session.wait_for_boot(seconds)
+    except GuestError:
+        session.close()
+        raise
     return session
 
 
-def over_socket(line: socket.socket, log: IO[bytes] | None) -> Line:
-    """Return the pexpect spawn that talks over a connected socket."""
-    spawn = socket_pexpect.SocketSpawn(line, use_poll=True)
+def over_descriptor(fd: int, log: IO[bytes] | None) -> Line:
+    """Return the line that talks over an open descriptor, which it closes in the end; `log` gets what comes in."""
+    # Not pexpect's SocketSpawn for sockets: it writes no log.
+    spawn = fdpexpect.fdspawn(fd, use_poll=True)
     spawn.logfile_read = log
     spawn.delaybeforesend = None
     return cast(Line, spawn)
 
 
 def _connect(path: Path, log: IO[bytes] | None) -> Line:
-    if stat.S_ISSOCK(path.stat().st_mode):
-        line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            line.connect(str(path))
-        except OSError:
-            line.close()
-            raise
-        return over_socket(line, log)
-    spawn = fdpexpect.fdspawn(os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC), use_poll=True)
-    spawn.logfile_read = log
-    spawn.delaybeforesend = None
-    return cast(Line, spawn)
+    if not stat.S_ISSOCK(path.stat().st_mode):
+        return over_descriptor(os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC), log)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
+        line.connect(str(path))
+        return over_descriptor(line.detach(), log)
 
 
 def _sectors(length: int) -> int:

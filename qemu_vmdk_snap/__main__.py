@@ -1,0 +1,10 @@
+"""`python -m qemu_vmdk_snap`: the same as the command."""
+
+from __future__ import annotations
+
+import sys
+
+from qemu_vmdk_snap.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())
