@@ -30,6 +30,9 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
         "convert": Command(f"{_HERE}.image.convert", "copy what a guest sees into a new image"),
         "commit": Command(f"{_HERE}.image.commit", "merge an image into one below it"),
         "rebase": Command(f"{_HERE}.image.rebase", "put an image on another parent, or on none"),
+        "resize": Command(f"{_HERE}.image.resize", "make the disk of an image larger"),
+        "measure": Command(f"{_HERE}.image.measure", "tell how much space a new image would take"),
+        "compact": Command(f"{_HERE}.image.compact", "give back the space of leaked grains and of zeros"),
         "remove": Command(f"{_HERE}.image.remove", "delete an image of a tree; the others keep what they read"),
     },
     "snapshot": {

@@ -17,6 +17,8 @@ FINISHERS: Final[dict[str, tuple[str, str]]] = {
     "commit": ("qemu_vmdk_snap.ops.commit", "finish_commit"),
     "rebase": ("qemu_vmdk_snap.ops.move", "finish_moves"),
     "remove": ("qemu_vmdk_snap.ops.move", "finish_moves"),
+    "compact": ("qemu_vmdk_snap.ops.compact", "undo_compact"),
+    "resize": ("qemu_vmdk_snap.ops.resize", "finish_resize"),
     "relink": ("qemu_vmdk_snap.ops.rebase", "finish_relink"),
 }
 """Operation -> module and function (intent, opener) that finishes it; running it twice does no harm."""

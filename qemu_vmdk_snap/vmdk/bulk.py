@@ -74,6 +74,11 @@ class BulkSparse:
         """Write `data` to `offset`."""
         self._file.write_at(self._allocate(offset, len(data)), data)
 
+    def mark_zeros(self, offset: int, length: int) -> None:
+        """Mark the grains of the range, all whole, as zeros over any parent; the layout must allow that."""
+        first = offset // self._unit
+        self._enter(first, -(-length // self._unit), 1, 0)
+
     def finish(self) -> None:
         """Store the last tables and give the file the whole of its last grain."""
         self._store_tables()
@@ -100,6 +105,10 @@ class BulkSparse:
         if sector + count * step > MAX_FILE_SECTORS:
             feature = f"the data does not fit: an extent file holds at most {MAX_FILE_SECTORS} sectors (2 TiB)"
             raise Unsupported(self._file.path, feature)
+        self._enter(first, count, sector, step)
+
+    def _enter(self, first: int, count: int, value: int, step: int) -> None:
+        """Set the entries of so many grains to `value`, `value` + `step` and so on."""
         per_window = self._tables_at_once * self._layout.header.gtes_per_gt
         while count:
             window, index = divmod(first, per_window)
@@ -107,8 +116,8 @@ class BulkSparse:
                 self._store_tables()
                 self._window, self._entries = window, np.zeros(per_window, "<u4")
             now = min(count, per_window - index)
-            self._entries[index : index + now] = sector + step * np.arange(now, dtype=np.int64)
-            first, sector, count = first + now, sector + now * step, count - now
+            self._entries[index : index + now] = value + step * np.arange(now, dtype=np.int64)
+            first, value, count = first + now, value + now * step, count - now
 
     def _store_tables(self) -> None:
         if self._window < 0:

@@ -19,9 +19,11 @@ import pytest
 
 from qemu_vmdk_snap import VmdkSnapError
 from qemu_vmdk_snap.ops.commit import commit
+from qemu_vmdk_snap.ops.compact import compact
 from qemu_vmdk_snap.ops.rebase import rebase
 from qemu_vmdk_snap.ops.recover import recover
 from qemu_vmdk_snap.ops.remove import remove
+from qemu_vmdk_snap.ops.resize import resize
 from tests.support.tree import Tree, line
 
 SIZE: Final = (1 << 20) + 1536
@@ -60,6 +62,10 @@ def _nothing(tree: Tree) -> None:
     pass
 
 
+def _grown(tree: Tree) -> None:
+    tree.model["image-3"] += bytes((40 << 20) - SIZE)
+
+
 CASES: Final = [
     Case(
         "commit-top",
@@ -79,6 +85,8 @@ CASES: Final = [
         _committed("image-3", "image-1"),
         frozenset({"image-1"}),
     ),
+    Case("compact", lambda tree: compact(tree.path("image-2")), _nothing, frozenset()),
+    Case("resize", lambda tree: resize(tree.path("image-3"), 40 << 20), _grown, frozenset({"image-3"})),
     Case("rebase", lambda tree: rebase(tree.path("image-3"), tree.path("image-4")), _nothing, frozenset()),
     Case("flatten", lambda tree: rebase(tree.path("image-2"), None), _nothing, frozenset()),
     Case(

@@ -1,0 +1,84 @@
+"""How much space a new image would take, before it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from qemu_vmdk_snap.chain.chain import Chain
+from qemu_vmdk_snap.chain.disk import Disk
+from qemu_vmdk_snap.ops.create import ImageOptions
+from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
+from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, round_up, sector_bytes
+from qemu_vmdk_snap.vmdk.runs import DATA, Int64s
+from qemu_vmdk_snap.vmdk.sparse_layout import plan_sparse
+
+OPERATION: Final = "measure"
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Sizes in bytes, as files have them; a sparse file may take less on the disk."""
+
+    required: int
+    """For the data that there is now."""
+    fully_allocated: int
+    """For a disk whose every byte was written."""
+
+
+def measure(
+    disk: Disk | None,
+    size: int,
+    *,
+    output_format: str = "vmdk",
+    options: ImageOptions | None = None,
+    on_progress: OnProgress = ignore,
+) -> Measurement:
+    """Return what an image of `disk`, or with None of an empty disk of `size` bytes, would take.
+
+    Grains that are stored are counted whole: whether they hold zeros is not looked at, and a copy may turn out smaller.
+    """
+    capacity = round_up(size if disk is None else disk.capacity, SECTOR_SIZE)
+    if output_format == "raw":
+        return Measurement(_stored(disk, 1, capacity, on_progress), capacity)
+    options = options or ImageOptions()
+    grain = options.grain_size
+    layout = plan_sparse(
+        byte_sectors(capacity), grain_sectors=grain // SECTOR_SIZE, zeroed_grains=options.zeroed_grain, descriptor=b""
+    )
+    overhead = sector_bytes(layout.header.overhead)
+    return Measurement(overhead + _stored(disk, grain, capacity, on_progress), overhead + round_up(capacity, grain))
+
+
+def _stored(disk: Disk | None, unit: int, capacity: int, on_progress: OnProgress) -> int:
+    """Return the bytes of all units that hold stored data, in whole units."""
+    meter = Meter(OPERATION, capacity, on_progress)
+    if disk is None:
+        meter.reach(capacity)
+        return 0
+    total, last = 0, -1
+    for starts, ends in _stretches(disk):
+        if not len(starts):
+            continue
+        first, final = starts // unit, (ends - 1) // unit
+        before = np.concatenate([[last], final[:-1]])
+        total += int((final - np.maximum(first, before + 1) + 1).sum())
+        last = int(final[-1])
+        meter.reach(int(ends[-1]))
+    meter.reach(capacity)
+    return total * unit
+
+
+def _stretches(disk: Disk) -> Iterator[tuple[Int64s, Int64s]]:
+    """Yield starts and ends of stored runs, in ascending order, many at a time."""
+    if isinstance(disk, Chain):
+        for table in disk.tables():
+            stored = table.kinds >= DATA
+            yield table.starts[stored], (table.starts + table.lengths)[stored]
+        return
+    for row in disk.rows():
+        if row.kind >= DATA:
+            yield np.array([row.offset]), np.array([row.offset + row.length])
