@@ -19,8 +19,6 @@ from qemu_vmdk_snap.harness.deadlines import scaled
 from qemu_vmdk_snap.units import KIB, MIB, SECTOR_SIZE
 
 if TYPE_CHECKING:
-    import libvirt
-
     from qemu_vmdk_snap.harness import ProbeSession
 
 DOMAIN: Final = "demo"
@@ -89,16 +87,16 @@ class Demo:
             GuestError, PluginError, DomainError, OSError: something needed is missing or failed.
         """
         self._make_base()
-        conn = self._define()
-        self._snapshot(conn, "before-guest")
-        self._run_guest(conn, "the guest reads through the chain, then writes", self._guest_writes)
-        self._snapshot(conn, "after-guest")
+        self._define()
+        self._snapshot("before-guest")
+        self._run_guest("the guest reads through the chain, then writes", self._guest_writes)
+        self._snapshot("after-guest")
         self._engine_writes()
-        self._run_guest(conn, "the guest reads what the engine wrote", lambda _: None)
-        self.points.append(Point("now", self._top(conn), self._expected()))
+        self._run_guest("the guest reads what the engine wrote", lambda _: None)
+        self.points.append(Point("now", self._top(), self._expected()))
         for point in self.points:
             self._boot_read_only(point)
-        self.snapshots = list_snapshots(conn, DOMAIN)
+        self.snapshots = list_snapshots(self._conn, DOMAIN)
         with open_chain(self.points[-1].image) as chain:
             self.chain = [(link.path.name, link.cid, link.parent_cid) for link in chain.links]
         return all(row.same for row in self.seen)
@@ -122,47 +120,53 @@ class Demo:
                     chain.write_at(region.offset, region.content)
         self.say(f"engine: wrote {self.base.name}, {DISK_BYTES // MIB} MiB, the probe and a pattern on it")
 
-    def _define(self) -> libvirt.virConnect:
+    def _define(self) -> None:
         root = self.folder / "libvirt"
-        conn = open_connection(f"qemu:///embed?root={root}")
+        self._conn = open_connection(f"qemu:///embed?root={root}")
         self.serial = self.folder / "serial"
         with libvirt_errors(DOMAIN, "define"):
-            conn.defineXML(_domain_xml(self.base, self.serial))
+            self._conn.defineXML(_domain_xml(self.base, self.serial))
         self.say(f"libvirt: defined domain {DOMAIN!r} in this process, no daemon (qemu:///embed?root={root})")
-        return conn
 
-    def _snapshot(self, conn: libvirt.virConnect, name: str) -> None:
-        frozen = self._top(conn)
-        report = create_snapshot(conn, DOMAIN, name)
+    def _snapshot(self, name: str) -> None:
+        frozen = self._top()
+        report = create_snapshot(self._conn, DOMAIN, name)
         self.points.append(Point(name, frozen, self._expected()))
         self.say(f"snapshot {name}: froze {frozen.name}, the domain goes on in {report.disks[0].overlay.name}")
 
-    def _top(self, conn: libvirt.virConnect) -> Path:
+    def _top(self) -> Path:
         from qemu_vmdk_snap.domain.xml import list_disks
 
-        path = list_disks(find_domain(conn, DOMAIN).XMLDesc(0))[0].path
+        path = list_disks(find_domain(self._conn, DOMAIN).XMLDesc(0))[0].path
         assert path is not None
         return path
 
-    def _run_guest(self, conn: libvirt.virConnect, what: str, work: Callable[[ProbeSession], None]) -> None:
+    def _run_guest(self, what: str, work: Callable[[ProbeSession], None]) -> None:
         started = time.monotonic()
-        domain = find_domain(conn, DOMAIN)
+        domain = find_domain(self._conn, DOMAIN)
         self.serial.unlink(missing_ok=True)
         with libvirt_errors(DOMAIN, "start"):
             domain.create()
         try:
             with (self.folder / "serial.log").open("ab", buffering=0) as log:
                 probe = attach(self.serial, log=log)
-                self._compare("domain", self._top(conn).name, probe)
+                self._compare("domain", self._top().name, probe)
                 work(probe)
-                self._compare("domain", self._top(conn).name, probe)
+                self._compare("domain", self._top().name, probe)
                 probe.power_off()
-                _wait_until_off(domain)
+                self._wait_until_off()
                 probe.close()
         finally:
             if domain.isActive():
                 domain.destroy()
         self.say(f"domain {DOMAIN!r}: {what}; shut down after {time.monotonic() - started:.1f} s")
+
+    def _wait_until_off(self) -> None:
+        deadline = time.monotonic() + scaled(_SHUT_OFF_SECONDS)
+        while find_domain(self._conn, DOMAIN).isActive():
+            if time.monotonic() > deadline:
+                raise GuestError(DOMAIN, "the domain still runs after the probe switched it off")
+            time.sleep(0.01)
 
     def _guest_writes(self, probe: ProbeSession) -> None:
         for name, start, length in (
@@ -206,14 +210,6 @@ class Demo:
 
 def _pattern(seed: int, offset: int, length: int) -> bytes:
     return pattern(seed, offset // SECTOR_SIZE, length // SECTOR_SIZE)
-
-
-def _wait_until_off(domain: libvirt.virDomain) -> None:
-    deadline = time.monotonic() + scaled(_SHUT_OFF_SECONDS)
-    while domain.isActive():
-        if time.monotonic() > deadline:
-            raise GuestError(DOMAIN, "the domain still runs after the probe switched it off")
-        time.sleep(0.01)
 
 
 def _domain_xml(disk: Path, serial: Path) -> str:

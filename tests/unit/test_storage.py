@@ -1,0 +1,169 @@
+"""Do new files appear whole or not at all, do copies copy by every way, and do locks exclude?"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from qemu_vmdk_snap.errors import LockBusy
+from qemu_vmdk_snap.storage import copying, durable
+from qemu_vmdk_snap.storage.blockfile import PosixFile
+from qemu_vmdk_snap.storage.copying import Copier
+from qemu_vmdk_snap.storage.durable import NewFiles, new_file, publish, replace_file
+from qemu_vmdk_snap.storage.locks import lock_image
+
+PRECIOUS = b"precious"
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_new_file_appears_complete(tmp_path: Path) -> None:
+    with new_file(tmp_path / "a") as file:
+        file.write_at(3, b"content")
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a").read_bytes() == b"\0\0\0content"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_new_file_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_file(tmp_path / "a") as file:
+            file.write_at(0, b"half")
+            raise Stop
+
+    with pytest.raises(Stop):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_taken_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    def race() -> None:
+        with NewFiles() as files:
+            files.add(tmp_path / "first").write_at(0, b"ours")
+            files.add(tmp_path / "second")
+            (tmp_path / "second").write_bytes(PRECIOUS)
+
+    with pytest.raises(FileExistsError):
+        race()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"second": PRECIOUS}
+
+
+def test_without_hard_links_a_taken_name_is_not_overwritten_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(self: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", no_links)
+    with new_file(tmp_path / "a") as file:
+        file.write_at(0, b"content")
+    assert (tmp_path / "a").read_bytes() == b"content"
+    (tmp_path / "t").write_bytes(b"new")
+    with pytest.raises(FileExistsError):
+        publish(tmp_path / "t", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"content"
+    assert (tmp_path / "t").read_bytes() == b"new"
+
+
+def test_the_barriers_of_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: steps.append("sync " + Path(f"/proc/self/fd/{fd}").readlink().name))
+    link = durable._link
+
+    def note_and_link(temporary: Path, path: Path) -> None:
+        steps.append("link")
+        link(temporary, path)
+
+    monkeypatch.setattr(durable, "_link", note_and_link)
+    with new_file(tmp_path / "a"):
+        pass
+    assert [step.split(".")[0] for step in steps] == ["sync ", "link", f"sync {tmp_path.name}".split(".")[0]]
+
+
+def test_replace_file_is_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(PRECIOUS)
+
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(OSError, match="full"):
+            replace_file(tmp_path / "a", b"new")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": PRECIOUS}
+    replace_file(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("ways", ["all", "no clone", "buffer"])
+@pytest.mark.parametrize(("source_at", "target_at", "length"), [(0, 0, 8192), (4096, 8192, 12288), (5, 7, 10_000)])
+def test_every_way_of_copying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ways: str, source_at: int, target_at: int, length: int
+) -> None:
+    def refused(*_: object, **__: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, "not here")
+
+    if ways != "all":
+        monkeypatch.setattr(fcntl, "ioctl", refused)
+    if ways == "buffer":
+        monkeypatch.setattr(os, "copy_file_range", refused)
+        monkeypatch.setattr(copying, "_BUFFER_STEP", 3000)
+    data = os.urandom(20_000)
+    (tmp_path / "s").write_bytes(data)
+    (tmp_path / "t").write_bytes(b"")
+    source, target = PosixFile.open(tmp_path / "s"), PosixFile.open(tmp_path / "t", writable=True)
+    steps: list[int] = []
+    Copier(target).copy(source, source_at, target_at, length, steps.append)
+    assert (tmp_path / "t").read_bytes() == bytes(target_at) + data[source_at : source_at + length]
+    assert sum(steps) == length
+    source.close()
+    target.close()
+
+
+def test_a_copy_past_the_end_is_filled_with_zeros(tmp_path: Path) -> None:
+    (tmp_path / "s").write_bytes(b"x" * 100)
+    (tmp_path / "t").write_bytes(b"y" * 5000)
+    source, target = PosixFile.open(tmp_path / "s"), PosixFile.open(tmp_path / "t", writable=True)
+    Copier(target).copy(source, 60, 0, 1000, lambda _: None)
+    assert (tmp_path / "t").read_bytes() == b"x" * 40 + bytes(960) + b"y" * 4000
+    source.close()
+    target.close()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "excluded"),
+    [(False, False, False), (True, False, True), (False, True, True), (True, True, True)],
+)
+def test_locks(tmp_path: Path, first: bool, second: bool, excluded: bool) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"x")
+    one, two = (PosixFile.open(path, writable=True) for _ in range(2))
+    lock_image(one.fileno(), path, writable=first)
+    if excluded:
+        with pytest.raises(LockBusy, match="is another process using the image"):
+            lock_image(two.fileno(), path, writable=second)
+    else:
+        lock_image(two.fileno(), path, writable=second)
+    one.close()
+    two.close()
+    three = PosixFile.open(path, writable=True)
+    lock_image(three.fileno(), path, writable=True)  # closing let go
+    three.close()
+
+
+def test_holes_are_found(tmp_path: Path) -> None:
+    with (tmp_path / "a").open("wb") as raw:
+        raw.seek(1 << 20)
+        raw.write(b"x" * 4096)
+        raw.truncate(3 << 20)
+    file = PosixFile.open(tmp_path / "a")
+    assert file.next_data(0) == 1 << 20
+    assert file.next_hole(1 << 20) == (1 << 20) + 4096
+    assert file.next_data((1 << 20) + 4096) == 3 << 20
+    file.close()
