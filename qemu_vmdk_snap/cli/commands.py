@@ -33,6 +33,8 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
         "resize": Command(f"{_HERE}.image.resize", "make the disk of an image larger"),
         "measure": Command(f"{_HERE}.image.measure", "tell how much space a new image would take"),
         "compact": Command(f"{_HERE}.image.compact", "give back the space of leaked grains and of zeros"),
+        "diff": Command(f"{_HERE}.image.diff", "tell what changed between two links, or write it down as a delta"),
+        "apply": Command(f"{_HERE}.image.apply", "merge a delta into a copy of its base"),
         "remove": Command(f"{_HERE}.image.remove", "delete an image of a tree; the others keep what they read"),
     },
     "snapshot": {

@@ -17,9 +17,11 @@ from typing import Final, NamedTuple
 
 import pytest
 
-from qemu_vmdk_snap import VmdkSnapError
+from qemu_vmdk_snap import VmdkSnapError, open_chain
+from qemu_vmdk_snap.ops.apply import apply_delta
 from qemu_vmdk_snap.ops.commit import commit
 from qemu_vmdk_snap.ops.compact import compact
+from qemu_vmdk_snap.ops.diff import changes
 from qemu_vmdk_snap.ops.rebase import rebase
 from qemu_vmdk_snap.ops.recover import recover
 from qemu_vmdk_snap.ops.remove import remove
@@ -62,6 +64,16 @@ def _nothing(tree: Tree) -> None:
     pass
 
 
+def _applied(tree: Tree) -> None:
+    """The fourth image taken as a delta: what it stores replaces what the third has there."""
+    with open_chain(tree.path("image-4")) as chain:
+        found = list(changes(chain, 1))
+    content = bytearray(tree.model["image-3"])
+    for offset, length, _ in found:
+        content[offset : offset + length] = tree.model["image-4"][offset : offset + length]
+    tree.model["image-3"] = bytes(content)
+
+
 def _grown(tree: Tree) -> None:
     tree.model["image-3"] += bytes((40 << 20) - SIZE)
 
@@ -87,6 +99,12 @@ CASES: Final = [
     ),
     Case("compact", lambda tree: compact(tree.path("image-2")), _nothing, frozenset()),
     Case("resize", lambda tree: resize(tree.path("image-3"), 40 << 20), _grown, frozenset({"image-3"})),
+    Case(
+        "apply",
+        lambda tree: apply_delta(tree.path("image-4"), tree.path("image-3"), force=True),
+        _applied,
+        frozenset({"image-3"}),
+    ),
     Case("rebase", lambda tree: rebase(tree.path("image-3"), tree.path("image-4")), _nothing, frozenset()),
     Case("flatten", lambda tree: rebase(tree.path("image-2"), None), _nothing, frozenset()),
     Case(

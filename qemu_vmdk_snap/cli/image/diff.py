@@ -1,0 +1,49 @@
+"""`image diff`: what changed between a base and a top, as runs or as a delta image."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qemu_vmdk_snap.cli.image.common import add_open_options, add_progress, need_vmdk
+from qemu_vmdk_snap.cli.ui import Ui
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `image diff`."""
+    add_open_options(parser)
+    parser.add_argument(
+        "-d", "--delta", type=Path, metavar="FILE", help="write the changes to FILE, an image for `apply`"
+    )
+    add_progress(parser)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("top", type=Path)
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Show the changes, or write them down."""
+    from qemu_vmdk_snap.chain.chain import open_chain
+    from qemu_vmdk_snap.ops.diff import changes, depth_of, make_delta
+
+    need_vmdk(args.top, args.format)
+    with open_chain(args.top, trusted_dirs=args.allow_dir, lock=not args.force_share) as chain:
+        depth = depth_of(chain, args.base)
+        facts = {
+            "base": str(args.base),
+            "top": str(args.top),
+            "base-cid": f"{chain.links[depth].cid:08x}",
+            "top-cid": f"{chain.links[0].cid:08x}",
+            "virtual-size": chain.capacity,
+        }
+        if args.delta is not None:
+            report = make_delta(chain, depth, args.delta, on_progress=ui.progress)
+            if ui.json_output:
+                ui.json(facts | {"delta": str(report.path), "changed": report.changed})
+            else:
+                ui.text(f"{report.path}: {report.changed} bytes changed")
+            return
+        found = list(changes(chain, depth, ui.progress))
+    if ui.json_output:
+        ui.json(facts | {"runs": [{"start": o, "length": n, "zero": z, "data": not z} for o, n, z in found]})
+        return
+    ui.table(["Offset", "Length", "Kind"], [[f"{o:#x}", f"{n:#x}", "zero" if z else "data"] for o, n, z in found])
