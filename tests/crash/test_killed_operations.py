@@ -172,7 +172,7 @@ def test_killed_before_every_change(case: Case, tmp_path: Path) -> None:
             case.after(tree)
             tree.verify(leaks=False)
         else:  # nothing had begun, or it had ended: a record tells of everything between
-            done = copy_of(tree, tmp_path / "done", files=False)
+            done = copy_of(tree, tree.folder, files=False)
             case.after(done)
             assert reads_as(tree, done) or reads_as(tree, tree)
         assert recover(tree.folder) == []
