@@ -119,13 +119,14 @@ class Chain:
         """Yield the same as `map` as plain integers, joined across windows too."""
         last: Row | None = None
         for table in self.tables(offset, length):
-            for row in table.rows():
-                if last is not None and _continues(last, row):
-                    last = last._replace(length=last.length + row.length)
-                    continue
-                if last is not None:
+            rows = table.rows()
+            if last is not None:  # within a table all that goes on is joined already
+                if _continues(last, rows[0]):
+                    rows[0] = last._replace(length=last.length + rows[0].length)
+                else:
                     yield last
-                last = row
+            last = rows.pop()
+            yield from rows
         if last is not None:
             yield last
 

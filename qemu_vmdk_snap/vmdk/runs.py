@@ -86,7 +86,7 @@ class RunTable:
         columns: list[list[Any]] = [
             column.tolist() for column in (self.starts, self.lengths, self.kinds, self.sources, self.file_offsets)
         ]
-        return [Row(*row) for row in zip(*columns, strict=True)]
+        return list(map(Row._make, zip(*columns, strict=True)))
 
     def shifted(self, by: int) -> RunTable:
         """Return the same runs `by` bytes further on."""
@@ -119,7 +119,7 @@ class RunTable:
             return self
         if len(self.starts) == 1:
             return below
-        starts = np.union1d(self.starts, below.starts)
+        starts = _merged(self.starts, below.starts)
         upper = np.searchsorted(self.starts, starts, "right") - 1
         lower = np.searchsorted(below.starts, starts, "right") - 1
         hole = self.kinds[upper] == HOLE
@@ -147,6 +147,15 @@ class RunTable:
         rows = np.arange(first, last)
         starts = np.maximum(self.starts[first:last], start)
         return RunTable(starts, self.kinds[first:last], self.sources[first:last], self._advanced(starts, rows), end)
+
+
+def _merged(one: Int64s, two: Int64s) -> Int64s:
+    """Return the values of two ascending arrays, ascending, each once."""
+    both = np.concatenate([one, two])
+    both.sort(kind="stable")  # merges two sorted halves in one pass, which np.union1d does not
+    keep = np.ones(len(both), bool)
+    np.not_equal(both[1:], both[:-1], out=keep[1:])
+    return both[keep]
 
 
 def from_entries(kinds: Kinds, file_offsets: Int64s, unit: int, start: int, end: int) -> RunTable:

@@ -54,18 +54,21 @@ def _json_lines(chain: Chain, offset: int, length: int) -> Iterator[list[str]]:
 
     base = chain.depth - 1
     depths = [source.depth for source in chain.sources]
+    data = '{ "start": %d, "length": %d, "depth": %d, "present": true, "zero": false, "data": true, "offset": %d}'
+    other = '{ "start": %d, "length": %d, "depth": %d, %s}'
+    words = {
+        COMPRESSED: '"present": true, "zero": false, "data": true, "compressed": true',
+        ZERO: '"present": true, "zero": true, "data": false',
+    }
+    hole = '"present": false, "zero": true, "data": false'
     lines: list[str] = []
     for start, size, kind, source, file_offset in chain.rows(offset, length):
-        depth = base if source == NO_SOURCE else depths[source]
         if kind == DATA:
-            tail = f'"present": true, "zero": false, "data": true, "offset": {file_offset}'
-        elif kind == COMPRESSED:
-            tail = '"present": true, "zero": false, "data": true, "compressed": true'
-        elif kind == ZERO and source != NO_SOURCE:
-            tail = '"present": true, "zero": true, "data": false'
+            lines.append(data % (start, size, depths[source], file_offset))
+        elif source == NO_SOURCE:
+            lines.append(other % (start, size, base, hole))
         else:
-            tail = '"present": false, "zero": true, "data": false'
-        lines.append(f'{{ "start": {start}, "length": {size}, "depth": {depth}, {tail}}}')
+            lines.append(other % (start, size, depths[source], words[kind]))
         if len(lines) == 1 << 16:
             yield lines
             lines = []
