@@ -1,0 +1,112 @@
+"""Does the command line find its commands, say what went wrong, and keep its promises about statuses and start-up?"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qemu_vmdk_snap import __version__, create_image, errors
+from qemu_vmdk_snap.cli import demo, exit_status
+from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL
+from qemu_vmdk_snap.cli.main import main, make_parser
+from qemu_vmdk_snap.cli.scenario import Demo, Point, Region, Seen
+from qemu_vmdk_snap.cli.ui import Ui
+
+EVERY = [(f"{group} {name}", c) for group, table in COMMANDS.items() for name, c in table.items()] + list(
+    TOP_LEVEL.items()
+)
+
+
+@pytest.mark.parametrize(("name", "command"), EVERY, ids=[name for name, _ in EVERY])
+def test_every_command_describes_itself(name: str, command: object, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*name.split(), "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: qemu-vmdk-snap {name} ")
+
+
+def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name, _ in EVERY)
+    assert set(GROUPS) == set(COMMANDS)
+    for group in GROUPS:
+        assert main([group, "--help"]) == 0
+        assert GROUPS[group] in capsys.readouterr().out
+
+
+def test_without_words_the_help_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == exit_status.USAGE
+    assert capsys.readouterr().err.startswith("usage:")
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"qemu-vmdk-snap {__version__}\n"
+
+
+def test_each_error_class_has_a_status_of_its_own() -> None:
+    ours = [
+        cls
+        for cls in vars(errors).values()
+        if isinstance(cls, type) and issubclass(cls, errors.VmdkSnapError) and cls is not errors.VmdkSnapError
+    ]
+    statuses = [exit_status.BY_CLASS[cls] for cls in [*ours, OSError]]
+    assert len(set(statuses)) == len(statuses)
+    assert min(statuses) > 3
+    assert exit_status.status_of(FileNotFoundError()) == exit_status.SYSTEM
+
+
+def test_help_and_creating_start_without_the_heavy_modules(tmp_path: Path) -> None:
+    create_image(tmp_path / "base.vmdk", 1 << 20, durable=False)
+    for words in (["--help"],):
+        code = f"import sys; from qemu_vmdk_snap.cli.main import main; main({words!r}); print(sorted(sys.modules))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for heavy in ("numpy", "libvirt", "pexpect", "logging.config", "asyncio"):
+            assert f"'{heavy}'" not in done.stdout, f"{words} imports {heavy}"
+
+
+def test_output_to_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
+    create_image(tmp_path / "a.vmdk", 1 << 20, durable=False)
+    line = f"{sys.executable} -m qemu_vmdk_snap image info {tmp_path / 'a.vmdk'} | true"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_an_error_is_one_line_even_when_its_message_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    Ui().error("two\nlines")
+    assert capsys.readouterr().err == "qemu-vmdk-snap: two lines\n"
+
+
+def test_every_command_takes_json() -> None:
+    for name, command in EVERY:
+        parser = make_parser(importlib.import_module(command.module), command, name)
+        assert any("--output" in action.option_strings for action in parser._actions), name
+
+
+def demo_that_ends(monkeypatch: pytest.MonkeyPatch, seen: int) -> None:
+    def run(self: Demo) -> bool:
+        region = Region("only", 1 << 20, bytearray(512))
+        self.regions = [region]
+        self.points = [Point("now", Path("disk.vmdk"), {"only": region.crc})]
+        self.seen = [Seen("now", "disk.vmdk", "only", region.offset, 512, region.crc, seen)]
+        return all(row.same for row in self.seen)
+
+    monkeypatch.setattr(Demo, "run", run)
+
+
+@pytest.mark.parametrize(("seen", "status", "word"), [(0xB2AA7578, 0, " ok"), (1, 1, "00000001 EXPECTED b2aa7578")])
+def test_the_demo_fails_on_any_difference(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], seen: int, status: int, word: str
+) -> None:
+    demo_that_ends(monkeypatch, seen)
+    assert demo.run(argparse.Namespace(keep=None), Ui()) == status
+    assert word in capsys.readouterr().out
+    assert demo.run(argparse.Namespace(keep=None), Ui(json_output=True)) == status
+    assert json.loads(capsys.readouterr().out)["same"] is (status == 0)
