@@ -88,21 +88,33 @@ next_line:
         call    get_line
         call    check_line
         jc      next_line
-        movzx   eax, byte [IN_LINE + 3]
+        mov     bx, commands
+.command:
+        mov     di, [bx]
+        add     bx, 2
+        test    di, di
+        jz      .unknown
         mov     si, IN_LINE + 3
-        call    skip_word
-        cmp     al, 'h'
-        je      do_hello
-        cmp     al, 's'
-        je      do_size
-        cmp     al, 'c'
-        je      do_crc
-        cmp     al, 'd'
-        je      do_dump
-        cmp     al, 'p'
-        je      do_pattern
-        cmp     al, 'o'
-        je      do_off
+.letter:
+        mov     al, [bx]
+        inc     bx
+        test    al, al
+        jz      .last
+        cmp     al, [si]
+        jne     .skip
+        inc     si
+        jmp     .letter
+.last:
+        cmp     byte [si], ' '          ; the end of the word, or of the line?
+        ja      .command
+        jmp     di                      ; SI is at the arguments
+.skip:
+        mov     al, [bx]
+        inc     bx
+        test    al, al
+        jnz     .skip
+        jmp     .command
+.unknown:
         mov     bx, text_unknown
 fail_text:                              ; answer "err" and the text at BX
         push    bx
@@ -116,6 +128,8 @@ fail_text:                              ; answer "err" and the text at BX
 ; ---- commands ------------------------------------------------------------------------------------------------------
 
 do_hello:
+        call    check_end
+        jc      fail_usage
         call    begin_ok
         call    hello
         call    send
@@ -128,6 +142,8 @@ hello:                                  ; "probe VERSION DRIVE": what this is, a
         jmp     put_byte
 
 do_size:                                ; sectors of the disk, by AH = 48h
+        call    check_end
+        jc      fail_usage
         mov     word [parameters], 30
         mov     dl, [disk]
         mov     si, parameters
@@ -166,6 +182,8 @@ do_crc:                                 ; CRC-32 of COUNT sectors from LBA on
 do_dump:                                ; one sector in hex
         call    get_number
         jc      fail_usage
+        call    check_end
+        jc      fail_usage
         mov     [packet.lba], eax
         mov     [packet.lba + 4], edx
         mov     word [packet.count], 1
@@ -187,6 +205,8 @@ do_dump:                                ; one sector in hex
 do_pattern:                             ; write the pattern of SEED over COUNT sectors from LBA on
         call    get_number
         jc      fail_usage
+        test    edx, edx                ; a seed has 32 bits
+        jnz     fail_usage
         mov     [seed], eax
         call    get_range
         jc      fail_usage
@@ -209,6 +229,12 @@ do_pattern:                             ; write the pattern of SEED over COUNT s
 do_off:                                 ; answer, then leave by the debug port, else by ACPI, else stand still
         call    get_number
         jc      fail_usage
+        call    check_end
+        jc      fail_usage
+        test    edx, edx
+        jnz     fail_usage
+        cmp     eax, 0x7f               ; QEMU's own exit status, 2 * STATUS + 1, has a byte
+        ja      fail_usage
         push    ax
         call    begin_ok
         call    send
@@ -241,7 +267,7 @@ fail_bios:                              ; AH has what INT 13h says is wrong
 
 ; ---- ranges of sectors ---------------------------------------------------------------------------------------------
 
-get_range:                              ; LBA and COUNT; carry when one is missing
+get_range:                              ; LBA and COUNT, the last arguments; carry when that is not what is there
         call    get_number
         jc      .no
         mov     [packet.lba], eax
@@ -250,7 +276,7 @@ get_range:                              ; LBA and COUNT; carry when one is missi
         jc      .no
         mov     [left], eax
         mov     [left + 4], edx
-        clc
+        call    check_end
 .no:
         ret
 
@@ -442,15 +468,20 @@ check_line:                             ; "SS WORD ... *CCCCCCCC": check the sum
         stc
         ret
 
-skip_word:                              ; SI to behind the word it is at
+check_end:                              ; carry when the line has another word
         cmp     byte [si], ' '
-        jbe     .done
+        ja      .more
+        jne     .end
         inc     si
-        jmp     skip_word
-.done:
+        jmp     check_end
+.more:
+        stc
+        ret
+.end:
+        clc
         ret
 
-get_number:                             ; EDX:EAX = the hexadecimal number at SI; carry when there is none
+get_number:                             ; EDX:EAX = the hexadecimal number at SI; carry when the word there is none
         cmp     byte [si], ' '
         jne     .begin
         inc     si
@@ -477,7 +508,15 @@ get_number:                             ; EDX:EAX = the hexadecimal number at SI
         inc     cx
         jmp     .digit
 .end:
-        cmp     cx, 1                   ; carry when no digit was there
+        jcxz    .no
+        cmp     cx, 16
+        ja      .no
+        cmp     byte [si], ' '
+        ja      .no
+        clc
+        ret
+.no:
+        stc
         ret
 
 ; ---- lines out -----------------------------------------------------------------------------------------------------
@@ -580,6 +619,21 @@ serial_init:                            ; 115200 baud, 8N1, FIFOs on, no interru
         ret
 .settings:
         db      1, 0x00, 3, 0x80, 0, 0x01, 1, 0x00, 3, 0x03, 2, 0xc7, 4, 0x03, 0xff, 0xff
+
+commands:                               ; where each is handled, and its word
+        dw      do_hello
+        db      'hello', 0
+        dw      do_size
+        db      'size', 0
+        dw      do_crc
+        db      'crc', 0
+        dw      do_dump
+        db      'dump', 0
+        dw      do_pattern
+        db      'pattern', 0
+        dw      do_off
+        db      'off', 0
+        dw      0
 
 text_ok         db ' ok ', 0
 text_err        db ' err ', 0
