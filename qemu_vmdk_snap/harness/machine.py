@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from qemu_vmdk_snap.errors import GuestError, PluginError
+from qemu_vmdk_snap.errors import GuestError, InvalidRequest, PluginError, VmdkSnapError
 from qemu_vmdk_snap.harness.accelerator import choose_accelerator
 from qemu_vmdk_snap.harness.deadlines import scaled
 from qemu_vmdk_snap.harness.probe import floppy_image
 from qemu_vmdk_snap.harness.session import BOOT_SECONDS, ProbeSession, over_descriptor
+from qemu_vmdk_snap.units import TIB
 
 CONTROLLERS: Final[dict[str, tuple[str, ...]]] = {
     "ide": ("-device", "ide-hd,drive=disk"),
@@ -30,6 +31,9 @@ CONTROLLERS: Final[dict[str, tuple[str, ...]]] = {
     "nvme": ("-device", "nvme,drive=disk,serial=probe"),
 }
 """How the disk under test is attached: QEMU's arguments, the drive being `disk`."""
+
+REACH: Final[dict[str, int]] = dict.fromkeys(("virtio-scsi", "pvscsi", "lsi"), 2 * TIB)
+"""Bytes that the BIOS sees of a disk, where that has a limit: SeaBIOS 1.16 asks SCSI disks in 32 bits only."""
 
 DEFAULT_CONTROLLER: Final = "ahci"
 EXECUTABLE: Final = "qemu-system-x86_64"
@@ -56,7 +60,7 @@ class Setup:
 class Machine:
     """A running QEMU; `probe` is the session with the guest. Use it in a `with` block."""
 
-    def __init__(self, setup: Setup, folder: Path) -> None:
+    def __init__(self, setup: Setup, folder: Path, seconds: float = BOOT_SECONDS) -> None:
         """Start QEMU, its logs going to `folder`; `boot` is the usual way.
 
         Raises:
@@ -68,21 +72,18 @@ class Machine:
         executable = shutil.which(setup.qemu)
         if executable is None:
             raise PluginError(setup.qemu, "is not installed (Debian: qemu-system-x86, Fedora: qemu-system-x86-core)")
-        ours, theirs = socket.socketpair()
-        self.command = [executable, *_arguments(setup, folder, theirs.fileno())]
-        (folder / "command").write_text(shlex.join(self.command) + "\n")
-        self._log = (folder / "serial.log").open("wb", buffering=0)
         started = time.monotonic()
+        ours, theirs = socket.socketpair()
+        with ours, theirs, (folder / "stderr.log").open("wb") as stderr:
+            self.command = [executable, *_arguments(setup, folder, theirs.fileno())]
+            (folder / "command").write_text(shlex.join(self.command) + "\n")
+            self._log = (folder / "serial.log").open("wb", buffering=0)
+            self._process = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, pass_fds=[theirs.fileno()]
+            )
+            self.probe = ProbeSession(over_descriptor(ours.detach(), self._log), setup.image.name, self._death)
         try:
-            with (folder / "stderr.log").open("wb") as stderr:
-                self._process = subprocess.Popen(
-                    self.command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, pass_fds=[theirs.fileno()]
-                )
-        finally:
-            theirs.close()
-        self.probe = ProbeSession(over_descriptor(ours.detach(), self._log), setup.image.name, self._death)
-        try:
-            self.probe.wait_for_boot()
+            self.probe.wait_for_boot(seconds)
         except BaseException:
             self.kill()
             raise
@@ -153,24 +154,31 @@ def boot(
     """Give a machine with the probe booted on `image` (and the chain behind it, as QEMU's own driver opens it).
 
     The logs (QEMU's command line, its stderr, the serial line) go to `log_dir`, or to a temporary folder that is kept
-    when the block fails; the error then names it.
+    when the guest or the caller's own check fails; the error, or a note on it, then names it.
 
     Raises:
+        InvalidRequest: there is no such controller.
         PluginError: QEMU is not installed.
-        GuestError: QEMU died, or the probe did not boot or answer.
+        GuestError: QEMU died, or the probe did not boot (in `seconds` of an ordinary machine) or answer.
     """
     if controller not in CONTROLLERS:
-        raise GuestError(str(image), f"no controller {controller!r} (known: {', '.join(CONTROLLERS)})")
+        raise InvalidRequest("controller", f"{controller!r} is not one of {', '.join(CONTROLLERS)}")
     setup = Setup(Path(image), image_format, controller, from_disk, writable, accelerator or choose_accelerator())
     folder = log_dir or Path(tempfile.mkdtemp(prefix="qemu-vmdk-snap-guest-"))
     folder.mkdir(parents=True, exist_ok=True)
     keep = log_dir is not None
     try:
-        with Machine(setup, folder) as machine:
+        with Machine(setup, folder, seconds) as machine:
             yield machine
     except GuestError as error:
         keep = True
         raise GuestError(error.guest, f"{error.reason} (logs: {folder})") from error
+    except (VmdkSnapError, OSError, KeyboardInterrupt, GeneratorExit):
+        raise  # no fault of the guest: its logs tell nothing
+    except BaseException as error:  # a test's own assertion: pytest shows the note
+        keep = True
+        error.add_note(f"logs of the guest: {folder}")
+        raise
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)

@@ -23,7 +23,8 @@ from qemu_vmdk_snap.units import MIB, SECTOR_SIZE
 BOOT_SECONDS: Final = 15.0
 _ANSWER_SECONDS: Final = 10.0
 _SECONDS_PER_MIB: Final = 0.5
-_HELLO_SECONDS: Final = 1.0
+_FIRST_PATIENCE: Final = 0.2
+_LONGEST_PATIENCE: Final = 1.0
 _TRIES: Final = 3
 _LINE: Final = rb"([^\r\n]*)\r\n"
 
@@ -47,6 +48,15 @@ class _NoAnswer(GuestError):
     """Nothing came in time; the machine may still be there."""
 
 
+class ProbeError(GuestError):
+    """The probe is well, and says that it cannot do what it was told; `answer` is what it says: `bios 0c`."""
+
+    def __init__(self, guest: str, command: str, answer: str) -> None:
+        super().__init__(guest, f"{command!r}: {answer}")
+        self.args = (guest, command, answer)
+        self.command, self.answer = command, answer
+
+
 class ProbeSession:
     """A probe, booted and answering. Offsets and lengths are bytes of its disk, in whole sectors."""
 
@@ -64,9 +74,11 @@ class ProbeSession:
             GuestError: the machine is gone, the time is over, or another version of the probe answers.
         """
         deadline = time.monotonic() + scaled(seconds)
+        patience = _FIRST_PATIENCE
         while True:
-            answer = self._hello(deadline)
+            answer = self._hello(deadline, patience)
             if answer is None:
+                patience = min(2 * patience, _LONGEST_PATIENCE)
                 continue
             if not answer.ok or answer.text.split()[:2] != ["probe", PROTOCOL]:
                 raise GuestError(self._name, f"says {answer.text!r}, which is not the probe of protocol {PROTOCOL}")
@@ -98,7 +110,8 @@ class ProbeSession:
         """Send one command of the protocol and return its answer; `moving` bytes of disk give it more time.
 
         Raises:
-            GuestError: the probe answers `err`, its answers stay damaged, or it does not answer in time.
+            ProbeError: the probe answers `err`.
+            GuestError: its answers stay damaged, it does not answer in time, or the machine is gone.
         """
         deadline = time.monotonic() + scaled(_ANSWER_SECONDS + _SECONDS_PER_MIB * moving / MIB)
         for _ in range(_TRIES):
@@ -106,7 +119,7 @@ class ProbeSession:
             if answer is None:
                 continue
             if not answer.ok:
-                raise GuestError(self._name, f"{words!r}: {answer.text}")
+                raise ProbeError(self._name, words, answer.text)
             return answer.text
         raise GuestError(self._name, f"{words!r}: the serial line damaged {_TRIES} messages in a row")
 
@@ -127,11 +140,11 @@ class ProbeSession:
             if answer.sequence == sequence:
                 return answer
 
-    def _hello(self, deadline: float) -> Answer | None:
-        """Return the next greeting, or None when something else came in; asks for one when nothing comes."""
-        patience = min(deadline, time.monotonic() + _HELLO_SECONDS)
+    def _hello(self, deadline: float, patience: float) -> Answer | None:
+        """Return the next greeting, or None when something else came in; asks for one after `patience` seconds."""
+        until = min(deadline, time.monotonic() + patience)
         try:
-            answer = parse_answer(self._line(patience, "the probe's first line"))
+            answer = parse_answer(self._line(until, "the probe's first line"))
         except _NoAnswer:
             if time.monotonic() >= deadline:
                 raise
@@ -150,7 +163,7 @@ class ProbeSession:
     def _line(self, deadline: float, waiting_for: str) -> bytes:
         try:
             self._over.expect(_LINE, timeout=max(0.01, deadline - time.monotonic()))
-        except pexpect.EOF as error:
+        except (pexpect.EOF, OSError) as error:  # a socket is reset, not closed, when QEMU dies with our words unread
             raise GuestError(self._name, f"waiting for {waiting_for}: {self._explain()}") from error
         except pexpect.TIMEOUT as error:
             raise _NoAnswer(self._name, f"waiting for {waiting_for}: no answer in time") from error

@@ -1,7 +1,8 @@
 """Does a guest read from a chain what the engine reads, and what was read before?
 
 Every stored run is read by the guest, whole; of holes and zeroed runs the guest reads samples: their first and last
-sectors, and some in between. A difference is narrowed down to the sector, by asking the guest about halves.
+sectors, and some in between. A difference from the engine is narrowed down to the sector, by asking the guest about
+halves; one from a record to the block, since a record has a checksum of each block.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from qemu_vmdk_snap import Chain, FormatError, Run, RunKind, open_chain
-from qemu_vmdk_snap.harness.machine import DEFAULT_CONTROLLER, boot
-from qemu_vmdk_snap.harness.session import ProbeSession
-from qemu_vmdk_snap.units import KIB, MIB, SECTOR_SIZE
+from qemu_vmdk_snap import Chain, FormatError, InvalidRequest, Run, RunKind, open_chain
+from qemu_vmdk_snap.harness.machine import DEFAULT_CONTROLLER, REACH, boot
+from qemu_vmdk_snap.harness.session import ProbeError, ProbeSession
+from qemu_vmdk_snap.units import KIB, MIB, SECTOR_SIZE, format_size
 
 PIECE: Final = MIB
 """Stored runs are compared in pieces of so many bytes."""
+
+BLOCK: Final = 64 * KIB
+"""A record has a checksum for each so many bytes of a piece: a grain of the usual size."""
 
 SAMPLE: Final = 64 * KIB
 DEFAULT_SAMPLES: Final = 8
@@ -39,9 +43,31 @@ class Piece(NamedTuple):
     """`data`, `zero` or `hole`."""
 
 
+class Sums(NamedTuple):
+    """CRC-32 of a piece and of its blocks."""
+
+    whole: int
+    blocks: tuple[int, ...]
+
+
+class Plan(NamedTuple):
+    """What to compare of a chain."""
+
+    pieces: list[Piece]
+    holes_left_out: int
+    """Holes and zeroed runs beyond the first `MAX_SAMPLED_HOLES`."""
+
+
+class Record(NamedTuple):
+    """What a guest read earlier."""
+
+    capacity: int
+    pieces: dict[Piece, Sums]
+
+
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """A sector that a guest sees otherwise than expected, and the link that it comes from."""
+    """A place that a guest sees otherwise than expected, and the link that it comes from."""
 
     offset: int
     """Guest byte."""
@@ -49,16 +75,21 @@ class Mismatch:
     expected: str
     """Who expected something else: `engine`, or `record`."""
     kind: str
+    """`data`, `zero` or `hole`; or `size` where the disk does not end where it should."""
     depth: int
     path: str | None
     """The file that stores it, where one does."""
     file_offset: int | None
+    failure: str | None = None
+    """What the guest says when it cannot read there at all."""
 
     def __str__(self) -> str:
-        where = f"byte {self.file_offset:#x} of {self.path}" if self.path else "stored nowhere"
         place = f"guest bytes {self.offset:#x} to {self.offset + self.length:#x}"
-        reads = f"the guest reads something else than the {self.expected}"
-        return f"{place} ({self.kind}, link {self.depth}, {where}): {reads}"
+        if self.kind == "size":
+            return f"{place}: there to the guest or to the {self.expected}, but not to both"
+        where = f"byte {self.file_offset:#x} of {self.path}" if self.path else "stored nowhere"
+        reads = f"cannot read ({self.failure})" if self.failure else f"reads something else than the {self.expected}"
+        return f"{place} ({self.kind}, link {self.depth}, {where}): the guest {reads}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +104,8 @@ class VerifyReport:
     """Stored bytes that the guest read: all there are."""
     sampled: int
     """Bytes read of holes and zeroed runs."""
+    holes_left_out: int
+    """Holes and zeroed runs that the guest was not asked about: those beyond the first `MAX_SAMPLED_HOLES`."""
     pieces: int
     boot_seconds: float
     seconds: float
@@ -107,61 +140,73 @@ def verify_image(
 
     `record` is written with the CRC-32 of every piece when all is well; `against` names such a record, made earlier,
     and what the guest reads now is compared with it too: damage that engine and QEMU read alike is found by it alone.
+    It ends early after `max_mismatches`.
 
     Raises:
         VmdkSnapError, OSError: the chain cannot be opened, see `open_chain`.
+        InvalidRequest: the BIOS does not see the whole of so large a disk on this controller.
         GuestError: QEMU or the probe failed.
         PluginError: QEMU is not installed.
     """
-    expected = _read_record(against) if against is not None else {}
+    if samples < 0:
+        raise InvalidRequest("samples", f"{samples} is negative")
+    earlier = _read_record(against) if against is not None else None
     started = time.monotonic()
     with open_chain(image, trusted_dirs=trusted_dirs) as chain:
-        pieces = list(plan(chain.map(), samples))
-        work = sorted({*pieces, *expected})
+        _check_reach(Path(image), chain.capacity, controller)
+        planned = plan(chain.map(), samples)
         with boot(image, controller=controller, log_dir=log_dir) as machine:
             run = _Verification(chain, machine.probe, max_mismatches)
-            run.check_size()
-            for number, piece in enumerate(work):
-                run.check(piece, expected.get(piece))
-                on_piece(Checked(number + 1, len(work)))
-                if len(run.mismatches) >= max_mismatches:
-                    break
+            compared = run.check_all(planned.pieces, earlier, on_piece)
             machine.power_off()
         report = VerifyReport(
             path=str(image),
             capacity=chain.capacity,
             depth=chain.depth,
             controller=controller,
-            stored=sum(piece.length for piece in pieces if piece.kind == "data"),
-            sampled=sum(piece.length for piece in pieces if piece.kind != "data"),
-            pieces=len(work),
+            stored=sum(piece.length for piece in planned.pieces if piece.kind == "data"),
+            sampled=sum(piece.length for piece in planned.pieces if piece.kind != "data"),
+            holes_left_out=planned.holes_left_out,
+            pieces=compared,
             boot_seconds=machine.boot_seconds,
             seconds=time.monotonic() - started,
             mismatches=tuple(run.mismatches),
         )
     if record is not None and report.identical:
-        _write_record(record, chain.capacity, run.seen)
+        _write_record(record, Record(report.capacity, run.seen))
     return report
 
 
-def plan(runs: Iterator[Run], samples: int) -> Iterator[Piece]:
-    """Yield what to compare of `runs`: every stored byte, and samples of what is stored nowhere."""
+def _check_reach(image: Path, capacity: int, controller: str) -> None:
+    reach = REACH.get(controller)
+    if reach is not None and capacity > reach:
+        raise InvalidRequest(image, f"the BIOS sees only {format_size(reach)} of a disk on {controller}: take another")
+
+
+def plan(runs: Iterator[Run], samples: int) -> Plan:
+    """Return what to compare of `runs`: every stored byte, and samples of what is stored nowhere."""
+    pieces: list[Piece] = []
     holes = 0
     for run in runs:
         if run.kind is RunKind.DATA:
-            for start in range(run.offset, run.offset + run.length, PIECE):
-                yield Piece(start, min(PIECE, run.offset + run.length - start), "data")
+            pieces += _pieces(run)
             continue
         holes += 1
         if holes <= MAX_SAMPLED_HOLES:
-            yield from _samples(run, samples)
+            pieces += _samples(run, samples)
+    return Plan(pieces, max(0, holes - MAX_SAMPLED_HOLES))
+
+
+def _pieces(run: Run) -> Iterator[Piece]:
+    end = run.offset + run.length
+    for start in range(run.offset, end, PIECE):
+        yield Piece(start, min(PIECE, end - start), run.kind.name.lower())
 
 
 def _samples(run: Run, samples: int) -> Iterator[Piece]:
     kind = run.kind.name.lower()
     if run.length <= SAMPLE * (samples + 2):
-        for start in range(run.offset, run.offset + run.length, PIECE):
-            yield Piece(start, min(PIECE, run.offset + run.length - start), kind)
+        yield from _pieces(run)
         return
     # Evenly spread, the first and the last sectors of the run among them; the same places every time.
     last = run.length - SAMPLE
@@ -177,61 +222,108 @@ class _Verification:
         self._chain = chain
         self._probe = probe
         self._max = max_mismatches
+        self._failure = ""
         self.mismatches: list[Mismatch] = []
-        self.seen: dict[Piece, int] = {}
+        self.seen: dict[Piece, Sums] = {}
 
-    def check_size(self) -> None:
-        """Compare the size of the disk."""
+    def check_all(self, pieces: list[Piece], earlier: Record | None, on_piece: Callable[[Checked], None]) -> int:
+        """Compare the size, then every piece, planned now or recorded earlier, and return how many."""
+        end = self._check_size(earlier)
+        recorded = earlier.pieces if earlier is not None else {}
+        # Where the disk ends too early there is nothing to read: the size is wrong, and that is told.
+        work = [piece for piece in sorted({*pieces, *recorded}) if piece.offset + piece.length <= end]
+        for number, piece in enumerate(work):
+            if len(self.mismatches) >= self._max:
+                return number
+            self._check(piece, recorded.get(piece))
+            on_piece(Checked(number + 1, len(work)))
+        return len(work)
+
+    def _check_size(self, earlier: Record | None) -> int:
+        """Compare the sizes of the disk, and return the smallest."""
         seen = self._probe.size()
-        if seen != self._chain.capacity:
-            offset = min(seen, self._chain.capacity)
-            self.mismatches.append(Mismatch(offset, abs(seen - self._chain.capacity), "engine", "size", 0, None, None))
+        ends: dict[str, int] = {"engine": self._chain.capacity}
+        if earlier is not None:
+            ends["record"] = earlier.capacity
+        for expected, end in ends.items():
+            if seen != end:
+                self.mismatches.append(Mismatch(min(seen, end), abs(seen - end), expected, "size", 0, None, None))
+        return min(seen, *ends.values())
 
-    def check(self, piece: Piece, recorded: int | None) -> None:
+    def _check(self, piece: Piece, recorded: Sums | None) -> None:
         """Compare one piece with the engine, and with what was recorded of it."""
-        seen = self._probe.crc(piece.offset, piece.length)
-        self.seen[piece] = seen
-        if seen != zlib.crc32(self._chain.read_at(piece.offset, piece.length)):
+        data = self._chain.read_at(piece.offset, piece.length)
+        sums = Sums(zlib.crc32(data), tuple(zlib.crc32(data[i : i + BLOCK]) for i in range(0, len(data), BLOCK)))
+        seen = self._ask(piece.offset, piece.length)
+        if seen != sums.whole:
             self._narrow(piece.offset, piece.length)
-        elif recorded is not None and seen != recorded:
-            self._add(piece.offset, piece.length, "record")
+            return
+        self.seen[piece] = sums
+        if recorded is not None and sums != recorded:
+            wrong = [i for i, (now, then) in enumerate(zip(sums.blocks, recorded.blocks, strict=True)) if now != then]
+            for start in (i * BLOCK for i in wrong[: self._max - len(self.mismatches)]):
+                self._add(piece.offset + start, min(BLOCK, piece.length - start), "record")
+            if not wrong:  # only the sum of the whole is another: the record contradicts itself, which is no proof
+                self._add(piece.offset, piece.length, "record")
+
+    def _ask(self, offset: int, length: int) -> int | None:
+        """Return the CRC-32 of what the guest reads, or None when it cannot read."""
+        try:
+            return self._probe.crc(offset, length)
+        except ProbeError as error:
+            self._failure = error.answer
+            return None
 
     def _narrow(self, offset: int, length: int) -> None:
         """Find the differing sectors in a range that differs, by halves."""
         if len(self.mismatches) >= self._max:
             return
         if length <= SECTOR_SIZE:
-            self._add(offset, length, "engine")
+            failure = self._failure if self._ask(offset, length) is None else None
+            self._add(offset, length, "engine", failure)
             return
         half = length // 2 // SECTOR_SIZE * SECTOR_SIZE
         for start, size in ((offset, half), (offset + half, length - half)):
-            if self._probe.crc(start, size) != zlib.crc32(self._chain.read_at(start, size)):
+            if self._ask(start, size) != zlib.crc32(self._chain.read_at(start, size)):
                 self._narrow(start, size)
 
-    def _add(self, offset: int, length: int, expected: str) -> None:
+    def _add(self, offset: int, length: int, expected: str, failure: str | None = None) -> None:
         run = next(self._chain.map(offset, length))
         path = str(run.path) if run.path else None
         kind = run.kind.name.lower()
-        self.mismatches.append(Mismatch(offset, length, expected, kind, run.depth, path, run.file_offset))
+        self.mismatches.append(Mismatch(offset, length, expected, kind, run.depth, path, run.file_offset, failure))
 
 
-def _write_record(path: Path, capacity: int, seen: dict[Piece, int]) -> None:
-    pieces = [[*piece, f"{crc:08x}"] for piece, crc in seen.items()]
-    text = json.dumps({"version": _RECORD_VERSION, "capacity": capacity, "pieces": pieces}, indent=0)
-    path.write_text(text + "\n")
+def _write_record(path: Path, record: Record) -> None:
+    """Write it as JSON, a piece a line: offset, length, kind, CRC-32, the CRC-32s of its blocks in one word."""
+    lines = [
+        json.dumps([*piece, f"{sums.whole:08x}", "".join(f"{crc:08x}" for crc in sums.blocks)])
+        for piece, sums in record.pieces.items()
+    ]
+    head = {"version": _RECORD_VERSION, "capacity": record.capacity, "block": BLOCK}
+    path.write_text(json.dumps(head)[:-1] + ', "pieces": [\n' + ",\n".join(lines) + "\n]}\n")
 
 
-def _read_record(path: Path) -> dict[Piece, int]:
+def _read_record(path: Path) -> Record:
     rule = "must be what `guest verify --record` writes"
     try:
         value = json.loads(path.read_text())
-        version = value["version"]
-        pieces = {Piece(int(o), int(n), str(kind)): int(crc, 16) for o, n, kind, crc in value["pieces"]}
+        head = value["version"], value["block"]
+        record = Record(int(value["capacity"]), dict(_read_piece(*fields) for fields in value["pieces"]))
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(path, 0, "record", str(error), rule) from error
-    if version != _RECORD_VERSION:
-        raise FormatError(path, 0, "version", version, rule)
-    return pieces
+    if head != (_RECORD_VERSION, BLOCK):
+        raise FormatError(path, 0, "version and block", head, rule)
+    return record
+
+
+def _read_piece(offset: int, length: int, kind: str, whole: str, blocks: str) -> tuple[Piece, Sums]:
+    if offset % SECTOR_SIZE or length % SECTOR_SIZE or offset < 0 or not 0 < length <= PIECE:
+        raise ValueError(f"a piece of {length} bytes at {offset}")
+    if len(blocks) != 8 * -(-length // BLOCK):
+        raise ValueError(f"{len(blocks) // 8} blocks in {length} bytes")
+    sums = tuple(int(blocks[i : i + 8], 16) for i in range(0, len(blocks), 8))
+    return Piece(offset, length, kind), Sums(int(whole, 16), sums)
 
 
 def as_json(report: VerifyReport) -> dict[str, object]:

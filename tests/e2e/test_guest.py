@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -21,6 +22,8 @@ from qemu_vmdk_snap import (
     CidMismatch,
     GuestError,
     ImageOptions,
+    InvalidRequest,
+    LockBusy,
     RunKind,
     create_image,
     create_overlay,
@@ -29,6 +32,7 @@ from qemu_vmdk_snap import (
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.harness import CONTROLLERS, attach, boot, disk_image, floppy_image, pattern, verify_image
 from qemu_vmdk_snap.harness.accelerator import boot_seconds
+from qemu_vmdk_snap.harness.session import ProbeError, ProbeSession
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-io")
 
@@ -165,8 +169,10 @@ def test_one_flipped_bit_in_a_grain_is_found(tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert main(["guest", "verify", "--against", str(record), str(top)]) == 1
     out = capsys.readouterr().out
-    assert out.startswith("MISMATCH guest bytes 0x200000 to 0x230000 (data, link 1, byte ")
-    assert "2.vmdk): the guest reads something else than the record" in out
+    assert out.splitlines()[:-1] == [
+        f"MISMATCH guest bytes 0x200000 to 0x210000 (data, link 1, byte {file_offset - 4096:#x} of {path}): "
+        "the guest reads something else than the record"
+    ]
     assert main(["guest", "verify", "--against", str(record), "--output=json", str(top)]) == 1
     value = json.loads(capsys.readouterr().out)
     assert [m["path"] for m in value["mismatches"]] == [str(path)]
@@ -177,15 +183,48 @@ def test_one_zeroed_table_entry_is_found(tmp_path: Path, capsys: pytest.CaptureF
     record = tmp_path / "record.json"
     verify_image(top, record=record)
     raw = bytearray(top.read_bytes())
+    assert stored_at(top, 2 * MIB + 64 * 1024)[0] == top
     for gd_field in (48, 56):  # both copies
         gd = int.from_bytes(raw[gd_field : gd_field + 8], "little") * 512
         gt = int.from_bytes(raw[gd : gd + 4], "little") * 512
-        assert raw[gt + 4 * 32 : gt + 4 * 33] != bytes(4)
-        raw[gt + 4 * 32 : gt + 4 * 33] = bytes(4)
+        assert raw[gt + 4 * 33 : gt + 4 * 34] != bytes(4)
+        raw[gt + 4 * 33 : gt + 4 * 34] = bytes(4)
     top.write_bytes(raw)
     capsys.readouterr()
     assert main(["guest", "verify", "--against", str(record), str(top)]) == 1
-    assert "MISMATCH guest bytes 0x200000 to 0x230000 (" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[:-1] == [
+        "MISMATCH guest bytes 0x210000 to 0x220000 (hole, link 1, stored nowhere): "
+        "the guest reads something else than the record"
+    ]
+
+
+def test_a_record_of_another_disk_is_found_out(tmp_path: Path) -> None:
+    create_image(tmp_path / "small.vmdk", 2 * MIB, durable=False)
+    with open_chain(tmp_path / "small.vmdk", writable=True) as chain:
+        chain.write_at(MIB + 512, b"at the end")
+    record = tmp_path / "record.json"
+    assert verify_image(tmp_path / "small.vmdk", record=record).identical
+    top = chain_of(tmp_path, 1)
+    first = [str(mismatch) for mismatch in verify_image(top, against=record).mismatches]
+    assert first[0] == f"guest bytes 0x200000 to {SIZE:#x}: there to the guest or to the record, but not to both"
+    assert "(data, link 0, byte " in first[1]
+
+
+def test_a_place_that_the_guest_cannot_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails, by the session that is made to hear so; all but one sector is read."""
+    top = chain_of(tmp_path, 2)
+    original = ProbeSession.crc
+
+    def failing(self: ProbeSession, offset: int, length: int) -> int:
+        if offset <= MIB + 2048 < offset + length:
+            raise ProbeError("1.vmdk", "crc", "bios 0c")
+        return original(self, offset, length)
+
+    monkeypatch.setattr(ProbeSession, "crc", failing)
+    (mismatch,) = verify_image(top).mismatches
+    place = f"guest bytes {MIB + 2048:#x} to {MIB + 2560:#x} (data, link 1, byte "
+    assert str(mismatch).startswith(place)
+    assert str(mismatch).endswith("1.vmdk): the guest cannot read (bios 0c)")
 
 
 def test_a_stale_cid_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,6 +282,62 @@ def test_qemus_own_words_are_told(tmp_path: Path) -> None:
     path.write_bytes(b"not a VMDK" * 100)
     with pytest.raises(GuestError, match=r"QEMU ended with 1: .*no\.vmdk.*invalid VMDK image descriptor"), boot(path):
         pass
+
+
+def test_logs_are_kept_for_the_callers_own_failure_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    top = chain_of(tmp_path, 1)
+    with boot(top) as machine:
+        machine.power_off()
+    with pytest.raises(LockBusy), boot(top):
+        raise LockBusy(top, "write")
+    assert not list(tmp_path.glob("qemu-vmdk-snap-guest-*"))
+    with pytest.raises(AssertionError) as caught, boot(top):
+        raise AssertionError
+    (folder,) = tmp_path.glob("qemu-vmdk-snap-guest-*")
+    assert caught.value.__notes__ == [f"logs of the guest: {folder}"]
+    assert b"probe 1" in (folder / "serial.log").read_bytes()
+
+
+def test_beyond_32_bits_and_what_the_probe_refuses(tmp_path: Path) -> None:
+    disk, border = tmp_path / "disk.raw", 1 << 32
+    disk.touch()
+    os.truncate(disk, 3 << 40)
+    with boot(disk, image_format="raw", controller="virtio-blk") as machine:
+        probe = machine.probe
+        assert probe.size() == 3 << 40
+        probe.pattern(7, (border - 50) * 512, 300 * 512)
+        assert probe.crc((border - 50) * 512, 300 * 512) == zlib.crc32(pattern(7, border - 50, 300))
+        assert probe.dump(0) == bytes(512)
+        end = (3 << 40) // 512
+        for command, error in {
+            "hell": "unknown",
+            "sizes": "unknown",
+            "": "unknown",
+            "size 0": "usage",
+            "crc 0": "usage",
+            "crc 0 1 2": "usage",
+            "crc 0 1g": "usage",
+            "crc 0 10000000000000001": "usage",
+            "pattern 100000000 0 1": "usage",
+            "off 80": "usage",
+            "off": "usage",
+            f"crc {end:x} 1": "bios 01",
+            "dump ffffffffffffffff": "bios 01",
+        }.items():
+            with pytest.raises(ProbeError) as caught:
+                probe.command(command)
+            assert caught.value.answer == error, command
+        assert probe.command("crc 0 0") == "00000000"
+        assert probe.command("hello") == "probe 1 00"
+        machine.power_off(0x7F)
+
+
+def test_a_disk_that_the_bios_sees_a_part_of_is_not_verified(tmp_path: Path) -> None:
+    create_image(tmp_path / "d.vmdk", (2 << 40) + 512, options=ImageOptions(grain_size=1 << 20), durable=False)
+    with pytest.raises(InvalidRequest, match="the BIOS sees only 2 TiB of a disk on lsi: take another"):
+        verify_image(tmp_path / "d.vmdk", controller="lsi")
+    assert verify_image(tmp_path / "d.vmdk", controller="ahci").identical
 
 
 @pytest.fixture

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
 import re
 import zlib
 from pathlib import Path
 
 import numpy as np
+import pexpect
 import pytest
 
-from qemu_vmdk_snap.errors import GuestError
+from qemu_vmdk_snap import Run, RunKind
+from qemu_vmdk_snap.errors import FormatError, GuestError, InvalidRequest, PluginError
 from qemu_vmdk_snap.harness import disk_image, floppy_image, pattern
 from qemu_vmdk_snap.harness.deadlines import VARIABLE, scaled
+from qemu_vmdk_snap.harness.machine import boot
 from qemu_vmdk_snap.harness.probe import Answer, command_line, parse_answer
-from qemu_vmdk_snap.harness.session import ProbeSession
+from qemu_vmdk_snap.harness.session import ProbeError, ProbeSession
+from qemu_vmdk_snap.harness.verify import BLOCK, MAX_SAMPLED_HOLES, PIECE, SAMPLE, Piece, plan, verify_image
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -129,8 +134,114 @@ def test_a_line_that_damages_everything_is_given_up() -> None:
         ProbeSession(line, "t").size()
 
 
+@pytest.mark.parametrize("end", [ConnectionResetError(104, "reset"), pexpect.EOF("end"), BrokenPipeError(32, "pipe")])
+def test_a_machine_that_is_gone_is_told_however_its_line_ends(end: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object, **__: object) -> int:
+        raise end
+
+    line = Scripted([])
+    monkeypatch.setattr(line, "send" if isinstance(end, BrokenPipeError) else "expect", gone)
+    with pytest.raises(GuestError, match=r"QEMU ended with -9: it said nothing$"):
+        ProbeSession(line, "t", lambda: "QEMU ended with -9: it said nothing").size()
+
+
 def test_an_error_of_the_guest_is_told() -> None:
     line = Scripted([answer("01 err bios 04")])
-    with pytest.raises(GuestError) as caught:
+    with pytest.raises(ProbeError) as caught:
         ProbeSession(line, "disk.vmdk").dump(512)
     assert str(caught.value) == "guest disk.vmdk: 'dump 1': bios 04"
+    assert (caught.value.command, caught.value.answer) == ("dump 1", "bios 04")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_offsets_must_be_whole_sectors() -> None:
+    line = Scripted([])
+    with pytest.raises(ValueError, match="513 is no whole number of sectors"):
+        ProbeSession(line, "t").crc(513, 512)
+    assert not line.sent
+
+
+# ---- machines, before there is one -----------------------------------------------------------------------------------
+
+
+def test_an_unknown_controller_is_refused() -> None:
+    with (
+        pytest.raises(InvalidRequest, match=r"^controller: 'floppy' is not one of ide, ahci, "),
+        boot("d.vmdk", controller="floppy"),
+    ):
+        pass
+
+
+def test_without_qemu_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with (
+        pytest.raises(PluginError, match=r"is not installed \(Debian: qemu-system-x86"),
+        boot("d.vmdk", accelerator="tcg"),
+    ):
+        pass
+
+
+# ---- what a verification looks at ------------------------------------------------------------------------------------
+
+
+def run_of(kind: RunKind, offset: int, length: int) -> Run:
+    return Run(offset, length, kind, 0, Path("d.vmdk") if kind is RunKind.DATA else None, None, False)
+
+
+def test_every_stored_byte_is_planned() -> None:
+    planned = plan(iter([run_of(RunKind.DATA, 512, 3 * PIECE + 1024)]), 0)
+    assert planned.pieces == [
+        Piece(512, PIECE, "data"),
+        Piece(512 + PIECE, PIECE, "data"),
+        Piece(512 + 2 * PIECE, PIECE, "data"),
+        Piece(512 + 3 * PIECE, 1024, "data"),
+    ]
+
+
+@pytest.mark.parametrize("samples", [0, 1, 8])
+@pytest.mark.parametrize("kind", [RunKind.HOLE, RunKind.ZERO])
+def test_a_large_hole_is_sampled_at_its_ends_and_between(samples: int, kind: RunKind) -> None:
+    offset, length = 512 * 7, (1 << 40) + 512
+    pieces = plan(iter([run_of(kind, offset, length)]), samples).pieces
+    assert len(pieces) == samples + 2
+    assert pieces[0].offset == offset
+    assert pieces[-1].offset + pieces[-1].length == offset + length
+    assert all(p.length == SAMPLE and p.offset % 512 == 0 and p.kind == kind.name.lower() for p in pieces)
+    assert plan(iter([run_of(kind, offset, length)]), samples).pieces == pieces
+
+
+def test_a_small_hole_is_read_whole() -> None:
+    pieces = plan(iter([run_of(RunKind.HOLE, 0, 10 * SAMPLE)]), 8).pieces
+    assert sum(piece.length for piece in pieces) == 10 * SAMPLE
+
+
+def test_holes_that_are_left_out_are_counted() -> None:
+    runs = [run_of(RunKind.HOLE, i * 1024, 512) for i in range(MAX_SAMPLED_HOLES + 3)]
+    planned = plan(iter(runs), 8)
+    assert (len(planned.pieces), planned.holes_left_out) == (MAX_SAMPLED_HOLES, 3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"version": 2, "capacity": 512, "block": 65536, "pieces": []}',
+        '{"version": 1, "capacity": 512, "block": 512, "pieces": []}',
+        '{"version": 1, "capacity": 512, "block": 65536, "pieces": [[0, 512, "data", "0"]]}',
+        '{"version": 1, "capacity": 512, "block": 65536, "pieces": [[1, 512, "data", "0", "00000000"]]}',
+        '{"version": 1, "capacity": 512, "block": 65536, "pieces": [[0, 512, "data", "0", "0000000000000000"]]}',
+        '{"version": 1, "capacity": 512, "block": 65536, "pieces": [[0, 512, "data", "0", "0000000x"]]}',
+    ],
+)
+def test_a_file_that_is_no_record_is_refused_before_anything_else(tmp_path: Path, text: str) -> None:
+    record = tmp_path / "record.json"
+    record.write_text(text)
+    with pytest.raises(FormatError, match=r"record\.json: .*must be what `guest verify --record` writes"):
+        verify_image(tmp_path / "missing.vmdk", against=record)
+
+
+def test_a_record_has_a_sum_for_each_grain_of_the_usual_size() -> None:
+    assert BLOCK == 64 * 1024
+    assert PIECE % BLOCK == 0

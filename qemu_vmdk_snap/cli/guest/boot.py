@@ -18,6 +18,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from-disk", action="store_true", help="boot from the image itself, which begins with the probe"
     )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=15.0,
+        metavar="SECONDS",
+        help="how long the probe may take to boot, on an ordinary machine that is idle (default 15)",
+    )
     add_guest_options(parser)
     parser.add_argument("filename", type=Path, metavar="IMAGE")
     parser.add_argument(
@@ -40,6 +47,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         from_disk=args.from_disk,
         writable=args.write,
         log_dir=args.log,
+        seconds=args.timeout,
     ) as machine:
         if not ui.json_output:
             ui.text(f"probe booted in {machine.boot_seconds:.2f} s, disk of {machine.probe.size()} bytes")

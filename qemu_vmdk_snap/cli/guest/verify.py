@@ -61,4 +61,6 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
         f"{format_size(report.sampled)} of holes read by the guest ({report.controller}) in {report.seconds:.1f} s: "
         + ("as the engine reads them" if report.identical else f"{len(report.mismatches)} differ")
     )
+    if report.holes_left_out:
+        ui.text(f"{report.holes_left_out} more holes were not looked at")
     return 0 if report.identical else 1
