@@ -20,6 +20,7 @@ FINISHERS: Final[dict[str, tuple[str, str]]] = {
     "compact": ("qemu_vmdk_snap.ops.compact", "undo_compact"),
     "resize": ("qemu_vmdk_snap.ops.resize", "finish_resize"),
     "apply": ("qemu_vmdk_snap.ops.apply", "finish_apply"),
+    "repair": ("qemu_vmdk_snap.ops.repair", "finish_repair"),
     "relink": ("qemu_vmdk_snap.ops.rebase", "finish_relink"),
 }
 """Operation -> module and function (intent, opener) that finishes it; running it twice does no harm."""

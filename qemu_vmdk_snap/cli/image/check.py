@@ -10,6 +10,7 @@ from qemu_vmdk_snap.cli.image.common import add_open_options, add_progress, need
 from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
+    from qemu_vmdk_snap.chain.resolver import Resolver
     from qemu_vmdk_snap.ops.check import CheckReport
 
 
@@ -19,6 +20,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backing-chain", action="store_true", help="check the tables of every link, not of the top alone"
     )
+    parser.add_argument(
+        "-r",
+        "--repair",
+        choices=("leaks", "all"),
+        help="give back leaked grains, or mend all that can be, undo file first",
+    )
+    parser.add_argument("--undo-file", type=Path, metavar="FILE", help="the undo file of -r (default: FILENAME.undo)")
+    parser.add_argument(
+        "--relink-cids", action="store_true", help="with -r all: trust the parent as it is, though its CID is another"
+    )
+    parser.add_argument("--take-back", type=Path, metavar="FILE", help="undo a repair from its undo file, then check")
     parser.add_argument("-T", "--src-cache", help=argparse.SUPPRESS)
     add_progress(parser)
     parser.add_argument("filename", type=Path)
@@ -31,20 +43,50 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     from qemu_vmdk_snap.ops.check import check_image
 
     need_vmdk(args.filename, args.format)
+    resolver = confined(args.allow_dir)
+    if args.take_back is not None:
+        from qemu_vmdk_snap.ops.repair import take_back
+
+        take_back(args.take_back)
+    fixed = _repair(args, resolver, ui) if args.repair else None
     report = check_image(
         args.filename,
-        resolver=confined(args.allow_dir),
+        resolver=resolver,
         whole_chain=args.backing_chain,
         lock=not args.force_share,
         on_progress=ui.progress,
     )
     if ui.json_output:
-        ui.json(_as_json(report))
+        ui.json(_as_json(report) | (fixed or {}))
     else:
         _show(report, ui)
     if report.corruptions:
         return 2
     return 3 if report.leaks else 0
+
+
+def _repair(args: argparse.Namespace, resolver: Resolver, ui: Ui) -> dict[str, object]:
+    """Mend, tell what was mended in qemu-img's words, and return its JSON keys."""
+    from qemu_vmdk_snap.ops.repair import repair
+
+    report = repair(
+        args.filename,
+        resolver=resolver,
+        leaks_only=args.repair == "leaks",
+        relink_cids=args.relink_cids,
+        undo=args.undo_file,
+        on_progress=ui.progress,
+    )
+    if report.undo is None:
+        return {"corruptions-fixed": 0, "leaks-fixed": 0}
+    leaks = max(0, report.before.leaks - report.after.leaks)
+    corruptions = max(0, report.before.corruptions - report.after.corruptions)
+    if not ui.json_output:
+        ui.text("The following inconsistencies were found and repaired:\n")
+        ui.text(f"    {leaks} leaked clusters\n    {corruptions} corruptions\n")
+        ui.text(f"What was there before is in {report.undo} (--take-back).")
+        ui.text("Double checking the fixed image now...")
+    return {"corruptions-fixed": corruptions, "leaks-fixed": leaks, "undo-file": str(report.undo)}
 
 
 def _as_json(report: CheckReport) -> dict[str, object]:
