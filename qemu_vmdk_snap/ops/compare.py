@@ -8,10 +8,10 @@ from typing import Final, NamedTuple
 
 from qemu_vmdk_snap.chain.disk import Disk
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
-from qemu_vmdk_snap.units import MIB, SECTOR_SIZE
+from qemu_vmdk_snap.units import KIB, SECTOR_SIZE
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, Row
 
-_STEP: Final = 2 * MIB
+_STEP: Final = 256 * KIB  # both buffers stay in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +49,17 @@ def compare(one: Disk, two: Disk, *, strict: bool = False, on_progress: OnProgre
         return CompareReport(False, "size", None, sizes)
     common = min(one.capacity, two.capacity)
     meter = Meter("compare", max(one.capacity, two.capacity), on_progress)
+    reader = _Reader(one, two, meter)
     for pair in _pairs(one, two, common):
         if strict and (pair.one.kind == HOLE) != (pair.two.kind == HOLE):
             return CompareReport(False, "allocation", pair.offset, sizes)
-        offset = _first_difference(one, two, pair, meter)
+        offset = reader.first_difference(pair)
         if offset is not None:
             return CompareReport(False, "content", offset, sizes)
         meter.reach(pair.offset + pair.length)
     longer = one if one.capacity > two.capacity else two
     for row in longer.rows(common, longer.capacity - common):
-        offset = _first_nonzero(longer, row, 0, row.length, meter)
+        offset = reader.first_nonzero(longer, row, 0, row.length)
         if offset is not None:
             return CompareReport(False, "content", offset, sizes)
         meter.reach(row.offset + row.length)
@@ -79,23 +80,53 @@ def _pairs(one: Disk, two: Disk, end: int) -> Iterator[_Pair]:
             row_two = next(rows_two, None)
 
 
-def _first_difference(one: Disk, two: Disk, pair: _Pair, meter: Meter) -> int | None:
-    if pair.one.kind < DATA and pair.two.kind < DATA:
+class _Reader:
+    """Reads both disks into the same two buffers again and again: new ones would cost more than the reading."""
+
+    def __init__(self, one: Disk, two: Disk, meter: Meter) -> None:
+        self._one, self._two, self._meter = one, two, meter
+        self._buffers = bytearray(_STEP), bytearray(_STEP)
+        self._zeros = bytes(_STEP)
+
+    def first_difference(self, pair: _Pair) -> int | None:
+        """Return the guest offset of the first sector that differs in `pair`, or None."""
+        if pair.one.kind < DATA and pair.two.kind < DATA:
+            return None
+        if pair.one.kind < DATA:
+            return self.first_nonzero(self._two, pair.two, pair.skip_two, pair.length)
+        if pair.two.kind < DATA:
+            return self.first_nonzero(self._one, pair.one, pair.skip_one, pair.length)
+        if _same_place(self._one, self._two, pair):
+            return None
+        for done in range(0, pair.length, _STEP):
+            length = min(_STEP, pair.length - done)
+            left = self._read(0, self._one, pair.one, pair.skip_one + done, length)
+            right = self._read(1, self._two, pair.two, pair.skip_two + done, length)
+            if left != right:
+                return pair.offset + done + _differing_sector(left, right)
+            self._meter.step(length)
         return None
-    if pair.one.kind < DATA:
-        return _first_nonzero(two, pair.two, pair.skip_two, pair.length, meter)
-    if pair.two.kind < DATA:
-        return _first_nonzero(one, pair.one, pair.skip_one, pair.length, meter)
-    if _same_place(one, two, pair):
+
+    def first_nonzero(self, disk: Disk, row: Row, skip: int, length: int) -> int | None:
+        """Return the guest offset of the first sector that is not zeros in the part of `row`, or None."""
+        if row.kind < DATA:
+            return None
+        for done in range(0, length, _STEP):
+            size = min(_STEP, length - done)
+            data = self._read(0, disk, row, skip + done, size)
+            zeros = self._zeros if size == _STEP else bytes(size)
+            if data != zeros:
+                return row.offset + skip + done + _differing_sector(data, zeros)
+            self._meter.step(size)
         return None
-    for done in range(0, pair.length, _STEP):
-        length = min(_STEP, pair.length - done)
-        left = one.read_row(pair.one, pair.skip_one + done, length)
-        right = two.read_row(pair.two, pair.skip_two + done, length)
-        if left != right:
-            return pair.offset + done + _differing_sector(left, right)
-        meter.step(length)
-    return None
+
+    def _read(self, number: int, disk: Disk, row: Row, skip: int, length: int) -> bytes | bytearray:
+        """Return the bytes; a whole step comes in the buffer itself, as only whole bytearrays compare at full speed."""
+        buffer = self._buffers[number]
+        if length < _STEP:
+            return disk.read_row(row, skip, length)
+        disk.read_row_into(row, skip, memoryview(buffer))
+        return buffer
 
 
 def _same_place(one: Disk, two: Disk, pair: _Pair) -> bool:
@@ -107,18 +138,7 @@ def _same_place(one: Disk, two: Disk, pair: _Pair) -> bool:
     return file_one is file_two or file_one.path.samefile(file_two.path)
 
 
-def _first_nonzero(disk: Disk, row: Row, skip: int, length: int, meter: Meter) -> int | None:
-    if row.kind < DATA:
-        return None
-    for done in range(0, length, _STEP):
-        data = disk.read_row(row, skip + done, min(_STEP, length - done))
-        if data.count(0) != len(data):
-            return row.offset + skip + done + _differing_sector(data, bytes(len(data)))
-        meter.step(len(data))
-    return None
-
-
-def _differing_sector(left: bytes, right: bytes) -> int:
+def _differing_sector(left: bytes | bytearray, right: bytes | bytearray) -> int:
     """Return the offset of the first sector in which the two differ; they do."""
     for start in range(0, len(left), SECTOR_SIZE):
         if left[start : start + SECTOR_SIZE] != right[start : start + SECTOR_SIZE]:

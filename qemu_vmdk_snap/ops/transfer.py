@@ -78,6 +78,10 @@ class View:
         """Return `length` bytes from byte `skip` of `row`."""
         return self._chain.read_row(row, skip, length)
 
+    def read_row_into(self, row: Row, skip: int, view: memoryview) -> None:
+        """Fill `view` from byte `skip` of `row`."""
+        self._chain.read_row_into(row, skip, view)
+
     def file_of(self, row: Row) -> BlockFile | None:
         """Return the file that stores `row` as it is."""
         return self._chain.file_of(row)

@@ -29,6 +29,9 @@ class BlockFile(Protocol):
     def read_at(self, offset: int, length: int) -> bytes:
         """Return up to `length` bytes at `offset`: fewer only where the file ends."""
 
+    def read_into(self, offset: int, view: memoryview) -> int:
+        """Fill `view` from `offset` on and return how many bytes there were: fewer only where the file ends."""
+
     def write_at(self, offset: int, data: Buffer) -> None:
         """Write all of `data` at `offset`, extending the file where needed."""
 
@@ -93,6 +96,16 @@ class PosixFile:
             parts.append(data)
             done += len(data)
         return b"".join(parts)
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        """Fill `view` from `offset` on and return how many bytes there were."""
+        done = os.preadv(self._fd, [view], offset)
+        while 0 < done < len(view):
+            more = os.preadv(self._fd, [view[done:]], offset + done)
+            if not more:
+                break
+            done += more
+        return done
 
     def write_at(self, offset: int, data: Buffer) -> None:
         """Write all of `data` at `offset`."""

@@ -44,6 +44,11 @@ class RecordingFile:
     def read_at(self, offset: int, length: int) -> bytes:
         return bytes(self.content[offset : offset + length])
 
+    def read_into(self, offset: int, view: memoryview) -> int:
+        data = self.read_at(offset, len(view))
+        view[: len(data)] = data
+        return len(data)
+
     def write_at(self, offset: int, data: Buffer) -> None:
         write = Write(offset, bytes(data))
         _apply(self.content, write)
