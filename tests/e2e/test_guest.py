@@ -40,6 +40,14 @@ MIB = 1 << 20
 SIZE = 40 * MIB + 512
 
 
+@pytest.fixture(autouse=True)
+def logs_of_failures(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Machines that are to fail keep their logs; not for ever."""
+    folder = tmp_path_factory.mktemp("logs")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
 def chain_of(folder: Path, depth: int, *, zeroed: bool = False) -> Path:
     """Return the top of a chain of so many links, each with data of its own that shows through the next ones."""
     create_image(folder / "1.vmdk", SIZE, options=ImageOptions(zeroed_grain=zeroed), durable=False)
@@ -284,17 +292,16 @@ def test_qemus_own_words_are_told(tmp_path: Path) -> None:
         pass
 
 
-def test_logs_are_kept_for_the_callers_own_failure_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_logs_are_kept_for_the_callers_own_failure_alone(tmp_path: Path, logs_of_failures: Path) -> None:
     top = chain_of(tmp_path, 1)
     with boot(top) as machine:
         machine.power_off()
     with pytest.raises(LockBusy), boot(top):
         raise LockBusy(top, "write")
-    assert not list(tmp_path.glob("qemu-vmdk-snap-guest-*"))
+    assert not list(logs_of_failures.iterdir())
     with pytest.raises(AssertionError) as caught, boot(top):
         raise AssertionError
-    (folder,) = tmp_path.glob("qemu-vmdk-snap-guest-*")
+    (folder,) = logs_of_failures.iterdir()
     assert caught.value.__notes__ == [f"logs of the guest: {folder}"]
     assert b"probe 1" in (folder / "serial.log").read_bytes()
 
