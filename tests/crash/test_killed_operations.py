@@ -18,14 +18,18 @@ from typing import Final, NamedTuple
 import pytest
 
 from qemu_vmdk_snap import VmdkSnapError, open_chain
+from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.ops.apply import apply_delta
+from qemu_vmdk_snap.ops.check import check_image
 from qemu_vmdk_snap.ops.commit import commit
 from qemu_vmdk_snap.ops.compact import compact
 from qemu_vmdk_snap.ops.diff import changes
 from qemu_vmdk_snap.ops.rebase import rebase
 from qemu_vmdk_snap.ops.recover import recover
 from qemu_vmdk_snap.ops.remove import remove
+from qemu_vmdk_snap.ops.repair import repair
 from qemu_vmdk_snap.ops.resize import resize
+from qemu_vmdk_snap.storage.intent import Intent
 from tests.support.tree import Tree, line
 
 SIZE: Final = (1 << 20) + 1536
@@ -171,7 +175,7 @@ def test_killed_before_every_change(case: Case, tmp_path: Path) -> None:
         if lived or recovered:
             case.after(tree)
             tree.verify(leaks=False)
-        else:  # nothing had begun, or it had ended: a record tells of everything between
+        elif readable:  # nothing had begun, or it had ended: a record tells of everything between
             done = copy_of(tree, tree.folder, files=False)
             case.after(done)
             assert reads_as(tree, done) or reads_as(tree, tree)
@@ -207,3 +211,35 @@ def copy_of(tree: Tree, folder: Path, *, files: bool = True) -> Tree:
     copy = Tree(folder, tree.size)
     copy.model, copy.parents = dict(tree.model), dict(tree.parents)
     return copy
+
+
+def test_killed_repair_is_taken_back_and_can_be_asked_for_again(tmp_path: Path) -> None:
+    (tmp_path / "origin").mkdir()
+    origin = Tree(tmp_path / "origin", SIZE)
+    line(origin, 2)
+    with origin.path("image-2").open("r+b") as file:
+        file.seek(72)
+        file.write(b"\1")  # not closed cleanly
+        file.seek(0, os.SEEK_END)
+        file.write(b"leaked" * 30000)
+    number, lived = 0, False
+    while not lived:
+        tree = copy_of(origin, tmp_path / "run")
+        path = tree.path("image-2")
+        lived = killed_at(number, functools.partial(repair, path, resolver=confined()))
+        number += 1
+        assert tree.read("image-2") == tree.model["image-2"]
+        recover(tree.folder)
+        path.with_name("image-2.vmdk.undo").unlink(missing_ok=True)
+        repair(path, resolver=confined())
+        path.with_name("image-2.vmdk.undo").unlink(missing_ok=True)
+        assert reads_as(tree, tree)
+        assert check_image(path, resolver=confined()).findings == ()
+    assert number > 10
+
+
+def test_without_the_intent_record_the_kill_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: between the two CIDs of a commit, nothing but the record makes the chain readable again."""
+    monkeypatch.setattr(Intent, "begin", lambda self: None)
+    with pytest.raises(AssertionError, match="is mended by recover alone"):
+        test_killed_before_every_change(CASES[0], tmp_path)
