@@ -6,14 +6,18 @@ Tests put a recorder or a bytearray in its place; nothing above this floor calls
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import functools
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 Buffer = bytes | bytearray | memoryview
+_SYNC_FILE_RANGE_WRITE: Final = 2
+_Offset: Final = ctypes.c_int64
 
 
 class BlockFile(Protocol):
@@ -40,6 +44,9 @@ class BlockFile(Protocol):
 
     def flush(self) -> None:
         """Return when everything written so far is durable."""
+
+    def begin_flush(self) -> None:
+        """Let the system begin to store what was written, without waiting: a later `flush` has less to wait for."""
 
     def next_data(self, offset: int) -> int:
         """Return the first offset from `offset` on that may hold data: all before it reads as zeros."""
@@ -122,6 +129,10 @@ class PosixFile:
         """Return when everything written so far is durable."""
         os.fdatasync(self._fd)
 
+    def begin_flush(self) -> None:
+        """Let the kernel begin to write back the file's dirty pages; a kernel that will not is not waited for."""
+        _libc().sync_file_range(self._fd, _Offset(0), _Offset(0), _SYNC_FILE_RANGE_WRITE)
+
     def next_data(self, offset: int) -> int:
         """Return the first offset from `offset` on that is not in a hole of the file (its size where there is none)."""
         return self._seek(offset, os.SEEK_DATA, unknown=offset)
@@ -150,6 +161,11 @@ class PosixFile:
             with contextlib.suppress(OSError):
                 os.close(self._fd)
             self._fd = -1
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 FileOpener = Callable[[Path, bool], BlockFile]

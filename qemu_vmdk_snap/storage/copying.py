@@ -15,8 +15,9 @@ from qemu_vmdk_snap.units import MIB
 _FICLONERANGE: Final = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range)
 _CLONE_RANGE: Final = struct.Struct("qQQQ")  # source fd, source offset, length, destination offset
 _CLONE_UNIT: Final = 4096
-_KERNEL_STEP: Final = 64 * MIB
+_KERNEL_STEP: Final = 16 * MIB
 _BUFFER_STEP: Final = 4 * MIB
+_WRITE_BACK_STEP: Final = 16 * MIB
 _NOT_HERE: Final = (
     errno.EINVAL,
     errno.EOPNOTSUPP,
@@ -36,6 +37,7 @@ class Copier:
         self._target = target
         self._no_clone: set[int] = set()
         self._no_kernel_copy: set[int] = set()
+        self._since_flush = 0
 
     def copy(
         self, source: BlockFile, source_offset: int, target_offset: int, length: int, on_step: Callable[[int], None]
@@ -53,6 +55,7 @@ class Copier:
             self._target.write_at(target_offset + done, data)
             done += len(data)
             on_step(len(data))
+            self._write_back(len(data))
         if done < length:
             self._pad(target_offset + done, length - done)
             on_step(length - done)
@@ -98,7 +101,15 @@ class Copier:
                 return done
             done += copied
             on_step(copied)
+            self._write_back(copied)
         return done
+
+    def _write_back(self, length: int) -> None:
+        """Keep the disk busy while there is more to copy, so that the flush at the end is short."""
+        self._since_flush += length
+        if self._since_flush >= _WRITE_BACK_STEP:
+            self._since_flush = 0
+            self._target.begin_flush()
 
     def _pad(self, offset: int, length: int) -> None:
         # Only the tail of a grain that its file cuts short comes here: less than a grain.

@@ -65,6 +65,9 @@ class RecordingFile:
         self.pending.clear()
         self.log.append(None)
 
+    def begin_flush(self) -> None:
+        pass
+
     def next_data(self, offset: int) -> int:
         return offset
 
