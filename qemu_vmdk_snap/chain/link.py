@@ -6,7 +6,7 @@ import bisect
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qemu_vmdk_snap.chain.resolver import Resolver
 from qemu_vmdk_snap.errors import FormatError, Unsupported
@@ -16,9 +16,13 @@ from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, NO_PARENT, Descriptor, ExtentLine, is_descriptor
 from qemu_vmdk_snap.vmdk.extent import Extent, ExtentSpec, open_extent
 from qemu_vmdk_snap.vmdk.header import MAGIC, SparseExtentHeader, check_header
-from qemu_vmdk_snap.vmdk.runs import ZERO, RunTable
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.vmdk.runs import RunTable
 
 _MIN_CID_DIGITS: Final = 5
+COWD_MAGIC: Final = b"COWD"
+"""A disk of VMware's products before 2004, or a delta of ESXi whose descriptor is another file."""
 
 
 class PlacedExtent(NamedTuple):
@@ -74,6 +78,11 @@ class Link:
         """Every file of the link, the descriptor's first."""
         return self._files
 
+    @property
+    def notes(self) -> list[str]:
+        """What was found wrong, one line each, and could be read all the same."""
+        return [note for placed in self.extents for note in placed.extent.notes]
+
     def at(self, offset: int) -> PlacedExtent:
         """Return the extent that holds the byte at `offset`, which must be below the capacity."""
         return self.extents[bisect.bisect_right(self._starts, offset) - 1]
@@ -88,6 +97,8 @@ class Link:
 
     def resolve(self, start: int, end: int) -> RunTable:
         """Return the runs of [start, end) in this link alone; what lies behind its capacity is zeros."""
+        from qemu_vmdk_snap.vmdk.runs import ZERO, RunTable  # NumPy: not needed to read a descriptor
+
         tables = [
             placed.extent.resolve(first, last).with_source(placed.source).shifted(placed.start)
             for placed, first, last in self.overlapping(start, end)
@@ -179,7 +190,7 @@ def read_descriptor(file: BlockFile) -> tuple[Descriptor, bool]:
     head = file.read_at(0, SECTOR_SIZE)
     if head[:4] == MAGIC:
         header = SparseExtentHeader.parse(head, path=path)
-        check_header(header, path, file.size())
+        check_header(header, path, file.size(), tolerant=True)  # whoever writes needs more: the extent tells
         if not header.descriptor_offset:
             raise Unsupported(path, "has no descriptor: it is an extent; open the descriptor file that names it")
         base, size = sector_bytes(header.descriptor_offset), sector_bytes(header.descriptor_size)
@@ -188,6 +199,10 @@ def read_descriptor(file: BlockFile) -> tuple[Descriptor, bool]:
             at = header.offset_of("descriptor_size")
             raise FormatError(path, at, "descriptor_size", header.descriptor_size, rule)
         return Descriptor.parse(file.read_at(base, size), path=path, base=base), True
+    if head[:4] == COWD_MAGIC:
+        from qemu_vmdk_snap.vmdk.cowd import legacy_descriptor, read_cowd_header  # NumPy, for a rare kind
+
+        return legacy_descriptor(read_cowd_header(file, path), path), True
     if is_descriptor(head):
         if file.size() > MAX_BYTES:
             raise FormatError(path, 0, "descriptor", file.size(), f"must be at most {MAX_BYTES} bytes long")
@@ -221,6 +236,7 @@ def open_link(
     try:
         file = opened(path, writable)
         descriptor, embedded = read_descriptor(file)
+        _refuse_writing_legacy(file, embedded and writable)
         lines = _checked_extents(descriptor, embedded)
         extents, start = [], 0
         for number, line in enumerate(lines):
@@ -233,6 +249,11 @@ def open_link(
             file.close()
         raise
     return Link(file, descriptor, extents, files, embedded)
+
+
+def _refuse_writing_legacy(file: BlockFile, writable: bool) -> None:
+    if writable and file.read_at(0, 4) == COWD_MAGIC:
+        raise Unsupported(file.path, "COWD disks without a descriptor are read-only: there is no CID to renew")
 
 
 def _checked_extents(descriptor: Descriptor, embedded: bool) -> tuple[ExtentLine, ...]:

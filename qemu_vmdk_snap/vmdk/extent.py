@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 MODULES: Final[dict[str, str]] = {
     "SPARSE": "qemu_vmdk_snap.vmdk.sparse",
+    "FLAT": "qemu_vmdk_snap.vmdk.flat",
+    "VMFS": "qemu_vmdk_snap.vmdk.flat",
+    "ZERO": "qemu_vmdk_snap.vmdk.zero",
+    "VMFSSPARSE": "qemu_vmdk_snap.vmdk.sparse",
+    "SESPARSE": "qemu_vmdk_snap.vmdk.sesparse",
 }
 """Extent type of the descriptor -> the module whose `open_extent` opens it."""
 
@@ -64,6 +69,10 @@ class Extent(Protocol):
     def file(self) -> BlockFile | None:
         """Where its stored runs are, or None for one without a file."""
 
+    @property
+    def notes(self) -> list[str]:
+        """What was found wrong, one line each, and could be read all the same."""
+
     def lookup(self, offset: int) -> Place:
         """Return where the byte at `offset` is."""
 
@@ -94,7 +103,7 @@ def open_extent(spec: ExtentSpec) -> Extent:
         FormatError: what is on disk breaks the format.
         Unsupported: the kind, or the asked access, is not available.
     """
-    module = MODULES.get(spec.line.type)
+    module = MODULES["ZERO"] if spec.line.access == "NOACCESS" else MODULES.get(spec.line.type)
     if module is None:
-        raise Unsupported(spec.path, f"byte {spec.line.at:#x}: extents of type {spec.line.type} are not supported yet")
+        raise Unsupported(spec.path, f"byte {spec.line.at:#x}: extents of type {spec.line.type} are not supported")
     return cast(ExtentModule, importlib.import_module(module)).open_extent(spec)

@@ -94,8 +94,10 @@ class SparseExtentHeader(OnDisk):
         return bool(self.flags & HeaderFlag.COMPRESSED)
 
 
-def check_header(header: SparseExtentHeader, path: Path, file_size: int) -> None:
+def check_header(header: SparseExtentHeader, path: Path, file_size: int, *, tolerant: bool = False) -> None:
     """Check what no single field can tell: that the parts named by the header can lie in a file of `file_size` bytes.
+
+    `tolerant` lets one of the two copies of the directory lie outside the file, for those who only read.
 
     Raises:
         FormatError: a count or an offset is absurd; nothing has been allocated by it.
@@ -110,9 +112,10 @@ def check_header(header: SparseExtentHeader, path: Path, file_size: int) -> None
     if header.gd_offset == GD_AT_END and header.compressed:
         return
     gd_sectors = byte_sectors(header.gd_entries * 4)
-    _check_inside(header, "gd_offset", gd_sectors, path, file_size)
-    if header.redundant:
-        _check_inside(header, "rgd_offset", gd_sectors, path, file_size)
+    fields = ["gd_offset", "rgd_offset"] if header.redundant else ["gd_offset"]
+    inside = [_is_inside(header, field, gd_sectors, file_size) for field in fields]
+    if not all(inside) and not (tolerant and any(inside)):
+        _check_inside(header, fields[inside.index(False)], gd_sectors, path, file_size)
 
 
 def _check_flags(header: SparseExtentHeader, path: Path) -> None:
@@ -127,8 +130,13 @@ def _check_flags(header: SparseExtentHeader, path: Path) -> None:
         raise FormatError(path, header.offset_of("newline_probe"), "newline_probe", header.newline_probe, rule)
 
 
+def _is_inside(header: SparseExtentHeader, field: str, sectors: int, file_size: int) -> bool:
+    start: int = getattr(header, field)
+    return start != 0 and (start + sectors) * SECTOR_SIZE <= file_size
+
+
 def _check_inside(header: SparseExtentHeader, field: str, sectors: int, path: Path, file_size: int) -> None:
     start = getattr(header, field)
-    if start == 0 or (start + sectors) * SECTOR_SIZE > file_size:
+    if not _is_inside(header, field, sectors, file_size):
         rule = f"must leave {sectors} sectors inside the file of {file_size} bytes"
         raise FormatError(path, header.offset_of(field), field, start, rule)

@@ -3,13 +3,8 @@
     | header | descriptor | RGD | redundant GTs | GD | GTs | pad | grain | grain | ...
     sector 0   1..20        21                               overhead
 
-A GTE is 0 (the parent answers), 1 where the header's flag allows it (zeros over any parent), or the sector of the
-grain.
-
-Invariants of writing:
-- A grain is durable before any table names it: tables change in memory first, and `flush` stores them behind a barrier.
-- Both copies of a table are stored; a table that is new is durable in its zeros before the directory names it.
-- Grains are only ever added behind the end of the file; what a table names is never moved or reused.
+Where the primary directory or an entry cannot be followed and the redundant copy can, an extent that is only read is
+read by way of the copy, and `notes` tells of it. An extent that is written must be sound.
 
 Source: VMware Virtual Disk Format 5.0, "Hosted Sparse Extents".
 """
@@ -20,43 +15,50 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from qemu_vmdk_snap.errors import FormatError, Unsupported
-from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
-from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, byte_sectors, round_up, sector_bytes
-from qemu_vmdk_snap.vmdk.extent import Below, ExtentSpec, Place
+from qemu_vmdk_snap.storage.blockfile import BlockFile
+from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
+from qemu_vmdk_snap.vmdk.extent import Extent, ExtentSpec
+from qemu_vmdk_snap.vmdk.grains import GTE_UNALLOCATED, GTE_ZEROED, MAX_FILE_SECTORS, Copy, GrainExtent
 from qemu_vmdk_snap.vmdk.header import HeaderFlag, SparseExtentHeader, check_header
-from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, ZERO, RunTable, from_entries
-from qemu_vmdk_snap.vmdk.tables import MAX_DIRTY_TABLES, GrainTables
+from qemu_vmdk_snap.vmdk.tables import GrainTables
 
-GTE_UNALLOCATED: Final = 0
-GTE_ZEROED: Final = 1
-MAX_FILE_SECTORS: Final = 1 << 32
-"""A GTE is 32 bits wide: no grain can begin at or behind this sector."""
-
-_WRITE_BATCH: Final = 4 * MIB
+__all__ = ["GTE_UNALLOCATED", "GTE_ZEROED", "MAX_FILE_SECTORS", "SparseExtent", "open_extent", "read_header"]
 
 
-def read_header(file: BlockFile, path: Path) -> SparseExtentHeader:
-    """Return the checked header of the sparse extent in `file`; raises FormatError or Unsupported."""
+_MAX_NOTES: Final = 64
+
+
+def read_header(file: BlockFile, path: Path, *, tolerant: bool = False) -> SparseExtentHeader:
+    """Return the checked header of the sparse extent in `file`; `tolerant` as in `check_header`."""
     header = SparseExtentHeader.parse(file.read_at(0, SECTOR_SIZE), path=path)
-    check_header(header, path, file.size())
+    check_header(header, path, file.size(), tolerant=tolerant)
     return header
 
 
-def open_extent(spec: ExtentSpec) -> SparseExtent:
-    """Open a hosted sparse extent.
+def open_extent(spec: ExtentSpec) -> Extent:
+    """Open a hosted sparse extent: plain, or compressed (streamOptimized).
 
     Raises:
         FormatError: the header, or what it names, cannot be.
-        Unsupported: compressed grains or version 3, which only later kinds read.
+        Unsupported: write access to version 3, or to a compressed extent.
     """
     file = spec.file
     if file is None:
         raise FormatError(spec.path, spec.line.at, "extent", spec.line.type, "must name a file")
-    header = read_header(file, spec.path)
-    if header.compressed or header.flags & HeaderFlag.MARKERS:
-        raise Unsupported(spec.path, "streamOptimized (compressed) extents are not supported yet")
+    if (
+        file.read_at(0, 4) == b"COWD"
+    ):  # QEMU takes a COWD file under the type SPARSE, and VMware's old products wrote so
+        from qemu_vmdk_snap.vmdk import cowd
+
+        return cowd.open_extent(spec)
+    header = read_header(file, spec.path, tolerant=not spec.writable)
+    if header.compressed:
+        from qemu_vmdk_snap.vmdk import stream
+
+        return stream.open_stream(spec, file, header)
     if spec.writable and header.version > 2:
         raise Unsupported(
             spec.path, f"version {header.version} extents are read-only: who else tracks their changes is unknown"
@@ -64,120 +66,28 @@ def open_extent(spec: ExtentSpec) -> SparseExtent:
     if header.capacity < spec.line.sectors:
         rule = f"must be at least the {spec.line.sectors} sectors that the descriptor gives the extent"
         raise FormatError(spec.path, header.offset_of("capacity"), "capacity", header.capacity, rule)
-    return SparseExtent(file, spec.path, header, sector_bytes(spec.line.sectors))
+    return SparseExtent(file, spec.path, header, sector_bytes(spec.line.sectors), writable=spec.writable)
 
 
-class SparseExtent:
+class SparseExtent(GrainExtent):
     """One open hosted sparse extent."""
 
-    def __init__(self, file: BlockFile, path: Path, header: SparseExtentHeader, capacity: int) -> None:
-        self._file = file
-        self._path = path
+    def __init__(
+        self, file: BlockFile, path: Path, header: SparseExtentHeader, capacity: int, *, writable: bool
+    ) -> None:
         self.header = header
-        self._capacity = capacity
-        self._grain_bytes = sector_bytes(header.grain_size)
-        self._has_zeroed = bool(header.flags & HeaderFlag.ZEROED_GRAINS)
-        self._file_size = file.size()
-        self.tables = self._read_tables(header.gd_offset, "gd_offset")
-        self._redundant = self._read_tables(header.rgd_offset, "rgd_offset") if header.redundant else None
-        self._unsynced = False
-
-    @property
-    def capacity(self) -> int:
-        """Bytes of the guest's disk that it stands for."""
-        return self._capacity
-
-    @property
-    def grain_bytes(self) -> int:
-        """Bytes of one grain."""
-        return self._grain_bytes
-
-    @property
-    def file(self) -> BlockFile:
-        """The file that holds it."""
-        return self._file
-
-    def lookup(self, offset: int) -> Place:
-        """Return where the byte at `offset` is; the place ends with its grain."""
-        grain, inside = divmod(offset, self._grain_bytes)
-        left = min(self._grain_bytes - inside, self._capacity - offset)
-        entry = self.tables.entry(grain)
-        if entry == GTE_UNALLOCATED:
-            return Place(HOLE, 0, left)
-        if entry == GTE_ZEROED and self._has_zeroed:
-            return Place(ZERO, 0, left)
-        self._check_grain(grain, entry)
-        return Place(DATA, sector_bytes(entry) + inside, left)
-
-    def resolve(self, start: int, end: int) -> RunTable:
-        """Return the runs of [start, end)."""
-        unit = self._grain_bytes
-        first, last = start // unit, -(-end // unit)
-        entries = self.tables.entries(first, last)
-        if not entries.any():
-            return RunTable.single(start, end, HOLE)
-        kinds = np.where(entries == GTE_UNALLOCATED, HOLE, DATA).astype(np.uint8)
-        if self._has_zeroed:
-            kinds[entries == GTE_ZEROED] = ZERO
-        file_offsets = entries.astype(np.int64) * SECTOR_SIZE
-        beyond = (kinds == DATA) & (file_offsets >= self._file_size)
-        if beyond.any():
-            grain = int(np.flatnonzero(beyond)[0])
-            self._check_grain(first + grain, int(entries[grain]))
-        return from_entries(kinds, file_offsets, unit, first * unit, last * unit).clipped(start, end)
-
-    def read_grain(self, file_offset: int) -> bytes:
-        """Never called: this kind has no compressed grains."""
-        raise NotImplementedError(f"{self._path}: no compressed grain at {file_offset:#x}")
-
-    def write(self, offset: int, data: Buffer, below: Below) -> None:
-        """Write `data` at `offset`: stored grains in place, new grains whole behind the end of the file."""
-        view = memoryview(data)
-        done = 0
-        while done < len(view):
-            place = self.lookup(offset + done)
-            if place.kind == DATA:
-                length = min(place.length, len(view) - done)
-                self._file.write_at(place.file_offset, view[done : done + length])
-                self._unsynced = True
-            else:
-                length = self._write_new(offset + done, view[done : done + _WRITE_BATCH], below)
-            done += length
-
-    def flush(self) -> None:
-        """Return when all is durable: grains first, then both copies of the tables that name them."""
-        if self._unsynced:
-            self._file.flush()  # barrier: grain data is durable before a table entry points at it
-            self._unsynced = False
-        if not self.tables.dirty:
-            return
-        for table, raw in self.tables.dirty.items():
-            if self._redundant is not None and self._redundant.table_sector(table):
-                self._file.write_at(sector_bytes(self._redundant.table_sector(table)), raw)
-            self._file.write_at(sector_bytes(self.tables.table_sector(table)), raw)
-        self._file.flush()
-        self.tables.stored()
-
-    def reserve(self, offset: int, length: int) -> int:
-        """Give the grains of a range, none of them stored yet, one place in the file and return its byte offset.
-
-        Both ends are on grains, or at the end of the disk. The caller fills the whole place before the next flush.
-        """
-        unit = self._grain_bytes
-        first, count = offset // unit, -(-length // unit)
-        position = self._place_at_end(count * unit, first)
-        self._file_size = position + count * unit
-        self._name_grains(first, count, byte_sectors(position))
-        return position
-
-    def zero(self, offset: int, length: int) -> bool:
-        """Mark whole grains, none of them stored, as zeros over any parent; False where there is no such mark."""
-        if not self._has_zeroed:
-            return False
-        for grain in range(offset // self._grain_bytes, -(-(offset + length) // self._grain_bytes)):
-            self._make_table(grain // self.header.gtes_per_gt)
-            self.tables.set_entry(grain, GTE_ZEROED)
-        return True
+        self._file, self._path, self._file_size = file, path, file.size()
+        super().__init__(
+            file,
+            path,
+            self._read_copies(),
+            capacity=capacity,
+            grain_bytes=sector_bytes(header.grain_size),
+            has_zeroed=bool(header.flags & HeaderFlag.ZEROED_GRAINS),
+            writable=writable,
+        )
+        if not writable:
+            self._prefer_good_tables()
 
     def cut(self, end: int) -> None:
         """Give back, durably, what is behind byte `end` of the file; the caller knows that nothing in use is there."""
@@ -190,9 +100,7 @@ class SparseExtent:
         self.flush()
         zeros = bytes(self.tables.table_bytes)
         ends = [self.header.overhead]
-        for tables in (self._redundant, self.tables):
-            if tables is None:
-                continue
+        for tables, _ in reversed(self._copies):
             for table in np.flatnonzero(tables.directory).tolist():
                 sector = tables.table_sector(table)
                 ends.append(sector + self.header.gt_sectors)
@@ -200,85 +108,62 @@ class SparseExtent:
                     self._file.write_at(sector_bytes(sector), zeros)
         self._file.flush()  # barrier: no table names a grain any more when the space goes
         self.cut(min(self._file_size, sector_bytes(max(ends))))
-        self.tables = self._read_tables(self.header.gd_offset, "gd_offset")
+        self._copies = self._read_copies()
 
-    def _write_new(self, offset: int, data: memoryview, below: Below) -> int:
-        """Store a stretch of grains that are not stored yet, in one write; return how many bytes of `data` it took."""
-        unit = self._grain_bytes
-        first = offset // unit
-        taken, parts = 0, []
-        zeroed_from = first
-        grain = first
-        while taken < len(data):
-            entry = self.tables.entry(grain)
-            zeroed = entry == GTE_ZEROED and self._has_zeroed
-            if entry != GTE_UNALLOCATED and not zeroed:
-                break
-            inside = (offset + taken) - grain * unit
-            piece = data[taken : taken + unit - inside]
-            parts.append(self._whole_grain(grain, inside, piece, None if zeroed else below))
-            taken += len(piece)
-            grain += 1
-        sector = self._append(b"".join(parts), zeroed_from)
-        self._name_grains(first, len(parts), sector)
-        if len(self.tables.dirty) >= MAX_DIRTY_TABLES:
-            self.flush()
-        return taken
-
-    def _name_grains(self, first: int, count: int, sector: int) -> None:
-        for i in range(count):
-            self._make_table((first + i) // self.header.gtes_per_gt)
-            self.tables.set_entry(first + i, sector + i * self.header.grain_size)
-
-    def _whole_grain(self, grain: int, inside: int, piece: memoryview, below: Below | None) -> bytes:
-        unit = self._grain_bytes
-        if len(piece) == unit:
-            return bytes(piece)
-        start = grain * unit
-        real = min(unit, self._capacity - start)  # the last grain may reach past the end of the disk
-        whole = bytearray(unit)
-        if below is not None and (inside > 0 or inside + len(piece) < real):
-            whole[:real] = below(start, real)
-        whole[inside : inside + len(piece)] = piece
-        return bytes(whole)
-
-    def _append(self, data: bytes, grain: int) -> int:
-        """Write whole grains behind the end of the file and return the sector of the first."""
-        position = self._place_at_end(len(data), grain)
-        self._file.write_at(position, data)
-        self._file_size = position + len(data)
-        return byte_sectors(position)
-
-    def _place_at_end(self, length: int, grain: int) -> int:
-        position = round_up(max(self._file_size, self._file.size()), self._grain_bytes)
-        if position + length > sector_bytes(MAX_FILE_SECTORS):
-            feature = f"grain {grain} does not fit: an extent file holds at most {MAX_FILE_SECTORS} sectors (2 TiB)"
-            raise Unsupported(self._path, feature)
-        self._unsynced = True
-        return position
-
-    def _make_table(self, table: int) -> None:
-        """Give a directory entry that is 0 a table of its own, as the format asks and some writers left out."""
-        for tables, gd_offset in ((self._redundant, self.header.rgd_offset), (self.tables, self.header.gd_offset)):
-            if tables is None or tables.table_sector(table):
+    def _read_copies(self) -> list[Copy]:
+        header = self.header
+        offsets = [("gd_offset", header.gd_offset)]
+        if header.redundant:
+            offsets.append(("rgd_offset", header.rgd_offset))
+        copies: list[Copy] = []
+        broken: FormatError | None = None
+        for field, sector in offsets:
+            length = header.gd_entries * 4
+            raw = self._file.read_at(sector_bytes(sector), length) if sector else b""
+            if len(raw) != length:
+                rule = f"must leave {length} bytes inside the file of {self._file_size} bytes"
+                broken = FormatError(self._path, header.offset_of(field), field, sector, rule)
                 continue
-            sector = self._append(bytes(round_up(tables.table_bytes, self._grain_bytes)), table)
-            self._file.flush()  # barrier: the table is durable in its zeros before the directory names it
-            self._file.write_at(sector_bytes(gd_offset) + table * 4, sector.to_bytes(4, "little"))
-            tables.place_table(table, sector)
+            tables = GrainTables(self._file, self._path, raw, entries_per_table=header.gtes_per_gt)
+            copies.append(Copy(tables, sector_bytes(sector)))
+        if broken is not None and not copies:
+            raise broken
+        self._broken_directory = broken
+        return copies
 
-    def _read_tables(self, gd_offset: int, field: str) -> GrainTables:
-        length = self.header.gd_entries * 4
-        raw = self._file.read_at(sector_bytes(gd_offset), length)
-        if len(raw) != length:
-            rule = f"must leave {length} bytes inside the file of {self._file_size} bytes"
-            raise FormatError(self._path, self.header.offset_of(field), field, gd_offset, rule)
-        return GrainTables(self._file, self._path, raw, entries_per_table=self.header.gtes_per_gt)
-
-    def _check_grain(self, grain: int, entry: int) -> None:
-        if sector_bytes(entry) < self._file_size:
+    def _prefer_good_tables(self) -> None:
+        """Read by way of the redundant copy what the primary directory cannot lead to."""
+        if self._broken_directory is not None:
+            self.notes.append(f"{self._broken_directory}; the other copy of the directory is used")
+        if len(self._copies) < 2:
             return
-        table, index = divmod(grain, self.header.gtes_per_gt)
-        at = sector_bytes(self.tables.table_sector(table)) + index * 4
-        rule = f"must place grain {grain} inside the file of {self._file_size} bytes"
-        raise FormatError(self._path, at, "grain table entry", entry, rule)
+        (primary, at), (redundant, _) = self._copies
+        usable = self._inside(redundant.directory) & (redundant.directory != 0)
+        wrong = np.flatnonzero((~self._inside(primary.directory) | (primary.directory == 0)) & usable)
+        for table in wrong.tolist():
+            sector = primary.table_sector(table)
+            if not sector and not redundant.entries(table * self.header.gtes_per_gt, self._last_of(table)).any():
+                continue
+            rule = "names no grain table" if not sector else f"lies outside the file of {self._file_size} bytes"
+            self.notes.append(
+                f"{self._path}: byte {at + 4 * table:#x}: grain directory entry {table} = {sector}: {rule}; "
+                "the redundant table is used"
+            )
+            primary.place_table(table, redundant.table_sector(table))
+
+    def _last_of(self, table: int) -> int:
+        return (table + 1) * self.header.gtes_per_gt
+
+    def _inside(self, directory: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        inside: npt.NDArray[np.bool_] = (directory + self.header.gt_sectors) * SECTOR_SIZE <= self._file_size
+        return inside
+
+    def _instead_of(self, grain: int, entry: int) -> int:
+        if not self._writable and len(self._copies) > 1:
+            other = self._copies[1].tables.entry(grain)
+            if other > GTE_ZEROED and sector_bytes(other) < self._file_size:
+                note = f"{self._path}: grain table entry {entry} of grain {grain}: lies outside the file"
+                if len(self.notes) < _MAX_NOTES:
+                    self.notes.append(f"{note}; the redundant entry {other} is used")
+                return other
+        return super()._instead_of(grain, entry)

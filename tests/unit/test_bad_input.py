@@ -70,7 +70,7 @@ HEADER_DAMAGE = [
     (36, u64(1 << 50), 65, "byte 0x1c: descriptor_offset = 1: must leave 1125899906842624 sectors inside the file of"),
     (44, u32(0), 65, "byte 0x2c: gtes_per_gt = 0: must be from 1 to 512"),
     (44, u32(1 << 31), 65, "byte 0x2c: gtes_per_gt = 2147483648: must be from 1 to 512"),
-    (56, u64(0), 65, "byte 0x38: gd_offset = 0: must leave 1 sectors inside the file of {size} bytes"),
+    (48, u64(0) * 2, 65, "byte 0x38: gd_offset = 0: must leave 1 sectors inside the file of {size} bytes"),
     (73, b"\n\r\n\n", 65, r"byte 0x49: newline_probe = b'\n\r\n\n': must be b'\n \r\n'"),
     (512, b"junk", 65, "byte 0x200: descriptor = b'junksk DescriptorFile"),
 ]
@@ -93,15 +93,21 @@ def test_damaged_header(
     assert sorted(p.name for p in base.parent.iterdir()) == ["base.vmdk"]
 
 
-def first_gt(path: Path) -> int:
+def directories(path: Path) -> list[int]:
+    """Return the byte of the primary directory and of the redundant one."""
     raw = path.read_bytes()
-    gd = int.from_bytes(raw[56:64], "little") * 512
-    return int.from_bytes(raw[gd : gd + 4], "little") * 512
+    return [int.from_bytes(raw[at : at + 8], "little") * 512 for at in (56, 48)]
+
+
+def first_tables(path: Path) -> list[int]:
+    raw = path.read_bytes()
+    return [int.from_bytes(raw[gd : gd + 4], "little") * 512 for gd in directories(path)]
 
 
 def test_a_grain_beyond_the_file_is_named(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    at = first_gt(base) + 7 * 4
-    poke(base, at, u32(0xFFFF_FF00))
+    at = first_tables(base)[0] + 7 * 4
+    for table in first_tables(base):
+        poke(base, table + 7 * 4, u32(0xFFFF_FF00))
     size = base.stat().st_size
     line = f"byte {at:#x}: grain table entry = 4294967040: must place grain 7 inside the file of {size} bytes"
     for command in (["map"], ["compare", str(base)]):
@@ -115,8 +121,8 @@ def test_a_grain_beyond_the_file_is_named(base: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_table_beyond_the_file_is_named(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gd = int.from_bytes(base.read_bytes()[56:64], "little") * 512
-    poke(base, gd + 4, u32(0x7FFF_FFFF))
+    for gd in directories(base):
+        poke(base, gd + 4, u32(0x7FFF_FFFF))
     assert main(["image", "map", str(base)]) == 65
     err = capsys.readouterr().err
     assert f"grain directory entry 1 = {0x7FFF_FFFF}: must place the grain table inside the file of" in err
