@@ -8,7 +8,6 @@ The names below are imported when they are first used, so that importing the pac
 from __future__ import annotations
 
 import importlib
-import logging
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -60,8 +59,6 @@ _HOMES: Final = {
     "create_overlay": "ops.create",
     "ImageOptions": "ops.create",
 }
-
-logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> object:

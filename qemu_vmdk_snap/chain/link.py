@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import secrets
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -13,6 +13,7 @@ from qemu_vmdk_snap.errors import FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener
 from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
+from qemu_vmdk_snap.vmdk.cowd_header import COWD_MAGIC, legacy_descriptor, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, NO_PARENT, Descriptor, ExtentLine, is_descriptor
 from qemu_vmdk_snap.vmdk.extent import Extent, ExtentSpec, open_extent
 from qemu_vmdk_snap.vmdk.header import MAGIC, SparseExtentHeader, check_header
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.vmdk.runs import RunTable
 
 _MIN_CID_DIGITS: Final = 5
-COWD_MAGIC: Final = b"COWD"
-"""A disk of VMware's products before 2004, or a delta of ESXi whose descriptor is another file."""
 
 
 class PlacedExtent(NamedTuple):
@@ -159,7 +158,7 @@ class Link:
 def new_cid(*, avoid: int = NO_PARENT, digits: int = 8) -> int:
     """Return a random CID of so many digits that is neither `avoid` nor one of the values with a meaning."""
     while True:
-        cid = secrets.randbits(4 * digits)
+        cid = int.from_bytes(os.urandom(4), "big") >> (32 - 4 * digits)
         if cid not in (avoid, 0, NO_PARENT, NO_PARENT - 1):
             return cid
 
@@ -200,8 +199,6 @@ def read_descriptor(file: BlockFile) -> tuple[Descriptor, bool]:
             raise FormatError(path, at, "descriptor_size", header.descriptor_size, rule)
         return Descriptor.parse(file.read_at(base, size), path=path, base=base), True
     if head[:4] == COWD_MAGIC:
-        from qemu_vmdk_snap.vmdk.cowd import legacy_descriptor, read_cowd_header  # NumPy, for a rare kind
-
         return legacy_descriptor(read_cowd_header(file, path), path), True
     if is_descriptor(head):
         if file.size() > MAX_BYTES:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +141,7 @@ def _plan(
         create_type="monolithicSparse",
         hint=hint,
         extents=[("RW", sectors, "SPARSE", name, None)],
-        ddb={**ddb, "longContentID": f"{secrets.token_hex(12)}{cid:08x}"},
+        ddb={**ddb, "longContentID": f"{os.urandom(12).hex()}{cid:08x}"},
         path=path,
     )
     layout = plan_sparse(
@@ -190,7 +189,7 @@ def _base_ddb(sectors: int, options: ImageOptions) -> dict[str, str]:
     if options.adapter_type not in ADAPTER_TYPES:
         known = ", ".join(ADAPTER_TYPES)
         raise InvalidRequest("adapter_type", f"{options.adapter_type!r} is not one of {known}")
-    random = secrets.token_bytes(13).hex(" ")
+    random = os.urandom(13).hex(" ")
     # VMware's own prefix 60 00 C2 9x, eight bytes, a dash, eight bytes.
     uuid = f"60 00 C2 9{random[1:14]}-{random[15:]}"
     return {**_ddb(sectors, options), "uuid": uuid}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -110,7 +109,7 @@ def new_file(path: Path, *, durable: bool = True, mode: int = 0o666) -> Iterator
 
 def temporary_name(path: Path) -> Path:
     """Return a hidden name beside `path` that nothing bears yet, for what will be `path` when it is complete."""
-    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.tmp")
+    return path.with_name(f".{path.name[:200]}.{os.urandom(6).hex()}.tmp")
 
 
 def publish(temporary: Path, path: Path, *, durable: bool = True) -> None:

@@ -65,7 +65,7 @@ def test_each_error_class_has_a_status_of_its_own() -> None:
 
 def test_help_and_creating_start_without_the_heavy_modules(tmp_path: Path) -> None:
     create_image(tmp_path / "base.vmdk", 1 << 20, durable=False)
-    for words in (["--help"],):
+    for words in (["--help"], ["image", "create", "-b", "base.vmdk", str(tmp_path / "top.vmdk")]):
         code = f"import sys; from qemu_vmdk_snap.cli.main import main; main({words!r}); print(sorted(sys.modules))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         for heavy in ("numpy", "libvirt", "pexpect", "logging.config", "asyncio"):
