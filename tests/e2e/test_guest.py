@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import tempfile
 import threading
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ from qemu_vmdk_snap import (
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.harness import CONTROLLERS, attach, boot, disk_image, floppy_image, pattern, verify_image
 from qemu_vmdk_snap.harness.accelerator import boot_seconds
+from qemu_vmdk_snap.harness.probe import Answer, command_line, parse_answer
 from qemu_vmdk_snap.harness.session import ProbeError, ProbeSession
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img", "qemu-io")
@@ -357,9 +360,19 @@ def bare_qemu(tmp_path: Path) -> list[str]:
     return [*words, "-drive", f"if=ide,format=vmdk,file={tmp_path / 'd.vmdk'},snapshot=on"]
 
 
+@contextlib.contextmanager
+def running(words: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that ends with the block, whatever happens there: Popen's own block would wait for it."""
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def test_attach_by_a_unix_socket(bare_qemu: list[str], scratch: Path) -> None:
     path = scratch / "s"
-    with subprocess.Popen([*bare_qemu, "-serial", f"unix:{path},server=on,wait=on"], stdout=subprocess.DEVNULL) as qemu:
+    with running([*bare_qemu, "-serial", f"unix:{path},server=on,wait=on"]) as qemu:
         probe = attach(path)
         assert probe.size() == MIB
         probe.power_off()
@@ -367,8 +380,39 @@ def test_attach_by_a_unix_socket(bare_qemu: list[str], scratch: Path) -> None:
         probe.close()
 
 
+def test_the_probe_notices_every_damaged_byte(bare_qemu: list[str], scratch: Path) -> None:
+    words = [*bare_qemu, "-serial", f"unix:{scratch / 's'},server=on,wait=on"]
+    with running(words), socket.socket(socket.AF_UNIX) as line:
+        attach_when_there(line, scratch / "s")
+        answers = line.makefile("rb")
+        while b"00 ok probe 1 00" not in answers.readline():
+            pass
+        whole = command_line("07", "size")
+        for i in range(len(whole) - 1):
+            line.sendall(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+            assert parse_answer(answers.readline().rstrip()) == Answer("??", False, "sum"), f"byte {i} changed"
+            line.sendall(whole[:i] + whole[i + 1 :])
+            assert parse_answer(answers.readline().rstrip()) == Answer("??", False, "sum"), f"byte {i} lost"
+        line.sendall(b"x" * 300 + b"\n\n" + whole)
+        for expected in (
+            Answer("??", False, "sum"),
+            Answer("??", False, "sum"),
+            Answer("07", True, f"{MIB // 512:016x}"),
+        ):
+            assert parse_answer(answers.readline().rstrip()) == expected
+        answers.close()
+
+
+def attach_when_there(line: socket.socket, path: Path) -> None:
+    deadline = time.monotonic() + 10
+    line.settimeout(10)
+    while line.connect_ex(str(path)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_attach_to_a_terminal_late_and_again(bare_qemu: list[str]) -> None:
-    with subprocess.Popen([*bare_qemu, "-serial", "pty"], stdout=subprocess.PIPE, text=True) as qemu:
+    with running([*bare_qemu, "-serial", "pty"]) as qemu:
         assert qemu.stdout is not None
         terminal = qemu.stdout.readline().split()[4]
         assert terminal.startswith("/dev/pts/")
