@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import bisect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -10,8 +12,8 @@ import numpy as np
 from qemu_vmdk_snap.errors import Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.storage.copying import Copier
-from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
-from qemu_vmdk_snap.vmdk.sparse_layout import SparseLayout
+from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
+from qemu_vmdk_snap.vmdk.cowd_layout import CowdLayout
 
 OnStep = Callable[[int], None]
 MAX_FILE_SECTORS: Final = 1 << 32
@@ -51,10 +53,46 @@ class BulkFlat:
         """Do nothing: the length was set at the start."""
 
 
+class GrainHeader(Protocol):
+    """What the writer needs of a header: the numbers of a hosted sparse extent's."""
+
+    @property
+    def grain_size(self) -> int:
+        """Sectors of a grain."""
+
+    @property
+    def gtes_per_gt(self) -> int:
+        """Entries of one grain table."""
+
+    @property
+    def gt_sectors(self) -> int:
+        """Sectors that one grain table takes in the file."""
+
+    @property
+    def overhead(self) -> int:
+        """Sector where the grains begin."""
+
+
+class GrainLayout(Protocol):
+    """Where the parts of a new extent with grains are."""
+
+    @property
+    def header(self) -> GrainHeader:
+        """Its header."""
+
+    @property
+    def rgt_sector(self) -> int:
+        """Where the redundant tables begin; the same as `gt_sector` where there are none."""
+
+    @property
+    def gt_sector(self) -> int:
+        """Where the tables begin, one behind the other."""
+
+
 class BulkSparse:
     """Fills a hosted sparse extent: grains in guest order behind the overhead, so that long runs stay long."""
 
-    def __init__(self, file: BlockFile, layout: SparseLayout) -> None:
+    def __init__(self, file: BlockFile, layout: GrainLayout) -> None:
         self._file = file
         self._layout = layout
         self._copier = Copier(file)
@@ -83,6 +121,11 @@ class BulkSparse:
         """Store the last tables and give the file the whole of its last grain."""
         self._store_tables()
         self._file.truncate(self._end)
+
+    @property
+    def end(self) -> int:
+        """Byte behind the last grain so far."""
+        return self._end
 
     def _allocate(self, offset: int, length: int) -> int:
         """Return the file offset for the range; grains that it is the first to touch follow the last one's."""
@@ -131,6 +174,55 @@ class BulkSparse:
                 continue
             raw = tables[stretch[0] : stretch[-1] + 1].tobytes()
             at = (self._window * self._tables_at_once + int(stretch[0])) * header.gt_sectors
-            self._file.write_at(sector_bytes(self._layout.rgt_sector + at), raw)
+            if self._layout.rgt_sector != self._layout.gt_sector:
+                self._file.write_at(sector_bytes(self._layout.rgt_sector + at), raw)
             self._file.write_at(sector_bytes(self._layout.gt_sector + at), raw)
         self._window = -1
+
+
+class BulkCowd(BulkSparse):
+    """Fills a COWD extent, whose header counts the sectors in use."""
+
+    def __init__(self, file: BlockFile, layout: CowdLayout) -> None:
+        super().__init__(file, layout)
+        self._cowd = layout.header
+
+    def finish(self) -> None:
+        """Store the last tables and the count of used sectors."""
+        super().finish()
+        used = byte_sectors(self.end)
+        self._file.write_at(self._cowd.offset_of("free_sector"), used.to_bytes(4, "little"))
+
+
+class BulkParts:
+    """Fills a disk of several extents: each piece goes to the writers of the extents that it lies in."""
+
+    def __init__(self, parts: Sequence[tuple[int, BulkWriter]]) -> None:
+        """`parts` are the extents in order: length in bytes, writer."""
+        self._starts = [0, *itertools.accumulate(length for length, _ in parts)]
+        self._writers = [writer for _, writer in parts]
+
+    def put(self, offset: int, length: int, source: BlockFile, source_offset: int, on_step: OnStep) -> None:
+        """Copy `length` bytes of `source` to `offset`."""
+        for number, start, stop in self._pieces(offset, length):
+            at = start - self._starts[number]
+            self._writers[number].put(at, stop - start, source, source_offset + start - offset, on_step)
+
+    def put_bytes(self, offset: int, data: Buffer) -> None:
+        """Write `data` to `offset`."""
+        view = memoryview(data)
+        for number, start, stop in self._pieces(offset, len(view)):
+            self._writers[number].put_bytes(start - self._starts[number], view[start - offset : stop - offset])
+
+    def finish(self) -> None:
+        """Complete every file."""
+        for writer in self._writers:
+            writer.finish()
+
+    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        end = offset + length
+        number = bisect.bisect_right(self._starts, offset) - 1
+        while offset < end:
+            stop = min(end, self._starts[number + 1])
+            yield number, offset, stop
+            offset, number = stop, number + 1

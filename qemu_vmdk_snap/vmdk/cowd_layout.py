@@ -1,0 +1,80 @@
+"""Making a new COWD extent: where its parts go, and the bytes of all but the grains.
+
+    | header | grain directory | grain tables | grains ...
+    sector 0   4
+
+Every grain table is there from the start, though the format makes them on demand: QEMU 7.2 overwrites the header when
+it writes through a directory entry of 0. The tables are a hole in the file until they are used. Grains are one sector,
+as ESXi has them.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.storage.blockfile import BlockFile
+from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
+from qemu_vmdk_snap.vmdk.cowd_header import COWD_MAGIC, FLAGS, GTES_PER_GT, HEADER_BYTES, CowdHeader
+
+GRAIN_SECTORS: Final = 1
+_GT_SECTORS: Final = GTES_PER_GT * 4 // SECTOR_SIZE
+_MAX_SECTORS: Final = (1 << 32) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class CowdLayout:
+    """A planned extent: its header, and the sector where its tables begin."""
+
+    header: CowdHeader
+    gt_sector: int
+
+    @property
+    def rgt_sector(self) -> int:
+        """The same as `gt_sector`: there is one copy."""
+        return self.gt_sector
+
+
+def plan_cowd(sectors: int, path: Path, *, geometry: tuple[int, int, int]) -> CowdLayout:
+    """Return the layout of an empty extent of `sectors`; `geometry` is cylinders, heads, sectors.
+
+    Raises:
+        Unsupported: the format's 32 bits cannot hold so many sectors and their tables.
+    """
+    tables = -(-sectors // (GRAIN_SECTORS * GTES_PER_GT))
+    gd = byte_sectors(HEADER_BYTES)
+    gt = gd + byte_sectors(tables * 4)
+    free = gt + tables * _GT_SECTORS
+    if free + sectors > _MAX_SECTORS:
+        raise Unsupported(path, f"a vmfsSparse extent cannot hold {sectors} sectors: its file ends below 2 TiB")
+    header = CowdHeader(
+        magic=COWD_MAGIC,
+        version=1,
+        flags=FLAGS,
+        capacity=sectors,
+        grain_size=GRAIN_SECTORS,
+        gd_offset=gd,
+        gd_entries=tables,
+        free_sector=free,
+        parent_or_geometry=struct.pack("<3I", *geometry).ljust(1028, b"\0"),
+        generation=0,
+        name=bytes(60),
+        description=bytes(512),
+        saved_generation=0,
+        reserved=bytes(8),
+        unclean_shutdown=0,
+        padding=bytes(396),
+    )
+    return CowdLayout(header, gt)
+
+
+def write_cowd(file: BlockFile, layout: CowdLayout) -> None:
+    """Write the header and the directory into an empty file and give it room for its tables."""
+    header = layout.header
+    file.truncate(sector_bytes(header.free_sector))
+    file.write_at(0, header.serialise())
+    tables = range(layout.gt_sector, header.free_sector, _GT_SECTORS)
+    file.write_at(sector_bytes(header.gd_offset), struct.pack(f"<{len(tables)}I", *tables))
