@@ -51,4 +51,6 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
 TOP_LEVEL: Final[dict[str, Command]] = {
     "recover": Command(f"{_HERE}.recover", "finish what a killed command has left half done"),
     "demo": Command(f"{_HERE}.demo", "show a guest prove a chain of snapshots, from an empty folder"),
+    "completion": Command(f"{_HERE}.completion", "print a script that lets a shell complete commands"),
+    "manual": Command(f"{_HERE}.manual", "write the manual pages"),
 }

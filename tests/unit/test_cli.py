@@ -90,6 +90,53 @@ def test_every_command_takes_json() -> None:
         assert any("--output" in action.option_strings for action in parser._actions), name
 
 
+def completed(tmp_path: Path, *words: str) -> list[str]:
+    """What bash would offer for the last of `words`."""
+    script = tmp_path / "completion"
+    done = subprocess.run(
+        [sys.executable, "-m", "qemu_vmdk_snap", "completion", "bash"], capture_output=True, text=True, check=True
+    )
+    script.write_text(done.stdout)
+    line = " ".join(f"'{word}'" for word in ("qemu-vmdk-snap", *words))
+    ask = (
+        f'. {script}; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _qemu_vmdk_snap; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    )
+    return subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["sn"], ["snapshot"]),
+        (["image", "conv"], ["convert"]),
+        (["image", "convert", "--back"], ["--backing", "--backing-format"]),
+        (["image", "info", "--output", "j"], ["json"]),
+        (["demo", "--k"], ["--keep"]),
+    ],
+)
+def test_bash_completes(tmp_path: Path, words: list[str], offered: list[str]) -> None:
+    assert completed(tmp_path, *words) == offered
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_get_every_command(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(name.split()[-1] in script for name, _ in EVERY)
+
+
+def test_manual_pages_for_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["manual", str(tmp_path / "man1")]) == 0
+    pages = {path.name: path.read_text() for path in (tmp_path / "man1").iterdir()}
+    assert len(pages) == len(EVERY) + 1
+    page = pages["qemu-vmdk-snap-image-convert.1"]
+    assert page.startswith(".TH QEMU\\-VMDK\\-SNAP\\-IMAGE\\-CONVERT 1")
+    assert ".B \\-B, \\-\\-backing FILE" in page
+    assert "(choose" not in page
+    statuses = {str(status) for status in exit_status.BY_CLASS.values()}
+    assert all(f".B {status}" in pages["qemu-vmdk-snap.1"] for status in statuses)
+
+
 def demo_that_ends(monkeypatch: pytest.MonkeyPatch, seen: int) -> None:
     def run(self: Demo) -> bool:
         region = Region("only", 1 << 20, bytearray(512))
