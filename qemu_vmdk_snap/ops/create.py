@@ -2,65 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.chain.link import new_cid, read_descriptor
-from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.chain.resolver import confined
+from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest
+from qemu_vmdk_snap.ops.layout import (
+    DEFAULT_GRAIN,
+    ImageOptions,
+    Plan,
+    bulk_writer,
+    plan_image,
+    stream_writer,
+    write_image,
+)
 from qemu_vmdk_snap.storage.blockfile import BlockFile, PosixFile
-from qemu_vmdk_snap.storage.durable import NewFiles, new_file
+from qemu_vmdk_snap.storage.durable import NewFiles
+from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.units import GIB, SECTOR_SIZE, TIB, byte_sectors
-from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor, make_descriptor
-from qemu_vmdk_snap.vmdk.header import MAGIC, MAX_GRAIN_SECTORS, SparseExtentHeader
-from qemu_vmdk_snap.vmdk.sparse_layout import SparseLayout, plan_sparse, write_sparse
+from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor
+from qemu_vmdk_snap.vmdk.header import MAGIC, MAX_GRAIN_SECTORS, HeaderFlag, SparseExtentHeader
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.vmdk.bulk import BulkWriter
 
+__all__ = ["ImageOptions", "create_image", "create_overlay", "open_new_image", "open_new_stream"]
+
 ADAPTER_TYPES: Final = ("ide", "buslogic", "lsilogic", "legacyESX")
-DEFAULT_GRAIN: Final = 64 << 10
 MIN_GRAIN: Final = 4 << 10
 MAX_CAPACITY: Final = 64 * TIB
 """VMware's limit for any disk is 62 TiB; a larger one's tables would not fit QEMU's limits at the default grain."""
 
+_TOOLS_UNKNOWN: Final = "2147483647"
 _INHERITED: Final = ("adapterType", "geometry.cylinders", "geometry.heads", "geometry.sectors", "virtualHWVersion")
 
 
-@dataclass(frozen=True, slots=True)
-class ImageOptions:
-    """What a new image is like; the names are those of qemu-img's `-o`."""
-
-    grain_size: int = DEFAULT_GRAIN
-    """Bytes that are allocated at once: a power of two from 4 KiB to 1 GiB."""
-    adapter_type: str = "ide"
-    hwversion: str = "4"
-    toolsversion: str | None = None
-    zeroed_grain: bool = False
-    """Let a grain be marked as zeros (version 2): over a parent's data too, and without storing it."""
-    extra: Mapping[str, str] = field(default_factory=dict)
-    """Further `ddb.` entries, keys without the prefix."""
-
-
 def create_image(
-    path: Path | str, size: int, *, options: ImageOptions | None = None, durable: bool = True, mode: int = 0o666
+    path: Path | str,
+    size: int,
+    *,
+    kind: str | None = None,
+    options: ImageOptions | None = None,
+    durable: bool = True,
+    mode: int = 0o666,
 ) -> None:
-    """Make `path` an empty monolithicSparse image of `size` guest bytes (rounded up to a sector).
+    """Make `path` an empty image of `size` guest bytes (rounded up to a sector).
 
-    `durable=False` does not wait for the disk: for images that are thrown away anyway.
+    `kind` takes the place of `options.subformat`. Extents in files of their own are called after the image; all appear
+    together, or none. `durable=False` does not wait for the disk: for images that are thrown away anyway.
 
     Raises:
-        FileExistsError: something bears the name; it is untouched.
-        InvalidRequest: the size or an option cannot be.
+        FileExistsError: something bears the name, or that of an extent; it is untouched.
+        InvalidRequest: the size, the kind or an option cannot be.
+        Unsupported: the kind cannot hold so much.
     """
-    path, options = Path(path), options or ImageOptions()
-    sectors = _checked_sectors(path, size)
-    _check_options(path, options)
-    layout, text = _plan(path.name, path, sectors, options, None, NO_PARENT, _base_ddb(sectors, options))
-    with new_file(path, durable=durable, mode=mode) as file:
-        write_sparse(file, layout, text)
+    path, options = Path(path), _with_kind(options or ImageOptions(), kind)
+    plan = _plan_base(path, size, options)
+    with NewFiles(durable=durable) as files:
+        made = write_image(files, path, plan, mode)
+        if plan.kind.stream:
+            bulk_writer(path, plan, made).finish()
 
 
 def create_overlay(
@@ -69,6 +74,7 @@ def create_overlay(
     *,
     hint: str | None = None,
     size: int | None = None,
+    kind: str | None = None,
     options: ImageOptions | None = None,
     durable: bool = True,
     mode: int = 0o666,
@@ -76,36 +82,40 @@ def create_overlay(
 ) -> None:
     """Make `path` an empty overlay on `base`: same size, grain, adapter, geometry and hardware version.
 
-    `base` is only read, without a lock: it may be open in a running QEMU, as long as its writer's CID is settled.
-    `hint` is what the overlay calls its parent; by default the way to `base` from the overlay's folder. `options`
-    replaces what would be inherited; `name` is what the overlay will be called, where that is not `path` yet.
+    `base` may be open in a running QEMU: it is read as `qemu-img -U` reads it. `hint` is what the overlay calls its
+    parent; by default the way to `base` from the overlay's folder. `options` replaces what would be inherited, `kind`
+    its `subformat`; `name` is what the overlay will be called, where that is not `path` yet.
 
     Raises:
         FileExistsError: something bears the name; it is untouched.
         FormatError: `base` is no VMDK, or breaks the format.
-        InvalidRequest: `size` is smaller than the base, or an option cannot be.
+        InvalidRequest: `size` is smaller than the base, an option cannot be, or the kind cannot have a parent.
     """
     path, base = Path(path), Path(base)
-    file = PosixFile.open(base)
-    try:
-        descriptor, embedded = read_descriptor(file)
-        inherited = _inherited_options(file, descriptor, embedded)
-    finally:
-        file.close()
-    options = options or inherited
-    _check_options(path, options)
+    descriptor, inherited = _read_base(base)
+    chosen = _with_kind(options or inherited, kind)
+    _check_options(path, chosen)
     sectors = descriptor.sectors if size is None else _checked_sectors(path, size)
     if sectors < descriptor.sectors:
         raise InvalidRequest(
             path, f"size {sectors * SECTOR_SIZE} is less than the {descriptor.sectors * SECTOR_SIZE} of its base"
         )
     ddb = {key: value for key in _INHERITED if (value := descriptor.get(f"ddb.{key}")) is not None}
-    if options is not inherited or not ddb:
-        ddb = _ddb(sectors, options)
-    hint = _hint(path, base) if hint is None else hint
-    layout, text = _plan(name or path.name, path, sectors, options, hint, descriptor.cid, ddb)
-    with new_file(path, durable=durable, mode=mode) as new:
-        write_sparse(new, layout, text)
+    if options is not None or not ddb:
+        ddb = _ddb(sectors, chosen)
+    cid = new_cid(avoid=descriptor.cid)
+    plan = plan_image(
+        path,
+        name or path.name,
+        sectors,
+        chosen,
+        cid=cid,
+        parent_cid=descriptor.cid,
+        hint=_hint(path, base) if hint is None else hint,
+        ddb={**ddb, "longContentID": _long_id(cid)},
+    )
+    with NewFiles(durable=durable) as files:
+        write_image(files, path, plan, mode)
 
 
 def open_new_image(files: NewFiles, path: Path, size: int, options: ImageOptions) -> BulkWriter:
@@ -115,57 +125,80 @@ def open_new_image(files: NewFiles, path: Path, size: int, options: ImageOptions
         FileExistsError: something bears the name; it is untouched.
         InvalidRequest: the size or an option cannot be.
     """
-    from qemu_vmdk_snap.vmdk.bulk import BulkSparse  # NumPy: not needed to make an empty image
+    plan = _plan_base(path, size, options)
+    return bulk_writer(path, plan, write_image(files, path, plan))
 
+
+def open_new_stream(file: BlockFile, path: Path, size: int, options: ImageOptions) -> BulkWriter:
+    """Return the writer of a streamOptimized image into `file`, which need not be seekable: it is written in order.
+
+    Raises:
+        InvalidRequest: the size or an option cannot be.
+    """
+    plan = _plan_base(path, size, replace(options, subformat="streamOptimized"))
+    return stream_writer(path, plan, file)
+
+
+def _plan_base(path: Path, size: int, options: ImageOptions) -> Plan:
     sectors = _checked_sectors(path, size)
     _check_options(path, options)
-    layout, text = _plan(path.name, path, sectors, options, None, NO_PARENT, _base_ddb(sectors, options))
-    file = files.add(path)
-    write_sparse(file, layout, text)
-    return BulkSparse(file, layout)
+    ddb = _base_ddb(sectors, options)
+    if options.subformat == "vmfsThin":
+        ddb["thinProvisioned"] = "1"
+    if options.subformat == "streamOptimized":
+        ddb.setdefault("toolsVersion", _TOOLS_UNKNOWN)  # ESXi's import wants to be told something
+    cid = new_cid()
+    ddb["longContentID"] = _long_id(cid)
+    return plan_image(path, path.name, sectors, options, cid=cid, parent_cid=NO_PARENT, hint=None, ddb=ddb)
 
 
-def _plan(
-    name: str,
-    path: Path,
-    sectors: int,
-    options: ImageOptions,
-    hint: str | None,
-    parent_cid: int,
-    ddb: Mapping[str, str],
-) -> tuple[SparseLayout, bytes]:
-    cid = new_cid(avoid=parent_cid)
-    text = make_descriptor(
-        cid=cid,
-        parent_cid=parent_cid,
-        create_type="monolithicSparse",
-        hint=hint,
-        extents=[("RW", sectors, "SPARSE", name, None)],
-        ddb={**ddb, "longContentID": f"{os.urandom(12).hex()}{cid:08x}"},
-        path=path,
-    )
-    layout = plan_sparse(
-        sectors,
-        grain_sectors=options.grain_size // SECTOR_SIZE,
-        zeroed_grains=options.zeroed_grain,
-        descriptor=text,
-    )
-    return layout, text
+def _long_id(cid: int) -> str:
+    return f"{os.urandom(12).hex()}{cid:08x}"
+
+
+def _with_kind(options: ImageOptions, kind: str | None) -> ImageOptions:
+    return options if kind is None else replace(options, subformat=kind)
+
+
+def _read_base(base: Path) -> tuple[Descriptor, ImageOptions]:
+    """Return the descriptor of the base and what an overlay inherits from it."""
+    file = PosixFile.open(base)
+    try:
+        lock_image(file.fileno(), base, writable=False, share_writes=True)
+        descriptor, embedded = read_descriptor(file)
+        while (again := read_descriptor(file)[0]).raw != descriptor.raw:
+            descriptor = again  # a writer was just giving it another CID
+        return descriptor, _inherited_options(file, descriptor, embedded)
+    finally:
+        file.close()
 
 
 def _inherited_options(file: BlockFile, descriptor: Descriptor, embedded: bool) -> ImageOptions:
     grain, zeroed = DEFAULT_GRAIN, False
-    head = file.read_at(0, SECTOR_SIZE)
-    if embedded and head[:4] == MAGIC:
-        header = SparseExtentHeader.parse(head, path=file.path)
+    header = _first_header(file, descriptor, embedded)
+    if header is not None:
         grain = max(MIN_GRAIN, header.grain_size * SECTOR_SIZE)
-        zeroed = header.version == 2 and bool(header.flags & 4)
+        zeroed = header.version == 2 and bool(header.flags & HeaderFlag.ZEROED_GRAINS)
     return ImageOptions(
         grain_size=grain,
         adapter_type=descriptor.get("ddb.adapterType") or "ide",
         hwversion=descriptor.get("ddb.virtualHWVersion") or "4",
         zeroed_grain=zeroed,
     )
+
+
+def _first_header(file: BlockFile, descriptor: Descriptor, embedded: bool) -> SparseExtentHeader | None:
+    """Return the header of the first hosted sparse extent, where there is one to be read."""
+    head = file.read_at(0, SECTOR_SIZE)
+    line = next((line for line in descriptor.extents if line.type == "SPARSE"), None)
+    if not embedded and line is not None and line.file is not None:
+        with contextlib.suppress(OSError, CorruptChain):
+            extent = PosixFile.open(confined()(file.path, line.file, "extent"))
+            head = extent.read_at(0, SECTOR_SIZE)
+            extent.close()
+    if head[:4] != MAGIC or len(head) != SECTOR_SIZE:
+        return None
+    return SparseExtentHeader.parse(head, path=file.path)
 
 
 def _hint(path: Path, base: Path) -> str:

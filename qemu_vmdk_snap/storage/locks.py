@@ -24,16 +24,17 @@ _FLOCK: Final = struct.Struct("hhxxxxqqixxxx")  # type, whence, start, len, pid:
 _NO_OFD_LOCKS: Final = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
-def lock_image(fd: int, path: Path, *, writable: bool) -> None:
+def lock_image(fd: int, path: Path, *, writable: bool, share_writes: bool = False) -> None:
     """Hold `fd` as QEMU holds an image: for reading (nobody may write), or for writing (nobody else may).
 
+    `share_writes` lets others write meanwhile, as `qemu-img -U` does; who lets nobody read still keeps us out.
     The locks go when the descriptor is closed. A file system without such locks is used unlocked, as QEMU does.
 
     Raises:
         LockBusy: another open of the image, in any process, excludes this one.
     """
     used = (_CONSISTENT_READ, _WRITE, _RESIZE) if writable else (_CONSISTENT_READ,)
-    unshared = (_WRITE, _RESIZE)
+    unshared = () if share_writes else (_WRITE, _RESIZE)
     try:
         for byte in [*(_USED + n for n in used), *(_UNSHARED + n for n in unshared)]:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, 0, byte, 1, 0))

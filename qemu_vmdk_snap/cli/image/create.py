@@ -20,7 +20,8 @@ OPTION_HELP: Final = {
     "grain_size": "bytes allocated at once: a power of two from 4k to 1G (default 64k)",
     "hwversion": "VMDK hardware version (default 4)",
     "size": "virtual disk size",
-    "subformat": "monolithicSparse (default)",
+    "subformat": "monolithicSparse (default), monolithicFlat, twoGbMaxExtentSparse, twoGbMaxExtentFlat, "
+    "streamOptimized, vmfs, vmfsThin or vmfsSparse",
     "toolsversion": "VMware guest tools version",
     "zeroed_grain": "let grains be marked as zeros (on/off)",
 }
@@ -61,7 +62,9 @@ def run(args: argparse.Namespace, ui: Ui) -> int | None:
         create_image(args.filename, size, options=parse_options(words))
     else:
         base = args.filename.parent / backing
-        create_overlay(args.filename, base, hint=backing, size=size, options=parse_options(words) if words else None)
+        kind = words.pop("subformat", None)
+        options = parse_options(words) if words else None
+        create_overlay(args.filename, base, hint=backing, size=size, kind=kind, options=options)
     _report(args.filename, ui)
     return None
 
@@ -71,14 +74,10 @@ def parse_options(words: dict[str, str]) -> ImageOptions:
 
     Raises:
         InvalidRequest: an unknown name, or a value that cannot be.
-        Unsupported: a subformat that cannot be written.
     """
     unknown = sorted(set(words) - set(OPTION_HELP))
     if unknown:
         raise InvalidRequest(f"-o {unknown[0]}", f"no such option (known: {', '.join(OPTION_HELP)})")
-    subformat = words.get("subformat", "monolithicSparse")
-    if subformat != "monolithicSparse":
-        raise Unsupported(Path("-o subformat"), f"{subformat!r} is not supported yet: only monolithicSparse is")
     compat6 = as_bool("compat6", words.get("compat6", "off"))
     if compat6 and "hwversion" in words:
         raise InvalidRequest("-o compat6", "cannot go with hwversion")
@@ -88,6 +87,7 @@ def parse_options(words: dict[str, str]) -> ImageOptions:
         hwversion="6" if compat6 else words.get("hwversion", "4"),
         toolsversion=words.get("toolsversion"),
         zeroed_grain=as_bool("zeroed_grain", words.get("zeroed_grain", "off")),
+        subformat=words.get("subformat", "monolithicSparse"),
     )
 
 
