@@ -4,7 +4,7 @@ Looked for: a directory entry that is 0, outside the file or inside something el
 beyond the end of the file, inside the metadata, or shares its grain with another; primary and redundant copies that
 differ; grains of the file that no entry names.
 
-Memory: 4 bytes for each allocated grain, and one window of tables.
+Memory: one window of tables, and 16 bytes for each stretch of grains that follow one another in the file.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _TABLES_AT_ONCE: Final = 2048
 
 Int64s = npt.NDArray[np.int64]
 Entries = npt.NDArray[Any]
+_NONE: Final = np.zeros(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -55,7 +56,7 @@ class TableAudit:
     """Byte behind the last grain or table that is in use."""
     leaks: list[tuple[int, int]] = field(default_factory=list)
     """(first sector, sectors) of each stretch that nothing refers to."""
-    shared: Entries = field(default_factory=lambda: np.zeros(0, np.uint32))
+    shared: Int64s = field(default_factory=lambda: _NONE)
     """Sectors of grains that overlap the grain before them, as entries have them."""
 
 
@@ -81,28 +82,56 @@ class _Audit:
 
     def run(self, on_grains: Callable[[int], None]) -> TableAudit:
         counts = GrainCounts(total=self._grains)
-        stored: list[Entries] = []
+        runs: list[tuple[Int64s, Int64s]] = []
         for first, entries, copy in self._windows():
             self._compare_copies(first, entries, copy)
-            named = np.flatnonzero(entries >= self._lowest)
-            sectors = entries[named]
-            if len(sectors):
-                good = self._inside_file(first, named, sectors) & self._outside_metadata(first, named, sectors)
-                counts.allocated += len(sectors)
-                counts.fragmented += self._fragmented(sectors)
-                stored.append(sectors[good])
+            stored = entries >= self._lowest
+            count = int(np.count_nonzero(stored))
+            if count:
+                counts.allocated += count
+                sectors = entries if count == len(entries) else entries[stored]
+                sectors = self._usable(first, stored, sectors)
+                runs.append(self._as_runs(sectors, counts))
             on_grains(len(entries))
-        sectors = np.concatenate(stored) if stored else np.zeros(0, np.uint32)
+        starts, ends = (np.concatenate(columns) for columns in zip(*runs, strict=True)) if runs else (_NONE, _NONE)
+        order = np.argsort(starts, kind="stable")
+        starts, ends = starts[order], ends[order]
+        shared = _NONE
+        if (starts[1:] < ends[:-1]).any():
+            shared = self._find_shared(starts, ends)
+        leaks = self._find_leaks(starts, ends)
+        end = sector_bytes(max(int(ends.max(initial=0)), int(self._meta_ends[-1])))
+        return TableAudit(counts, min(end, self._size), leaks, shared)
+
+    def _usable(self, first: int, stored: npt.NDArray[np.bool_], sectors: Entries) -> Entries:
+        """Return the sectors that lie in the file and over no metadata; the others are noted."""
+        clear = len(self._meta_ends) == 1 and int(sectors.min()) >= self._meta_ends[0]
+        if clear and int(sectors.max()) * SECTOR_SIZE < self._size:
+            return sectors
+        named = np.flatnonzero(stored)
+        good = self._inside_file(first, named, sectors) & self._outside_metadata(first, named, sectors)
+        return np.asarray(sectors[good])
+
+    def _as_runs(self, sectors: Entries, counts: GrainCounts) -> tuple[Int64s, Int64s]:
+        """Return where grains that follow one another in the file begin and end; count the jumps between."""
+        if not len(sectors):
+            return _NONE, _NONE
         step = self._header.grain_size
-        if len(sectors) > 1 and not bool((sectors[1:] >= sectors[:-1] + np.uint64(step)).all()):
-            sectors = np.sort(sectors)
-        shared = sectors[1:][np.diff(sectors.astype(np.int64)) < step]
-        if len(shared):
-            self._name_shared(np.unique(shared), len(shared))
-        leaks = self._find_leaks(sectors)
-        last = int(sectors[-1]) + step if len(sectors) else 0
-        end = sector_bytes(max(last, int(self._meta_ends[-1])))
-        return TableAudit(counts, min(end, self._size), leaks, np.unique(shared))
+        jumps = np.flatnonzero(sectors[1:] - sectors[:-1] != step)  # 32 bits: a step back wraps, and is a jump too
+        starts = sectors[np.concatenate([[0], jumps + 1])].astype(np.int64)
+        ends = sectors[np.concatenate([jumps, [len(sectors) - 1]])].astype(np.int64) + step
+        counts.fragmented += len(jumps) + (self._last >= 0 and int(starts[0]) != self._last)
+        self._last = int(ends[-1])
+        return starts, ends
+
+    def _find_shared(self, starts: Int64s, ends: Int64s) -> Int64s:
+        """Return the sectors of the grains that lie over another one, having noted whose they are."""
+        step = self._header.grain_size
+        sectors = np.sort(np.concatenate([np.arange(a, b, step) for a, b in zip(starts, ends, strict=True)]))
+        over = sectors[1:][np.diff(sectors) < step]
+        shared = np.unique(over)
+        self._name_shared(shared, len(over))
+        return shared
 
     def _windows(self) -> Iterator[tuple[int, Entries, Entries | None]]:
         per_table = self._header.gtes_per_gt
@@ -212,11 +241,11 @@ class _Audit:
                 break
         self._findings.corrupt_many(self._path, "shared grain table entry", items, count)
 
-    def _find_leaks(self, sectors: Entries) -> list[tuple[int, int]]:
+    def _find_leaks(self, grain_starts: Int64s, grain_ends: Int64s) -> list[tuple[int, int]]:
         """Return the stretches from the overhead to the end of the file that nothing names; whole grains only."""
         step = self._header.grain_size
-        starts = np.concatenate([self._meta_starts, sectors.astype(np.int64)])
-        ends = np.concatenate([self._meta_ends, sectors.astype(np.int64) + step])
+        starts = np.concatenate([self._meta_starts, grain_starts])
+        ends = np.concatenate([self._meta_ends, grain_ends])
         order = np.argsort(starts, kind="stable")
         starts, ends = starts[order], np.maximum.accumulate(ends[order])
         floor = min(self._header.overhead, self._size // SECTOR_SIZE)
@@ -230,13 +259,6 @@ class _Audit:
             args = (self._path, sector_bytes(start), "grain", start, rule, length // step)
             self._findings.add(Severity.LEAK, *args)
         return leaks
-
-    def _fragmented(self, sectors: Entries) -> int:
-        step = self._header.grain_size
-        places = sectors.astype(np.int64)
-        jumps = int((np.diff(places) != step).sum()) + (self._last >= 0 and int(places[0]) != self._last + step)
-        self._last = int(places[-1])
-        return jumps
 
     def _entry_offset(self, tables: GrainTables, grain: int) -> int:
         table, index = divmod(grain, self._header.gtes_per_gt)
