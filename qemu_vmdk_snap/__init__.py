@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.chain.chain import Chain, Run, RunKind, WritableChain, open_chain
+    from qemu_vmdk_snap.chain.links import LinkFacts, read_facts, read_links
+    from qemu_vmdk_snap.chain.resolver import confined
     from qemu_vmdk_snap.errors import (
         CidMismatch,
         CorruptChain,
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
         Unsupported,
         VmdkSnapError,
     )
+    from qemu_vmdk_snap.ops.check import check_image
     from qemu_vmdk_snap.ops.create import ImageOptions, create_image, create_overlay
+    from qemu_vmdk_snap.ops.renew import renew_overlay
+    from qemu_vmdk_snap.storage.durable import replace_file
 
 __version__ = "0.1.0"
 
@@ -37,6 +42,7 @@ __all__ = [
     "GuestError",
     "ImageOptions",
     "InvalidRequest",
+    "LinkFacts",
     "LockBusy",
     "PluginError",
     "Run",
@@ -44,9 +50,15 @@ __all__ = [
     "Unsupported",
     "VmdkSnapError",
     "WritableChain",
+    "check_image",
+    "confined",
     "create_image",
     "create_overlay",
     "open_chain",
+    "read_facts",
+    "read_links",
+    "renew_overlay",
+    "replace_file",
 ]
 
 _HOMES: Final = {
@@ -58,6 +70,13 @@ _HOMES: Final = {
     "create_image": "ops.create",
     "create_overlay": "ops.create",
     "ImageOptions": "ops.create",
+    "check_image": "ops.check",
+    "renew_overlay": "ops.renew",
+    "LinkFacts": "chain.links",
+    "read_facts": "chain.links",
+    "read_links": "chain.links",
+    "confined": "chain.resolver",
+    "replace_file": "storage.durable",
 }
 
 

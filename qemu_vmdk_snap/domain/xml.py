@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 from xml.parsers import expat
-from xml.sax.saxutils import escape, quoteattr
 
 VolumePath = Callable[[str, str], Path]
 """(pool, volume) -> the file of a storage volume."""
@@ -100,6 +99,8 @@ def stack(domain_xml: str, tops: Mapping[str, NewTop]) -> str:
 
 def snapshot_xml(snapshot: SnapshotXml, domain_xml: str) -> str:
     """Return the XML that registers `snapshot`, with the domain as it was inside."""
+    from xml.sax.saxutils import escape, quoteattr  # with urllib: a hook at a guest's start cannot wait
+
     lines = ["<domainsnapshot>", f"  <name>{escape(snapshot.name)}</name>"]
     if snapshot.description is not None:
         lines.append(f"  <description>{escape(snapshot.description)}</description>")

@@ -1,0 +1,112 @@
+"""A quick look along a chain: descriptors and headers alone, without the tables, without NumPy, without a lock.
+
+For those who must decide fast whether a chain holds together (a hook at a guest's start), and for those who look at
+many images. What the tables say is for `check_image`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from qemu_vmdk_snap.chain.link import read_descriptor
+from qemu_vmdk_snap.chain.resolver import Resolver, confined
+from qemu_vmdk_snap.errors import CidMismatch, CorruptChain
+from qemu_vmdk_snap.storage.blockfile import PosixFile
+from qemu_vmdk_snap.units import ByteOffset, sector_bytes
+from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
+
+MAX_DEPTH = 256
+"""As deep as a chain may be that `open_chain` opens."""
+
+
+class LinkFacts(NamedTuple):
+    """What the descriptor of one link says."""
+
+    path: Path
+    cid: int
+    parent_cid: int
+    hint: str | None
+    capacity: ByteOffset
+    create_type: str
+    files: tuple[Path, ...]
+    """Every file of the link: that of the descriptor first."""
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it has no parent."""
+        return self.parent_cid == NO_PARENT
+
+
+def read_facts(path: Path | str, resolver: Resolver | None = None) -> LinkFacts:
+    """Return what the descriptor of one image says; its extents must be there.
+
+    Raises:
+        FormatError: it is no VMDK, or its descriptor or header cannot be.
+        Unsupported: it is an extent of a disk whose descriptor is another file, or has an unknown incompatible feature.
+        CorruptChain: an extent is missing, or lies where it may not be opened.
+        OSError: it cannot be read.
+    """
+    path, find = Path(path), resolver or confined()
+    file = PosixFile.open(path)
+    try:
+        descriptor, embedded = read_descriptor(file)
+    finally:
+        file.close()
+    names = [] if embedded else [line.file for line in descriptor.extents if line.file and line.access != "NOACCESS"]
+    return LinkFacts(
+        path=path,
+        cid=descriptor.cid,
+        parent_cid=descriptor.parent_cid,
+        hint=descriptor.parent_hint,
+        capacity=sector_bytes(descriptor.sectors),
+        create_type=descriptor.create_type,
+        files=(path, *(find(path, name, "extent") for name in names)),
+    )
+
+
+def read_links(path: Path | str, *, trusted_dirs: Sequence[Path | str] = ()) -> tuple[LinkFacts, ...]:
+    """Return the links of the chain, the top first, after checking that each fits the one above.
+
+    Raises:
+        CorruptChain: a parent or extent is missing, is not allowed, in a loop, or smaller than it must be; or an
+            operation on a link has begun and not ended.
+        CidMismatch: a parent was written after its overlay was made.
+        FormatError, Unsupported, OSError: see `read_facts`.
+    """
+    find = confined(trusted_dirs)
+    links = [read_facts(path, find)]
+    seen = {links[0].path.resolve()}
+    while not links[-1].is_base:
+        child = links[-1]
+        if child.hint is None:
+            reason = f"parentCID = {child.parent_cid:08x}, but no parentFileNameHint names the parent"
+            raise CorruptChain(child.path, reason)
+        parent = read_facts(find(child.path, child.hint, "parent"), find)
+        if parent.path.resolve() in seen:
+            raise CorruptChain(child.path, f"its parent {parent.path} is already in the chain: the chain is a loop")
+        if len(links) == MAX_DEPTH:
+            raise CorruptChain(links[0].path, f"the chain is deeper than {MAX_DEPTH} links")
+        if parent.cid != child.parent_cid:
+            raise CidMismatch(child.path, parent.path, child.parent_cid, parent.cid)
+        if parent.capacity > child.capacity:
+            reason = f"has {child.capacity} bytes, fewer than the {parent.capacity} of its parent {parent.path}"
+            raise CorruptChain(child.path, reason)
+        seen.add(parent.path.resolve())
+        links.append(parent)
+    for link in links:
+        _refuse_pending(link.path)
+    return tuple(links)
+
+
+def _refuse_pending(image: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        with os.scandir(image.parent) as entries:
+            pending = any(entry.name.endswith(".intent") for entry in entries)
+        if pending:
+            from qemu_vmdk_snap.storage.intent import refuse_pending  # JSON and more: seldom needed
+
+            refuse_pending(image)

@@ -1,0 +1,105 @@
+"""Make an overlay empty again, at the same path: its chain then shows what the parent holds.
+
+The new overlay is made complete under a hidden name and renamed over the old one, so that whoever opens the path gets
+the one or the other. Owner, mode, ACLs and security labels are those of the old one: the same program is to open it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from qemu_vmdk_snap.chain.children import find_children
+from qemu_vmdk_snap.chain.links import read_links
+from qemu_vmdk_snap.chain.resolver import confined
+from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.ops.create import create_overlay
+from qemu_vmdk_snap.storage.blockfile import PosixFile
+from qemu_vmdk_snap.storage.durable import sync_folder, temporary_name
+from qemu_vmdk_snap.storage.locks import lock_image
+
+_EMBEDDED: Final = "monolithicsparse"
+
+
+@dataclass(frozen=True, slots=True)
+class RenewReport:
+    """What was renewed."""
+
+    path: Path
+    parent: Path
+    dropped_bytes: int
+    """What the old overlay took up on its file system."""
+
+
+def renew_overlay(path: Path | str, *, trusted_dirs: Sequence[Path | str] = ()) -> RenewReport:
+    """Replace the overlay `path` by an empty one of the same size on the same parent.
+
+    When it fails, the overlay is as it was.
+
+    Raises:
+        InvalidRequest: it has no parent, or it is itself the parent of other images, which would lose their data.
+        Unsupported: it does not consist of one file.
+        LockBusy: a guest, or another program, has it open.
+        CorruptChain, CidMismatch, FormatError: its chain does not hold together; see `read_links`.
+        OSError: a file cannot be read or made.
+    """
+    path = Path(os.path.realpath(path))  # a link at the path stays one
+    file = PosixFile.open(path, writable=True)
+    try:
+        lock_image(file.fileno(), path, writable=True)  # nobody else, from before the look to after the rename
+        links = read_links(path, trusted_dirs=trusted_dirs)
+        top = links[0]
+        if top.is_base:
+            raise InvalidRequest(path, "has no parent to go back to: it is no overlay")
+        if top.create_type.lower() != _EMBEDDED or top.files != (path,):
+            raise Unsupported(path, f"only an overlay in one file can be renewed, not one of type {top.create_type}")
+        resolver = confined([path.parent, *trusted_dirs])
+        children = find_children(path, top.cid, [path.parent], resolver)
+        if children:
+            raise InvalidRequest(path, f"is the parent of {children[0].path}, which would lose its data")
+        _replace(path, links[1].path, top.hint, top.capacity, file)
+        return RenewReport(path, links[1].path, os.fstat(file.fileno()).st_blocks * 512)
+    finally:
+        file.close()
+
+
+def _replace(path: Path, parent: Path, hint: str | None, capacity: int, old: PosixFile) -> None:
+    temporary = temporary_name(path)
+    try:
+        # Made durable below, once, when its attributes are right too.
+        create_overlay(temporary, parent, hint=hint, size=capacity, durable=False, mode=0o600, name=path.name)
+        fd = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            _copy_attributes(old.fileno(), fd)
+            os.fsync(fd)  # barrier: a power cut must not leave the name with half a file
+        finally:
+            os.close(fd)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _copy_attributes(old: int, new: int) -> None:
+    """Give the new file owner, mode, ACLs and labels of the old one."""
+    was, now = os.fstat(old), os.fstat(new)
+    if (was.st_uid, was.st_gid) != (now.st_uid, now.st_gid):
+        os.fchown(new, was.st_uid, was.st_gid)
+    os.fchmod(new, stat.S_IMODE(was.st_mode))
+    try:
+        names = os.listxattr(old)
+    except OSError:  # a file system without them
+        return
+    for name in names:
+        value = os.getxattr(old, name)
+        try:
+            same = os.getxattr(new, name) == value
+        except OSError:
+            same = False
+        if not same:
+            os.setxattr(new, name, value)
