@@ -1,0 +1,133 @@
+"""The same with real time: an operation on larger chains is killed at random moments, and `recover` mends what it left.
+
+`VMDK_KILL_SIZE` (bytes of the disk, default 64 MiB) and `VMDK_KILL_POINTS` (kills for each operation, default 3) make it
+the long run: 1073741824 and 50.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import pytest
+
+from qemu_vmdk_snap import create_image, create_overlay, open_chain
+from qemu_vmdk_snap.chain.resolver import confined
+from qemu_vmdk_snap.ops.check import check_image
+from qemu_vmdk_snap.ops.commit import commit
+from qemu_vmdk_snap.ops.compact import compact
+from qemu_vmdk_snap.ops.rebase import rebase
+from qemu_vmdk_snap.ops.recover import recover
+from qemu_vmdk_snap.ops.remove import remove
+from qemu_vmdk_snap.ops.resize import resize
+
+SIZE: Final = int(os.environ.get("VMDK_KILL_SIZE", 64 << 20))
+POINTS: Final = int(os.environ.get("VMDK_KILL_POINTS", 3))
+PIECE: Final = 1 << 20
+NAMES: Final = ("one.vmdk", "two.vmdk", "three.vmdk")
+
+
+class Case(NamedTuple):
+    run: Callable[[Path], object]
+    keeps: tuple[str, ...]
+    """Images that read what they read, whatever happens."""
+    after: dict[str, str]
+    """Image -> the image whose content it has when the operation is done; what is not named is gone."""
+
+
+CASES: Final = {
+    "commit": Case(
+        lambda at: commit(at / NAMES[2]),
+        (NAMES[0], NAMES[2]),
+        {NAMES[0]: NAMES[0], NAMES[1]: NAMES[2], NAMES[2]: NAMES[2]},
+    ),
+    "commit-delete": Case(
+        lambda at: commit(at / NAMES[1], delete=True), (NAMES[2],), {NAMES[0]: NAMES[1], NAMES[2]: NAMES[2]}
+    ),
+    "rebase": Case(lambda at: rebase(at / NAMES[2], at / NAMES[0]), NAMES, {name: name for name in NAMES}),
+    "flatten": Case(lambda at: rebase(at / NAMES[2], None), NAMES, {name: name for name in NAMES}),
+    "remove": Case(lambda at: remove(at / NAMES[0]), NAMES[1:], {name: name for name in NAMES[1:]}),
+    "compact": Case(lambda at: compact(at / NAMES[1]), NAMES, {name: name for name in NAMES}),
+    "resize": Case(lambda at: resize(at / NAMES[2], SIZE * 4), NAMES[:2], {name: name for name in NAMES[:2]}),
+}
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three links, each with a quarter of the disk."""
+    folder = tmp_path_factory.mktemp("origin")
+    chooser = random.Random(1)
+    for number, name in enumerate(NAMES):
+        if number:
+            create_overlay(folder / name, folder / NAMES[number - 1], durable=False)
+        else:
+            create_image(folder / name, SIZE, durable=False)
+        with open_chain(folder / name, writable=True) as chain:
+            for offset in chooser.sample(range(0, SIZE, PIECE), max(1, SIZE // PIECE // 4)):
+                chain.write_at(offset, chooser.randbytes(PIECE))
+    return folder
+
+
+def digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with open_chain(path) as chain:
+        for offset in range(0, SIZE, 4 * PIECE):
+            found.update(chain.read_at(offset, min(4 * PIECE, SIZE - offset)))
+    return found.hexdigest()
+
+
+def run_for(seconds: float | None, work: Callable[[], object]) -> float:
+    """Run `work` in a child, which is killed after so many seconds; return how long it ran."""
+    started = time.monotonic()
+    pid = os.fork()
+    if not pid:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "the operation failed"
+    return time.monotonic() - started
+
+
+@pytest.mark.timeout(60 + 20 * POINTS * max(1, SIZE >> 28))
+@pytest.mark.parametrize("name", CASES)
+def test_killed_at_random_moments(name: str, origin: Path, tmp_path: Path) -> None:
+    case = CASES[name]
+    before = {image: digest(origin / image) for image in NAMES}
+    run = tmp_path / "run"
+
+    def restore() -> None:
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(origin, run)
+
+    restore()
+    whole = run_for(None, lambda: case.run(run))
+    chooser = random.Random(name)
+    for _ in range(POINTS):
+        restore()
+        run_for(chooser.uniform(0, whole), lambda: case.run(run))
+        finished = recover(run)
+        left = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+        now = {image: digest(run / image) for image in left}
+        for image in case.keeps:
+            if image in left:
+                assert now[image] == before[image], f"{image} reads something else"
+        done = {image: before[like] for image, like in case.after.items()}
+        if finished:
+            assert done.items() <= now.items(), "what recover finished is not finished"
+        else:
+            assert now == before or done.items() <= now.items(), "half done, and nothing to recover"
+        for image in left:
+            assert check_image(run / image, resolver=confined()).corruptions == 0
