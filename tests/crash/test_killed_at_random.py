@@ -1,7 +1,7 @@
 """The same with real time: an operation on larger chains is killed at random moments, and `recover` mends what it left.
 
-`VMDK_KILL_SIZE` (bytes of the disk, default 64 MiB) and `VMDK_KILL_POINTS` (kills for each operation, default 3) make it
-the long run: 1073741824 and 50.
+`VMDK_KILL_SIZE` (bytes of the disk, default 64 MiB) and `VMDK_KILL_POINTS` (kills for each operation, default 3) make
+it the long run: 1073741824 and 50.
 """
 
 from __future__ import annotations

@@ -1,0 +1,112 @@
+"""The table for people, the JSON for programs, and a picture for each row."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from bench.rows import Result
+
+_WIDTH, _LEFT, _BAR = 640, 150, 400
+
+
+def machine_facts() -> dict[str, str]:
+    """Return what the times depend on."""
+    model = next((line.split(":")[1] for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown")
+    memory = next((line.split(":")[1] for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), "unknown")
+    qemu = subprocess.run(["qemu-img", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return {
+        "processor": model.strip(),
+        "processors": str(os.cpu_count()),
+        "memory": memory.strip(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "qemu-img": qemu,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()
+
+
+def as_json(results: list[Result], scale: float) -> str:
+    """Return everything that was measured."""
+    rows: list[dict[str, Any]] = [asdict(one) | {"ratio": one.ratio} for one in results]
+    return json.dumps({"machine": machine_facts(), "scale": scale, "rows": rows}, indent=1) + "\n"
+
+
+def table(record: dict[str, Any]) -> str:
+    """Return the Markdown table of a record that `as_json` wrote."""
+    lines = [
+        "| work | ours | qemu-img | ratio | target | peak memory | target | compared by |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for one in record["rows"]:
+        ratio = "" if one["ratio"] is None else f"{one['ratio']:.3f}" + _mark(one["ratio"], one["target"])
+        target = "" if one["target"] is None else f"{one['target']:g}"
+        peak = f"{one['ours_peak'] >> 20} MiB" + _mark(one["ours_peak"], one["peak_target"]) if one["ours_peak"] else ""
+        wanted = "" if one["peak_target"] is None else f"{one['peak_target'] >> 20} MiB"
+        theirs = "" if one["theirs"] is None else _seconds(one["theirs"])
+        cells = [one["title"], _seconds(one["ours"]), theirs, ratio, target, peak, wanted, one["agreed"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _mark(value: float, target: float | None) -> str:
+    return " **missed**" if target is not None and value > target else ""
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def picture(one: dict[str, Any]) -> str:
+    """Return an SVG with the two times of a row as bars, and the target as a line."""
+    bars = [("ours", one["ours"], "#2a6f97")]
+    if one["theirs"] is not None:
+        bars.append(("qemu-img", one["theirs"], "#b0b0b0"))
+    longest = max(value for _, value, _ in bars)
+    height = 44 + 30 * len(bars)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" font-family="sans-serif" '
+        f'font-size="13"><rect width="100%" height="100%" fill="white"/>',
+        f'<text x="10" y="20" font-weight="bold">{escape(one["title"])}</text>',
+    ]
+    for number, (name, value, colour) in enumerate(bars):
+        y = 34 + 30 * number
+        width = max(1.0, _BAR * value / longest)
+        parts.append(f'<text x="{_LEFT - 10}" y="{y + 15}" text-anchor="end">{name}</text>')
+        parts.append(f'<rect x="{_LEFT}" y="{y}" width="{width:.1f}" height="20" fill="{colour}"/>')
+        parts.append(f'<text x="{_LEFT + width + 6:.1f}" y="{y + 15}">{_seconds(value)}</text>')
+    if one["target"] is not None and one["theirs"] is not None:
+        x = _LEFT + _BAR * min(1.0, one["target"] * one["theirs"] / longest)
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="30" y2="58" stroke="#c1121f" stroke-dasharray="3 2"/>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def page(record: dict[str, Any], pictures: str, note: str = "") -> str:
+    """Return docs/performance.md."""
+    facts = ", ".join(f"{key}: {value}" for key, value in record["machine"].items())
+    images = "\n".join(f"![{one['title']}]({pictures}/{one['name']}.svg)" for one in record["rows"])
+    return "\n".join(
+        [
+            "# Performance",
+            "",
+            "Our commands beside qemu-img's: whole processes, the same images, one run, warm caches; the results are",
+            "compared before a time counts. The ratio is ours through qemu-img's: below 1 we are faster. In the",
+            "pictures the dashed line is the target. Made by `python -m bench`; do not edit.",
+            "",
+            f"Machine: {facts}. Sizes are {record['scale']:g} of those named.",
+            "",
+            table(record),
+            *([note, ""] if note else []),
+            images,
+            "",
+        ]
+    )
