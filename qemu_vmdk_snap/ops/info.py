@@ -11,6 +11,8 @@ from qemu_vmdk_snap.chain.link import Link, open_link
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import CorruptChain
 from qemu_vmdk_snap.storage.blockfile import open_posix
+from qemu_vmdk_snap.vmdk.grains import GrainExtent
+from qemu_vmdk_snap.vmdk.stream import StreamExtent
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,8 @@ class ExtentInfo:
     """None for an extent without a file."""
     type: str
     grain_bytes: int
+    """What is allocated at once; 0 where nothing is."""
+    compressed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,7 @@ class ImageInfo:
     actual_size: int
     """What its files take on disk."""
     grain_bytes: int
+    """The smallest of its extents'; 0 where none allocates."""
     create_type: str
     cid: int
     parent_cid: int
@@ -40,6 +45,8 @@ class ImageInfo:
     parent: Path | None
     """Where the hint leads, or None: there is no parent, it does not exist, or it may not be opened."""
     extents: tuple[ExtentInfo, ...]
+    notes: tuple[str, ...]
+    """What was found wrong, and could be read all the same."""
 
 
 def image_info(path: Path | str, *, trusted_dirs: Sequence[Path | str] = (), lock: bool = True) -> ImageInfo:
@@ -71,21 +78,24 @@ def _describe(link: Link, trusted_dirs: Sequence[Path | str]) -> ImageInfo:
             placed.extent.capacity,
             placed.extent.file.path if placed.extent.file else None,
             line.type,
-            placed.extent.grain_bytes,
+            placed.extent.grain_bytes if isinstance(placed.extent, GrainExtent) else 0,
+            isinstance(placed.extent, StreamExtent),
         )
         for placed, line in zip(link.extents, link.descriptor.extents, strict=False)
     )
+    units = [extent.grain_bytes for extent in extents if extent.grain_bytes]
     return ImageInfo(
         path=link.path,
         virtual_size=link.capacity,
         actual_size=sum(file.path.stat().st_blocks * 512 for file in link.files),
-        grain_bytes=link.grain_bytes,
+        grain_bytes=min(units, default=0),
         create_type=link.descriptor.create_type,
         cid=link.cid,
         parent_cid=link.parent_cid,
         hint=link.hint,
         parent=_parent(link, trusted_dirs),
         extents=extents,
+        notes=tuple(link.notes),
     )
 
 

@@ -48,7 +48,7 @@ def _as_json(image: ImageInfo) -> dict[str, object]:
     value: dict[str, object] = {
         "virtual-size": image.virtual_size,
         "filename": str(image.path),
-        "cluster-size": image.grain_bytes,
+        **({"cluster-size": image.grain_bytes} if image.grain_bytes else {}),
         "format": "vmdk",
         "actual-size": image.actual_size,
         "format-specific": {
@@ -59,9 +59,10 @@ def _as_json(image: ImageInfo) -> dict[str, object]:
                 "create-type": image.create_type,
                 "extents": [
                     {
+                        **({"compressed": True} if extent.compressed else {}),
                         "virtual-size": extent.virtual_size,
                         "filename": str(extent.path) if extent.path else None,
-                        "cluster-size": extent.grain_bytes,
+                        **({"cluster-size": extent.grain_bytes} if extent.grain_bytes else {}),
                         "format": extent.type,
                     }
                     for extent in image.extents
@@ -70,6 +71,8 @@ def _as_json(image: ImageInfo) -> dict[str, object]:
         },
         "dirty-flag": False,
     }
+    if image.notes:
+        value["notes"] = list(image.notes)
     if image.hint is not None:
         value["backing-filename"] = image.hint
         value["backing-filename-format"] = "vmdk"
@@ -83,8 +86,9 @@ def _as_text(image: ImageInfo) -> list[str]:
         "file format: vmdk",
         f"virtual size: {format_size(image.virtual_size)} ({image.virtual_size} bytes)",
         f"disk size: {format_size(image.actual_size)}",
-        f"cluster_size: {image.grain_bytes}",
     ]
+    if image.grain_bytes:
+        lines.append(f"cluster_size: {image.grain_bytes}")
     if image.hint is not None:
         missing = "" if image.parent else " (not found, or not in a folder that may be opened)"
         actual = f" (actual path: {image.parent})" if image.parent and str(image.parent) != image.hint else missing
@@ -97,11 +101,13 @@ def _as_text(image: ImageInfo) -> list[str]:
         "    extents:",
     ]
     for i, extent in enumerate(image.extents):
-        lines += [
-            f"        [{i}]:",
-            f"            virtual size: {extent.virtual_size}",
-            f"            filename: {extent.path or '(none)'}",
-            f"            cluster size: {extent.grain_bytes}",
-            f"            format: {extent.type}",
-        ]
+        lines.append(f"        [{i}]:")
+        if extent.compressed:
+            lines.append("            compressed: true")
+        lines.append(f"            virtual size: {extent.virtual_size}")
+        lines.append(f"            filename: {extent.path or '(none)'}")
+        if extent.grain_bytes:
+            lines.append(f"            cluster size: {extent.grain_bytes}")
+        lines.append(f"            format: {extent.type}")
+    lines += [f"note: {note}" for note in image.notes]
     return lines

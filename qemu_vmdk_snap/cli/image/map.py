@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.chain.chain import Chain
+    from qemu_vmdk_snap.vmdk.runs import Row
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +63,7 @@ def _json_lines(chain: Chain, offset: int, length: int) -> Iterator[list[str]]:
     }
     hole = '"present": false, "zero": true, "data": false'
     lines: list[str] = []
-    for start, size, kind, source, file_offset in chain.rows(offset, length):
+    for start, size, kind, source, file_offset in _joined(chain.rows(offset, length), COMPRESSED):
         if kind == DATA:
             lines.append(data % (start, size, depths[source], file_offset))
         elif source == NO_SOURCE:
@@ -74,6 +75,24 @@ def _json_lines(chain: Chain, offset: int, length: int) -> Iterator[list[str]]:
             lines = []
     if lines:
         yield lines
+
+
+def _joined(rows: Iterable[Row], compressed: int) -> Iterator[Row]:
+    """Yield the rows with neighbouring compressed grains of one source as one, as qemu-img counts them."""
+    last: Row | None = None
+    for row in rows:
+        if last is not None:
+            if row.kind == compressed == last.kind and row.source == last.source:
+                last = last._replace(length=last.length + row.length)
+                continue
+            yield last
+            last = None
+        if row.kind == compressed:
+            last = row
+        else:
+            yield row
+    if last is not None:
+        yield last
 
 
 def _write_text(chain: Chain, offset: int, length: int, ui: Ui) -> None:
