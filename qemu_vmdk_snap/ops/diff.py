@@ -19,13 +19,19 @@ from qemu_vmdk_snap.chain.chain import Chain, open_links
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.ops.create import create_overlay
+from qemu_vmdk_snap.ops.layout import ImageOptions
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
-from qemu_vmdk_snap.ops.relink import with_cid
-from qemu_vmdk_snap.ops.transfer import LinkWriter, View, upper_tables
-from qemu_vmdk_snap.storage.durable import publish, temporary_name
+from qemu_vmdk_snap.ops.relink import hint_to, with_cid
+from qemu_vmdk_snap.ops.transfer import STEP, LinkWriter, View, upper_tables
+from qemu_vmdk_snap.storage.durable import new_file, publish, temporary_name
+from qemu_vmdk_snap.units import SECTOR_SIZE, round_up
+from qemu_vmdk_snap.vmdk.descriptor import make_descriptor
 from qemu_vmdk_snap.vmdk.runs import HOLE, ZERO
+from qemu_vmdk_snap.vmdk.stream_writer import StreamWriter
 
 OPERATION: Final = "diff"
+_GRAIN: Final = 64 << 10
+_INHERITED: Final = ("adapterType", "geometry.cylinders", "geometry.heads", "geometry.sectors", "virtualHWVersion")
 
 
 class Change(NamedTuple):
@@ -81,40 +87,101 @@ def changes(chain: Chain, depth: int, on_progress: OnProgress = ignore) -> Itera
 
 
 def make_delta(
-    chain: Chain, depth: int, path: Path | str, *, durable: bool = True, on_progress: OnProgress = ignore
+    chain: Chain,
+    depth: int,
+    path: Path | str,
+    *,
+    stream: bool = True,
+    durable: bool = True,
+    on_progress: OnProgress = ignore,
 ) -> DeltaReport:
     """Make `path` an image that holds what the links above the one at `depth` store, and stands on that one.
 
-    It appears when it is complete. Put beside the base under the name that it knows, it reads as the top of `chain`.
+    It is streamOptimized, or with `stream` off monolithicSparse, which a guest can go on to write. It appears when it
+    is complete. Put beside the base under the name that it knows, it reads as the top of `chain`.
 
     Raises:
         FileExistsError: something bears the name; it is untouched.
         OSError: the system refused; nothing is left behind.
     """
-    path, base, top = Path(path), chain.links[depth], chain.links[0]
+    path = Path(path)
+    base, top = chain.links[depth], chain.links[0]
+    meter = Meter(OPERATION, chain.capacity, on_progress)
+    make = _make_stream if stream else _make_sparse
+    changed = make(chain, depth, path, durable, meter)
+    return DeltaReport(path, top.cid, base.cid, changed)
+
+
+def _make_stream(chain: Chain, depth: int, path: Path, durable: bool, meter: Meter) -> int:
+    """Store whole grains of the top's content wherever something changed; return how many bytes that is."""
+    base, top = chain.links[depth], chain.links[0]
+    ddb = {key: value for key in _INHERITED if (value := base.descriptor.get(f"ddb.{key}")) is not None}
+    text = make_descriptor(
+        cid=top.cid,
+        parent_cid=base.cid,
+        create_type="streamOptimized",
+        hint=hint_to(path, base.path),
+        extents=[("RDONLY", chain.capacity // SECTOR_SIZE, "SPARSE", path.name, None)],
+        ddb=ddb,
+        path=path,
+    )
+    with new_file(path, durable=durable) as file:
+        position = 0
+
+        def append(data: bytes) -> None:
+            nonlocal position
+            file.write_at(position, data)
+            position += len(data)
+
+        writer = StreamWriter(append, chain.capacity // SECTOR_SIZE, text, path, store_zeros=True)
+        try:
+            changed = _stream_grains(chain, depth, writer, meter)
+            writer.finish()
+        finally:
+            writer.close()
+    return changed
+
+
+def _stream_grains(chain: Chain, depth: int, writer: StreamWriter, meter: Meter) -> int:
+    changed, done = 0, 0
+    below = View(chain, depth)
+    for change in changes(chain, depth):
+        start = max(done, change.offset - change.offset % _GRAIN)
+        done = min(chain.capacity, round_up(change.offset + change.length, _GRAIN))
+        while start < done:
+            stop = min(done, start + STEP)
+            data = chain.read_at(start, stop - start)
+            for at in range(start, stop, _GRAIN):
+                grain = data[at - start : at - start + _GRAIN]
+                if any(grain) or not below.is_zero(at, len(grain)):
+                    writer.write_run(at, grain)
+                    changed += len(grain)
+            start = stop
+            meter.reach(stop)
+    meter.reach(chain.capacity)
+    return changed
+
+
+def _make_sparse(chain: Chain, depth: int, path: Path, durable: bool, meter: Meter) -> int:
+    """Store what changed in an overlay; return how many bytes that is."""
+    base, top = chain.links[depth], chain.links[0]
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     temporary = temporary_name(path)
+    options = ImageOptions(zeroed_grain=True)
     try:
-        create_overlay(temporary, base.path, size=chain.capacity, durable=False, name=path.name)
-        resolver = confined([base.path.resolve().parent])
-        with open_links(temporary, writable_depths=[0], resolver=resolver) as target:
-            changed = _fill(chain, depth, target, on_progress)
+        create_overlay(temporary, base.path, size=chain.capacity, options=options, durable=False, name=path.name)
+        with open_links(temporary, writable_depths=[0], resolver=confined([base.path.resolve().parent])) as target:
+            changed = 0
+            writer = LinkWriter(target.links[0], View(target, 1), meter.step)
+            for table in upper_tables(chain, depth, 0, chain.capacity):
+                rows = table.rows()
+                writer.put_rows(rows, chain)
+                changed += sum(row.length for row in rows if row.kind != HOLE)
+                meter.reach(table.end)
+            writer.finish()
             target.links[0].write_descriptor(with_cid(target.links[0].descriptor, top.cid))
         publish(temporary, path, durable=durable)
     finally:
         temporary.unlink(missing_ok=True)
-    return DeltaReport(path, top.cid, base.cid, changed)
-
-
-def _fill(chain: Chain, depth: int, target: Chain, on_progress: OnProgress) -> int:
-    changed = 0
-    meter = Meter(OPERATION, chain.capacity, on_progress)
-    writer = LinkWriter(target.links[0], View(target, 1), meter.step)
-    for table in upper_tables(chain, depth, 0, chain.capacity):
-        rows = table.rows()
-        writer.put_rows(rows, chain)
-        changed += sum(row.length for row in rows if row.kind != HOLE)
-        meter.reach(table.end)
-    writer.finish()
     return changed

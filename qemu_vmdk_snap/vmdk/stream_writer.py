@@ -53,8 +53,13 @@ class StreamWriter:
         *,
         grain_sectors: int = 128,
         threads: int | None = None,
+        store_zeros: bool = False,
     ) -> None:
-        """Write the header and the descriptor; `path` is for messages, `threads` by default one for each core."""
+        """Write the header and the descriptor; `path` is for messages, `threads` by default one for each core.
+
+        `store_zeros` keeps grains of zeros, which matter over a parent.
+        """
+        self._store_zeros = store_zeros
         self._write = write
         self._path = path
         self._capacity = sector_bytes(sectors)
@@ -119,7 +124,7 @@ class StreamWriter:
         self._pool.shutdown(cancel_futures=True)
 
     def _close_grain(self) -> None:
-        if self._filling.count(0) != len(self._filling):
+        if self._filling and (self._store_zeros or self._filling.count(0) != len(self._filling)):
             whole = bytes(self._filling).ljust(self._unit, b"\0")
             self._pending.append((self._grain, self._pool.submit(deflated, whole)))
             if len(self._pending) > self._ahead:

@@ -29,9 +29,17 @@ def tree(tmp_path: Path, request: pytest.FixtureRequest) -> Tree:
     return tree
 
 
+STREAM = True
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["stream", "sparse"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "STREAM", request.param)
+
+
 def delta(tree: Tree, base: str, top: str, path: Path) -> Path:
     with open_chain(tree.path(top)) as chain:
-        make_delta(chain, depth_of(chain, tree.path(base)), path)
+        make_delta(chain, depth_of(chain, tree.path(base)), path, stream=STREAM)
     return path
 
 

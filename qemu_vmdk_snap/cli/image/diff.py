@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qemu_vmdk_snap.cli.image.common import add_open_options, add_progress, need_vmdk
+from qemu_vmdk_snap.cli.image.common import add_open_options, add_progress, need_vmdk, split_options
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.errors import Unsupported
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +15,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_open_options(parser)
     parser.add_argument(
         "-d", "--delta", type=Path, metavar="FILE", help="write the changes to FILE, an image for `apply`"
+    )
+    parser.add_argument(
+        "-o",
+        "--options",
+        action="append",
+        default=[],
+        metavar="subformat=KIND",
+        help=("kind of the delta: streamOptimized (default) or monolithicSparse"),
     )
     add_progress(parser)
     parser.add_argument("base", type=Path)
@@ -26,6 +35,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.ops.diff import changes, depth_of, make_delta
 
     need_vmdk(args.top, args.format)
+    kind = split_options(args.options).get("subformat", "streamOptimized")
+    if kind not in ("streamOptimized", "monolithicSparse"):
+        raise Unsupported(args.top, f"a delta cannot be {kind}: only streamOptimized and monolithicSparse")
+    stream = kind == "streamOptimized"
     with open_chain(args.top, trusted_dirs=args.allow_dir, lock=not args.force_share) as chain:
         depth = depth_of(chain, args.base)
         facts = {
@@ -36,7 +49,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             "virtual-size": chain.capacity,
         }
         if args.delta is not None:
-            report = make_delta(chain, depth, args.delta, on_progress=ui.progress)
+            report = make_delta(chain, depth, args.delta, stream=stream, on_progress=ui.progress)
             if ui.json_output:
                 ui.json(facts | {"delta": str(report.path), "changed": report.changed})
             else:
