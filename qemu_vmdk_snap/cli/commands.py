@@ -18,6 +18,7 @@ GROUPS: Final[dict[str, str]] = {
     "image": "create, inspect, compare and convert VMDK images and chains, in qemu-img's words",
     "snapshot": "snapshot the VMDK disks of libvirt domains, in virsh's words",
     "guest": "boot a small guest on an image and check what it sees",
+    "hook": "let libvirt verify, revert or snapshot a domain when its guest starts or has stopped",
 }
 
 COMMANDS: Final[dict[str, dict[str, Command]]] = {
@@ -45,6 +46,12 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
     "guest": {
         "boot": Command(f"{_HERE}.guest.boot", "boot the probe guest on an image"),
         "verify": Command(f"{_HERE}.guest.verify", "check that a guest reads what the engine reads"),
+    },
+    "hook": {
+        "install": Command(f"{_HERE}.hook.install", "put the hook where libvirt runs it"),
+        "uninstall": Command(f"{_HERE}.hook.uninstall", "take the hook away; policies stay"),
+        "status": Command(f"{_HERE}.hook.status", "tell whether the hook and the policies are in order"),
+        "after-stop": Command(f"{_HERE}.hook.after_stop", "take the snapshot that a policy wants after a stop"),
     },
 }
 

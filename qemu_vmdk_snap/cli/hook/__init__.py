@@ -1,0 +1,1 @@
+"""The `hook` commands, one file each."""

@@ -1,0 +1,58 @@
+"""`hook after-stop`: the snapshot that a policy wants after a stop. The hook starts it; so can a user."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.domain.policy import FOLDER
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.domain.policy import Policy
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("domain", metavar="DOMAIN", help="name of the domain")
+    parser.add_argument("--policy", type=Path, metavar="FILE", help=f"its policy (default: DOMAIN.toml in {FOLDER})")
+    parser.add_argument(
+        "--id", type=int, metavar="N", help="id of the run that has ended; a later run is not waited for"
+    )
+    parser.add_argument(
+        "--wait", type=float, default=60.0, metavar="SECONDS", help="how long it may take to shut off (default: 60)"
+    )
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Wait, snapshot, prune; syslog hears of it, since nobody may be watching."""
+    from qemu_vmdk_snap.domain import hooks_run, policy
+    from qemu_vmdk_snap.errors import VmdkSnapError
+
+    try:
+        done = _snapshot(args, policy.load(args.policy or FOLDER / f"{args.domain}.toml"))
+    except (VmdkSnapError, OSError) as error:
+        hooks_run.log(f"domain {args.domain}: no snapshot after its stop: {error}", error=True)
+        raise
+    hooks_run.log(f"domain {args.domain}: {done['result']}")
+    if ui.json_output:
+        ui.json(done)
+    else:
+        ui.text(str(done["result"]))
+
+
+def _snapshot(args: argparse.Namespace, policy: Policy) -> dict[str, object]:
+    from qemu_vmdk_snap.domain.connect import connection
+    from qemu_vmdk_snap.domain.hooks_after import snapshot_after_stop
+
+    run_id = args.id if args.id is not None and args.id >= 0 else None
+    with connection(policy.connect) as conn:
+        report = snapshot_after_stop(conn, args.domain, run_id, args.wait)
+        if isinstance(report, str):
+            return {"domain": args.domain, "snapshot": None, "result": f"no snapshot after its stop: {report}"}
+        return {
+            "domain": args.domain,
+            "snapshot": report.snapshot,
+            "result": f"snapshot {report.snapshot} taken after its stop",
+        }

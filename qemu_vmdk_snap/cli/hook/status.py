@@ -1,0 +1,37 @@
+"""`hook status`: tell whether the hook is in place, and what is wrong with it or with a policy."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from qemu_vmdk_snap.cli.hook.options import add_folder, add_policies
+from qemu_vmdk_snap.cli.ui import Ui
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_folder(parser)
+    add_policies(parser, default=None)
+
+
+def run(args: argparse.Namespace, ui: Ui) -> int:
+    """Show it; exit status 0 when the hook is installed and nothing is wrong, else 1."""
+    from qemu_vmdk_snap import __version__
+    from qemu_vmdk_snap.domain import hooks
+
+    state = hooks.status(args.dir.absolute(), args.policies)
+    good = state.installed and state.problem is None and not any(policy.problem for policy in state.policies)
+    if ui.json_output:
+        ui.json({**asdict(state), "good": good})
+        return 0 if good else 1
+    ui.text(f"Hook: {state.path}" + (f" of version {state.version}" if state.version else ""))
+    if state.problem:
+        ui.text(f"  {state.problem}")
+    elif not state.current:
+        ui.text(f"  is not what version {__version__} would write: install it again")
+    for policy in state.policies:
+        ui.text(f"Policy of domain {policy.domain}: {policy.path}: {policy.problem or 'good'}")
+    for daemon in state.restart:
+        ui.text(f"Daemon {daemon} is older than the hook: restart it if this is the first hook in the folder")
+    return 0 if good else 1
