@@ -53,6 +53,20 @@ class CowdExtent(GrainExtent):
             self._free_sector = end
         super().flush()
 
+    def clear(self) -> None:
+        """Forget every grain, durably, and give their space back: the parent answers everywhere."""
+        self.flush()
+        at, length = sector_bytes(self.header.gd_offset), self.header.gd_entries * 4
+        self._file.write_at(at, bytes(length))
+        self._file.flush()  # barrier: no directory names a table any more when the space goes
+        end = byte_sectors(at + length)
+        self._file.write_at(self.header.offset_of("free_sector"), end.to_bytes(4, "little"))
+        self._file.truncate(sector_bytes(end))
+        self._file.flush()
+        self._free_sector, self._file_size = end, sector_bytes(end)
+        tables = GrainTables(self._file, self._path, bytes(self.header.tables * 4), entries_per_table=GTES_PER_GT)
+        self._copies = [Copy(tables, at)]
+
     def _place_at_end(self, length: int, grain: int) -> int:
         self._file_size = max(self._file_size, self._free_sector * SECTOR_SIZE)
         return super()._place_at_end(length, grain)
