@@ -8,6 +8,7 @@ from typing import Final
 
 from qemu_vmdk_snap.chain.resolver import Resolver
 from qemu_vmdk_snap.errors import CorruptChain, FormatError, Unsupported
+from qemu_vmdk_snap.ops.check_runs import audit_runs
 from qemu_vmdk_snap.ops.check_tables import GrainCounts, TableAudit, audit_tables
 from qemu_vmdk_snap.ops.findings import Finding, Findings, Severity
 from qemu_vmdk_snap.ops.progress import OnProgress, Progress, ignore
@@ -19,7 +20,6 @@ from qemu_vmdk_snap.vmdk.extent import ExtentSpec, open_extent
 from qemu_vmdk_snap.vmdk.header import MAGIC, NEWLINE_PROBE, HeaderFlag, SparseExtentHeader, check_header
 
 MAX_DEPTH: Final = 256
-_WINDOW: Final = 1 << 34
 _LONG_ID_DIGITS: Final = 8
 
 
@@ -305,10 +305,7 @@ class _Checker:
     def _resolve_all(self, line: ExtentLine, file: BlockFile, total: int) -> int | None:
         """Check a kind without redundant tables by having its reader go through all of it."""
         extent = open_extent(ExtentSpec(line, file.path, file, False))
-        for start in range(0, extent.capacity, _WINDOW):
-            stop = min(extent.capacity, start + _WINDOW)
-            extent.resolve(start, stop)
-            self._advance(stop - start, total)
+        self._counts.add(audit_runs(extent, file, self._findings, lambda length: self._advance(length, total)))
         return None
 
     def _advance(self, length: int, total: int) -> None:

@@ -99,6 +99,11 @@ class StreamExtent(GrainExtent):
         )
         self._markers = bool(header.flags & HeaderFlag.MARKERS)
 
+    @property
+    def has_markers(self) -> bool:
+        """Whether each grain's record tells the sector of the disk that it belongs to."""
+        return self._markers
+
     def lookup(self, offset: int) -> Place:
         """Return where the byte at `offset` is; the record of its grain where it is stored."""
         place = super().lookup(offset)

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import create_image, create_overlay, open_chain
+from qemu_vmdk_snap import ImageOptions, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.errors import FormatError, LockBusy
 from qemu_vmdk_snap.ops.check import CheckReport, check_image
+from qemu_vmdk_snap.ops.convert import convert
 from qemu_vmdk_snap.ops.findings import LISTED, Severity
 from qemu_vmdk_snap.ops.progress import Progress
 from qemu_vmdk_snap.vmdk.header import SparseExtentHeader
+from qemu_vmdk_snap.vmdk.runs import COMPRESSED
 
 MIB = 1 << 20
 GRAIN = 65536
@@ -246,6 +248,41 @@ def test_tables_of_a_parent_only_when_asked(image: Path, overlay: Path) -> None:
     report = check(overlay, whole_chain=True)
     assert report.corruptions == 1
     assert report.findings[0].path == image
+
+
+def test_compressed_grains(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "stream.vmdk"
+    with open_chain(image) as chain:
+        convert(chain, path, options=ImageOptions(subformat="streamOptimized"), durable=False)
+    report = check(path)
+    assert (report.findings, report.allocated, report.compressed) == ((), 4, 4)
+    with open_chain(path) as chain:
+        first, second = (row.file_offset for row in chain.rows() if row.kind == COMPRESSED and row.offset <= GRAIN)
+    raw = bytearray(path.read_bytes())
+    struct.pack_into("<Q", raw, first, 77)
+    raw[second + 20 : second + 24] = b"\xff" * 4
+    path.write_bytes(raw)
+    report = check(path)
+    rule = "must be sector 0, whose grain table entry leads here"
+    assert f"{path}: byte {first:#x}: sector of the compressed grain = 77: {rule}" in texts(report)
+    assert report.corruptions == 2
+
+
+def test_a_cowd_grain_with_two_entries(tmp_path: Path) -> None:
+    path = tmp_path / "delta.vmdk"
+    create_image(path, SIZE, options=ImageOptions(subformat="vmfsSparse"), durable=False)
+    with open_chain(path, writable=True) as chain:
+        chain.write_at(0, b"x" * 1024)
+    assert check(path).findings == ()
+    extent = tmp_path / "delta-delta.vmdk"
+    raw = extent.read_bytes()
+    table = struct.unpack_from("<I", raw, 4 * 512)[0] * 512
+    shared = struct.unpack_from("<I", raw, table)[0]
+    put(extent, table + 40, struct.pack("<I", shared))
+    [finding] = check(path).findings
+    assert str(finding) == (
+        f"{extent}: byte {shared * 512:#x}: shared grain = {shared}: must not be named by two grain table entries"
+    )
 
 
 def test_many_findings_are_counted_and_a_few_listed(image: Path) -> None:
