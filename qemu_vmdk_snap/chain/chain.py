@@ -24,7 +24,6 @@ from qemu_vmdk_snap.chain.link import Link, PlacedExtent, open_link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, InvalidRequest
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer, FileOpener, open_posix
-from qemu_vmdk_snap.storage.intent import refuse_pending
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 from qemu_vmdk_snap.vmdk.extent import Below
 from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, HOLE, NO_SOURCE, Row, RunTable
@@ -348,6 +347,8 @@ def open_chain(
     try:
         _open_links(Path(path), links, find, opener, frozenset([0] if writable else []), lock, check_cids)
         if writable:
+            from qemu_vmdk_snap.storage.intent import refuse_pending  # JSON and digests: readers need none
+
             refuse_pending(links[0].path)
         return WritableChain(links) if writable else Chain(links)
     except BaseException:

@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, prog, rest = _find(words)
     if command is None:
         return _show_help(words)
+    # Importing NumPy starts a thread of its linear algebra for each core; nothing here multiplies matrices.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     module = cast(CommandModule, importlib.import_module(command.module))
     parser = make_parser(module, command, prog)
     args = parser.parse_args(rest)
