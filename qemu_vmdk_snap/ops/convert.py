@@ -13,10 +13,12 @@ import numpy as np
 
 from qemu_vmdk_snap.chain.chain import WritableChain, open_chain
 from qemu_vmdk_snap.chain.disk import Disk
-from qemu_vmdk_snap.errors import InvalidRequest
-from qemu_vmdk_snap.ops.create import ImageOptions, create_overlay, open_new_image
+from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.ops.create import ImageOptions, create_overlay, open_new_image, open_new_stream
+from qemu_vmdk_snap.ops.pipes import BulkPipe, rows_with_grains
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.storage.durable import NewFiles, publish, temporary_name
+from qemu_vmdk_snap.storage.pipes import PipeWriter
 from qemu_vmdk_snap.units import MIB
 from qemu_vmdk_snap.vmdk.bulk import BulkFlat, BulkWriter
 from qemu_vmdk_snap.vmdk.runs import DATA, ZERO, Row
@@ -70,11 +72,39 @@ def convert(
     return ConvertReport(path, source.capacity, stored)
 
 
+def convert_to_pipe(
+    source: Disk,
+    pipe: PipeWriter,
+    *,
+    output_format: str = "vmdk",
+    options: ImageOptions | None = None,
+    sparse_size: int = 0,
+    on_progress: OnProgress = ignore,
+) -> ConvertReport:
+    """Send what `source` shows a guest through a pipe: as a raw image, or as a streamOptimized one.
+
+    Raises:
+        Unsupported: the options name another kind: its tables could only be written at the end.
+        BrokenPipeError: the reader went away.
+    """
+    if output_format == "raw":
+        writer: BulkWriter = BulkPipe(pipe, source.capacity)
+    elif options is not None and options.subformat == "streamOptimized":
+        writer = open_new_stream(pipe.write, pipe.path, source.capacity, options)
+    else:
+        raise Unsupported(pipe.path, "only raw and streamOptimized images can be written to a pipe")
+    stored = _copy_rows(source, writer, sparse_size, on_progress)
+    writer.finish()
+    return ConvertReport(pipe.path, source.capacity, stored)
+
+
 def _copy_rows(source: Disk, writer: BulkWriter, sparse_size: int, on_progress: OnProgress) -> int:
     stored = 0
     meter = Meter("convert", source.capacity, on_progress)
-    for row in source.rows():
-        if row.kind >= DATA:
+    for row, grain in rows_with_grains(source):
+        if grain is not None:
+            stored += _store(grain, row.offset, writer, sparse_size)
+        elif row.kind >= DATA:
             file = source.file_of(row)
             if file is not None and not sparse_size:
                 writer.put(row.offset, row.length, file, row.file_offset, meter.step)
@@ -89,10 +119,16 @@ def _copy_buffered(source: Disk, row: Row, writer: BulkWriter, sparse_size: int,
     stored = 0
     for skip in range(0, row.length, _STEP):
         data = source.read_row(row, skip, min(_STEP, row.length - skip))
-        for start, end in _nonzero_parts(data, row.offset + skip, sparse_size):
-            writer.put_bytes(row.offset + skip + start, memoryview(data)[start:end])
-            stored += end - start
+        stored += _store(data, row.offset + skip, writer, sparse_size)
         meter.step(len(data))
+    return stored
+
+
+def _store(data: bytes, offset: int, writer: BulkWriter, sparse_size: int) -> int:
+    stored = 0
+    for start, end in _nonzero_parts(data, offset, sparse_size):
+        writer.put_bytes(offset + start, memoryview(data)[start:end])
+        stored += end - start
     return stored
 
 

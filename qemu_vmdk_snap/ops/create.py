@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -129,14 +130,13 @@ def open_new_image(files: NewFiles, path: Path, size: int, options: ImageOptions
     return bulk_writer(path, plan, write_image(files, path, plan))
 
 
-def open_new_stream(file: BlockFile, path: Path, size: int, options: ImageOptions) -> BulkWriter:
-    """Return the writer of a streamOptimized image into `file`, which need not be seekable: it is written in order.
+def open_new_stream(write: Callable[[bytes], object], path: Path, size: int, options: ImageOptions) -> BulkWriter:
+    """Return the writer of a streamOptimized image whose bytes go, front to end, to `write`; `path` names it.
 
     Raises:
         InvalidRequest: the size or an option cannot be.
     """
-    plan = _plan_base(path, size, replace(options, subformat="streamOptimized"))
-    return stream_writer(path, plan, file)
+    return stream_writer(path, _plan_base(path, size, replace(options, subformat="streamOptimized")), write)
 
 
 def _plan_base(path: Path, size: int, options: ImageOptions) -> Plan:

@@ -14,7 +14,7 @@ The files of an image appear together, the descriptor last.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -177,7 +177,7 @@ def bulk_writer(path: Path, plan: Plan, files: list[tuple[PosixFile, int]]) -> B
     from qemu_vmdk_snap.vmdk.bulk import BulkParts  # NumPy: not needed to make an empty image
 
     if plan.kind.stream:
-        return stream_writer(path, plan, files[0][0])
+        return stream_writer(path, plan, _appending(files[0][0]))
     layouts = [layout for _, _, layout in plan.extents]
     parts = [
         (sector_bytes(sectors), _extent_writer(file, sectors, layout))
@@ -186,10 +186,15 @@ def bulk_writer(path: Path, plan: Plan, files: list[tuple[PosixFile, int]]) -> B
     return parts[0][1] if len(parts) == 1 else BulkParts(parts)
 
 
-def stream_writer(path: Path, plan: Plan, file: BlockFile) -> BulkWriter:
-    """Return the writer of a streamOptimized image into `file`, front to end."""
+def stream_writer(path: Path, plan: Plan, write: Callable[[bytes], object]) -> BulkWriter:
+    """Return the writer of a streamOptimized image that hands its bytes, front to end, to `write`."""
     from qemu_vmdk_snap.vmdk.stream_writer import BulkStream, StreamWriter
 
+    grain = plan.options.grain_size // SECTOR_SIZE
+    return BulkStream(StreamWriter(write, plan.sectors, plan.descriptor, path, grain_sectors=grain))
+
+
+def _appending(file: BlockFile) -> Callable[[bytes], None]:
     position = 0
 
     def write(data: bytes) -> None:
@@ -197,8 +202,7 @@ def stream_writer(path: Path, plan: Plan, file: BlockFile) -> BulkWriter:
         file.write_at(position, data)
         position += len(data)
 
-    grain = plan.options.grain_size // SECTOR_SIZE
-    return BulkStream(StreamWriter(write, plan.sectors, plan.descriptor, path, grain_sectors=grain))
+    return write
 
 
 def _extent_writer(file: BlockFile, sectors: int, layout: SparseLayout | CowdLayout | None) -> BulkWriter:

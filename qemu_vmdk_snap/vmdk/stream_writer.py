@@ -39,6 +39,7 @@ from qemu_vmdk_snap.vmdk.stream import GRAIN_RECORD, MARKER, MARKER_EOS, MARKER_
 
 _MAX_SECTOR: Final = (1 << 32) - 1
 _STEP: Final = MIB
+_AHEAD_BYTES: Final = 64 * MIB
 
 
 class StreamWriter:
@@ -70,7 +71,7 @@ class StreamWriter:
         self._position = 0
         count = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(count, "deflate")
-        self._ahead = 4 * count
+        self._ahead = max(1, min(4 * count, _AHEAD_BYTES // self._unit))
         self._pending: deque[tuple[int, Future[bytearray]]] = deque()
         self._tables = -(-sectors // (grain_sectors * GTES_PER_GT))
         self._directory = np.zeros(self._tables, "<u4")

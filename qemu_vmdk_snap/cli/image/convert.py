@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.cli.image.common import add_open_options, add_progress, open_disk, size_argument, split_options
+from qemu_vmdk_snap.cli.image.common import (
+    add_open_options,
+    add_progress,
+    need_vmdk,
+    open_disk,
+    size_argument,
+    split_options,
+)
 from qemu_vmdk_snap.cli.image.create import parse_options
 from qemu_vmdk_snap.cli.ui import Ui
-from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.chain.disk import Disk
+    from qemu_vmdk_snap.ops.convert import ConvertReport
+    from qemu_vmdk_snap.ops.create import ImageOptions
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +51,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(ignored, dest=f"ignored{ignored}", metavar="X", help=argparse.SUPPRESS)
     parser.add_argument("-W", dest="ignored_w", action="store_true", help=argparse.SUPPRESS)
     add_progress(parser)
-    parser.add_argument("filename", type=Path)
-    parser.add_argument("output_filename", type=Path, help="the new image; nothing is ever overwritten")
+    parser.add_argument("filename", type=Path, help="the image; `-` is a streamOptimized or raw one from a pipe")
+    parser.add_argument(
+        "output_filename",
+        type=Path,
+        help="the new image; nothing is ever overwritten; `-` sends a streamOptimized or raw one to a pipe",
+    )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -51,15 +70,46 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             args.output_filename, f"a base of format {args.backing_format!r} is not supported: only vmdk is"
         )
     words = split_options(args.options)
-    with open_disk(args.filename, args.format, args) as source:
-        report = convert(
-            source,
-            args.output_filename,
-            output_format=args.target_format,
-            options=parse_options(words) if words else None,
-            backing=args.backing,
-            sparse_size=args.sparse_size,
-            on_progress=ui.progress,
-        )
-    if ui.json_output:
+    options = parse_options(words) if words else None
+    to_pipe = str(args.output_filename) == "-"
+    with _open_source(args) as source:
+        if to_pipe:
+            report = _to_pipe(source, args, options)
+        else:
+            report = convert(
+                source,
+                args.output_filename,
+                output_format=args.target_format,
+                options=options,
+                backing=args.backing,
+                sparse_size=args.sparse_size,
+                on_progress=ui.progress,
+            )
+    if ui.json_output and not to_pipe:
         ui.json({"filename": str(report.path), "virtual-size": report.capacity, "data-bytes": report.data})
+
+
+def _open_source(args: argparse.Namespace) -> Disk:
+    if str(args.filename) != "-":
+        return open_disk(args.filename, args.format, args)
+    from qemu_vmdk_snap.ops.pipes import StreamDisk, spooled_raw
+    from qemu_vmdk_snap.storage.pipes import PipeReader
+
+    pipe = PipeReader(sys.stdin.fileno(), Path("standard input"))
+    if args.format == "raw":
+        folder = Path(tempfile.gettempdir()) if str(args.output_filename) == "-" else args.output_filename.parent
+        return spooled_raw(pipe, folder)
+    need_vmdk("standard input", args.format)
+    return StreamDisk(pipe)
+
+
+def _to_pipe(source: Disk, args: argparse.Namespace, options: ImageOptions | None) -> ConvertReport:
+    from qemu_vmdk_snap.ops.convert import convert_to_pipe
+    from qemu_vmdk_snap.storage.pipes import PipeWriter
+
+    if args.backing is not None:
+        raise InvalidRequest("-B", "an overlay cannot be written to a pipe")
+    pipe = PipeWriter(sys.stdout.fileno(), Path("standard output"))
+    return convert_to_pipe(
+        source, pipe, output_format=args.target_format, options=options, sparse_size=args.sparse_size
+    )
