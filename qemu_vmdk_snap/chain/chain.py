@@ -23,7 +23,7 @@ import numpy as np
 from qemu_vmdk_snap.chain.link import Link, PlacedExtent, open_link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, InvalidRequest
-from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer, FileOpener, open_posix
+from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer, FileOpener, open_posix, open_posix_or_device
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 from qemu_vmdk_snap.vmdk.extent import Below
 from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, HOLE, NO_SOURCE, Row, RunTable
@@ -302,6 +302,7 @@ def open_chain(
     opener: FileOpener = open_posix,
     lock: bool = True,
     check_cids: bool = True,
+    allow_devices: bool = False,
 ) -> Chain: ...
 
 
@@ -315,6 +316,7 @@ def open_chain(
     opener: FileOpener = open_posix,
     lock: bool = True,
     check_cids: bool = True,
+    allow_devices: bool = False,
 ) -> WritableChain: ...
 
 
@@ -327,11 +329,13 @@ def open_chain(
     opener: FileOpener = open_posix,
     lock: bool = True,
     check_cids: bool = True,
+    allow_devices: bool = False,
 ) -> Chain:
     """Open an image and every parent below it, locked as QEMU locks them, and check that each parent may be trusted.
 
     Parents and extents are opened beside the file that names them and below `trusted_dirs`, nowhere else; `resolver`
     takes the place of that rule. `lock=False` is qemu-img's `-U`: read what somebody else may be writing.
+    `allow_devices` lets extents be block devices below /dev, with the system's own opener.
 
     Raises:
         OSError: a file cannot be opened.
@@ -342,6 +346,8 @@ def open_chain(
         LockBusy: another process holds an image in a way that excludes this open.
         Unsupported: an image is of a kind, or asked for an access, that is not available.
     """
+    if allow_devices:
+        opener, trusted_dirs = open_posix_or_device, [*trusted_dirs, "/dev"]
     find = resolver or confined(trusted_dirs)
     links: list[Link] = []
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qemu_vmdk_snap.chain.resolver import Resolver
 from qemu_vmdk_snap.errors import FormatError, Unsupported
-from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener
+from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix_or_device
 from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd_header import COWD_MAGIC, legacy_descriptor, read_cowd_header
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.vmdk.runs import RunTable
 
 _MIN_CID_DIGITS: Final = 5
+_DEVICE_TYPES: Final = ("VMFSRDM", "VMFSRAW")
 
 
 class PlacedExtent(NamedTuple):
@@ -222,8 +223,13 @@ def open_link(
     """
     files: list[BlockFile] = []
 
+    shared: dict[tuple[Path, bool], BlockFile] = {}
+
     def opened(target: Path, write: bool) -> BlockFile:
-        file = opener(target, write)
+        key = target.resolve(), write
+        if key in shared:  # another extent in the same file: a second descriptor would be locked out by the first
+            return shared[key]
+        file = shared[key] = opener(target, write)
         files.append(file)
         descriptor = file.fileno()
         if lock and descriptor is not None:
@@ -237,6 +243,7 @@ def open_link(
         lines = _checked_extents(descriptor, embedded)
         extents, start = [], 0
         for number, line in enumerate(lines):
+            _refuse_device(line, path, opener)
             extent_file, extent_path, write = _extent_file(line, file, embedded, writable, resolver, opened)
             extent = open_extent(ExtentSpec(line, extent_path, extent_file, write))
             extents.append(PlacedExtent(start, extent, first_source + number))
@@ -246,6 +253,15 @@ def open_link(
             file.close()
         raise
     return Link(file, descriptor, extents, files, embedded)
+
+
+def _refuse_device(line: ExtentLine, path: Path, opener: FileOpener) -> None:
+    """Refuse an extent that is a device of the machine, unless the opener is one that takes devices."""
+    name = line.file or ""
+    device = line.type in _DEVICE_TYPES or name.startswith(("/dev/", "\\\\.\\"))
+    if device and line.access != "NOACCESS" and opener is not open_posix_or_device:
+        feature = f"its extent is the device {name!r}: opened only where that is allowed (--allow-devices)"
+        raise Unsupported(path, f"byte {line.at:#x}: {feature}")
 
 
 def _refuse_writing_legacy(file: BlockFile, writable: bool) -> None:

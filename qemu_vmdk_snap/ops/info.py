@@ -10,7 +10,7 @@ from qemu_vmdk_snap.chain.chain import open_chain
 from qemu_vmdk_snap.chain.link import Link, open_link
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import CorruptChain
-from qemu_vmdk_snap.storage.blockfile import open_posix
+from qemu_vmdk_snap.storage.blockfile import open_posix, open_posix_or_device
 from qemu_vmdk_snap.vmdk.grains import GrainExtent
 from qemu_vmdk_snap.vmdk.stream import StreamExtent
 
@@ -49,26 +49,32 @@ class ImageInfo:
     """What was found wrong, and could be read all the same."""
 
 
-def image_info(path: Path | str, *, trusted_dirs: Sequence[Path | str] = (), lock: bool = True) -> ImageInfo:
+def image_info(
+    path: Path | str, *, trusted_dirs: Sequence[Path | str] = (), lock: bool = True, allow_devices: bool = False
+) -> ImageInfo:
     """Return what the image at `path` is; its parents are not opened, and need not exist.
 
     Raises:
         FormatError, Unsupported, LockBusy, CorruptChain (an extent is missing), OSError: as `open_chain`.
     """
-    link = open_link(Path(path), opener=open_posix, writable=False, resolver=confined(trusted_dirs), lock=lock)
+    opener = open_posix_or_device if allow_devices else open_posix
+    resolver = confined([*trusted_dirs, "/dev"] if allow_devices else trusted_dirs)
+    link = open_link(Path(path), opener=opener, writable=False, resolver=resolver, lock=lock)
     try:
         return _describe(link, trusted_dirs)
     finally:
         link.close()
 
 
-def chain_info(path: Path | str, *, trusted_dirs: Sequence[Path | str] = (), lock: bool = True) -> list[ImageInfo]:
+def chain_info(
+    path: Path | str, *, trusted_dirs: Sequence[Path | str] = (), lock: bool = True, allow_devices: bool = False
+) -> list[ImageInfo]:
     """Return the images of the whole chain, the top first; a CID that does not fit is for `check` to tell.
 
     Raises:
         CorruptChain: a parent is missing, may not be opened, or the chain is a loop; and all that `image_info` raises.
     """
-    with open_chain(path, trusted_dirs=trusted_dirs, lock=lock, check_cids=False) as chain:
+    with open_chain(path, trusted_dirs=trusted_dirs, lock=lock, check_cids=False, allow_devices=allow_devices) as chain:
         return [_describe(link, trusted_dirs) for link in chain.links]
 
 

@@ -134,9 +134,9 @@ class StreamDisk:
             raise InvalidRequest(self.path, "a pipe can only be read from its start to its end")
         return self._data[1][skip : skip + length]
 
-    def read_row_into(self, row: Row, skip: int, target: memoryview) -> None:
-        """Fill `target` with the bytes from byte `skip` of `row`, the last one that `rows` gave."""
-        target[:] = self.read_row(row, skip, len(target))
+    def read_row_into(self, row: Row, skip: int, view: memoryview) -> None:
+        """Fill `view` with the bytes from byte `skip` of `row`, the last one that `rows` gave."""
+        view[:] = self.read_row(row, skip, len(view))
 
     def file_of(self, row: Row) -> BlockFile | None:
         """Return None: nothing of it is in a file."""

@@ -69,16 +69,17 @@ class PosixFile:
         self._path = path
 
     @classmethod
-    def open(cls, path: Path, *, writable: bool = False) -> Self:
-        """Open an existing regular file.
+    def open(cls, path: Path, *, writable: bool = False, devices: bool = False) -> Self:
+        """Open an existing regular file, or, where `devices` allows it, a block device.
 
         Raises:
-            OSError: it cannot be opened, or it is no regular file (a fifo or device is never followed).
+            OSError: it cannot be opened, or it is something else (a fifo is never followed).
         """
         # O_NONBLOCK: a fifo planted under an image's name must not hang the open.
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
         fd = os.open(path, flags)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or (devices and stat.S_ISBLK(mode))):
             os.close(fd)
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         return cls(fd, path)
@@ -89,8 +90,9 @@ class PosixFile:
         return self._path
 
     def size(self) -> int:
-        """Return the length of the file in bytes."""
-        return os.fstat(self._fd).st_size
+        """Return the length of the file, or of the device, in bytes."""
+        facts = os.fstat(self._fd)
+        return facts.st_size if stat.S_ISREG(facts.st_mode) else os.lseek(self._fd, 0, os.SEEK_END)
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Return up to `length` bytes at `offset`: fewer only where the file ends."""
@@ -175,3 +177,8 @@ FileOpener = Callable[[Path, bool], BlockFile]
 def open_posix(path: Path, writable: bool) -> BlockFile:
     """Open `path` as a `PosixFile`: the opener that everything uses unless told otherwise."""
     return PosixFile.open(path, writable=writable)
+
+
+def open_posix_or_device(path: Path, writable: bool) -> BlockFile:
+    """Open `path`, which may also be a block device: for images whose device extents the caller allows."""
+    return PosixFile.open(path, writable=writable, devices=True)

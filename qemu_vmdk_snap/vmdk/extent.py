@@ -25,6 +25,8 @@ MODULES: Final[dict[str, str]] = {
     "VMFS": "qemu_vmdk_snap.vmdk.flat",
     "ZERO": "qemu_vmdk_snap.vmdk.zero",
     "VMFSSPARSE": "qemu_vmdk_snap.vmdk.sparse",
+    "VMFSRDM": "qemu_vmdk_snap.vmdk.device",
+    "VMFSRAW": "qemu_vmdk_snap.vmdk.device",
     "SESPARSE": "qemu_vmdk_snap.vmdk.sesparse",
 }
 """Extent type of the descriptor -> the module whose `open_extent` opens it."""

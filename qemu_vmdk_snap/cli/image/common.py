@@ -22,6 +22,9 @@ def add_open_options(parser: argparse.ArgumentParser, *, raw: bool = False) -> N
     parser.add_argument(
         "-U", "--force-share", action="store_true", help="open the image even while another process writes it"
     )
+    parser.add_argument(
+        "--allow-devices", action="store_true", help="open extents that are block devices of this machine"
+    )
     add_quiet(parser)
     add_allow_dir(parser)
 
@@ -67,7 +70,8 @@ def open_disk(path: Path, image_format: str, args: argparse.Namespace) -> Disk:
     need_vmdk(path, image_format)
     from qemu_vmdk_snap.chain.chain import open_chain
 
-    return open_chain(path, trusted_dirs=args.allow_dir, lock=not args.force_share)
+    lock, devices = not args.force_share, args.allow_devices
+    return open_chain(path, trusted_dirs=args.allow_dir, lock=lock, allow_devices=devices)
 
 
 def split_options(words: list[str]) -> dict[str, str]:

@@ -30,9 +30,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     need_vmdk(args.filename, args.format)
     lock = not args.force_share
     if args.backing_chain:
-        images = chain_info(args.filename, trusted_dirs=args.allow_dir, lock=lock)
+        images = chain_info(args.filename, trusted_dirs=args.allow_dir, lock=lock, allow_devices=args.allow_devices)
     else:
-        images = [image_info(args.filename, trusted_dirs=args.allow_dir, lock=lock)]
+        images = [image_info(args.filename, trusted_dirs=args.allow_dir, lock=lock, allow_devices=args.allow_devices)]
     if ui.json_output:
         values = [_as_json(image) for image in images]
         ui.json(values if args.backing_chain else values[0])
