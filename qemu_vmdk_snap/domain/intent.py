@@ -56,6 +56,16 @@ class Intent:
     new_xml: str
     """The persistent XML with the overlays."""
     snapshot_xml: str
+    live: bool = False
+    """Whether a running guest was to go over to the overlays: after the XML named them, QEMU had yet to be told."""
+    resume: bool = False
+    """Whether its vCPUs were running: stopped by us, they must be started again."""
+    operation: str = "create"
+    """`create` or `revert`."""
+    current: str | None = None
+    """Of a revert: the current snapshot before."""
+    discard: tuple[str, ...] = ()
+    """Of a revert: the files that go once no XML names them."""
 
     def made(self, path: str, identity: tuple[int, int]) -> Intent:
         """Return the record that knows the overlay at `path` by its identity."""
@@ -109,6 +119,7 @@ class IntentStore:
             fields["overlays"] = tuple(
                 Overlay(**{**o, "identity": o["identity"] and tuple(o["identity"])}) for o in fields["overlays"]
             )
+            fields["discard"] = tuple(fields.get("discard", ()))
             return Intent(**fields)
         except FileNotFoundError:
             return None

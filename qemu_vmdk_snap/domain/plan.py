@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -12,6 +12,7 @@ import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import naming, xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.intent import Intent, IntentStore, Overlay
+from qemu_vmdk_snap.domain.live import check_disks, check_quiesce
 from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Request:
     exclude: Collection[str] = ()
     overlays: Mapping[str, Path] = field(default_factory=dict)
     """Where the overlay of a disk goes; beside the disk if not said."""
+    quiesce: str = "no"
+    """Whether a running guest's file systems are frozen meanwhile: `no`, `auto` (where it can), `require`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class Plan:
     skipped: tuple[tuple[str, str], ...]
     """(target, reason) of the disks that take no part."""
     intent: Intent
+    quiesce: str = "no"
 
 
 def make_plan(
@@ -69,41 +73,63 @@ def make_plan(
     store: IntentStore,
     held: contextlib.ExitStack,
 ) -> Plan:
-    """Return the plan; the chains that it is about stay open in `held`, so that no guest writes to them meanwhile.
+    """Return the plan. The chains of a shut-off domain stay open in `held`, so that no guest writes to them meanwhile.
 
     Raises:
         DomainError: the domain is in no state for it, or no disk can take part.
         InvalidRequest: the name or a path cannot be.
         VmdkSnapError: a chain is broken or in use; see `open_chain`.
     """
+    import libvirt
+
     name = domain.name()
     with libvirt_errors(name, "read its state"):
         check_state(domain)
+        live = bool(domain.isActive())
+        running = live and domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
         old_xml = inactive_xml(domain)
         snapshots = {snapshot.getName(): snapshot.getXMLDesc(0) for snapshot in domain.listAllSnapshots()}
         parent = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
-    header = _header(name, request, snapshots, parent)
-    disks = xml.list_disks(old_xml, volume_resolver(conn, name))
+    header = _header(name, request, snapshots, parent, live)
+    volume_path = volume_resolver(conn, name)
+    disks = xml.list_disks(old_xml, volume_path)
     chosen, skipped = choose(name, disks, request)
-    taken = set().union(*(xml.files_in(text) for text in (old_xml, *snapshots.values())), _pending(store))
+    if live:
+        check_quiesce(request.quiesce)
+        check_disks(domain, chosen, volume_path)
+    taken = set().union(*(xml.files_in(text) for text in (old_xml, *snapshots.values())), pending_overlays(store))
     planned = []
     for disk in chosen:
-        planned.append(_plan_disk(name, disk, request, taken, held))
+        planned.append(_plan_disk(name, disk, request, taken, held, lock=not live))
         taken.add(planned[-1].overlay)
-    return _assemble(domain, header, old_xml, disks, tuple(planned), tuple(skipped))
+    plan = _assemble(domain, header, old_xml, disks, tuple(planned), tuple(skipped))
+    return replace(plan, quiesce=request.quiesce, intent=replace(plan.intent, live=live, resume=running))
 
 
 def check_state(domain: libvirt.virDomain) -> None:
-    """Accept a shut-off domain.
+    """Accept a domain that is shut off, running or paused, and is defined.
 
     Raises:
-        DomainError: it runs, or would resume from saved memory that belongs to the disks as they are.
+        DomainError: it is transient, or would resume from saved memory that belongs to the disks as they are.
     """
-    if domain.isActive():
-        raise DomainError(domain.name(), "is running: only a shut-off domain can be snapshotted so far")
+    if not domain.isPersistent():
+        reason = "is transient: without a persistent XML nothing would name its overlays: virsh define it first"
+        raise DomainError(domain.name(), reason)
     if domain.hasManagedSaveImage():
         reason = "has a saved state, which would resume on the frozen disks: start it, or virsh managedsave-remove it"
         raise DomainError(domain.name(), reason)
+
+
+def find_snapshot(domain: libvirt.virDomain, name: str) -> libvirt.virDomainSnapshot:
+    """Return the domain's snapshot of that name.
+
+    Raises:
+        DomainError: there is none.
+    """
+    for snapshot in domain.listAllSnapshots():
+        if snapshot.getName() == name:
+            return snapshot
+    raise DomainError(domain.name(), f"has no snapshot {name!r}")
 
 
 def inactive_xml(domain: libvirt.virDomain) -> str:
@@ -156,17 +182,19 @@ def choose(domain: str, disks: Sequence[xml.Disk], request: Request) -> tuple[li
     return chosen, skipped
 
 
-def _header(domain: str, request: Request, snapshots: Collection[str], parent: str | None) -> xml.SnapshotXml:
+def _header(
+    domain: str, request: Request, snapshots: Collection[str], parent: str | None, live: bool
+) -> xml.SnapshotXml:
     name = naming.default_snapshot_name(snapshots) if request.name is None else request.name
     naming.check_snapshot_name(name)
     naming.check_description(request.description or "")
     if name in snapshots:  # libvirt would replace it without a word
         raise DomainError(domain, f"has a snapshot {name!r} already")
     created = int(naming.default_snapshot_name())
-    return xml.SnapshotXml(name, "shutoff", created, request.description, parent)
+    return xml.SnapshotXml(name, "disk-snapshot" if live else "shutoff", created, request.description, parent)
 
 
-def _pending(store: IntentStore) -> set[Path]:
+def pending_overlays(store: IntentStore) -> set[Path]:
     """Return the overlays that unfinished snapshots of other domains are about to make."""
     paths = set()
     for uuid in store.uuids():
@@ -177,13 +205,13 @@ def _pending(store: IntentStore) -> set[Path]:
 
 
 def _plan_disk(
-    domain: str, disk: xml.Disk, request: Request, taken: Collection[Path], held: contextlib.ExitStack
+    domain: str, disk: xml.Disk, request: Request, taken: Collection[Path], held: contextlib.ExitStack, *, lock: bool
 ) -> PlannedDisk:
     if disk.path is None:
         raise DomainError(domain, f"disk {disk.target} has no file")
     # The domain's XML names these files, so QEMU opens them wherever they are.
     trusted = sorted({path.parent for path in disk.backing})
-    chain = held.enter_context(engine.open_chain(disk.path, trusted_dirs=trusted))
+    chain = held.enter_context(engine.open_chain(disk.path, trusted_dirs=trusted, lock=lock))
     if chain.depth >= MAX_DEPTH:
         raise DomainError(
             domain, f"disk {disk.target} has a chain of {chain.depth} links, and libvirt starts no deeper one"

@@ -5,6 +5,10 @@ libvirt's persistent XML decides. It changes in one step for all disks, so it na
     XML names the overlays   the guest may have run on them: finish (register the snapshot)
     XML names the old disks  nothing uses the overlays: take back (unlink them)
 
+A guest that runs was to go over to the overlays in the last step. QEMU tells whether it has; if not, the XML is put
+back too. A guest that has ended meanwhile counts as above: an overlay that it never used is empty and shows what its
+base has.
+
 A file is unlinked only when no XML names it, only if it is still empty (seen under the lock that keeps writers out),
 and only if it is the file that the snapshot made: nothing that was written can be lost.
 """
@@ -16,17 +20,27 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import qemu_vmdk_snap as engine
+from qemu_vmdk_snap.chain.children import find_children
+from qemu_vmdk_snap.chain.link import open_link
+from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.intent import Intent, IntentStore, Overlay
-from qemu_vmdk_snap.domain.plan import inactive_xml
-from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
+from qemu_vmdk_snap.domain.live import follow_cid, written_files
+from qemu_vmdk_snap.domain.monitor import Monitor
+from qemu_vmdk_snap.domain.plan import find_snapshot, inactive_xml
+from qemu_vmdk_snap.errors import DomainError, LockBusy, VmdkSnapError
+from qemu_vmdk_snap.storage.blockfile import open_posix
+from qemu_vmdk_snap.units import GIB
+from qemu_vmdk_snap.vmdk.runs import HOLE
 
 if TYPE_CHECKING:
     import libvirt
+
+_WINDOW: Final = 64 * GIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +53,7 @@ class Recovery:
     """True: it is complete now. False: it was taken back."""
     left: tuple[Path, ...] = ()
     """Overlays that were not removed, because they hold data or are not known to be ours."""
+    operation: str = "create"
 
 
 def recover(conn: libvirt.virConnect) -> list[Recovery]:
@@ -87,17 +102,97 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
         return None
     name = domain.name()
     with libvirt_errors(name, f"settle its unfinished snapshot {intent.snapshot!r}"):
-        named = _named(domain, intent)
-        if _registered(domain, intent) is not None:
+        if intent.live and domain.isActive() and not _switched(domain, intent):
+            _back_to_old(conn, domain, intent)
+        if intent.operation == "revert":
+            result = _settle_revert(conn, domain, intent)
+        elif _named(domain, intent):
+            _repair_cids(intent)
+            if _registered(domain, intent) is None:
+                register(domain, intent)
             result = Recovery(name, intent.snapshot, finished=True)
-        elif named:
-            register(domain, intent)
+        elif _registered(domain, intent) is not None:
             result = Recovery(name, intent.snapshot, finished=True)
         else:
             left = _unlink_overlays(conn, domain, intent)
             result = Recovery(name, intent.snapshot, finished=False, left=left)
+        if intent.live and intent.resume:
+            _resume(domain)
     store.remove(intent.uuid)
     return result
+
+
+def _settle_revert(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> Recovery:
+    if not _named(domain, intent):
+        left = _unlink_overlays(conn, domain, intent)
+        return Recovery(domain.name(), intent.snapshot, finished=False, left=left, operation="revert")
+    make_current(domain, intent.snapshot)
+    unlink_discarded(conn, domain, intent)
+    return Recovery(domain.name(), intent.snapshot, finished=True, operation="revert")
+
+
+def make_current(domain: libvirt.virDomain, name: str) -> None:
+    """Let the snapshot be the current one, whose child the next one will be."""
+    import libvirt
+
+    text = find_snapshot(domain, name).getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE)
+    flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT
+    domain.snapshotCreateXML(text, flags)
+
+
+def unlink_discarded(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> tuple[Path, ...]:
+    """Unlink the tops that a revert gives up, where nothing stands on them and nobody uses them; return those."""
+    gone = []
+    for path in map(Path, intent.discard):
+        with contextlib.suppress(VmdkSnapError, OSError), contextlib.ExitStack() as held:
+            if path in _all_frozen(conn):
+                continue
+            link = open_link(path, opener=open_posix, writable=True, resolver=confined(_folders(intent)))
+            held.callback(link.close)
+            if not find_children(path, link.cid, {path.parent}, confined(_folders(intent))):
+                for file in link.files:
+                    file.path.unlink()
+                gone.append(path)
+    return tuple(gone)
+
+
+def _switched(domain: libvirt.virDomain, intent: Intent) -> bool:
+    """Return whether QEMU writes to the overlays: all, or none, as it goes over in one step."""
+    candidates = {overlay.target: [Path(overlay.path)] for overlay in intent.overlays}
+    return bool(written_files(domain, candidates))
+
+
+def _back_to_old(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
+    """Make libvirt and QEMU forget a snapshot that the running guest was never told of."""
+    snapshot = _registered(domain, intent)
+    if snapshot is not None:
+        _forget(snapshot)
+    if _named(domain, intent):
+        conn.defineXML(intent.old_xml)
+    monitor = Monitor(domain)
+    for overlay in intent.overlays:
+        if Path(overlay.path).exists():
+            monitor.drop_overlay(Path(overlay.path))
+
+
+def _repair_cids(intent: Intent) -> None:
+    """Let an overlay that was never used fit its base, which the guest went on writing to."""
+    if not intent.live:
+        return
+    folders = _folders(intent)
+    for overlay in intent.overlays:
+        with contextlib.suppress(LockBusy), contextlib.ExitStack() as held:  # in use: then it fitted
+            if _hold_link(overlay, folders, held):
+                held.close()
+                follow_cid(Path(overlay.path), Path(overlay.frozen))
+
+
+def _resume(domain: libvirt.virDomain) -> None:
+    """Start the vCPUs that the dead command may have left stopped."""
+    import libvirt
+
+    if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+        domain.resume()
 
 
 def take_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, intent: Intent) -> None:
@@ -107,6 +202,8 @@ def take_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: Intent
         VmdkSnapError, OSError: it cannot be undone now; the record stays for `recover`.
     """
     name = domain.name()
+    if intent.live and domain.isActive() and _switched(domain, intent):
+        raise DomainError(name, "QEMU writes to the overlays already")
     with libvirt_errors(name, "take the snapshot back"), contextlib.ExitStack() as held:
         made = [overlay for overlay in intent.overlays if overlay.identity is not None]
         if _named(domain, intent):
@@ -115,6 +212,8 @@ def take_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: Intent
             snapshot = _registered(domain, intent)
             if snapshot is not None:
                 _forget(snapshot)
+            if intent.operation == "revert" and intent.current is not None:
+                make_current(domain, intent.current)
             conn.defineXML(intent.old_xml)
             if _named(domain, intent):
                 raise DomainError(name, "still names the overlays after its old XML was defined")
@@ -136,6 +235,8 @@ def _named(domain: libvirt.virDomain, intent: Intent) -> bool:
 
 
 def _registered(domain: libvirt.virDomain, intent: Intent) -> libvirt.virDomainSnapshot | None:
+    if intent.operation != "create":
+        return None
     for snapshot in domain.listAllSnapshots():
         if snapshot.getName() != intent.snapshot:
             continue
@@ -204,10 +305,17 @@ def _hold_empty(overlay: Overlay, folders: Sequence[Path], held: contextlib.Exit
         DomainError: it has been written to.
         LockBusy: a guest, or another program, has it open.
     """
-    path = Path(overlay.path)
-    chain = held.enter_context(engine.open_chain(path, writable=True, trusted_dirs=folders))
-    if any(run.depth == 0 and run.kind is not engine.RunKind.HOLE for run in chain.map()):
-        raise DomainError(overlay.target, f"overlay {path} holds data already: it stays")
+    if not _hold_link(overlay, folders, held):
+        raise DomainError(overlay.target, f"overlay {overlay.path} holds data already: it stays")
+
+
+def _hold_link(overlay: Overlay, folders: Sequence[Path], held: contextlib.ExitStack) -> bool:
+    """Lock the overlay, not its parents, and return whether it is empty."""
+    link = open_link(Path(overlay.path), opener=open_posix, writable=True, resolver=confined(folders))
+    held.callback(link.close)
+    windows = range(0, link.capacity, _WINDOW)
+    tables = (link.resolve(start, min(link.capacity, start + _WINDOW)) for start in windows)
+    return all(bool((table.kinds == HOLE).all()) for table in tables)
 
 
 def _parent_of(path: Path, folders: Sequence[Path]) -> Path | None:
@@ -226,6 +334,16 @@ def _all_named(conn: libvirt.virConnect) -> set[Path]:
         for snapshot in domain.listAllSnapshots():
             named |= xml.files_in(snapshot.getXMLDesc(0))
     return named
+
+
+def _all_frozen(conn: libvirt.virConnect) -> set[Path]:
+    """Return every file that a domain of the connection uses, or a snapshot of one has frozen."""
+    frozen: set[Path] = set()
+    for domain in conn.listAllDomains():
+        frozen |= xml.files_in(domain.XMLDesc(0)) | xml.files_in(inactive_xml(domain))
+        for snapshot in domain.listAllSnapshots():
+            frozen |= xml.files_in(xml.domain_of(snapshot.getXMLDesc(0)))
+    return frozen
 
 
 def _identity(path: Path) -> tuple[int, int]:

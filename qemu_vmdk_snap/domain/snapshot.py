@@ -6,24 +6,27 @@ The steps, each durable before the next, so that a crash between any two of them
     2  the overlays, complete, with the owner and mode of their bases; then the record that knows them by inode
     3  the persistent XML, which now names the overlays and the whole chain below
     4  the snapshot in libvirt's metadata, with the XML of before inside
-    5  the record goes
+    5  only where the guest runs: QEMU goes over to the overlays, in one transaction
+    6  the record goes
 
-From before 1 until after 4 the old tops are locked as QEMU locks what it reads: no guest can start and write them.
+Shut off, the old tops are locked from before 1 until after 4 as QEMU locks what it reads: no guest can start and write
+them. Running, QEMU comes last: it alone cannot be taken back, and if it never hears of the overlays, they are empty,
+and whoever starts the guest from the XML finds on them what its old disks hold.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import stat
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import qemu_vmdk_snap as engine
+from qemu_vmdk_snap.domain import dropin
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.intent import Intent, IntentStore
+from qemu_vmdk_snap.domain.live import Pause, switch
+from qemu_vmdk_snap.domain.newfile import make_overlay, refresh_pools
 from qemu_vmdk_snap.domain.plan import Plan, PlannedDisk, Request, check_state, inactive_xml, make_plan
 from qemu_vmdk_snap.domain.recovery import Recovery, recover_domain, register, take_back
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
@@ -46,6 +49,10 @@ class SnapshotReport:
     """(target, reason) of the disks that took no part."""
     recovered: Recovery | None
     """What became of an unfinished snapshot that was found first."""
+    pause: Pause | None = None
+    """How a running guest was held up; None for one that was shut off."""
+    notes: tuple[str, ...] = ()
+    """What did not go as wished and stood in nobody's way."""
 
 
 def create_snapshot(
@@ -58,6 +65,7 @@ def create_snapshot(
     required: Collection[str] = (),
     exclude: Collection[str] = (),
     overlays: Mapping[str, Path] | None = None,
+    quiesce: str = "no",
 ) -> SnapshotReport:
     """Freeze the VMDK disks of a shut-off domain, let it go on in new overlays, and register the snapshot.
 
@@ -73,69 +81,67 @@ def create_snapshot(
         OSError: a file could not be made.
     """
     domain = find_domain(conn, domain_name)
-    request = Request(name, description, disks, required, exclude, overlays or {})
+    request = Request(name, description, disks, required, exclude, overlays or {}, quiesce)
     store = IntentStore.of(conn)
     with store.locked(domain.UUIDString(), domain.name()), contextlib.ExitStack() as held:
         recovered = recover_domain(conn, domain, store)
         plan = make_plan(conn, domain, request, store, held)
-        _execute(conn, domain, store, plan)
+        with dropin.around("create", domain.name(), as_plan(plan), uri=conn.getURI()) as notes:
+            pause = _execute(conn, domain, store, plan)
+    refresh_pools(conn, [disk.overlay for disk in plan.disks])
     header = plan.snapshot
     return SnapshotReport(
-        domain.name(), header.name, header.creation_time, header.parent, plan.disks, plan.skipped, recovered
+        domain.name(),
+        header.name,
+        header.creation_time,
+        header.parent,
+        plan.disks,
+        plan.skipped,
+        recovered,
+        pause,
+        (*notes, *(pause.notes if pause else ())),
     )
 
 
-def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, plan: Plan) -> None:
+def as_plan(plan: Plan) -> dict[str, object]:
+    """Return what the plan does, for drop-ins: types of JSON alone."""
+    return {
+        "snapshot": plan.snapshot.name,
+        "running": plan.intent.live,
+        "disks": [
+            {"target": disk.target, "frozen": str(disk.frozen), "overlay": str(disk.overlay)} for disk in plan.disks
+        ],
+        "skipped": dict(plan.skipped),
+    }
+
+
+def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, plan: Plan) -> Pause | None:
     intent = plan.intent
+    pause = None
     try:
         store.write(intent)  # barrier: no file is made that nobody would know of after a crash
         for disk in plan.disks:
-            intent = intent.made(str(disk.overlay), _make_overlay(domain.name(), disk))
+            intent = intent.made(str(disk.overlay), make_overlay(domain.name(), disk))
         store.write(intent)
         _define(conn, domain, intent)
         with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):
             register(domain, intent)
+        if intent.live:
+            pause = switch(domain, plan.disks, plan.quiesce)
     except BaseException as error:
         _undo(conn, domain, store, intent, error)
         raise
     # The snapshot is complete. A record that cannot be removed says nothing new: the next command drops it.
     with contextlib.suppress(OSError):
         store.remove(intent.uuid)
-
-
-def _make_overlay(domain: str, disk: PlannedDisk) -> tuple[int, int]:
-    """Make the overlay, durable, with owner and mode of its base; return its device and inode."""
-    base = disk.frozen.stat()
-    engine.create_overlay(disk.overlay, disk.frozen, mode=0o600)
-    try:
-        fd = os.open(disk.overlay, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            made = os.fstat(fd)
-            _own(domain, disk, fd, base, made)
-            # An overlay exists to be written, also on a base that was made read-only to protect it.
-            os.fchmod(fd, stat.S_IMODE(base.st_mode) | stat.S_IWUSR)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except BaseException:
-        disk.overlay.unlink()
-        raise
-    return made.st_dev, made.st_ino
-
-
-def _own(domain: str, disk: PlannedDisk, fd: int, base: os.stat_result, made: os.stat_result) -> None:
-    if (base.st_uid, base.st_gid) == (made.st_uid, made.st_gid):
-        return
-    try:
-        os.fchown(fd, base.st_uid, base.st_gid)
-    except PermissionError as error:
-        reason = f"cannot give {disk.overlay} the owner {base.st_uid}:{base.st_gid} of {disk.frozen}: run it as root"
-        raise DomainError(domain, reason) from error
+    return pause
 
 
 def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
     with libvirt_errors(domain.name(), "define it with its new disks"):
         check_state(domain)
+        if bool(domain.isActive()) is not intent.live:
+            raise DomainError(domain.name(), "was started or stopped while the snapshot was prepared: try again")
         if inactive_xml(domain) != intent.old_xml:
             raise DomainError(domain.name(), "was edited while the snapshot was prepared: try again")
         conn.defineXML(intent.new_xml)

@@ -141,6 +141,22 @@ def parse_snapshot(text: str, volume_path: VolumePath | None = None) -> Snapshot
     )
 
 
+def domain_of(snapshot_text: str) -> str:
+    """Return the XML of the domain inside that of a snapshot, byte for byte; the persistent one, if both are there.
+
+    Raises:
+        KeyError: there is none.
+    """
+    raw = snapshot_text.encode()
+    spans = _spans(raw, ["domainsnapshot", "inactiveDomain"]) or _spans(raw, ["domainsnapshot", "domain"])
+    if not spans:
+        raise KeyError("domain")
+    text = raw[slice(*spans[0])].decode()
+    if text.startswith("<inactiveDomain"):
+        text = "<domain" + text.removeprefix("<inactiveDomain").removesuffix("</inactiveDomain>") + "</domain>"
+    return text
+
+
 def files_in(text: str) -> set[Path]:
     """Return every file that a domain's or snapshot's XML names as the source of a disk, at any depth."""
     sources = ET.fromstring(text).iterfind(".//source[@file]")
@@ -202,7 +218,12 @@ def _backing(element: ET.Element) -> tuple[list[Path], bool]:
 
 
 def _disk_spans(raw: bytes) -> list[tuple[int, int]]:
-    """Return where in the text each `/domain/devices/disk` element begins and ends."""
+    """Return where in the text each disk of the domain begins and ends."""
+    return _spans(raw, ["domain", "devices", "disk"])
+
+
+def _spans(raw: bytes, wanted: list[str]) -> list[tuple[int, int]]:
+    """Return where in the text each element of the path `wanted` begins and ends."""
     path: list[str] = []
     starts: list[int] = []
     spans: list[tuple[int, int]] = []
@@ -210,11 +231,11 @@ def _disk_spans(raw: bytes) -> list[tuple[int, int]]:
 
     def start(name: str, _attributes: dict[str, str]) -> None:
         path.append(name)
-        if path == ["domain", "devices", "disk"]:
+        if path == wanted:
             starts.append(parser.CurrentByteIndex)
 
     def end(_name: str) -> None:
-        if path == ["domain", "devices", "disk"]:
+        if path == wanted:
             at = parser.CurrentByteIndex
             # Of `<disk/>` expat gives the same index for start and end; of `<disk>...</disk>` that of the end tag.
             spans.append((starts[-1], raw.index(b">", at) + 1))

@@ -14,7 +14,7 @@ import pytest
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap import DomainError, create_overlay, open_chain
-from qemu_vmdk_snap.domain import recovery, snapshot, xml
+from qemu_vmdk_snap.domain import newfile, recovery, snapshot, xml
 from qemu_vmdk_snap.domain.connect import find_domain
 from qemu_vmdk_snap.domain.intent import IntentStore
 from qemu_vmdk_snap.domain.recovery import recover
@@ -50,7 +50,7 @@ def break_step(monkeypatch: pytest.MonkeyPatch, step: str, failure: Callable[[],
     home: Any = {
         "write": IntentStore,
         "create_overlay": engine,
-        "_own": snapshot,
+        "_own": newfile,
         "defineXML": libvirt.virConnect,
         "snapshotCreateXML": libvirt.virDomain,
     }[name]
@@ -173,13 +173,13 @@ def test_a_read_only_file_system_under_the_second_disk(lab: Lab, small_fs: Path)
 
 VICTIM = """
 import os, signal, sys
-from qemu_vmdk_snap.domain import snapshot
+from qemu_vmdk_snap.domain import newfile, snapshot
 from qemu_vmdk_snap.domain.connect import open_connection
 from qemu_vmdk_snap.domain.intent import IntentStore
 import libvirt
 
 uri, domain, name, at = sys.argv[1:]
-homes = {"write": IntentStore, "create_overlay": snapshot.engine, "_make_overlay": snapshot, "remove": IntentStore,
+homes = {"write": IntentStore, "create_overlay": newfile.engine, "make_overlay": snapshot, "remove": IntentStore,
          "defineXML": libvirt.virConnect, "snapshotCreateXML": libvirt.virDomain}
 real, calls = getattr(homes[name], name), iter(range(1, 1000))
 
@@ -199,8 +199,8 @@ snapshot.create_snapshot(open_connection(uri), domain, "s2")
     [
         (("write", 1), False),
         (("create_overlay", 1), False),
-        (("_make_overlay", 1), False),
-        (("_make_overlay", 2), False),
+        (("make_overlay", 1), False),
+        (("make_overlay", 2), False),
         (("write", 2), False),
         (("defineXML", 1), True),
         (("snapshotCreateXML", 1), True),

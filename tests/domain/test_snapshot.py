@@ -215,12 +215,6 @@ def test_what_is_refused_changes_nothing(lab: Lab) -> None:
     assert domain.snapshotNum() == 1
 
 
-def test_a_running_domain_is_refused(lab: Lab) -> None:
-    domain = lab.define(lab.disk())
-    domain.create()
-    assert "is running" in refuse(lab, domain.name())
-
-
 def test_a_domain_without_a_vmdk_disk_is_refused(lab: Lab) -> None:
     domain = lab.define(extra="<disk type='file' device='cdrom'><target dev='sda' bus='sata'/></disk>")
     reason = "has no VMDK disk to snapshot: sda is a cdrom, not a disk"

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
 from qemu_vmdk_snap.cli.ui import Ui
-from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 
 if TYPE_CHECKING:
+    from qemu_vmdk_snap.domain.live import Pause
     from qemu_vmdk_snap.domain.snapshot import SnapshotReport
 
 
@@ -30,7 +31,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="the same, as virsh snapshot-create-as has it")
     parser.add_argument("--description", metavar="TEXT", help="description of the snapshot")
-    parser.add_argument("--disk-only", action="store_true", help="no memory; a shut-off domain has none to save anyway")
+    parser.add_argument(
+        "--disk-only", action="store_true", help="no memory: the disks alone, running or not (always so)"
+    )
+    parser.add_argument(
+        "--memspec",
+        metavar="FILE",
+        help="refused: QEMU's vmdk driver cannot be migrated, and saving memory is a migration to a file",
+    )
+    parser.add_argument(
+        "--quiesce",
+        choices=("auto", "require", "no"),
+        nargs="?",
+        const="require",
+        default="no",
+        help="freeze a running guest's file systems by its agent: never (default), where it can, or else fail",
+    )
     parser.add_argument(
         "--diskspec",
         metavar="DISK[,snapshot=no|external][,file=PATH]",
@@ -47,6 +63,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
     if args.name is not None and args.snapshotname not in (None, args.name):
         raise InvalidRequest(f"snapshot names {args.snapshotname!r} and {args.name!r}", "give one")
+    if args.memspec is not None:
+        reason = "the memory of a guest on QEMU's vmdk driver cannot be saved: the driver blocks migration"
+        raise Unsupported(Path(args.memspec), f"{reason}; take the snapshot without --memspec")
     specs = [parse_diskspec(text) for text in args.diskspec]
     with connection(args.connect) as conn:
         report = create_snapshot(
@@ -57,16 +76,30 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             required=[spec.disk for spec in specs if spec.takes_part],
             exclude=[spec.disk for spec in specs if not spec.takes_part],
             overlays={spec.disk: spec.overlay for spec in specs if spec.overlay is not None},
+            quiesce=args.quiesce,
         )
     tell_recovery(report.recovered, ui)
+    for note in report.notes:
+        ui.warn(f"domain {report.domain}: {note}")
     if ui.json_output:
         ui.json(as_json(report))
         return
     ui.text(f"Domain snapshot {report.snapshot} created")
     for disk in report.disks:
         ui.text(f"  {disk.target}: {disk.overlay} on {disk.frozen} (chain of {len(disk.chain) + 1})")
+    if report.pause is not None:
+        ui.text(f"  {_pause_line(report.pause)}")
     for target, reason in report.skipped:
         ui.text(f"  {target}: not part of it: {reason}")
+
+
+def _pause_line(pause: Pause) -> str:
+    parts = [f"disk requests waited {pause.stalled:.1f} ms"]
+    if pause.stopped is not None:
+        parts.append(f"its CPUs stood still for {pause.stopped:.1f} ms")
+    if pause.frozen is not None:
+        parts.append(f"its file systems were frozen for {pause.frozen:.1f} ms")
+    return "the guest ran on: " + ", ".join(parts)
 
 
 def parse_diskspec(text: str) -> DiskSpec:
@@ -109,5 +142,13 @@ def as_json(report: SnapshotReport) -> dict[str, object]:
             }
             for disk in report.disks
         ],
+        "pause": None
+        if report.pause is None
+        else {
+            "disk-ms": report.pause.stalled,
+            "cpu-ms": report.pause.stopped,
+            "frozen-ms": report.pause.frozen,
+        },
+        "notes": list(report.notes),
         "skipped": [{"target": target, "reason": reason} for target, reason in report.skipped],
     }

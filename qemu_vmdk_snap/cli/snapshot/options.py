@@ -28,4 +28,5 @@ def tell_recovery(recovery: Recovery | None, ui: Ui) -> None:
         return
     what = "was finished" if recovery.finished else "was taken back"
     left = f"; left in place: {', '.join(map(str, recovery.left))}" if recovery.left else ""
-    ui.warn(f"domain {recovery.domain}: the interrupted snapshot {recovery.snapshot!r} {what}{left}")
+    which = "snapshot" if recovery.operation == "create" else f"{recovery.operation} of snapshot"
+    ui.warn(f"domain {recovery.domain}: the interrupted {which} {recovery.snapshot!r} {what}{left}")
