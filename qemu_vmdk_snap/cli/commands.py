@@ -42,6 +42,7 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
         "create": Command(f"{_HERE}.snapshot.create", "freeze the disks of a domain and go on in new overlays"),
         "list": Command(f"{_HERE}.snapshot.list", "list the snapshots of a domain"),
         "info": Command(f"{_HERE}.snapshot.info", "tell about one snapshot"),
+        "revert": Command(f"{_HERE}.snapshot.revert", "let a domain be what it was when a snapshot was taken"),
     },
     "guest": {
         "boot": Command(f"{_HERE}.guest.boot", "boot the probe guest on an image"),

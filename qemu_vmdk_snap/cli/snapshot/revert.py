@@ -1,0 +1,74 @@
+"""`snapshot revert`: go back to a snapshot, in new overlays; what the domain had is kept unless it is discarded."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
+from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.domain.revert import RevertReport
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_domain(parser)
+    parser.add_argument("snapshotname", metavar="SNAPSHOT", nargs="?", help="name of the snapshot")
+    parser.add_argument("--current", action="store_true", help="the current snapshot")
+    state = parser.add_mutually_exclusive_group()
+    for name, what in (("running", "start"), ("paused", "start, without running,"), ("shutoff", "leave")):
+        line = f"{what} the domain afterwards" if name != "shutoff" else "leave the domain shut off (as disks alone do)"
+        state.add_argument(f"--{name}", dest="after", action="store_const", const=name, default="as-saved", help=line)
+    parser.add_argument(
+        "--discard", action="store_true", help="delete what was written since the last snapshot; it is kept otherwise"
+    )
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Go back and say what was done."""
+    from qemu_vmdk_snap.domain.connect import connection
+    from qemu_vmdk_snap.domain.registry import snapshot_info
+    from qemu_vmdk_snap.domain.revert import revert
+
+    if (args.snapshotname is None) is not args.current:
+        raise InvalidRequest(f"domain {args.domain}", "name a snapshot, or say --current, one of them")
+    with connection(args.connect) as conn:
+        name = args.snapshotname or snapshot_info(conn, args.domain).name
+        report = revert(conn, args.domain, name, after=args.after, discard=args.discard)
+    tell_recovery(report.recovered, ui)
+    for note in report.notes:
+        ui.warn(f"domain {report.domain}: {note}")
+    if ui.json_output:
+        ui.json(as_json(report))
+        return
+    ui.text(f"Domain {report.domain} is back at snapshot {report.snapshot}, {report.state}")
+    for disk in report.disks:
+        ui.text(f"  {disk.target}: {disk.overlay} on {disk.frozen} (chain of {len(disk.chain) + 1})")
+    for path in report.kept:
+        ui.text(f"  kept: {path}: no snapshot has it")
+    for path in report.discarded:
+        ui.text(f"  discarded: {path}")
+
+
+def as_json(report: RevertReport) -> dict[str, object]:
+    """Return the report for programs."""
+    return {
+        "domain": report.domain,
+        "snapshot": report.snapshot,
+        "state": report.state,
+        "disks": [
+            {
+                "target": disk.target,
+                "frozen": str(disk.frozen),
+                "overlay": str(disk.overlay),
+                "chain": [str(disk.overlay), *map(str, disk.chain)],
+            }
+            for disk in report.disks
+        ],
+        "kept": [str(path) for path in report.kept],
+        "discarded": [str(path) for path in report.discarded],
+        "notes": list(report.notes),
+    }
