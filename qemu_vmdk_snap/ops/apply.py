@@ -64,9 +64,7 @@ def apply_delta(
         stack.callback(source.close)
         _check(chain, source, force, find)
         target = chain.links[0]
-        begin = DescriptorChange.plan(target, with_fresh_cid(target.descriptor))
-        finish = DescriptorChange.plan(target, with_cid(target.descriptor, source.cid))
-        finish = DescriptorChange(finish.path, finish.base, begin.new, finish.new)
+        begin, finish = _cids(target, source)
         details = {"begin": begin.as_detail(), "finish": finish.as_detail(), "delta": str(delta.resolve())}
         intent = make_intent(OPERATION, path, [], details)
         intent.begin()
@@ -106,6 +104,13 @@ def _check(chain: Chain, source: Link, force: bool, resolver: Resolver) -> None:
     if others:
         names = ", ".join(map(str, others))
         raise InvalidRequest(target.path, f"{names} stand on it and would no longer read the same")
+
+
+def _cids(target: Link, source: Link) -> tuple[DescriptorChange, DescriptorChange]:
+    """Return the change to a CID that nobody trusts, and the one from there to the delta's."""
+    begin = DescriptorChange.plan(target, with_fresh_cid(target.descriptor))
+    finish = DescriptorChange.plan(target, with_cid(target.descriptor, source.cid))
+    return begin, DescriptorChange(finish.path, finish.base, begin.new, finish.new)
 
 
 def _merge(chain: Chain, source: Link, on_progress: OnProgress) -> None:

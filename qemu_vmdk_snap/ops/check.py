@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -13,6 +14,7 @@ from qemu_vmdk_snap.ops.check_tables import GrainCounts, TableAudit, audit_table
 from qemu_vmdk_snap.ops.findings import Finding, Findings, Severity
 from qemu_vmdk_snap.ops.progress import OnProgress, Progress, ignore
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
+from qemu_vmdk_snap.storage.intent import pending_in
 from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, NO_PARENT, Descriptor, ExtentLine, is_descriptor
@@ -85,6 +87,7 @@ class _Checker:
 
     def run(self, path: Path, whole_chain: bool) -> CheckReport:
         image = self._open(path)
+        self._note_pending(path)
         end = self._check_one(image, deep=True)
         depth = self._follow(image, whole_chain)
         worst = sorted(self._findings.listed, key=lambda finding: list(Severity).index(finding.severity))
@@ -100,6 +103,13 @@ class _Checker:
             end,
             depth,
         )
+
+    def _note_pending(self, path: Path) -> None:
+        with contextlib.suppress(CorruptChain):  # another user's record says nothing about this image
+            for intent in pending_in(path.parent):
+                if intent.involves(path):
+                    rule = f"must be finished: run `recover {path.parent}`"
+                    self._findings.add(Severity.NOTE, path, 0, "interrupted operation", intent.operation, rule)
 
     def _follow(self, image: _Image, whole_chain: bool) -> int:
         """Check each parent and how it fits the link above; return how many links there are."""

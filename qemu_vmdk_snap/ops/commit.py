@@ -103,13 +103,13 @@ def commit(
     with contextlib.ExitStack() as stack:
         chain = stack.enter_context(open_links(path, writable_depths=range(depth + 1), resolver=find, opener=opener))
         plan = _make_plan(chain, depth, delete, [Path(child) for child in children], find, opener, stack)
-        if plan.siblings and not keep_siblings and (others := _others(plan)):
+        others = _others(plan)
+        if others and not keep_siblings:
             names = ", ".join(str(link.path) for link in others)
             reason = f"{names} would no longer read the same: other children of a link that changes"
             raise InvalidRequest(plan.base.path, reason)
-        total = chain.capacity
         for sibling in plan.siblings:
-            _keep(plan, sibling, Meter("keep", total, on_progress))
+            _keep(plan, sibling, Meter("keep", chain.capacity, on_progress))
         return _run(plan, on_progress)
 
 
@@ -150,10 +150,7 @@ def _make_plan(
     folders = {link.path.parent for link in chain.links} | {child.parent for child in children}
 
     def opened(found: Iterable[Path]) -> list[Link]:
-        links = [open_link(path, opener=opener, writable=True, resolver=resolver) for path in found]
-        for link in links:
-            stack.callback(link.close)
-        return links
+        return [_opened(path, resolver, opener, stack) for path in found]
 
     def others(number: int) -> list[Path]:
         link = chain.links[number]
@@ -173,6 +170,12 @@ def _make_plan(
         plan.children = opened(found)
     _plan_descriptors(plan)
     return plan
+
+
+def _opened(path: Path, resolver: Resolver, opener: FileOpener, stack: contextlib.ExitStack) -> Link:
+    link = open_link(path, opener=opener, writable=True, resolver=resolver)
+    stack.callback(link.close)
+    return link
 
 
 def _check_clearable(link: Link) -> None:

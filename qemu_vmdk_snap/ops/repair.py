@@ -75,19 +75,20 @@ def repair(
         plans, headers = _plans(path, resolver, opener, mend, reclaim, stack)
         if relink_cids:
             plans[0].patches += _relinked(plans[0].file, resolver, opener)
-        if (
-            not any(plan.copies or plan.fresh or plan.patches or plan.end < plan.file.size() for plan in plans)
-            and not headers
-        ):
+        if not headers and not any(plan.changes for plan in plans):
             return RepairReport(before, before, None)
         record = Path(undo) if undo is not None else path.with_name(path.name + ".undo")
-        _write_undo(record, plans, headers)
-        intent = make_intent(OPERATION, path, [plan.file.path for plan in plans], {"undo": str(record.resolve())})
-        intent.begin()
-        for plan in plans:
-            _apply(plan, headers.get(plan.file.path))
-        intent.end()
+        _carry_out(path, plans, headers, record)
     return RepairReport(before, check_image(path, resolver=resolver, opener=opener, on_progress=on_progress), record)
+
+
+def _carry_out(path: Path, plans: list[ExtentPlan], headers: dict[Path, bytes], record: Path) -> None:
+    _write_undo(record, plans, headers)
+    intent = make_intent(OPERATION, path, [plan.file.path for plan in plans], {"undo": str(record.resolve())})
+    intent.begin()
+    for plan in plans:
+        _apply(plan, headers.get(plan.file.path))
+    intent.end()
 
 
 def take_back(undo: Path | str, *, opener: FileOpener = open_posix) -> None:

@@ -48,6 +48,11 @@ class ExtentPlan:
     end: int = 0
     """The length of the file afterwards."""
 
+    @property
+    def changes(self) -> bool:
+        """Whether anything is to be written."""
+        return bool(self.copies or self.fresh or self.patches) or self.end < self.file.size()
+
 
 class _Copy:
     """One of the two directories with its tables, and which of these can be used."""

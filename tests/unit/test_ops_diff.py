@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from qemu_vmdk_snap import CidMismatch, CorruptChain, InvalidRequest, open_chain
+from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.ops.apply import apply_delta
+from qemu_vmdk_snap.ops.check import check_image
 from qemu_vmdk_snap.ops.diff import changes, depth_of, make_delta
 from qemu_vmdk_snap.ops.progress import Progress
 from qemu_vmdk_snap.ops.recover import recover
@@ -117,6 +119,8 @@ def test_cancelled_apply_is_finished_by_recover(tree: Tree, tmp_path: Path) -> N
         apply_delta(path, copy, on_progress=cancel)
     with pytest.raises(CorruptChain, match="an interrupted apply is not finished yet: run `recover"):
         open_chain(copy, writable=True)
+    notes = [str(finding) for finding in check_image(copy, resolver=confined()).findings]
+    assert f"{copy}: byte 0x0: interrupted operation = 'apply': must be finished: run `recover {tmp_path}`" in notes
     assert [one.operation for one in recover(tmp_path)] == ["apply"]
     with open_chain(copy) as chain:
         assert chain.read_at(0, SIZE) == tree.model["image-4"]
