@@ -14,7 +14,7 @@ from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix_o
 from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd_header import COWD_MAGIC, legacy_descriptor, read_cowd_header
-from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, NO_PARENT, Descriptor, ExtentLine, is_descriptor
+from qemu_vmdk_snap.vmdk.descriptor import HEAD_BYTES, MAX_BYTES, NO_PARENT, Descriptor, ExtentLine, is_descriptor
 from qemu_vmdk_snap.vmdk.extent import Extent, ExtentSpec, open_extent
 from qemu_vmdk_snap.vmdk.header import MAGIC, SparseExtentHeader, check_header
 
@@ -201,7 +201,7 @@ def read_descriptor(file: BlockFile) -> tuple[Descriptor, bool]:
         return Descriptor.parse(file.read_at(base, size), path=path, base=base), True
     if head[:4] == COWD_MAGIC:
         return legacy_descriptor(read_cowd_header(file, path), path), True
-    if is_descriptor(head):
+    if is_descriptor(file.read_at(0, HEAD_BYTES)):
         if file.size() > MAX_BYTES:
             raise FormatError(path, 0, "descriptor", file.size(), f"must be at most {MAX_BYTES} bytes long")
         return Descriptor.parse(file.read_at(0, file.size()), path=path), False

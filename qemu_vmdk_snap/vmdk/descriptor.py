@@ -23,6 +23,9 @@ FIRST_LINE: Final = "# Disk DescriptorFile"
 MAX_BYTES: Final = 16 << 20
 """No descriptor is larger; a larger one is refused before it is read."""
 
+HEAD_BYTES: Final = 4096
+"""What has to be looked at to tell that a file is a descriptor: comments may come first."""
+
 ACCESS: Final = ("RW", "RDONLY", "NOACCESS")
 EXTENT_TYPES: Final = (
     "SPARSE",
@@ -44,11 +47,13 @@ _CODECS: Final = {
     "shift_jis": "shift_jis",
 }
 _KEY_LINE: Final = re.compile(rb"[ \t]*(?P<key>[A-Za-z_][\w.\-]*)[ \t]*=[ \t]*(?P<value>[^\r\n]*?)[ \t]*\r?\Z")
+# Of decoded text: the second byte of a character in Shift_JIS, Big5 or GBK may be a backslash.
 _EXTENT_LINE: Final = re.compile(
-    rb"[ \t]*(?P<access>RW|RDONLY|NOACCESS)[ \t]+(?P<sectors>\S+)[ \t]+(?P<type>[A-Za-z]+)"
-    rb"(?:[ \t]+\"(?P<file>(?:[^\"\\]|\\.)*)\"(?:[ \t]+(?P<offset>\S+))?(?P<rest>[^\r\n]*))?[ \t]*\r?\Z",
-    re.IGNORECASE,
+    r"[ \t]*(?P<access>RW|RDONLY|NOACCESS)[ \t]+(?P<sectors>\S+)[ \t]+(?P<type>[A-Za-z]+)"
+    r"(?:[ \t]+\"(?P<file>(?:[^\"\\]|\\.)*)\"(?:[ \t]+(?P<offset>\S+))?(?P<rest>[^\r\n]*))?[ \t]*\r?\Z",
+    re.IGNORECASE | re.ASCII,
 )
+_BOM: Final = b"\xef\xbb\xbf"
 _EXTENT_START: Final = re.compile(rb"[ \t]*(RW|RDONLY|NOACCESS)[ \t]", re.IGNORECASE)
 # VMware writes a quote, a bar and control characters inside a quoted value as a bar and two hex digits.
 _BAR_ESCAPE: Final = re.compile(r"\|(22|7[Cc]|0[0-9A-Fa-f]|1[0-9A-Fa-f])")
@@ -182,8 +187,8 @@ def is_descriptor(head: bytes) -> bool:
 
 def _looks_like(raw: bytes) -> bool:
     # Some writers put blank lines or other comments first, or begin with `version=` at once; QEMU takes these too.
-    for line in raw[:4096].splitlines():
-        text = line.strip().lower()
+    for line in raw[:HEAD_BYTES].splitlines():
+        text = line.removeprefix(_BOM).strip().lower()
         if (
             text.startswith((b"# disk descriptorfile", b"#disk descriptorfile"))
             or text.replace(b" ", b"") == b"version=1"
@@ -237,22 +242,22 @@ def _quoted_text(text: str, codec: str, path: Path) -> bytes:
 
 
 def _parse_extent(line: bytes, codec: str, path: Path, at: int) -> ExtentLine:
-    found = _EXTENT_LINE.match(line)
     shown = _decode(line.rstrip(b"\r"), codec, path, at)
+    found = _EXTENT_LINE.match(shown)
     if not found:
         raise FormatError(path, at, "extent", shown, 'must be ACCESS SECTORS TYPE ["FILE" [OFFSET]]')
-    kind = found["type"].decode("ascii").upper()
+    kind = found["type"].upper()
     if kind not in EXTENT_TYPES:
         raise FormatError(path, at, "extent", shown, f"must have a type of {', '.join(EXTENT_TYPES)}")
     name = found["file"]
     if name is None and kind != "ZERO":
         raise FormatError(path, at, "extent", shown, f"must name a file: its type is {kind}")
-    numbers = [found["sectors"], found["offset"] or b"0"]
-    if not all(number.isdigit() and len(number) <= 19 for number in numbers):
+    numbers = [found["sectors"], found["offset"] or "0"]
+    if not all(re.fullmatch("[0-9]{1,19}", number) for number in numbers):
         raise FormatError(path, at, "extent", shown, "must give sectors and offset as decimal numbers")
     sectors, offset = map(int, numbers)
-    file = None if name is None or kind == "ZERO" else _unescape(_decode(name, codec, path, at))
-    return ExtentLine(found["access"].decode("ascii").upper(), sectors, kind, file, offset, at)
+    file = None if name is None or kind == "ZERO" else _unescape(name)
+    return ExtentLine(found["access"].upper(), sectors, kind, file, offset, at)
 
 
 def make_descriptor(
