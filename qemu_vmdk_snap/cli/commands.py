@@ -43,6 +43,7 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
         "list": Command(f"{_HERE}.snapshot.list", "list the snapshots of a domain"),
         "info": Command(f"{_HERE}.snapshot.info", "tell about one snapshot"),
         "revert": Command(f"{_HERE}.snapshot.revert", "let a domain be what it was when a snapshot was taken"),
+        "adopt": Command(f"{_HERE}.snapshot.adopt", "register snapshots that VMware made, or that were made by hand"),
     },
     "guest": {
         "boot": Command(f"{_HERE}.guest.boot", "boot the probe guest on an image"),
@@ -58,6 +59,7 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
 
 TOP_LEVEL: Final[dict[str, Command]] = {
     "recover": Command(f"{_HERE}.recover", "finish what a killed command has left half done"),
+    "doctor": Command(f"{_HERE}.doctor", "tell what is wrong with this host, or with a domain's snapshots"),
     "demo": Command(f"{_HERE}.demo", "show a guest prove a chain of snapshots, from an empty folder"),
     "completion": Command(f"{_HERE}.completion", "print a script that lets a shell complete commands"),
     "manual": Command(f"{_HERE}.manual", "write the manual pages"),

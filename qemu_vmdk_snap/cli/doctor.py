@@ -1,0 +1,68 @@
+"""`doctor`: tell what is wrong with this host, or with one domain; remove or adopt what nobody names."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.domain.adopt import Settled
+    from qemu_vmdk_snap.domain.doctor import Check
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("-c", "--connect", metavar="URI", help="libvirt connection, as for the snapshot commands")
+    parser.add_argument("domain", metavar="DOMAIN", nargs="?", help="name, id or UUID of a domain (default: the host)")
+    parser.add_argument("--remove", action="store_true", help="remove orphan overlays that hold nothing")
+    parser.add_argument(
+        "--discard", type=Path, metavar="FILE", action="append", default=[], help="remove this orphan with its data"
+    )
+    parser.add_argument("--adopt", action="store_true", help="register every orphan overlay as a snapshot")
+
+
+def run(args: argparse.Namespace, ui: Ui) -> int:
+    """Do what is asked for, then show every check; exit status 1 if something is bad."""
+    if args.domain is None and (args.remove or args.discard or args.adopt):
+        raise InvalidRequest("--remove, --discard, --adopt", "need a domain")
+    done: list[Settled] = []
+    if args.domain is None:
+        checks = [*_host(args.connect)]
+    else:
+        from qemu_vmdk_snap.domain.adopt import settle_orphans
+        from qemu_vmdk_snap.domain.connect import connection
+        from qemu_vmdk_snap.domain.doctor import check_domain
+
+        with connection(args.connect) as conn:
+            if args.remove or args.discard or args.adopt:
+                given = [path.absolute() for path in args.discard]
+                done = settle_orphans(conn, args.domain, discard=given, remove=args.remove, adopt=args.adopt)
+            checks = [*check_domain(conn, args.domain)]
+    good = not any(check.verdict == "bad" for check in checks)
+    if ui.json_output:
+        ui.json({"good": good, "done": [asdict(one) for one in done], "checks": [asdict(check) for check in checks]})
+        return 0 if good else 1
+    for one in done:
+        ui.text(f"removed {one.path}" if one.snapshot is None else f"adopted {one.path} as snapshot {one.snapshot}")
+    for check in checks:
+        ui.text(f"[{check.verdict:^4}] {check.subject}: {check.text}")
+    return 0 if good else 1
+
+
+def _host(uri: str | None) -> Iterator[Check]:
+    from qemu_vmdk_snap.domain.doctor import Check, check_host
+    from qemu_vmdk_snap.harness.accelerator import choose_accelerator
+
+    yield from check_host(uri)
+    if not Path("/dev/kvm").exists():
+        yield Check("KVM", "note", "there is no /dev/kvm: guests run under TCG, slowly")
+    elif choose_accelerator() == "kvm":
+        yield Check("KVM", "good", "boots a guest faster than TCG")
+    else:
+        yield Check("KVM", "note", "/dev/kvm is there, but cannot be used or boots a guest no faster than TCG")

@@ -1,0 +1,67 @@
+"""`snapshot adopt`: register snapshots that VMware made, or that were made by hand."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap.cli.snapshot.options import add_domain
+from qemu_vmdk_snap.cli.ui import Ui
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.domain.adopt import AdoptReport
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_domain(parser)
+    parser.add_argument(
+        "--vmsd", type=Path, metavar="FILE", help="VMware's snapshot dictionary (default: the one beside the disks)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be registered, and do nothing")
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Adopt, and say what."""
+    from qemu_vmdk_snap.domain.adopt import adopt
+    from qemu_vmdk_snap.domain.connect import connection
+
+    with connection(args.connect) as conn:
+        report = adopt(conn, args.domain, vmsd=args.vmsd, dry_run=args.dry_run)
+    if ui.json_output:
+        ui.json(_as_json(report))
+        return
+    verb = "would be registered" if args.dry_run else "registered"
+    for one in report.adopted:
+        created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.creation_time))
+        ui.text(f"Snapshot {one.name} of {created} {verb}" + (f", on {one.parent}" if one.parent else ""))
+        for target, path in one.frozen.items():
+            ui.text(f"  {target}: {path}")
+    if report.spelt_out:
+        named = "would name" if args.dry_run else "names now"
+        ui.text(f"The XML {named} the whole chain of {', '.join(report.spelt_out)}")
+    for name, reason in report.passed:
+        ui.warn(f"domain {report.domain}: snapshot {name!r} of {report.vmsd} was left out: {reason}")
+    if not report.adopted:
+        ui.text("Nothing to adopt.")
+
+
+def _as_json(report: AdoptReport) -> dict[str, object]:
+    return {
+        "domain": report.domain,
+        "adopted": [
+            {
+                "name": one.name,
+                "creation-time": one.creation_time,
+                "parent": one.parent,
+                "description": one.description,
+                "frozen": {target: str(path) for target, path in one.frozen.items()},
+            }
+            for one in report.adopted
+        ],
+        "spelt-out": list(report.spelt_out),
+        "left-out": [{"name": name, "reason": reason} for name, reason in report.passed],
+        "vmsd": None if report.vmsd is None else str(report.vmsd),
+    }

@@ -1,0 +1,255 @@
+"""The doctor: a healthy host and domain are good, and everything that is wrong is told by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qemu_vmdk_snap import DomainError, LockBusy, create_overlay, open_chain
+from qemu_vmdk_snap.cli.main import main
+from qemu_vmdk_snap.domain.connect import find_domain
+from qemu_vmdk_snap.domain.doctor import check_host
+from qemu_vmdk_snap.domain.orphans import find_orphans, remove_orphan
+from qemu_vmdk_snap.domain.registry import list_snapshots
+from qemu_vmdk_snap.domain.snapshot import create_snapshot
+from tests.domain.lab import Lab, contents
+
+pytestmark = pytest.mark.needs("libvirt", "qemu-system-x86_64")
+
+
+class Patient:
+    """A domain with two snapshots, and the doctor's answer about it."""
+
+    def __init__(self, lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+        self.lab, self.capsys = lab, capsys
+        self.domain = lab.define(lab.disk("a"))
+        self.name: str = self.domain.name()
+        for name in ("s1", "s2"):
+            create_snapshot(lab.conn, self.name, name)
+
+    def file(self, number: int) -> Path:
+        return self.lab.folder / ("a.vmdk" if not number else f"a-{number:06d}.vmdk")
+
+    def ask(self, *options: str) -> tuple[int, dict[str, Any]]:
+        status = main(["doctor", "-c", self.lab.uri, self.name, "--output=json", *options])
+        printed = self.capsys.readouterr()
+        assert printed.err == ""
+        return status, json.loads(printed.out)
+
+    def bad(self, *options: str) -> dict[str, str]:
+        status, answer = self.ask(*options)
+        bad = {check["subject"]: check["text"] for check in answer["checks"] if check["verdict"] == "bad"}
+        assert (status, answer["good"]) == ((1, False) if bad else (0, True))
+        return bad
+
+
+@pytest.fixture
+def patient(lab: Lab, capsys: pytest.CaptureFixture[str]) -> Patient:
+    return Patient(lab, capsys)
+
+
+def write(path: Path, data: bytes = b"x") -> None:
+    with open_chain(path, writable=True) as chain:
+        chain.write_at(8192, data.ljust(512))
+
+
+def test_a_healthy_domain_is_good(patient: Patient) -> None:
+    before = contents(patient.lab.folder)
+    status, answer = patient.ask()
+    assert (status, answer["good"], answer["done"]) == (0, True, [])
+    assert {check["subject"]: check["verdict"] for check in answer["checks"]} == {
+        "disk vda": "good",
+        "snapshot s1": "good",
+        "snapshot s2": "good",
+    }
+    assert contents(patient.lab.folder) == before
+    assert main(["doctor", "-c", patient.lab.uri, patient.name]) == 0
+    assert "[good] disk vda: " in patient.capsys.readouterr().out
+
+
+def test_a_healthy_running_domain_is_good(patient: Patient) -> None:
+    patient.domain.create()
+    assert patient.bad() == {}
+
+
+def lose_base(patient: Patient) -> None:
+    patient.file(0).unlink()
+
+
+def write_frozen(patient: Patient) -> None:
+    write(patient.file(1))
+
+
+def shorten_xml(patient: Patient) -> None:
+    patient.lab.conn.defineXML(
+        edited(patient, f"<source file='{patient.file(1)}'/>", f"<source file='{patient.file(0)}'/>")
+    )
+
+
+def forget_chain(patient: Patient) -> None:
+    text = patient.domain.XMLDesc(0)
+    begin, end = text.index("<backingStore"), text.rindex("</backingStore>") + len("</backingStore>")
+    patient.lab.conn.defineXML(text[:begin] + text[end:])
+
+
+def other_top(patient: Patient) -> None:
+    elsewhere = patient.lab.disk("b")
+    text = patient.domain.XMLDesc(0)
+    begin, end = text.index("<backingStore"), text.rindex("</backingStore>") + len("</backingStore>")
+    patient.lab.conn.defineXML((text[:begin] + text[end:]).replace(str(patient.file(2)), str(elsewhere)))
+
+
+def edited(patient: Patient, old: str, new: str) -> str:
+    text: str = patient.domain.XMLDesc(0)
+    assert old in text
+    return text.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("damage", "subject", "text"),
+    [
+        (lose_base, "disk vda", "its parent 'a.vmdk' does not exist"),
+        (lose_base, "snapshot s1", "a.vmdk"),
+        (write_frozen, "disk vda", "the parent was modified after the overlay was made"),
+        (shorten_xml, "disk vda", "its files another chain"),
+        (forget_chain, "disk vda", "has 3 links that the XML does not spell out: libvirt refuses to start it"),
+        (other_top, "snapshot s2", "is the current one, but disk vda does not stand on its "),
+    ],
+)
+def test_what_does_not_agree_is_told(
+    patient: Patient, damage: Callable[[Patient], None], subject: str, text: str
+) -> None:
+    damage(patient)
+    assert text in patient.bad()[subject]
+
+
+def test_an_unfinished_snapshot_is_told(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qemu_vmdk_snap.domain.intent import Intent, IntentStore
+
+    store = IntentStore.of(patient.lab.conn)
+    uuid = patient.domain.UUIDString()
+    store.write(Intent(uuid, patient.name, "s3", (), "", "", ""))
+    try:
+        assert f"`snapshot list {patient.name}` settles it" in patient.bad()["snapshots"]
+        texts = [check.text for check in check_host(patient.lab.uri) if check.verdict == "bad"]
+        assert any(f"`snapshot list {uuid}` settles it" in text for text in texts)
+    finally:
+        store.remove(uuid)
+
+
+def orphan(patient: Patient, name: str, parent: Path, *, empty: bool = False) -> Path:
+    path = patient.lab.folder / name
+    create_overlay(path, parent, durable=False)
+    if not empty:
+        write(path)
+    return path
+
+
+def kib(path: Path) -> str:
+    return f"{path.stat().st_blocks // 2} KiB"
+
+
+def test_orphans_are_told_and_removed_only_when_they_hold_nothing(patient: Patient) -> None:
+    empty = orphan(patient, "lost.vmdk", patient.file(1), empty=True)
+    full = orphan(patient, "work.vmdk", patient.file(0))
+    before = contents(patient.lab.folder)
+    assert patient.bad() == {
+        f"orphan {empty}": f"stands on {patient.file(1)}, is named by no domain and no snapshot, and holds nothing",
+        f"orphan {full}": f"stands on {patient.file(0)}, is named by no domain and no snapshot, and holds {kib(full)}",
+    }
+    assert contents(patient.lab.folder) == before
+    status, answer = patient.ask("--remove")
+    assert (status, answer["done"]) == (1, [{"path": str(empty), "snapshot": None}])
+    assert not empty.exists()
+    assert full.exists()
+    assert patient.bad("--discard", str(full)) == {}
+    assert not full.exists()
+    del before[str(empty)], before[str(full)]
+    assert contents(patient.lab.folder) == before
+
+
+def test_what_is_in_use_named_or_stood_upon_is_not_removed(patient: Patient) -> None:
+    lab, domain = patient.lab, patient.domain
+    first = orphan(patient, "first.vmdk", patient.file(0))
+    second = orphan(patient, "second.vmdk", first)
+    with pytest.raises(DomainError, match=r"first\.vmdk is the parent of .*second\.vmdk: remove that first"):
+        remove_orphan(lab.conn, domain, first, with_data=True)
+    with pytest.raises(DomainError, match="holds data: it is not removed unless it is named for that"):
+        remove_orphan(lab.conn, domain, second)
+    with open_chain(second), pytest.raises(LockBusy):
+        remove_orphan(lab.conn, domain, second, with_data=True)
+    for path in (patient.file(0), patient.file(2), lab.folder / "none.vmdk"):
+        with pytest.raises(DomainError, match="is no orphan of it"):
+            remove_orphan(lab.conn, domain, path, with_data=True)
+    assert {path.name for path in lab.folder.glob("*.vmdk")} == {
+        "a.vmdk",
+        "a-000001.vmdk",
+        "a-000002.vmdk",
+        "first.vmdk",
+        "second.vmdk",
+    }
+    assert patient.bad("--discard", str(second), "--discard", str(first)) == {}
+
+
+def test_the_disk_of_another_domain_is_no_orphan(patient: Patient) -> None:
+    clone = orphan(patient, "clone.vmdk", patient.file(0))
+    above = orphan(patient, "above.vmdk", clone)
+    patient.lab.define(above)
+    assert patient.bad() == {}
+
+
+def test_orphans_are_adopted_as_snapshots(patient: Patient) -> None:
+    first = orphan(patient, "first.vmdk", patient.file(0))
+    second = orphan(patient, "second.vmdk", first)
+    status, answer = patient.ask("--adopt")
+    # The first has what stands on it for its overlay, so that is named now too.
+    assert (status, answer["done"]) == (0, [{"path": str(first), "snapshot": "first"}])
+    (found,) = [info for info in list_snapshots(patient.lab.conn, patient.name) if info.name == "first"]
+    assert (found.parent, found.current) == ("s1", False)
+    assert [(disk.frozen, disk.overlay, disk.problem) for disk in found.disks] == [(first, second, None)]
+    assert find_orphans(patient.lab.conn, find_domain(patient.lab.conn, patient.name)) == []
+
+
+def test_a_host_is_told_part_by_part(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["doctor", "-c", lab.uri, "--output=json"])
+    answer = json.loads(capsys.readouterr().out)
+    verdicts = {check["subject"]: check["verdict"] for check in answer["checks"]}
+    assert {"libvirt library", "libvirt daemon", "QEMU", "connection", "hook", "drop-ins", "KVM", "state"} <= set(
+        verdicts
+    )
+    assert verdicts["libvirt library"] == verdicts["QEMU"] == "good"
+    assert verdicts["qemu-system-x86_64"] == "good"
+    assert (status == 0) is answer["good"] is ("bad" not in verdicts.values())
+
+
+def test_what_is_wrong_with_a_host_is_bad(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hooks_d = tmp_path / "hooks.d"
+    hooks_d.mkdir()
+    (hooks_d / "10-a").write_text("#!/bin/sh\n")
+    (hooks_d / "10-a").chmod(0o777)
+    monkeypatch.setenv("QEMU_VMDK_SNAP_HOOKS", str(hooks_d))
+    monkeypatch.setenv("PATH", "/nowhere")
+    checks = {check.subject: check for check in check_host(lab.uri, os.environ)}
+    assert checks["drop-ins"].verdict == "bad"
+    assert "may be written by others" in checks["drop-ins"].text
+    assert checks["qemu-img"].verdict == "note"
+    assert main(["doctor", "-c", lab.uri]) == 1
+    assert "[bad ] drop-ins" in capsys.readouterr().out.replace("[ bad]", "[bad ]")
+
+
+def test_a_connection_that_fails_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    checks = {check.subject: check for check in check_host("qemu+unix:///system?socket=/nowhere")}
+    assert checks["connection"].verdict == "bad"
+    assert "/nowhere" in checks["connection"].text
+
+
+def test_removal_needs_a_domain(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--remove"]) == 64
+    assert "need a domain" in capsys.readouterr().err
