@@ -27,8 +27,8 @@ def content(path: Path) -> bytes:
         return chain.read_at(0, chain.capacity)
 
 
-def qemu_content(path: Path) -> bytes:
-    raw = path.with_name(path.name + ".raw")
+def qemu_content(path: Path, scratch: Path | None = None) -> bytes:
+    raw = (scratch or path.parent) / (path.name + ".raw")
     qemu_img("convert", "-f", "vmdk", "-O", "raw", path, raw)
     data = raw.read_bytes()
     raw.unlink()
