@@ -54,7 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         quiet=getattr(args, "quiet", False),
         progress=getattr(args, "progress", False),
     )
-    return _run(module, args, ui)
+    return _run(_elsewhere(args, prog, rest) or module, args, ui)
+
+
+def _elsewhere(args: argparse.Namespace, prog: str, rest: Sequence[str]) -> CommandModule | None:
+    """Return what runs the command where libvirt is, if that is another host."""
+    uri = (getattr(args, "connect", None) or os.environ.get("LIBVIRT_DEFAULT_URI")) if "connect" in args else None
+    if "+ssh:" not in (uri or ""):
+        return None
+    from qemu_vmdk_snap.cli.remote import Elsewhere, is_remote
+
+    return Elsewhere(prog.split()[1:], rest, str(uri)) if is_remote(uri) else None
 
 
 def make_parser(module: CommandModule, command: Command, prog: str) -> argparse.ArgumentParser:
