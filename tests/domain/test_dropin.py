@@ -12,6 +12,9 @@ import pytest
 
 from qemu_vmdk_snap import InvalidRequest, PluginError
 from qemu_vmdk_snap.domain import dropin
+from qemu_vmdk_snap.domain.snapshot import create_snapshot
+from tests.domain.lab import Lab, xml_of
+from tests.domain.libvirtd import Daemon
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "hooks.d"
 PLAN = {"snapshot": "s1", "disks": [{"target": "vda"}]}
@@ -197,3 +200,29 @@ def test_the_notifying_example_posts_what_was_done(drop: Folder) -> None:
         assert drop.run() == []
         server.shutdown()
     assert received == [{"text": "create of snapshot 's1' of domain d1: done", "plan": PLAN}]
+
+
+@pytest.mark.needs("libvirt", "libvirtd", "virsh", "qemu-system-x86_64")
+def test_a_guest_that_cannot_be_frozen_gets_no_snapshot_and_runs_on(
+    drop: Folder, daemon: Daemon, daemon_lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    domain = daemon_lab.define(daemon_lab.disk())
+    domain.create()
+    drop.add("00-record")
+    example(drop, "10-freeze-filesystems")
+    monkeypatch.setenv(dropin.FOLDER_VARIABLE, str(drop.path))
+    before = xml_of(domain), sorted(daemon_lab.folder.iterdir())
+    with pytest.raises(PluginError, match=r"10-freeze-filesystems: before create: exit status 1: .*QEMU guest agent"):
+        create_snapshot(daemon_lab.conn, domain.name(), "s1")
+    assert domain.snapshotNum() == 0
+    assert (xml_of(domain), sorted(daemon_lab.folder.iterdir())) == before
+    assert domain.isActive()
+    before_it, after_it = drop.told()
+    assert before_it["plan"] == after_it["plan"]
+    assert (before_it["phase"], after_it["phase"], after_it["result"]) == ("before", "after", "aborted")
+    domain.destroy()
+    assert create_snapshot(daemon_lab.conn, domain.name(), "s2").snapshot == "s2"  # shut off, nothing is to be frozen
+    plan = drop.told()[-1]["plan"]
+    assert isinstance(plan, dict)
+    assert (plan["snapshot"], drop.told()[-1]["result"]) == ("s2", "done")
+    assert daemon.virsh("snapshot-list", domain.name(), "--name").split() == ["s2"]
