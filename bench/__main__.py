@@ -11,8 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from bench.report import as_json, page, picture, table
+from bench.report import NOTE, as_json, page, picture, table
 from bench.rows import ROWS, Place, Result
 
 HERE = Path(__file__).parent
@@ -37,15 +38,26 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bench-", dir=args.folder) as scratch, reflink_folder(Path(scratch)) as xfs:
         place = Place(Path(scratch), xfs, args.scale)
         results = [one for name in args.rows or ROWS if (one := run(name, place)) is not None]
-    args.results.write_text(as_json(results, args.scale))
-    record = json.loads(args.results.read_text())
+    record = merged(args.results, json.loads(as_json(results, args.scale)))
+    args.results.write_text(json.dumps(record, indent=1) + "\n")
     args.pictures.mkdir(exist_ok=True)
     for one in record["rows"]:
         (args.pictures / f"{one['name']}.svg").write_text(picture(one))
     if args.page:
-        args.page.write_text(page(record, "../bench/pictures"))
+        args.page.write_text(page(record, "../bench/pictures", NOTE))
     print(table(record))
     return 0
+
+
+def merged(kept: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Return `record` with the rows that it lacks taken from the file, if these were measured on the same machine."""
+    if not kept.exists():
+        return record
+    old = json.loads(kept.read_text())
+    if (old["machine"], old["scale"]) != (record["machine"], record["scale"]):
+        return record
+    rows = {one["name"]: one for one in [*old["rows"], *record["rows"]]}
+    return record | {"rows": [rows[name] for name in ROWS if name in rows]}
 
 
 def run(name: str, place: Place) -> Result | None:
