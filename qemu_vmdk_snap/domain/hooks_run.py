@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
+import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import policy as policies
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
@@ -60,13 +61,11 @@ def check_disks(disks: Sequence[Disk], policy: Policy, name: str) -> None:
     Raises:
         VmdkSnapError, OSError: one does not.
     """
-    from qemu_vmdk_snap.chain.links import read_links
-
     for disk in disks:
         if disk.path is None:
             continue
         trusted = _folders(disk, policy)
-        links = read_links(disk.path, trusted_dirs=trusted)
+        links = engine.read_links(disk.path, trusted_dirs=trusted)
         # QEMU follows the XML, not the hints.
         if disk.closed and [link.path.resolve() for link in links[1:]] != [path.resolve() for path in disk.backing]:
             reason = f"disk {disk.target}: the chain in its XML is not that of its files: {_names(disk)}"
@@ -123,8 +122,6 @@ def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
 
 
 def _revert(disks: Sequence[Disk], policy: Policy, name: str) -> None:
-    from qemu_vmdk_snap.ops.renew import renew_overlay
-
     chosen = {disk.target: disk for disk in disks if disk.refusal is None}
     if not isinstance(policy.revert, bool):
         missing = [target for target in policy.revert if target not in chosen]
@@ -133,7 +130,7 @@ def _revert(disks: Sequence[Disk], policy: Policy, name: str) -> None:
         chosen = {target: chosen[target] for target in policy.revert}
     for disk in chosen.values():
         if disk.path is not None:
-            renew_overlay(disk.path, trusted_dirs=_folders(disk, policy))
+            engine.renew_overlay(disk.path, trusted_dirs=_folders(disk, policy))
     log(f"domain {name}: reverted {', '.join(chosen)} for a clean start")
 
 
@@ -224,8 +221,6 @@ def _check_deep(disk: Disk, path: Path, trusted: Sequence[Path], name: str) -> N
     import site
 
     site.main()  # the hook runs without it; NumPy is there
-    from qemu_vmdk_snap import check_image, confined
-
-    report = check_image(path, resolver=confined(trusted), whole_chain=True)
+    report = engine.check_image(path, resolver=engine.confined(trusted), whole_chain=True)
     if report.corruptions:
         raise DomainError(name, f"disk {disk.target}: {report.corruptions} errors in its chain: {report.findings[0]}")

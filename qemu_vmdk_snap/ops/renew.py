@@ -19,10 +19,11 @@ from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 from qemu_vmdk_snap.ops.create import create_overlay
 from qemu_vmdk_snap.storage.blockfile import PosixFile
-from qemu_vmdk_snap.storage.durable import sync_folder, temporary_name
+from qemu_vmdk_snap.storage.durable import sync_folder
 from qemu_vmdk_snap.storage.locks import lock_image
 
 _EMBEDDED: Final = "monolithicsparse"
+_DRAFT: Final = ".renewed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,9 @@ def renew_overlay(path: Path | str, *, trusted_dirs: Sequence[Path | str] = ()) 
 
 
 def _replace(path: Path, parent: Path, hint: str | None, capacity: int, old: PosixFile) -> None:
-    temporary = temporary_name(path)
+    # A fixed name, since the lock keeps others out: what a killed run leaves is swept by the next, and cannot pile up.
+    temporary = path.with_name(f".{path.name[:200]}{_DRAFT}")
+    _sweep(temporary)
     try:
         # Made durable below, once, when its attributes are right too.
         create_overlay(temporary, parent, hint=hint, size=capacity, durable=False, mode=0o600, name=path.name)
@@ -83,6 +86,14 @@ def _replace(path: Path, parent: Path, hint: str | None, capacity: int, old: Pos
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _sweep(temporary: Path) -> None:
+    """Remove what a killed run has left: the new overlay, or the hidden file that was to become it."""
+    with os.scandir(temporary.parent) as entries:
+        names = [entry.name for entry in entries if entry.name.startswith((temporary.name, f".{temporary.name}."))]
+    for name in names:
+        temporary.with_name(name).unlink(missing_ok=True)
 
 
 def _copy_attributes(old: int, new: int) -> None:
