@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from qemu_vmdk_snap.chain.link import read_descriptor
 from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.storage.blockfile import BlockFile, PosixFile
 from qemu_vmdk_snap.storage.durable import NewFiles
@@ -170,6 +171,16 @@ def write_image(files: NewFiles, path: Path, plan: Plan, mode: int = 0o666) -> l
         made.append((file, sectors))
     files.add(path, mode).write_at(0, plan.descriptor)
     return made
+
+
+def extent_files(path: Path) -> list[Path]:
+    """Return the files that lie beside an image's descriptor and hold its extents; none where it is embedded."""
+    file = PosixFile.open(path)
+    try:
+        descriptor, embedded = read_descriptor(file)
+    finally:
+        file.close()
+    return [] if embedded else [path.with_name(line.file) for line in descriptor.extents if line.file is not None]
 
 
 def bulk_writer(path: Path, plan: Plan, files: list[tuple[PosixFile, int]]) -> BulkWriter:

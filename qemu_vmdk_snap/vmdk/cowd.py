@@ -44,28 +44,36 @@ class CowdExtent(GrainExtent):
         super().__init__(file, path, [Copy(tables, at)], capacity=capacity, grain_bytes=grain_bytes, writable=writable)
         self._free_sector = header.free_sector
 
-    def flush(self) -> None:
-        """Return when all is durable: grains and the count of used sectors, then the tables."""
+    def _note_end(self) -> None:
+        # A count that is too high wastes space, one too low loses data to the next writer.
         end = byte_sectors(self._file_size)
-        if self._unsynced and end > self._free_sector:
-            # Before the barrier in the flush below: a count that is too high wastes space, one too low loses data.
+        if end > self._free_sector:
             self._file.write_at(self.header.offset_of("free_sector"), end.to_bytes(4, "little"))
             self._free_sector = end
-        super().flush()
 
     def clear(self) -> None:
-        """Forget every grain, durably, and give their space back: the parent answers everywhere."""
+        """Forget every grain, durably, and give their space back: the parent answers everywhere.
+
+        Where every table exists they are kept, emptied: QEMU 7.2 cannot write through a directory entry of 0.
+        """
         self.flush()
-        at, length = sector_bytes(self.header.gd_offset), self.header.gd_entries * 4
-        self._file.write_at(at, bytes(length))
-        self._file.flush()  # barrier: no directory names a table any more when the space goes
+        at, length = sector_bytes(self.header.gd_offset), self.header.tables * 4
+        directory = self.tables.directory
         end = byte_sectors(at + length)
+        if directory.all():
+            for sector in directory.tolist():
+                if self._file.next_data(sector_bytes(sector)) < sector_bytes(sector) + self.tables.table_bytes:
+                    self._file.write_at(sector_bytes(sector), bytes(self.tables.table_bytes))
+            end = int(directory.max()) + self.header.gt_sectors
+        else:
+            self._file.write_at(at, bytes(length))
+        self._file.flush()  # barrier: nothing names a grain any more when the space goes
         self._file.write_at(self.header.offset_of("free_sector"), end.to_bytes(4, "little"))
         self._file.truncate(sector_bytes(end))
         self._file.flush()
         self._free_sector, self._file_size = end, sector_bytes(end)
-        tables = GrainTables(self._file, self._path, bytes(self.header.tables * 4), entries_per_table=GTES_PER_GT)
-        self._copies = [Copy(tables, at)]
+        raw = self._file.read_at(at, length)
+        self._copies = [Copy(GrainTables(self._file, self._path, raw, entries_per_table=GTES_PER_GT), at)]
 
     def _place_at_end(self, length: int, grain: int) -> int:
         self._file_size = max(self._file_size, self._free_sector * SECTOR_SIZE)

@@ -140,6 +140,7 @@ class GrainExtent:
     def flush(self) -> None:
         """Return when all is durable: grains first, then every copy of the tables that name them."""
         if self._unsynced:
+            self._note_end()
             self._file.flush()  # barrier: grain data is durable before a table entry points at it
             self._unsynced = False
         if not self.tables.dirty:
@@ -233,9 +234,13 @@ class GrainExtent:
             if tables.table_sector(table):
                 continue
             sector = self._append(bytes(round_up(tables.table_bytes, self._grain_bytes)), table)
+            self._note_end()
             self._file.flush()  # barrier: the table is durable in its zeros before the directory names it
             self._file.write_at(directory_offset + table * 4, sector.to_bytes(4, "little"))
             tables.place_table(table, sector)
+
+    def _note_end(self) -> None:
+        """Write, before the coming barrier, how far the file is in use, where a kind's header says so."""
 
     def _instead_of(self, grain: int, entry: int) -> int:
         """Return the sector to read where `entry` lies outside the file; refuses it unless a kind knows better."""

@@ -9,6 +9,9 @@ import pytest
 
 from qemu_vmdk_snap import ImageOptions, InvalidRequest, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.chain.disk import RawDisk
+from qemu_vmdk_snap.chain.resolver import confined
+from qemu_vmdk_snap.ops.check import check_image
+from qemu_vmdk_snap.ops.commit import commit
 from qemu_vmdk_snap.ops.convert import convert
 from qemu_vmdk_snap.ops.layout import KINDS
 from tests.support.qemu import assert_agree, content, qemu_content, qemu_img, qemu_io
@@ -181,3 +184,48 @@ def test_a_name_that_is_taken_leaves_nothing_behind(tmp_path: Path) -> None:
         create_image(tmp_path / "a.vmdk", 4 * GIB, kind="twoGbMaxExtentSparse", durable=False)
     assert [path.name for path in tmp_path.iterdir()] == ["a-s002.vmdk"]
     assert taken.read_text() == "mine"
+
+
+@pytest.mark.parametrize("base", WRITABLE)
+@pytest.mark.parametrize("kind", WITH_PARENT)
+def test_an_overlay_of_each_kind_is_merged_into_each_kind(tmp_path: Path, kind: str, base: str) -> None:
+    below, top = make(tmp_path, base), tmp_path / "top.vmdk"
+    create_overlay(top, below, kind=kind, durable=False)
+    qemu_io(top, "write -P 3 100k 77k", "write -P 0 1M 128k")
+    model = content(top)
+    commit(top)
+    for path in (below, top):
+        assert content(path) == qemu_content(path) == model
+        report = check_image(path, resolver=confined())
+        assert report.corruptions == 0, report.findings
+    qemu_io(top, "write -P 8 1900k 100k")  # the emptied overlay has its tables still: QEMU can write on it
+    model = model[: 1900 << 10] + b"\x08" * (100 << 10) + model[2000 << 10 :]
+    assert content(top) == qemu_content(top) == model
+
+
+@pytest.mark.parametrize("kind", WITH_PARENT)
+def test_a_copy_that_stores_the_differences(tmp_path: Path, kind: str) -> None:
+    below, top = make(tmp_path, "monolithicSparse"), tmp_path / "top.vmdk"
+    create_overlay(top, below, durable=False)
+    with open_chain(top, writable=True) as chain:
+        chain.write_at(70_000, b"different" * 1000)
+    copy = tmp_path / "copy.vmdk"
+    with open_chain(top) as chain:
+        report = convert(chain, copy, backing=below, options=ImageOptions(subformat=kind), durable=False)
+    assert report.data <= 2 * 65536
+    assert content(copy) == qemu_content(copy) == content(top)
+
+
+@pytest.mark.parametrize("kind", WITH_PARENT)
+def test_a_cancelled_copy_leaves_nothing(tmp_path: Path, kind: str) -> None:
+    below = make(tmp_path, "monolithicSparse")
+    before = sorted(tmp_path.iterdir())
+
+    def cancel(_: object) -> None:
+        raise KeyboardInterrupt
+
+    for backing in (below, None):
+        options = ImageOptions(subformat=kind)
+        with open_chain(below) as chain, pytest.raises(KeyboardInterrupt):
+            convert(chain, tmp_path / "copy.vmdk", backing=backing, options=options, on_progress=cancel)
+        assert sorted(tmp_path.iterdir()) == before
