@@ -2,7 +2,8 @@
 
     from qemu_vmdk_snap import create_image, create_overlay, open_chain
 
-The names below are imported when they are first used, so that importing the package costs nothing.
+The names below are imported when they are first used, so that importing the package costs nothing. They are all that the
+plugins and the harness use of the engine.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.chain.chain import Chain, Run, RunKind, WritableChain, open_chain
+    from qemu_vmdk_snap.chain.children import Child, find_children
+    from qemu_vmdk_snap.chain.disk import RawDisk
+    from qemu_vmdk_snap.chain.link import Link, open_link, read_descriptor
     from qemu_vmdk_snap.chain.links import LinkFacts, read_facts, read_links
     from qemu_vmdk_snap.chain.resolver import confined
     from qemu_vmdk_snap.errors import (
@@ -26,39 +30,84 @@ if TYPE_CHECKING:
         Unsupported,
         VmdkSnapError,
     )
+    from qemu_vmdk_snap.ops.apply import apply_delta
     from qemu_vmdk_snap.ops.check import check_image
+    from qemu_vmdk_snap.ops.commit import commit
+    from qemu_vmdk_snap.ops.compact import compact
+    from qemu_vmdk_snap.ops.compare import compare
+    from qemu_vmdk_snap.ops.convert import convert
     from qemu_vmdk_snap.ops.create import ImageOptions, create_image, create_overlay
+    from qemu_vmdk_snap.ops.diff import changes, make_delta
+    from qemu_vmdk_snap.ops.info import chain_info, image_info
+    from qemu_vmdk_snap.ops.measure import measure
+    from qemu_vmdk_snap.ops.progress import OnProgress, Progress, ignore
+    from qemu_vmdk_snap.ops.rebase import rebase
+    from qemu_vmdk_snap.ops.recover import recover
+    from qemu_vmdk_snap.ops.remove import remove
     from qemu_vmdk_snap.ops.renew import renew_overlay
+    from qemu_vmdk_snap.ops.repair import repair
+    from qemu_vmdk_snap.ops.resize import resize
+    from qemu_vmdk_snap.storage.blockfile import PosixFile, open_posix
     from qemu_vmdk_snap.storage.durable import replace_file
+    from qemu_vmdk_snap.vmdk.descriptor import Descriptor
+    from qemu_vmdk_snap.vmdk.runs import HOLE
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "HOLE",
     "Chain",
+    "Child",
     "CidMismatch",
     "CorruptChain",
+    "Descriptor",
     "DomainError",
     "FormatError",
     "GuestError",
     "ImageOptions",
     "InvalidRequest",
+    "Link",
     "LinkFacts",
     "LockBusy",
+    "OnProgress",
     "PluginError",
+    "PosixFile",
+    "Progress",
+    "RawDisk",
     "Run",
     "RunKind",
     "Unsupported",
     "VmdkSnapError",
     "WritableChain",
+    "apply_delta",
+    "chain_info",
+    "changes",
     "check_image",
+    "commit",
+    "compact",
+    "compare",
     "confined",
+    "convert",
     "create_image",
     "create_overlay",
+    "find_children",
+    "ignore",
+    "image_info",
+    "make_delta",
+    "measure",
     "open_chain",
+    "open_link",
+    "open_posix",
+    "read_descriptor",
     "read_facts",
     "read_links",
+    "rebase",
+    "recover",
+    "remove",
     "renew_overlay",
+    "repair",
     "replace_file",
+    "resize",
 ]
 
 _HOMES: Final = {
@@ -67,16 +116,44 @@ _HOMES: Final = {
     "WritableChain": "chain.chain",
     "Run": "chain.chain",
     "RunKind": "chain.chain",
-    "create_image": "ops.create",
-    "create_overlay": "ops.create",
-    "ImageOptions": "ops.create",
-    "check_image": "ops.check",
-    "renew_overlay": "ops.renew",
+    "Child": "chain.children",
+    "find_children": "chain.children",
+    "RawDisk": "chain.disk",
+    "Link": "chain.link",
+    "open_link": "chain.link",
+    "read_descriptor": "chain.link",
     "LinkFacts": "chain.links",
     "read_facts": "chain.links",
     "read_links": "chain.links",
     "confined": "chain.resolver",
+    "apply_delta": "ops.apply",
+    "check_image": "ops.check",
+    "commit": "ops.commit",
+    "compact": "ops.compact",
+    "compare": "ops.compare",
+    "convert": "ops.convert",
+    "ImageOptions": "ops.create",
+    "create_image": "ops.create",
+    "create_overlay": "ops.create",
+    "changes": "ops.diff",
+    "make_delta": "ops.diff",
+    "chain_info": "ops.info",
+    "image_info": "ops.info",
+    "measure": "ops.measure",
+    "OnProgress": "ops.progress",
+    "Progress": "ops.progress",
+    "ignore": "ops.progress",
+    "rebase": "ops.rebase",
+    "recover": "ops.recover",
+    "remove": "ops.remove",
+    "renew_overlay": "ops.renew",
+    "repair": "ops.repair",
+    "resize": "ops.resize",
+    "PosixFile": "storage.blockfile",
+    "open_posix": "storage.blockfile",
     "replace_file": "storage.durable",
+    "Descriptor": "vmdk.descriptor",
+    "HOLE": "vmdk.runs",
 }
 
 
