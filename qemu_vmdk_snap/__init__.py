@@ -2,8 +2,8 @@
 
     from qemu_vmdk_snap import create_image, create_overlay, open_chain
 
-The names below are imported when they are first used, so that importing the package costs nothing. They are all that the
-plugins and the harness use of the engine.
+The names below are imported when they are first used, so that importing the package costs nothing. They are all that
+the plugins and the harness use of the engine.
 """
 
 from __future__ import annotations

@@ -21,14 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qemu_vmdk_snap.chain.link import open_link, read_descriptor
-from qemu_vmdk_snap.chain.resolver import confined
+from qemu_vmdk_snap import Descriptor, PosixFile, confined, open_link, open_posix, read_descriptor
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.monitor import Monitor
 from qemu_vmdk_snap.errors import DomainError, InvalidRequest
-from qemu_vmdk_snap.storage.blockfile import PosixFile, open_posix
-from qemu_vmdk_snap.vmdk.descriptor import Descriptor
 
 if TYPE_CHECKING:
     import libvirt
