@@ -59,7 +59,7 @@ class CowdExtent(GrainExtent):
         self.flush()
         at, length = sector_bytes(self.header.gd_offset), self.header.tables * 4
         directory = self.tables.directory
-        end = byte_sectors(at + length)
+        end: int = byte_sectors(at + length)
         if directory.all():
             for sector in directory.tolist():
                 if self._file.next_data(sector_bytes(sector)) < sector_bytes(sector) + self.tables.table_bytes:
