@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ class Ui:
         self.json_output = json_output
         self.quiet = quiet
         self._progress_wanted = progress
+        self._terminal = sys.stderr.isatty()
         self._started = time.monotonic()
         self._last_progress = 0.0
         self._progress_open = False
@@ -34,6 +34,8 @@ class Ui:
 
     def json(self, value: object) -> None:
         """Print `value` as the JSON answer, indented as qemu-img does."""
+        import json
+
         self._end_progress()
         sys.stdout.write(json.dumps(value, indent=4, default=str) + "\n")
 
@@ -48,7 +50,7 @@ class Ui:
     def progress(self, step: Progress) -> None:
         """Show how far an operation is: at once with `-p`, else on a terminal when it takes over a second."""
         now = time.monotonic()
-        shown = self._progress_wanted or (sys.stderr.isatty() and now - self._started > _PROGRESS_AFTER)
+        shown = self._progress_wanted or (self._terminal and now - self._started > _PROGRESS_AFTER)
         if self.quiet or self.json_output or not shown or now - self._last_progress < _PROGRESS_EVERY:
             return
         self._last_progress = now

@@ -6,18 +6,16 @@ Tests put a recorder or a bytearray in its place; nothing above this floor calls
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Protocol, Self
+from typing import Final, Protocol, Self, cast
 
 Buffer = bytes | bytearray | memoryview
 _SYNC_FILE_RANGE_WRITE: Final = 2
-_Offset: Final = ctypes.c_int64
 
 
 class BlockFile(Protocol):
@@ -133,7 +131,7 @@ class PosixFile:
 
     def begin_flush(self) -> None:
         """Let the kernel begin to write back the file's dirty pages; a kernel that will not is not waited for."""
-        _libc().sync_file_range(self._fd, _Offset(0), _Offset(0), _SYNC_FILE_RANGE_WRITE)
+        _sync_file_range()(self._fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
 
     def next_data(self, offset: int) -> int:
         """Return the first offset from `offset` on that is not in a hole of the file (its size where there is none)."""
@@ -166,8 +164,12 @@ class PosixFile:
 
 
 @functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+def _sync_file_range() -> Callable[[int, int, int, int], int]:
+    import ctypes  # needed only by those who copy much
+
+    function = ctypes.CDLL(None).sync_file_range
+    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return cast("Callable[[int, int, int, int], int]", function)
 
 
 FileOpener = Callable[[Path, bool], BlockFile]
