@@ -18,13 +18,18 @@ SIZES = [512, 4096, 4096 * 3 + 512, 300 * 512, 512 * 4096 + 1536]
 
 
 class ChainMatchesBytearray(RuleBasedStateMachine):
-    @initialize(size=st.sampled_from(SIZES), grain=st.sampled_from([4096, 8192, 65536]), zeroed=st.booleans())
-    def begin(self, size: int, grain: int, zeroed: bool) -> None:
+    @initialize(
+        size=st.sampled_from(SIZES),
+        grain=st.sampled_from([4096, 8192, 65536]),
+        zeroed=st.booleans(),
+        kind=st.sampled_from(["monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "vmfsThin", "vmfsSparse"]),
+    )
+    def begin(self, size: int, grain: int, zeroed: bool, kind: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vmdk-history-"))
         self.links = 1
         self.model = bytearray(size)
         self.frozen: list[tuple[Path, bytes]] = []
-        options = ImageOptions(grain_size=grain, zeroed_grain=zeroed)
+        options = ImageOptions(grain_size=grain, zeroed_grain=zeroed, subformat=kind)
         create_image(self.top, size, options=options, durable=False)
         self.chain: WritableChain = open_chain(self.top, writable=True)
 
@@ -49,14 +54,17 @@ class ChainMatchesBytearray(RuleBasedStateMachine):
         self.chain = open_chain(self.top, writable=True)
 
     @precondition(lambda self: self.links < MAX_LINKS)
-    @rule(grain=st.sampled_from([None, 4096, 16384]))
-    def snapshot(self, grain: int | None) -> None:
+    @rule(
+        grain=st.sampled_from([None, 4096, 16384]),
+        kind=st.sampled_from(["monolithicSparse", "twoGbMaxExtentSparse", "vmfsSparse"]),
+    )
+    def snapshot(self, grain: int | None, kind: str) -> None:
         self.chain.close()
         base = self.top
         self.frozen.append((base, bytes(self.model)))
         self.links += 1
         options = None if grain is None else ImageOptions(grain_size=grain)
-        create_overlay(self.top, base, options=options, durable=False)
+        create_overlay(self.top, base, kind=kind, options=options, durable=False)
         self.chain = open_chain(self.top, writable=True)
 
     @rule(data=st.data())
