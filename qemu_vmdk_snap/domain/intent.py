@@ -61,11 +61,15 @@ class Intent:
     resume: bool = False
     """Whether its vCPUs were running: stopped by us, they must be started again."""
     operation: str = "create"
-    """`create` or `revert`."""
+    """`create`, `revert`, `delete` or `rename`."""
     current: str | None = None
-    """Of a revert: the current snapshot before."""
+    """The current snapshot before; of a rename, afterwards."""
     discard: tuple[str, ...] = ()
     """Of a revert: the files that go once no XML names them."""
+    work: tuple[dict[str, Any], ...] = ()
+    """Of a delete: what happens to each disk; see `delete.Work`."""
+    snapshots: tuple[tuple[str, str], ...] = ()
+    """Of a delete: (name, new XML) of the snapshots that stay and name other files then."""
 
     def made(self, path: str, identity: tuple[int, int]) -> Intent:
         """Return the record that knows the overlay at `path` by its identity."""
@@ -120,6 +124,8 @@ class IntentStore:
                 Overlay(**{**o, "identity": o["identity"] and tuple(o["identity"])}) for o in fields["overlays"]
             )
             fields["discard"] = tuple(fields.get("discard", ()))
+            fields["work"] = tuple(fields.get("work", ()))
+            fields["snapshots"] = tuple((name, text) for name, text in fields.get("snapshots", ()))
             return Intent(**fields)
         except FileNotFoundError:
             return None

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.chain.children import find_children
-from qemu_vmdk_snap.chain.link import open_link
+from qemu_vmdk_snap.chain.link import Link, open_link
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
@@ -101,6 +101,18 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
     if intent is None:
         return None
     name = domain.name()
+    if intent.operation == "delete":
+        from qemu_vmdk_snap.domain.delete import finish  # which itself begins by settling
+
+        finish(conn, domain, intent)
+        store.remove(intent.uuid)
+        return Recovery(name, intent.snapshot, finished=True, operation="delete")
+    if intent.operation == "rename":
+        from qemu_vmdk_snap.domain.edit import finish_rename
+
+        finish_rename(domain, intent)
+        store.remove(intent.uuid)
+        return Recovery(name, intent.snapshot, finished=True, operation="rename")
     with libvirt_errors(name, f"settle its unfinished snapshot {intent.snapshot!r}"):
         if intent.live and domain.isActive() and not _switched(domain, intent):
             _back_to_old(conn, domain, intent)
@@ -313,6 +325,11 @@ def _hold_link(overlay: Overlay, folders: Sequence[Path], held: contextlib.ExitS
     """Lock the overlay, not its parents, and return whether it is empty."""
     link = open_link(Path(overlay.path), opener=open_posix, writable=True, resolver=confined(folders))
     held.callback(link.close)
+    return is_empty(link)
+
+
+def is_empty(link: Link) -> bool:
+    """Return whether the image stores nothing of its own."""
     windows = range(0, link.capacity, _WINDOW)
     tables = (link.resolve(start, min(link.capacity, start + _WINDOW)) for start in windows)
     return all(bool((table.kinds == HOLE).all()) for table in tables)

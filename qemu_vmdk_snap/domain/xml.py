@@ -97,6 +97,96 @@ def stack(domain_xml: str, tops: Mapping[str, NewTop]) -> str:
     return b"".join([*pieces, raw[last:]]).decode()
 
 
+def relink(text: str, change: Callable[[Sequence[Path]], Sequence[Path]]) -> str:
+    """Return the XML of a domain or a snapshot with other files on its disks.
+
+    `change` gets the files of a disk, the top first, as far as they are spelt out, and returns those that take their
+    place. The overlay that a snapshot names is a top, too.
+    """
+    raw = text.encode()
+    for path in (
+        ["domain", "devices", "disk"],
+        ["domainsnapshot", "domain", "devices", "disk"],
+        ["domainsnapshot", "inactiveDomain", "devices", "disk"],
+        ["domainsnapshot", "disks", "disk"],
+    ):
+        pieces, last = [], 0
+        for start, end in _spans(raw, path):
+            element = ET.fromstring(raw[start:end])
+            if _relinked(element, change):
+                element.tail = None
+                pieces += [raw[last:start], ET.tostring(element, encoding="unicode").encode()]
+                last = end
+        raw = b"".join([*pieces, raw[last:]])
+    return raw.decode()
+
+
+def with_parent(snapshot_text: str, parent: str | None) -> str:
+    """Return the XML of a snapshot with another parent, or with none."""
+    from xml.sax.saxutils import escape
+
+    return _with_element(
+        snapshot_text, "parent", None if parent is None else f"<parent><name>{escape(parent)}</name></parent>"
+    )
+
+
+def with_name(snapshot_text: str, name: str) -> str:
+    """Return the XML of a snapshot under another name."""
+    from xml.sax.saxutils import escape
+
+    return _with_element(snapshot_text, "name", f"<name>{escape(name)}</name>")
+
+
+def with_description(snapshot_text: str, description: str | None) -> str:
+    """Return the XML of a snapshot with another description, or with none."""
+    from xml.sax.saxutils import escape
+
+    element = None if description is None else f"<description>{escape(description)}</description>"
+    return _with_element(snapshot_text, "description", element)
+
+
+def _with_element(snapshot_text: str, name: str, element: str | None) -> str:
+    """Return the text with another child `name` of its root, or without it; all else stays byte for byte."""
+    raw, new = snapshot_text.encode(), (element or "").encode()
+    for start, end in _spans(raw, ["domainsnapshot", name]):
+        return (raw[:start] + new + raw[end:]).decode()
+    at = raw.index(b">") + 1
+    return (raw[:at] + new + raw[at:]).decode()
+
+
+def _relinked(element: ET.Element, change: Callable[[Sequence[Path]], Sequence[Path]]) -> bool:
+    """Change the files of a `<disk>` element; return whether anything is different now."""
+    source = element.find("source")
+    name = None if source is None else source.get("file")
+    if source is None or not name:
+        return False
+    below, closed = _backing(element)
+    files = [Path(name), *below]
+    changed = list(change(files))
+    if changed == files or not changed:
+        return False
+    source.set("file", str(changed[0]))
+    source.attrib.pop("index", None)
+    old = element.find("backingStore")
+    if old is not None:
+        place = list(element).index(old)
+        element.remove(old)
+        store = _chain_element(changed[1:])
+        if not closed:
+            _open_end(store)
+        element.insert(place, store)
+    return True
+
+
+def _open_end(store: ET.Element) -> None:
+    """Take the empty `<backingStore/>` away that says that nothing is below."""
+    inner = store.find("backingStore")
+    while inner is not None and len(inner):
+        store, inner = inner, inner.find("backingStore")
+    if inner is not None:
+        store.remove(inner)
+
+
 def snapshot_xml(snapshot: SnapshotXml, domain_xml: str) -> str:
     """Return the XML that registers `snapshot`, with the domain as it was inside."""
     from xml.sax.saxutils import escape, quoteattr  # with urllib: a hook at a guest's start cannot wait

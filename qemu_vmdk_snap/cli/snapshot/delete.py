@@ -1,0 +1,59 @@
+"""`snapshot delete`: delete snapshots; the domain and every other snapshot keep what they hold."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
+from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.domain.delete_plan import Deleted
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_domain(parser)
+    parser.add_argument("snapshotname", metavar="SNAPSHOT", nargs="?", help="name of the snapshot")
+    parser.add_argument("--current", action="store_true", help="the current snapshot")
+    scope = parser.add_mutually_exclusive_group()
+    for option, what in (("children", "its descendants too"), ("children-only", "its descendants, not itself")):
+        scope.add_argument(
+            f"--{option}", dest="scope", action="store_const", const=option, default="one", help=f"delete {what}"
+        )
+    parser.add_argument("--metadata", action="store_true", help="make libvirt forget it; no file is touched")
+    parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Delete, and say what was done."""
+    from qemu_vmdk_snap.domain.connect import connection
+    from qemu_vmdk_snap.domain.delete import delete
+    from qemu_vmdk_snap.domain.registry import snapshot_info
+
+    if (args.snapshotname is None) is not args.current:
+        raise InvalidRequest(f"domain {args.domain}", "name a snapshot, or say --current, one of them")
+    with connection(args.connect) as conn:
+        name = args.snapshotname or snapshot_info(conn, args.domain).name
+        report = delete(conn, args.domain, name, scope=args.scope, metadata=args.metadata, on_progress=ui.progress)
+    tell_recovery(report.recovered, ui)
+    for note in report.notes:
+        ui.warn(f"domain {report.domain}: {note}")
+    if ui.json_output:
+        ui.json({"domain": report.domain, "deleted": [deleted_json(one) for one in report.deleted]})
+        return
+    for snapshot in report.deleted:
+        ui.text(f"Domain snapshot {snapshot.name} deleted")
+        for work in snapshot.work:
+            for line in work.lines():
+                ui.text(f"  {work.target}: {line}")
+
+
+def deleted_json(snapshot: Deleted) -> dict[str, object]:
+    """Return one deleted snapshot for programs."""
+    return {
+        "snapshot": snapshot.name,
+        "disks": [{"target": work.target, "mode": work.mode, "operations": work.lines()} for work in snapshot.work],
+    }
