@@ -4,28 +4,66 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.image.common import add_quiet
 from qemu_vmdk_snap.cli.ui import Ui
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.domain.recovery import Recovery as DomainRecovery
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `recover`."""
     add_quiet(parser)
     parser.add_argument(
-        "path", type=Path, nargs="*", default=[Path()], help="an image, or a folder of images (default: this folder)"
+        "-c",
+        "--connect",
+        metavar="URI",
+        help="settle the unfinished operations on snapshots of this libvirt connection's domains",
     )
+    parser.add_argument("--domains", action="store_true", help="the same, of libvirt's default connection")
+    parser.add_argument(
+        "path", type=Path, nargs="*", help="an image, or a folder of images (default: this folder, unless domains are)"
+    )
+
+
+def _recover_domains(uri: str | None) -> list[DomainRecovery]:
+    from qemu_vmdk_snap.domain.connect import connection
+    from qemu_vmdk_snap.domain.recovery import recover
+
+    with connection(uri) as conn:
+        return recover(conn)
+
+
+def _domain_json(one: DomainRecovery) -> dict[str, object]:
+    return {
+        "operation": one.operation,
+        "domain": one.domain,
+        "snapshot": one.snapshot,
+        "finished": one.finished,
+        "left": [str(path) for path in one.left],
+    }
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Finish every interrupted operation and name it."""
     from qemu_vmdk_snap.ops.recover import recover
 
-    found = [recovery for path in args.path for recovery in recover(path)]
+    with_domains = args.domains or args.connect is not None
+    domains = _recover_domains(args.connect) if with_domains else []
+    paths = args.path or ([] if with_domains else [Path()])
+    found = [recovery for path in paths for recovery in recover(path)]
     if ui.json_output:
-        ui.json([{"operation": one.operation, "image": str(one.image)} for one in found])
+        images = [{"operation": one.operation, "image": str(one.image)} for one in found]
+        ui.json(images + [_domain_json(one) for one in domains])
         return
     for one in found:
         ui.text(f"{one.image}: finished the interrupted {one.operation}")
-    if not found:
+    for settled in domains:
+        what = "finished" if settled.finished else "took back"
+        ui.text(f"domain {settled.domain}: {what} the interrupted {settled.operation} of snapshot {settled.snapshot}")
+        for path in settled.left:
+            ui.text(f"  left in place: {path}")
+    if not found and not domains:
         ui.text("Nothing to recover.")

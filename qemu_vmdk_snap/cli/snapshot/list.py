@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from qemu_vmdk_snap.cli.snapshot.info import as_json
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.units import format_size
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.registry import SnapshotInfo
@@ -22,6 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--tree", action="store_true", help="draw the tree of the snapshots")
     shape.add_argument("--name", action="store_true", help="names only")
     shape.add_argument("--parent", action="store_true", help="add a column with the parent")
+    shape.add_argument("--sizes", action="store_true", help="add columns with the frozen bytes and the chain's depth")
     parser.add_argument("--roots", action="store_true", help="only snapshots without a parent")
     parser.add_argument("--leaves", action="store_true", help="only snapshots without children")
     parser.add_argument("--current", action="store_true", help="only children of the current snapshot")
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         for snapshot in snapshots:
             ui.text(snapshot.name)
     else:
-        _table(snapshots, args.parent, ui)
+        _table(snapshots, ui, with_parent=args.parent, with_sizes=args.sizes)
 
 
 def _wanted(snapshots: Sequence[SnapshotInfo], args: argparse.Namespace) -> list[SnapshotInfo]:
@@ -59,10 +61,15 @@ def _wanted(snapshots: Sequence[SnapshotInfo], args: argparse.Namespace) -> list
     ]
 
 
-def _table(snapshots: Sequence[SnapshotInfo], with_parent: bool, ui: Ui) -> None:
+def _table(snapshots: Sequence[SnapshotInfo], ui: Ui, *, with_parent: bool, with_sizes: bool) -> None:
     header = ["Name", "Creation Time", "State", *(["Parent"] if with_parent else [])]
+    header += ["Frozen", "Depth"] if with_sizes else []
     rows = []
     for snapshot in snapshots:
         created = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(snapshot.creation_time))
         rows.append([snapshot.name, created, snapshot.state, *([snapshot.parent or ""] if with_parent else [])])
+        if with_sizes:
+            frozen = [disk.frozen_bytes for disk in snapshot.disks if disk.frozen_bytes is not None]
+            depths = [disk.depth for disk in snapshot.disks if disk.depth is not None]
+            rows[-1] += [format_size(sum(frozen)) if frozen else "-", str(max(depths)) if depths else "-"]
     ui.table(header, rows)

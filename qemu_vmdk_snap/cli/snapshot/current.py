@@ -1,0 +1,34 @@
+"""`snapshot current`: which snapshot the next one will be a child of."""
+
+from __future__ import annotations
+
+import argparse
+
+from qemu_vmdk_snap.cli.snapshot.info import as_json
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
+from qemu_vmdk_snap.cli.ui import Ui
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_domain(parser)
+    parser.add_argument("snapshotname", metavar="SNAPSHOT", nargs="?", help="make this one the current one")
+    parser.add_argument("--name", action="store_true", help="the name only (always so without --output=json)")
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Tell, or change, it."""
+    from qemu_vmdk_snap.domain.connect import connection
+    from qemu_vmdk_snap.domain.edit import set_current
+    from qemu_vmdk_snap.domain.recovery import recover_by_name
+    from qemu_vmdk_snap.domain.registry import snapshot_info
+
+    with connection(args.connect) as conn:
+        tell_recovery(recover_by_name(conn, args.domain), ui)
+        if args.snapshotname is not None:
+            set_current(conn, args.domain, args.snapshotname)
+        info = snapshot_info(conn, args.domain)
+    if ui.json_output:
+        ui.json(as_json(info))
+        return
+    ui.text(info.name)

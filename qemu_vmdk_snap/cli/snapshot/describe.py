@@ -1,0 +1,28 @@
+"""`snapshot describe`: give a snapshot another description."""
+
+from __future__ import annotations
+
+import argparse
+
+from qemu_vmdk_snap.cli.snapshot.options import add_domain
+from qemu_vmdk_snap.cli.ui import Ui
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_domain(parser)
+    parser.add_argument("snapshotname", metavar="SNAPSHOT", help="name of the snapshot")
+    parser.add_argument("description", metavar="TEXT", nargs="?", help="the description (default: none any more)")
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Change it."""
+    from qemu_vmdk_snap.domain.connect import connection
+    from qemu_vmdk_snap.domain.edit import describe
+
+    with connection(args.connect) as conn:
+        describe(conn, args.domain, args.snapshotname, args.description)
+    if ui.json_output:
+        ui.json({"domain": args.domain, "snapshot": args.snapshotname, "description": args.description})
+        return
+    ui.text(f"Domain snapshot {args.snapshotname} has {'another' if args.description else 'no'} description now")

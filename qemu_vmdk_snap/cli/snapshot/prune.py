@@ -1,0 +1,79 @@
+"""`snapshot prune`: delete the snapshots that a policy does not keep."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap.cli.snapshot.delete import deleted_json
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
+from qemu_vmdk_snap.cli.ui import Ui
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.domain.prune import PruneReport
+
+_RULES = {
+    "last": "the N youngest",
+    "hourly": "the youngest of each of the N latest hours that have one",
+    "daily": "... days",
+    "weekly": "... weeks",
+    "monthly": "... months",
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_domain(parser)
+    for rule, what in _RULES.items():
+        parser.add_argument(f"--keep-{rule}", metavar="N", type=int, default=0, help=f"keep {what}")
+    parser.add_argument("--explain", action="store_true", help="say of every snapshot why it is kept, or that it goes")
+    parser.add_argument("-n", "--dry-run", action="store_true", help="print every operation on files, and do nothing")
+    parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Prune, and say what was done."""
+    from qemu_vmdk_snap.domain.connect import connection
+    from qemu_vmdk_snap.domain.prune import Policy, prune
+
+    policy = Policy(**{rule: getattr(args, f"keep_{rule}") for rule in _RULES})
+    with connection(args.connect) as conn:
+        report = prune(conn, args.domain, policy, dry_run=args.dry_run, on_progress=ui.progress)
+    tell_recovery(report.recovered, ui)
+    for note in report.notes:
+        ui.warn(f"domain {report.domain}: {note}")
+    if ui.json_output:
+        ui.json(as_json(report, dry_run=args.dry_run))
+        return
+    if args.explain:
+        _explain(report, ui)
+    for snapshot in report.deleted:
+        ui.text(f"Domain snapshot {snapshot.name} {'would be deleted' if args.dry_run else 'deleted'}")
+        for work in snapshot.work:
+            for line in work.lines():
+                ui.text(f"  {work.target}: {line}")
+    if not report.deleted:
+        ui.text("Nothing to delete.")
+
+
+def as_json(report: PruneReport, *, dry_run: bool) -> dict[str, object]:
+    """Return the report for programs."""
+    return {
+        "domain": report.domain,
+        "dry-run": dry_run,
+        "snapshots": [
+            {"name": one.name, "creation-time": one.creation_time, "kept-by": list(one.reasons)}
+            for one in report.decisions
+        ],
+        "deleted": [deleted_json(one) for one in report.deleted],
+    }
+
+
+def _explain(report: PruneReport, ui: Ui) -> None:
+    rows = []
+    for one in report.decisions:
+        created = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(one.creation_time))
+        rows.append([one.name, created, ", ".join(one.reasons) or "-", "kept" if one.reasons else "goes"])
+    ui.table(["Name", "Creation Time", "Kept By", "Decision"], rows)
+    ui.text()

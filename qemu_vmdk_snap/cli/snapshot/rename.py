@@ -1,0 +1,28 @@
+"""`snapshot rename`: give a snapshot another name; files and tree stay."""
+
+from __future__ import annotations
+
+import argparse
+
+from qemu_vmdk_snap.cli.snapshot.options import add_domain
+from qemu_vmdk_snap.cli.ui import Ui
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_domain(parser)
+    parser.add_argument("snapshotname", metavar="SNAPSHOT", help="name of the snapshot")
+    parser.add_argument("newname", metavar="NEW-NAME", help="what it is to be called")
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Rename it."""
+    from qemu_vmdk_snap.domain.connect import connection
+    from qemu_vmdk_snap.domain.edit import rename
+
+    with connection(args.connect) as conn:
+        rename(conn, args.domain, args.snapshotname, args.newname)
+    if ui.json_output:
+        ui.json({"domain": args.domain, "snapshot": args.newname, "old-name": args.snapshotname})
+        return
+    ui.text(f"Domain snapshot {args.snapshotname} is called {args.newname} now")

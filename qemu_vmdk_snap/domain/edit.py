@@ -1,0 +1,139 @@
+"""Change what a snapshot is called and described as. Its files stay; libvirt's metadata alone changes.
+
+libvirt has no renaming: the snapshot is registered anew under the other name, the old one is forgotten, and its
+descendants are registered as they were, since forgetting changes their XML. An intent record holds them all, durable
+before the first step; every step can be done again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap.domain import naming, xml
+from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
+from qemu_vmdk_snap.domain.intent import Intent, IntentStore
+from qemu_vmdk_snap.domain.plan import find_snapshot
+from qemu_vmdk_snap.domain.recovery import make_current, recover_domain
+from qemu_vmdk_snap.errors import DomainError
+
+if TYPE_CHECKING:
+    import libvirt
+
+
+def describe(conn: libvirt.virConnect, domain_name: str, snapshot: str, description: str | None) -> None:
+    """Give the snapshot another description; None takes it away.
+
+    Raises:
+        DomainError: there is no such snapshot, or libvirt refuses.
+        InvalidRequest: the text holds a control character.
+    """
+    naming.check_description(description or "")
+    domain = find_domain(conn, domain_name)
+    store = IntentStore.of(conn)
+    with store.locked(domain.UUIDString(), domain.name()):
+        recover_domain(conn, domain, store)
+        texts, current = _read(domain, snapshot)
+        _redefine(domain, xml.with_description(texts[snapshot], description), current=current == snapshot)
+
+
+def set_current(conn: libvirt.virConnect, domain_name: str, snapshot: str) -> None:
+    """Let the snapshot be the current one, whose child the next one will be.
+
+    Raises:
+        DomainError: there is no such snapshot, or libvirt refuses.
+    """
+    domain = find_domain(conn, domain_name)
+    store = IntentStore.of(conn)
+    with store.locked(domain.UUIDString(), domain.name()):
+        recover_domain(conn, domain, store)
+        with libvirt_errors(domain.name(), "make the snapshot the current one"):
+            make_current(domain, snapshot)
+
+
+def rename(conn: libvirt.virConnect, domain_name: str, snapshot: str, name: str) -> None:
+    """Give the snapshot another name.
+
+    Raises:
+        DomainError: there is no such snapshot, another one bears the name, or libvirt refuses.
+        InvalidRequest: the name cannot be.
+    """
+    naming.check_snapshot_name(name)
+    domain = find_domain(conn, domain_name)
+    store = IntentStore.of(conn)
+    with store.locked(domain.UUIDString(), domain.name()):
+        recover_domain(conn, domain, store)
+        texts, current = _read(domain, snapshot)
+        renamed = xml.with_name(texts[snapshot], name)
+        if name in texts:
+            raise DomainError(domain.name(), f"has a snapshot {name!r} already")
+        below = [other for other in texts if other != name and _below(other, snapshot, texts)]
+        intent = Intent(
+            uuid=domain.UUIDString(),
+            domain=domain.name(),
+            snapshot=snapshot,
+            overlays=(),
+            old_xml="",
+            new_xml="",
+            snapshot_xml=texts[snapshot],
+            operation="rename",
+            current=name if current == snapshot else current,
+            snapshots=((name, renamed), *((other, _moved(texts[other], snapshot, name)) for other in below)),
+        )
+        store.write(intent)
+        finish_rename(domain, intent)
+        store.remove(intent.uuid)
+
+
+def finish_rename(domain: libvirt.virDomain, intent: Intent) -> None:
+    """Do every step of a rename, whatever of it is done already.
+
+    Raises:
+        DomainError: libvirt refuses; the record must stay.
+    """
+    (name, renamed), *below = intent.snapshots
+    _redefine(domain, renamed, current=intent.current == name)
+    with libvirt_errors(domain.name(), f"forget the name {intent.snapshot!r}"):
+        there = {snapshot.getName(): snapshot for snapshot in domain.listAllSnapshots()}
+        if intent.snapshot in there:
+            _forget(there[intent.snapshot])
+    for other, text in below:
+        _redefine(domain, text, current=intent.current == other)
+
+
+def _moved(text: str, old: str, new: str) -> str:
+    return xml.with_parent(text, new) if xml.parse_snapshot(text).parent == old else text
+
+
+def _read(domain: libvirt.virDomain, snapshot: str) -> tuple[dict[str, str], str | None]:
+    import libvirt
+
+    find_snapshot(domain, snapshot)
+    with libvirt_errors(domain.name(), "read its snapshots"):
+        secure = libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE
+        texts = {one.getName(): one.getXMLDesc(secure) for one in domain.listAllSnapshots()}
+        return texts, domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
+
+
+def _below(name: str, ancestor: str, texts: dict[str, str]) -> bool:
+    seen: set[str] = set()
+    parent = xml.parse_snapshot(texts[name]).parent
+    while parent is not None and parent in texts and parent not in seen:
+        if parent == ancestor:
+            return True
+        seen.add(parent)
+        parent = xml.parse_snapshot(texts[parent]).parent
+    return False
+
+
+def _redefine(domain: libvirt.virDomain, text: str, *, current: bool) -> None:
+    import libvirt
+
+    flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
+    with libvirt_errors(domain.name(), "change the snapshot"):
+        domain.snapshotCreateXML(text, flags | (libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT if current else 0))
+
+
+def _forget(snapshot: libvirt.virDomainSnapshot) -> None:
+    import libvirt
+
+    snapshot.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
