@@ -12,14 +12,18 @@ Source: the COWDisk header of VMware's technote 1.0 and libvmdk's "COWD sparse e
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from qemu_vmdk_snap.errors import FormatError
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd_header import GTES_PER_GT, CowdHeader, read_cowd_header
-from qemu_vmdk_snap.vmdk.extent import ExtentSpec
+from qemu_vmdk_snap.vmdk.extent import ExtentSpec, Place
 from qemu_vmdk_snap.vmdk.grains import Copy, GrainExtent
+from qemu_vmdk_snap.vmdk.runs import DATA
 from qemu_vmdk_snap.vmdk.tables import GrainTables
+
+_RUN_GRAINS: Final = 128
 
 
 def open_extent(spec: ExtentSpec) -> CowdExtent:
@@ -43,6 +47,18 @@ class CowdExtent(GrainExtent):
         grain_bytes = sector_bytes(header.grain_size)
         super().__init__(file, path, [Copy(tables, at)], capacity=capacity, grain_bytes=grain_bytes, writable=writable)
         self._free_sector = header.free_sector
+
+    def lookup(self, offset: int) -> Place:
+        """Return where the byte at `offset` is; the place may go on over many of the small grains."""
+        place = super().lookup(offset)
+        grain, inside = divmod(offset, self._grain_bytes)
+        if place.kind == DATA:
+            in_file = -(-(self._file_size - place.file_offset + inside) // self._grain_bytes)
+            limit = min(_RUN_GRAINS, max(1, in_file))
+        else:
+            limit = _RUN_GRAINS
+        count = self.tables.run_length(grain, self.header.grain_size, limit)
+        return place._replace(length=min(count * self._grain_bytes - inside, self._capacity - offset))
 
     def _note_end(self) -> None:
         # A count that is too high wastes space, one too low loses data to the next writer.

@@ -79,6 +79,15 @@ class GrainTables:
         at = index * self._entry_size
         return int.from_bytes(raw[at : at + self._entry_size], "little")
 
+    def run_length(self, grain: int, step: int, limit: int) -> int:
+        """Return how many grains from `grain` on, in one table and at most `limit`, lie `step` apart or are all 0."""
+        table, index = divmod(grain, self.entries_per_table)
+        count = min(limit, self.entries_per_table - index)
+        found = np.frombuffer(self._table(table), self._dtype, count, index * self._entry_size).astype(np.int64)
+        first = int(found[0])
+        breaks = np.flatnonzero(found != (first + step * np.arange(count) if first else 0))
+        return int(breaks[0]) if len(breaks) else count
+
     def set_entry(self, grain: int, value: int) -> None:
         """Change the entry of `grain` in memory; the table is dirty from now on."""
         table, index = divmod(grain, self.entries_per_table)
