@@ -75,6 +75,10 @@ def test_a_healthy_domain_is_good(patient: Patient) -> None:
 def test_a_healthy_running_domain_is_good(patient: Patient) -> None:
     patient.domain.create()
     assert patient.bad() == {}
+    create_snapshot(patient.lab.conn, patient.name, "live")
+    assert patient.bad() == {}
+    patient.domain.destroy()
+    assert patient.bad() == {}
 
 
 def lose_base(patient: Patient) -> None:
