@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
-from qemu_vmdk_snap.domain.naming import default_snapshot_name
+from qemu_vmdk_snap.domain.registry import SnapshotInfo, list_snapshots
 from qemu_vmdk_snap.domain.snapshot import SnapshotReport, create_snapshot
 
 if TYPE_CHECKING:
@@ -62,7 +64,37 @@ def snapshot_after_stop(
     why_not = wait_until_off(domain, run, seconds)
     if why_not is not None:
         return why_not
-    with libvirt_errors(domain_name, "list its snapshots"):
-        taken = [name.removeprefix(PREFIX) for name in domain.snapshotListNames() if name.startswith(PREFIX)]
-    name = PREFIX + default_snapshot_name(taken)
+    # Behind those that are there, also where two stops share a second: the names tell the order.
+    second = max([int(time.time()), *(snapshot.creation_time + 1 for snapshot in _ours(conn, domain_name))])
+    name = f"{PREFIX}{second}"
     return create_snapshot(conn, domain_name, name, "taken after its guest had stopped")
+
+
+def prune_after_stop(conn: libvirt.virConnect, domain_name: str, keep: Sequence[tuple[str, int]]) -> list[str]:
+    """Delete those of the snapshots taken after a stop that no rule of `keep` keeps, and return their names.
+
+    Snapshots of other names are neither counted nor deleted.
+
+    Raises:
+        VmdkSnapError, OSError: see `delete`.
+    """
+    from qemu_vmdk_snap.domain.delete import delete
+    from qemu_vmdk_snap.domain.prune import Policy, decide
+
+    if not keep:
+        return []
+    rules = {rule.removeprefix("keep-"): count for rule, count in keep}
+    ours = _ours(conn, domain_name)
+    going = [decision.name for decision in decide(ours, Policy(**rules)) if not decision.reasons]
+    if going:
+        delete(conn, domain_name, going)
+    return going
+
+
+def _ours(conn: libvirt.virConnect, domain_name: str) -> list[SnapshotInfo]:
+    """Return the snapshots taken after a stop, each dated by the second in its name."""
+    return [
+        replace(snapshot, creation_time=int(second))
+        for snapshot in list_snapshots(conn, domain_name)
+        if (second := snapshot.name.removeprefix(PREFIX)) != snapshot.name and second.isdecimal()
+    ]

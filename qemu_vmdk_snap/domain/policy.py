@@ -110,8 +110,8 @@ def _truth(path: Path, word: str, value: object) -> bool:
 
 
 def _count(path: Path, word: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InvalidRequest(path, f"{word} = {value!r} must be a number from 0 on")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidRequest(path, f"{word} = {value!r} must be a number from 1 on")
     return value
 
 

@@ -179,7 +179,7 @@ def test_the_overlay_is_renewed_at_a_start(host: Host, words: str) -> None:
         ("verifi = true", "'verifi' is not known"),
         ("deadline = 0", "deadline = 0 must be seconds"),
         ("keep-last = 3", "keep-last is of no use without snapshot-after-stop"),
-        ("snapshot-after-stop = true\nkeep-last = -1", "keep-last = -1 must be a number from 0 on"),
+        ("snapshot-after-stop = true\nkeep-last = -1", "keep-last = -1 must be a number from 1 on"),
         ("snapshot-after-stop = true\nrevert-on-start = true", "exclude each other"),
         ('trusted-dirs = ["images"]', "must be a list of absolute paths"),
         ("revert-on-start = []", "must be true, false or a list of disks"),

@@ -210,6 +210,31 @@ def test_a_snapshot_follows_each_stop_but_not_a_refused_start(hooked: HookedDaem
     assert len(list_snapshots(hooked.conn, domain.name())) == 2
 
 
+def test_of_the_snapshots_after_a_stop_the_last_stay(hooked: HookedDaemon) -> None:
+    domain = hooked.domain(snapshot=True)
+    hooked.policy(domain, "snapshot-after-stop = true", "keep-last = 2")
+
+    def names() -> list[str]:
+        return [info.name for info in list_snapshots(hooked.conn, domain.name())]
+
+    for run in (1, 2, 3):
+        before = set(names())
+        probe = hooked.start(domain)
+        probe.pattern(SEED + run, AT + run * REGION, REGION)
+        power_off(probe, domain)
+        wait_for(lambda before=before: set(names()) - before)  # type: ignore[misc]
+    wait_for(lambda: len(names()) == 3)
+    wait_for(lambda: not list((hooked.folder / "state").glob("*.json")))
+    assert names()[0] == "clean"
+    assert all(name.startswith("stop-") for name in names()[1:])
+    with open_chain(top_of(domain)) as chain:  # what the deleted one held is there
+        for run in (1, 2, 3):
+            assert chain.read_at(AT + run * REGION, REGION) == pattern(
+                SEED + run, AT // 512 + run * REGION // 512, REGION // 512
+            )
+    power_off(hooked.start(domain), domain)
+
+
 def test_a_restarted_daemon_leaves_the_guest_alone(hooked: HookedDaemon) -> None:
     domain = hooked.domain(snapshot=True)
     hooked.policy(domain, 'verify = "chain"')

@@ -44,15 +44,14 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def _snapshot(args: argparse.Namespace, policy: Policy) -> dict[str, object]:
     from qemu_vmdk_snap.domain.connect import connection
-    from qemu_vmdk_snap.domain.hooks_after import snapshot_after_stop
+    from qemu_vmdk_snap.domain.hooks_after import prune_after_stop, snapshot_after_stop
 
     run_id = args.id if args.id is not None and args.id >= 0 else None
     with connection(policy.connect) as conn:
         report = snapshot_after_stop(conn, args.domain, run_id, args.wait)
         if isinstance(report, str):
-            return {"domain": args.domain, "snapshot": None, "result": f"no snapshot after its stop: {report}"}
-        return {
-            "domain": args.domain,
-            "snapshot": report.snapshot,
-            "result": f"snapshot {report.snapshot} taken after its stop",
-        }
+            result = f"no snapshot after its stop: {report}"
+            return {"domain": args.domain, "snapshot": None, "deleted": [], "result": result}
+        deleted = prune_after_stop(conn, args.domain, policy.keep)
+    result = f"snapshot {report.snapshot} taken after its stop" + (f", {', '.join(deleted)} deleted" if deleted else "")
+    return {"domain": args.domain, "snapshot": report.snapshot, "deleted": deleted, "result": result}
