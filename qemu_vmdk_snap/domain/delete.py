@@ -25,10 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.chain.chain import open_chain
-from qemu_vmdk_snap.chain.children import find_children
-from qemu_vmdk_snap.chain.link import Link
-from qemu_vmdk_snap.chain.resolver import confined
+from qemu_vmdk_snap import Link, OnProgress, confined, find_children, ignore, open_chain
 from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.delete_plan import (
@@ -47,7 +44,6 @@ from qemu_vmdk_snap.domain.newfile import refresh_pools
 from qemu_vmdk_snap.domain.plan import inactive_xml
 from qemu_vmdk_snap.domain.recovery import Recovery, is_empty, recover_domain
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
-from qemu_vmdk_snap.ops.progress import OnProgress, ignore
 
 if TYPE_CHECKING:
     import libvirt
@@ -145,14 +141,14 @@ def finish(
 
 def _settle(intent: Intent) -> None:
     """Finish what was interrupted inside an operation on the images."""
-    from qemu_vmdk_snap.ops.recover import recover
+    from qemu_vmdk_snap import recover
 
     for folder in {Path(one.frozen).parent for one in work_of(intent)}:
         recover(folder)
 
 
 def _merge_down(intent: Intent, on_progress: OnProgress) -> None:
-    from qemu_vmdk_snap.ops.commit import commit
+    from qemu_vmdk_snap import commit
 
     resolver = confined(_folders(intent))
     for one in work_of(intent):
@@ -165,7 +161,7 @@ def _merge_down(intent: Intent, on_progress: OnProgress) -> None:
 
 
 def _move(intent: Intent, on_progress: OnProgress) -> None:
-    from qemu_vmdk_snap.ops.rebase import rebase
+    from qemu_vmdk_snap import rebase
 
     resolver = confined(_folders(intent))
     for one in work_of(intent):

@@ -8,16 +8,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from qemu_vmdk_snap.chain.chain import open_chain
-from qemu_vmdk_snap.chain.children import find_children
-from qemu_vmdk_snap.chain.link import Link, open_link
-from qemu_vmdk_snap.chain.resolver import confined
+from qemu_vmdk_snap import Link, confined, find_children, open_chain, open_link, open_posix
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.intent import Intent
 from qemu_vmdk_snap.domain.plan import inactive_xml, volume_resolver
 from qemu_vmdk_snap.errors import DomainError
-from qemu_vmdk_snap.storage.blockfile import open_posix
 
 if TYPE_CHECKING:
     import libvirt

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from qemu_vmdk_snap import OnProgress, ignore
 from qemu_vmdk_snap.domain.connect import find_domain
 from qemu_vmdk_snap.domain.delete import delete
 from qemu_vmdk_snap.domain.delete_plan import Deleted, State, chosen, preview
 from qemu_vmdk_snap.domain.recovery import Recovery, recover_by_name
 from qemu_vmdk_snap.domain.registry import SnapshotInfo, list_snapshots
 from qemu_vmdk_snap.errors import InvalidRequest
-from qemu_vmdk_snap.ops.progress import OnProgress, ignore
 
 if TYPE_CHECKING:
     import libvirt

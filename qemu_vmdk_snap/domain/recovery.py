@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import qemu_vmdk_snap as engine
-from qemu_vmdk_snap.chain.children import find_children
-from qemu_vmdk_snap.chain.link import Link, open_link
-from qemu_vmdk_snap.chain.resolver import confined
+from qemu_vmdk_snap import HOLE, Link, confined, find_children, open_link, open_posix
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.intent import Intent, IntentStore, Overlay
@@ -33,9 +31,7 @@ from qemu_vmdk_snap.domain.live import follow_cid, written_files
 from qemu_vmdk_snap.domain.monitor import Monitor
 from qemu_vmdk_snap.domain.plan import find_snapshot, inactive_xml
 from qemu_vmdk_snap.errors import DomainError, LockBusy, VmdkSnapError
-from qemu_vmdk_snap.storage.blockfile import open_posix
 from qemu_vmdk_snap.units import GIB
-from qemu_vmdk_snap.vmdk.runs import HOLE
 
 if TYPE_CHECKING:
     import libvirt
