@@ -1,0 +1,210 @@
+"""Live snapshots on a real daemon, asked by virsh, and killed in the middle."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qemu_vmdk_snap import create_image, open_chain
+from qemu_vmdk_snap.cli.main import main
+from qemu_vmdk_snap.domain import live
+from qemu_vmdk_snap.domain.connect import open_connection
+from qemu_vmdk_snap.domain.delete import delete
+from qemu_vmdk_snap.domain.recovery import recover
+from qemu_vmdk_snap.domain.revert import revert
+from qemu_vmdk_snap.domain.snapshot import create_snapshot
+from qemu_vmdk_snap.harness import ProbeSession, attach
+from tests.domain.libvirtd import Daemon
+from tests.e2e.live_guest import MIB, REGION, STARTS, Progress, Writer, boot_disk, check_frozen, domain_xml, start
+
+pytestmark = [
+    pytest.mark.needs("libvirt", "libvirtd", "virsh", "qemu-system-x86_64"),
+    pytest.mark.timeout(300),
+]
+_numbers = itertools.count(1)
+
+
+class Guest:
+    """A domain of the daemon with the probe in it."""
+
+    def __init__(self, daemon: Daemon, folder: Path) -> None:
+        self.daemon, self.folder, self.serial = daemon, folder, folder / "serial"
+        self.name = f"real{next(_numbers)}"
+        self.conn = open_connection(daemon.uri)
+        disk = boot_disk(folder / "a.vmdk")
+        self.domain = self.conn.defineXML(domain_xml(self.name, [disk], self.serial))
+        self.probe = start(self.domain, self.serial)
+
+    def reconnect(self) -> None:
+        """Restart the daemon, as a crash would, and connect again."""
+        self.daemon.restart()
+        self.conn = open_connection(self.daemon.uri)
+        self.domain = self.conn.lookupByName(self.name)
+
+    def restart(self) -> ProbeSession:
+        """Start the guest anew from the persistent XML."""
+        if self.domain.isActive():
+            self.domain.destroy()
+        self.probe.close()
+        self.probe = start(self.domain, self.serial)
+        return self.probe
+
+    def close(self) -> None:
+        import libvirt
+
+        self.probe.close()
+        if self.domain.isActive():
+            self.domain.destroy()
+        self.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)
+        self.conn.close()
+
+
+@pytest.fixture
+def guest(daemon: Daemon, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guest]:
+    monkeypatch.setenv("QEMU_VMDK_SNAP_STATE", str(scratch / "state"))
+    guest = Guest(daemon, scratch)
+    yield guest
+    guest.close()
+
+
+def test_a_tree_of_live_snapshots_as_virsh_sees_it(guest: Guest) -> None:
+    points: list[tuple[Path, Progress, Progress]] = []
+    with Writer(guest.probe) as writer:
+        for number in range(9):
+            before = writer.progress
+            report = create_snapshot(guest.conn, guest.name, f"s{number}")
+            points.append((report.disks[0].frozen, before, writer.progress))
+            writer.wait(1)
+    for point in points:
+        check_frozen(*point)
+    virsh = guest.daemon.virsh
+    tree = virsh("snapshot-list", guest.name, "--tree")
+    assert [line.split()[-1] for line in tree.splitlines() if "s" in line] == [f"s{number}" for number in range(9)]
+    assert "disk-snapshot" in virsh("snapshot-info", guest.name, "s4")
+    inactive = virsh("dumpxml", guest.name, "--inactive")
+    assert inactive.count("<backingStore type='file'>") == 9
+    virsh("destroy", guest.name)
+    virsh("start", guest.name)
+    guest.probe.close()
+    guest.probe = attach(guest.serial, seconds=40)
+    last = writer.progress.ended
+    check_frozen(guest.folder / "a-000009.vmdk", Progress(last, last), Progress(last, last))
+
+
+def test_the_daemon_dies_between_two_snapshots(guest: Guest) -> None:
+    points: list[tuple[Path, Progress, Progress]] = []
+    with Writer(guest.probe) as writer:
+        for number in range(4):
+            before = writer.progress
+            report = create_snapshot(guest.conn, guest.name, f"s{number}")
+            points.append((report.disks[0].frozen, before, writer.progress))
+            guest.reconnect()
+            writer.wait(1)
+    for point in points:
+        check_frozen(*point)
+    assert guest.daemon.virsh("snapshot-list", guest.name, "--name").split() == [f"s{number}" for number in range(4)]
+    assert guest.restart().crc(STARTS[0], REGION)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_the_daemon_dies_in_the_middle(guest: Guest, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """It is killed around the transaction: our command fails, the guest goes on, the next command settles it."""
+    real = live._try
+
+    def killed(run: live._Run) -> bool:
+        if moment == "after":
+            assert real(run)
+        guest.daemon.restart()
+        return real(run)
+
+    with Writer(guest.probe) as writer:
+        with monkeypatch.context() as dying:
+            dying.setattr(live, "_try", killed)
+            with pytest.raises(Exception, match=r"libvirt|QEMU|connection|socket|internal"):
+                create_snapshot(guest.conn, guest.name, "s1")
+        guest.reconnect()
+        writer.wait(2)
+        (result,) = recover(guest.conn)
+        assert result.finished is (moment == "after")
+        assert result.left == ()
+        assert guest.domain.snapshotNum() == (1 if moment == "after" else 0)
+        create_snapshot(guest.conn, guest.name, "s2")
+        writer.wait(1)
+    last = writer.progress.ended
+    guest.domain.destroy()
+    (top,) = sorted(guest.folder.glob("a-*.vmdk"))[-1:]
+    check_frozen(top, Progress(last, last), Progress(last, last))
+    assert guest.restart().crc(STARTS[0], REGION)
+
+
+def test_back_to_a_live_snapshot_and_deleting_it(guest: Guest) -> None:
+    guest.probe.pattern(1, STARTS[0], REGION)
+    first = guest.probe.crc(STARTS[0], REGION)
+    create_snapshot(guest.conn, guest.name, "s1")
+    guest.probe.pattern(2, STARTS[0], REGION)
+    second = guest.probe.crc(STARTS[0], REGION)
+    create_snapshot(guest.conn, guest.name, "s2")
+    guest.probe.pattern(3, STARTS[0], REGION)
+    guest.probe.close()
+    guest.serial.unlink(missing_ok=True)
+    revert(guest.conn, guest.name, "s1", after="running", discard=True)
+    guest.probe = attach(guest.serial, seconds=40)
+    assert guest.probe.crc(STARTS[0], REGION) == first
+    guest.probe.close()
+    guest.serial.unlink(missing_ok=True)
+    revert(guest.conn, guest.name, "s2", after="running", discard=True)
+    guest.probe = attach(guest.serial, seconds=40)
+    assert guest.probe.crc(STARTS[0], REGION) == second
+    guest.domain.destroy()
+    delete(guest.conn, guest.name, "s1")
+    assert guest.restart().crc(STARTS[0], REGION) == second
+
+
+def test_a_volume_and_its_pool(daemon: Daemon, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import libvirt
+
+    monkeypatch.setenv("QEMU_VMDK_SNAP_STATE", str(scratch / "state"))
+    conn = open_connection(daemon.uri)
+    folder = scratch / "pool"
+    folder.mkdir()
+    create_image(folder / "v.vmdk", MIB)
+    pool = conn.storagePoolCreateXML(
+        f"<pool type='dir'><name>{scratch.name}</name><target><path>{folder}</path></target></pool>"
+    )
+    extra = (
+        f"<disk type='volume' device='disk'><driver name='qemu' type='vmdk'/><source pool='{scratch.name}' "
+        "volume='v.vmdk'/><target dev='vdb' bus='virtio'/></disk>"
+    )
+    domain = conn.defineXML(domain_xml("volume", [boot_disk(scratch / "a.vmdk")], scratch / "serial", extra=extra))
+    probe = start(domain, scratch / "serial")
+    try:
+        report = create_snapshot(conn, "volume", "s1")
+        assert [disk.target for disk in report.disks] == ["sda", "vdb"]
+        create_snapshot(conn, "volume", "s2")
+        assert "v-000002.vmdk" in daemon.virsh("vol-list", scratch.name)
+        probe.pattern(1, STARTS[0], REGION)
+    finally:
+        probe.close()
+        domain.destroy()
+        domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)
+        pool.destroy()
+        conn.close()
+    with open_chain(folder / "v-000002.vmdk") as chain:
+        assert chain.depth == 3
+
+
+def test_the_command_tells_the_pause_and_refuses_memory(guest: Guest, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["snapshot", "create", "-c", guest.daemon.uri, guest.name]
+    assert main([*words, "s1", "--disk-only"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "Domain snapshot s1 created"
+    assert out[2].startswith("  the guest ran on: disk requests waited ")
+    assert main([*words, "s2", "--memspec", "/nowhere"]) != 0
+    assert capsys.readouterr().err == (
+        "qemu-vmdk-snap: /nowhere: the memory of a guest on QEMU's vmdk driver cannot be saved: the driver blocks "
+        "migration; take the snapshot without --memspec\n"
+    )
+    assert guest.domain.snapshotNum() == 1
