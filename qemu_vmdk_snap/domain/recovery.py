@@ -56,24 +56,33 @@ def recover(conn: libvirt.virConnect) -> list[Recovery]:
     """Settle every unfinished snapshot of this connection's domains, and return what became of each.
 
     Raises:
-        DomainError: one could not be settled; its record stays, and so does everything it names.
+        DomainError: one could not be settled; its record stays, as does all that it names. The others are settled.
     """
-    import libvirt
-
     store = IntentStore.of(conn)
-    settled = []
+    settled: list[Recovery] = []
+    failure: VmdkSnapError | OSError | None = None
     for uuid in store.uuids():
         try:
-            domain = conn.lookupByUUIDString(uuid)
-        except libvirt.libvirtError as error:
-            reason = (
-                f"libvirt does not know it, but {store.path(uuid)} tells of its unfinished snapshot: define it first"
-            )
-            raise DomainError(uuid, reason) from error
-        with store.locked(uuid, domain.name()):
-            result = recover_domain(conn, domain, store)
-        settled += [result] if result else []
+            domain = _lookup(conn, store, uuid)
+            with store.locked(uuid, domain.name()):
+                result = recover_domain(conn, domain, store)
+        except (VmdkSnapError, OSError) as error:
+            failure = failure or error
+        else:
+            settled += [result] if result else []
+    if failure is not None:
+        raise failure
     return settled
+
+
+def _lookup(conn: libvirt.virConnect, store: IntentStore, uuid: str) -> libvirt.virDomain:
+    import libvirt
+
+    try:
+        return conn.lookupByUUIDString(uuid)
+    except libvirt.libvirtError as error:
+        reason = f"libvirt does not know it, but {store.path(uuid)} tells of its unfinished snapshot: define it first"
+        raise DomainError(uuid, reason) from error
 
 
 def recover_by_name(conn: libvirt.virConnect, domain_name: str) -> Recovery | None:

@@ -294,6 +294,20 @@ def test_a_replaced_overlay_is_left(lab: Lab, monkeypatch: pytest.MonkeyPatch) -
     assert overlay.exists()
 
 
+def test_one_that_cannot_be_settled_does_not_hold_up_the_others(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = IntentStore.of(lab.conn)
+    domain = lab.define(lab.disk())
+    interrupt(lab, monkeypatch, domain, "definition")
+    unknown = "00000000-1111-2222-3333-444444444444"
+    store.path(unknown).write_text("{}")
+    try:
+        with pytest.raises(DomainError, match="libvirt does not know it"):
+            recover(lab.conn)
+        assert store.uuids() == [unknown]
+    finally:
+        store.remove(unknown)
+
+
 def test_a_domain_edited_halfway_is_left_to_its_owner(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     domain = lab.define(lab.disk("a"), lab.disk("b"))
     interrupt(lab, monkeypatch, domain, "answer to the definition")

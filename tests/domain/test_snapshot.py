@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import time
 from pathlib import Path
 
@@ -116,6 +117,30 @@ def test_the_overlay_has_the_owner_of_its_base(lab: Lab) -> None:
     create_snapshot(lab.conn, lab.define(base).name())
     made = (lab.folder / "a-000001.vmdk").stat()
     assert (made.st_uid, made.st_gid) == (12345, 54321)
+
+
+def test_the_overlay_has_the_access_list_of_its_base(lab: Lab) -> None:
+    base = lab.disk()
+    base.chmod(0o640)
+    # Version 2; owner rw, user 12345 rw, group r, mask rw, others nothing: <tag, permissions, id> each.
+    entries = [
+        (0x01, 6, 0xFFFFFFFF),
+        (0x02, 6, 12345),
+        (0x04, 4, 0xFFFFFFFF),
+        (0x10, 6, 0xFFFFFFFF),
+        (0x20, 0, 0xFFFFFFFF),
+    ]
+    wanted = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    try:
+        os.setxattr(base, "system.posix_acl_access", wanted)
+    except OSError as error:
+        pytest.skip(f"no access lists on {lab.folder}: {error.strerror}")
+    os.setxattr(base, "user.note", b"of the base alone")
+    create_snapshot(lab.conn, lab.define(base).name())
+    overlay = lab.folder / "a-000001.vmdk"
+    assert os.getxattr(overlay, "system.posix_acl_access") == wanted
+    assert "user.note" not in os.listxattr(overlay)
+    assert overlay.stat().st_mode == base.stat().st_mode
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
