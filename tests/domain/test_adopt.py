@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from qemu_vmdk_snap import DomainError, FormatError, create_overlay, open_chain
 from qemu_vmdk_snap.cli.main import main
+from qemu_vmdk_snap.domain import adopt as adoption
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.adopt import adopt
+from qemu_vmdk_snap.domain.delete import delete
 from qemu_vmdk_snap.domain.registry import list_snapshots, tree_lines
+from qemu_vmdk_snap.domain.revert import revert
 from qemu_vmdk_snap.domain.snapshot import create_snapshot
 from qemu_vmdk_snap.domain.vmsd import read_vmsd
 from tests.domain.lab import Lab, contents, xml_of
@@ -74,6 +77,14 @@ def vmware(lab: Lab) -> libvirt.virDomain:
     top = overlay(lab.folder / "a-000002.vmdk", first, "two")
     overlay(lab.folder / "a-000003.vmdk", base, "three")
     return lab.define(top)
+
+
+def seen(domain: libvirt.virDomain) -> set[str]:
+    """Return which link's mark the active disk shows."""
+    (disk,) = xml.list_disks(xml_of(domain))
+    assert disk.path is not None
+    with open_chain(disk.path) as chain:
+        return {chain.read_at(4096, 512).decode().rstrip(".")}
 
 
 def tree(lab: Lab, domain: libvirt.virDomain) -> list[str]:
@@ -194,6 +205,56 @@ def test_disks_of_several_heights(lab: Lab) -> None:
         ("vda", "external", a1),
         ("vdb", "no", b1),
     ]
+
+
+def test_what_was_adopted_can_be_reverted_to_and_deleted(lab: Lab, vmware: libvirt.virDomain) -> None:
+    (lab.folder / "vm.vmsd").write_text(VMSD)
+    adopt(lab.conn, vmware.name())
+    assert seen(vmware) == {"two"}
+    revert(lab.conn, vmware.name(), "side branch")
+    assert seen(vmware) == {"three"}
+    revert(lab.conn, vmware.name(), "patched")
+    assert seen(vmware) == {"one"}
+    delete(lab.conn, vmware.name(), ["side branch"])
+    delete(lab.conn, vmware.name(), ['clean - install "tä"'])
+    assert tree(lab, vmware) == ["patched"]
+    assert seen(vmware) == {"one"}
+    (patched,) = list_snapshots(lab.conn, vmware.name())
+    assert [disk.problem for disk in patched.disks] == [None]
+    vmware.create()
+
+
+def test_a_running_domain_is_adopted_and_runs_on(lab: Lab) -> None:
+    top = overlay(lab.folder / "a-000001.vmdk", lab.disk("a"), "one")
+    domain = lab.define(top)
+    domain.create()
+    adopt(lab.conn, domain.name())
+    assert domain.isActive()
+    assert tree(lab, domain) == ["a"]
+    create_snapshot(lab.conn, domain.name(), "live")
+    assert tree(lab, domain) == ["a", "  +- live"]
+
+
+def test_stopped_in_the_middle_it_goes_on_the_next_time(
+    lab: Lab, vmware: libvirt.virDomain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = adoption._register, []
+
+    def register_one(*args: Any, **words: Any) -> None:  # noqa: ANN401
+        calls.append(args)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        real(*args, **words)
+
+    monkeypatch.setattr(adoption, "_register", register_one)
+    with pytest.raises(KeyboardInterrupt):
+        adopt(lab.conn, vmware.name())
+    monkeypatch.undo()
+    assert tree(lab, vmware) == ["a"]
+    report = adopt(lab.conn, vmware.name())
+    assert [one.name for one in report.adopted] == ["a-000001"]
+    assert tree(lab, vmware) == ["a", "  +- a-000001"]
+    assert vmware.snapshotCurrent().getName() == "a-000001"
 
 
 def test_a_broken_chain_is_not_adopted(lab: Lab, vmware: libvirt.virDomain) -> None:
