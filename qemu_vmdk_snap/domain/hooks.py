@@ -209,6 +209,8 @@ def _policy_states(folder: Path) -> list[PolicyState]:
         problem = None
         try:
             policies.load(path)
+            if path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                problem = "may be written by others than its owner, and tells root what to throw away"
         except InvalidRequest as error:
             problem = error.reason
         except (VmdkSnapError, OSError) as error:

@@ -338,6 +338,8 @@ def test_status_tells_what_is_wrong(host: Host, capsys: pytest.CaptureFixture[st
     (host.policies / "bad.toml").unlink()
     assert main(["hook", "status", "--dir", str(host.hooks)]) == 0
     assert "Policy of domain good: " in capsys.readouterr().out
+    (host.policies / "good.toml").chmod(0o666)
+    assert "may be written by others" in str(hooks.status(host.hooks).policies[0].problem)
     host.script.chmod(0o644)
     assert hooks.status(host.hooks).problem == "is not executable: libvirt passes it over"
     host.script.chmod(0o775)
