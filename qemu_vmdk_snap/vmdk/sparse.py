@@ -119,7 +119,8 @@ class SparseExtent(GrainExtent):
         broken: FormatError | None = None
         for field, sector in offsets:
             length = header.gd_entries * 4
-            raw = self._file.read_at(sector_bytes(sector), length) if sector else b""
+            inside = sector and sector_bytes(sector) + length <= self._file_size
+            raw = self._file.read_at(sector_bytes(sector), length) if inside else b""
             if len(raw) != length:
                 rule = f"must leave {length} bytes inside the file of {self._file_size} bytes"
                 broken = FormatError(self._path, header.offset_of(field), field, sector, rule)

@@ -19,7 +19,7 @@ import numpy as np
 
 from qemu_vmdk_snap.errors import FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile
-from qemu_vmdk_snap.units import KIB, SECTOR_SIZE, sector_bytes
+from qemu_vmdk_snap.units import KIB, MIB, SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.compression import inflated
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, Place
 from qemu_vmdk_snap.vmdk.grains import Copy, GrainExtent
@@ -32,6 +32,7 @@ MARKER: Final = struct.Struct("<QII")
 
 GRAIN_RECORD: Final = struct.Struct("<QI")
 MARKER_EOS, MARKER_GT, MARKER_GD, MARKER_FOOTER = range(4)
+MAX_GRAIN_SECTORS: Final = (16 * MIB) // SECTOR_SIZE
 _FOOTER_SEARCH: Final = 64 * KIB
 
 
@@ -45,6 +46,7 @@ def open_stream(spec: ExtentSpec, file: BlockFile, header: SparseExtentHeader) -
     if spec.writable:
         raise Unsupported(spec.path, "streamOptimized images are written once, from start to end: convert it to write")
     notes: list[str] = []
+    check_grain(header, spec.path)
     if header.gd_offset == GD_AT_END:
         header = read_footer(file, spec.path, header, notes)
     if header.capacity < spec.line.sectors:
@@ -53,6 +55,13 @@ def open_stream(spec: ExtentSpec, file: BlockFile, header: SparseExtentHeader) -
     extent = StreamExtent(file, spec.path, header, sector_bytes(spec.line.sectors))
     extent.notes += notes
     return extent
+
+
+def check_grain(header: SparseExtentHeader, path: Path) -> None:
+    """Refuse grains that are too large to be held in memory a few at a time; all known writers have 64 KiB."""
+    if header.grain_size > MAX_GRAIN_SECTORS:
+        feature = f"byte 0x14: grain_size = {header.grain_size}: compressed grains above 16 MiB are not supported"
+        raise Unsupported(path, feature)
 
 
 def read_footer(file: BlockFile, path: Path, header: SparseExtentHeader, notes: list[str]) -> SparseExtentHeader:
@@ -72,6 +81,7 @@ def read_footer(file: BlockFile, path: Path, header: SparseExtentHeader, notes: 
         rule = "needs a footer in the last 64 KiB that gives its place: the stream was cut short"
         raise FormatError(path, header.offset_of("gd_offset"), "gd_offset", header.gd_offset, rule)
     check_header(footer, path, size)
+    check_grain(footer, path)
     if footer.gd_offset == GD_AT_END:
         rule = "must give the place of the grain directory"
         raise FormatError(path, start + at + footer.offset_of("gd_offset"), "gd_offset", footer.gd_offset, rule)

@@ -14,7 +14,7 @@ from qemu_vmdk_snap.storage.pipes import PipeReader
 from qemu_vmdk_snap.units import SECTOR_SIZE, round_up, sector_bytes
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, Descriptor
 from qemu_vmdk_snap.vmdk.header import GD_AT_END, HeaderFlag, SparseExtentHeader, check_header
-from qemu_vmdk_snap.vmdk.stream import GRAIN_RECORD, MARKER, MARKER_EOS, max_record
+from qemu_vmdk_snap.vmdk.stream import GRAIN_RECORD, MARKER, MARKER_EOS, check_grain, max_record
 
 _ANY_SIZE: Final = 1 << 62
 
@@ -46,6 +46,7 @@ class StreamReader:
         check_header(self.header, path, _ANY_SIZE)
         if not (self.header.compressed and self.header.flags & HeaderFlag.MARKERS):
             raise Unsupported(path, "only streamOptimized images with markers can be read from a pipe")
+        check_grain(self.header, path)
         base, size = sector_bytes(self.header.descriptor_offset), sector_bytes(self.header.descriptor_size)
         if not base or size > MAX_BYTES or base + size > sector_bytes(self.header.overhead):
             at = self.header.offset_of("descriptor_offset")
