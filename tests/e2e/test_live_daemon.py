@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,6 +140,70 @@ def test_the_daemon_dies_in_the_middle(guest: Guest, monkeypatch: pytest.MonkeyP
     (top,) = sorted(guest.folder.glob("a-*.vmdk"))[-1:]
     check_frozen(top, Progress(last, last), Progress(last, last))
     assert guest.restart().crc(STARTS[0], REGION)
+
+
+VICTIM = """
+import os, signal, sys
+from qemu_vmdk_snap.domain import live, snapshot
+from qemu_vmdk_snap.domain.connect import open_connection
+from qemu_vmdk_snap.domain.intent import IntentStore
+from qemu_vmdk_snap.domain.monitor import Monitor
+
+uri, domain, name, at = sys.argv[1:]
+homes = {"write": IntentStore, "remove": IntentStore, "make_overlay": snapshot, "_define": snapshot,
+         "register": snapshot, "_add": live, "execute": Monitor}
+real, seen = getattr(homes.get(name, Monitor), name if name in homes else "execute"), 0
+
+def dies(*args, **options):
+    global seen
+    result = real(*args, **options)
+    seen += name in homes or args[1] == name
+    if seen == int(at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+setattr(homes.get(name, Monitor), name if name in homes else "execute", dies)
+snapshot.create_snapshot(open_connection(uri), domain, "s2")
+"""
+
+KILLS = {
+    ("write", 1): False,
+    ("make_overlay", 1): False,
+    ("write", 2): False,
+    ("_define", 1): False,
+    ("register", 1): False,
+    ("add-fd", 1): False,
+    ("add-fd", 2): False,
+    ("blockdev-add", 1): False,
+    ("blockdev-add", 2): False,
+    ("stop", 1): False,
+    ("transaction", 1): True,
+    ("cont", 1): True,
+    ("remove", 1): None,
+}
+"""(after which call of what the command is killed): whether the snapshot is finished then; None: there is no record."""
+
+
+@pytest.mark.parametrize("after", KILLS, ids=lambda after: f"{after[0]}-{after[1]}")
+def test_a_command_that_is_killed_is_settled_by_the_next(guest: Guest, after: tuple[str, int]) -> None:
+    create_snapshot(guest.conn, guest.name, "s1")  # nothing is written since: the next one has to stop the vCPUs
+    before, finished = guest.domain.XMLDesc(2), KILLS[after]
+    words = [sys.executable, "-c", VICTIM, guest.daemon.uri, guest.name, after[0], str(after[1])]
+    assert subprocess.run(words, check=False, timeout=60).returncode == -9
+    assert [(result.finished, result.left) for result in recover(guest.conn)] == (
+        [] if finished is None else [(finished, ())]
+    )
+    complete = finished is not False
+    assert guest.domain.snapshotNum() == (2 if complete else 1)
+    assert (guest.domain.XMLDesc(2) == before) is not complete
+    assert (guest.folder / "a-000002.vmdk").exists() is complete
+    with Writer(guest.probe) as writer:  # it runs on
+        create_snapshot(guest.conn, guest.name, "s3")
+        writer.wait(1)
+    last = writer.progress.ended
+    guest.domain.destroy()
+    top = sorted(guest.folder.glob("a-*.vmdk"))[-1]
+    check_frozen(top, Progress(last, last), Progress(last, last))
 
 
 def test_back_to_a_live_snapshot_and_deleting_it(guest: Guest) -> None:
