@@ -74,7 +74,8 @@ def decide(snapshots: Sequence[SnapshotInfo], policy: Policy) -> list[Decision]:
         raise InvalidRequest("policy", "no number may be negative")
     if not any(counts.values()):
         raise InvalidRequest("policy", "would keep nothing: give at least one of --keep-last, -hourly, -daily, ...")
-    youngest = sorted(snapshots, key=lambda one: (-one.creation_time, one.name))
+    # Two of one second: a child is younger than its parent.
+    youngest = sorted(snapshots, key=lambda one: (-one.creation_time, -_generation(one, snapshots), one.name))
     reasons: dict[str, list[str]] = {one.name: [] for one in youngest}
     for one in youngest[: policy.last]:
         reasons[one.name].append("last")
@@ -89,6 +90,14 @@ def decide(snapshots: Sequence[SnapshotInfo], policy: Policy) -> list[Decision]:
         if one.memory != "no" or one.location != "external":
             reasons[one.name].append("is no external snapshot of disks alone")
     return [Decision(one.name, one.creation_time, tuple(reasons[one.name])) for one in youngest]
+
+
+def _generation(snapshot: SnapshotInfo, snapshots: Sequence[SnapshotInfo]) -> int:
+    parents = {one.name: one.parent for one in snapshots}
+    generation, name = 0, snapshot.parent
+    while name in parents and generation <= len(parents):
+        generation, name = generation + 1, parents[name]
+    return generation
 
 
 def prune(

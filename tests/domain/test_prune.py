@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -40,6 +41,13 @@ NOON = time.mktime((2026, 3, 15, 12, 0, 0, 0, 0, 0))
 def test_the_last_ones() -> None:
     snapshots = [info(f"s{n}", NOON - n * HOUR) for n in range(5)]
     assert kept(Policy(last=2), *snapshots) == {"s0": ("last",), "s1": ("last",)}
+
+
+def test_of_two_of_one_second_the_child_is_the_younger() -> None:
+    older, younger = info("a", NOON), replace(info("b", NOON), parent="a")
+    assert list(kept(Policy(last=1), older, younger)) == ["b"]
+    older, younger = info("b", NOON), replace(info("a", NOON), parent="b")
+    assert list(kept(Policy(last=1), older, younger)) == ["a"]
 
 
 def test_the_youngest_of_each_day() -> None:
