@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from qemu_vmdk_snap.chain.chain import Chain
 from qemu_vmdk_snap.chain.disk import Disk
-from qemu_vmdk_snap.ops.create import ImageOptions
+from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.ops.layout import ImageOptions, plan_image
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, round_up, sector_bytes
+from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 from qemu_vmdk_snap.vmdk.runs import DATA, Int64s
-from qemu_vmdk_snap.vmdk.sparse_layout import plan_sparse
 
 OPERATION: Final = "measure"
 
@@ -40,17 +42,38 @@ def measure(
     """Return what an image of `disk`, or with None of an empty disk of `size` bytes, would take.
 
     Grains that are stored are counted whole: whether they hold zeros is not looked at, and a copy may turn out smaller.
+
+    Raises:
+        Unsupported: the image would be streamOptimized.
+        InvalidRequest: there is no such kind.
     """
     capacity = round_up(size if disk is None else disk.capacity, SECTOR_SIZE)
     if output_format == "raw":
         return Measurement(_stored(disk, 1, capacity, on_progress), capacity)
-    options = options or ImageOptions()
-    grain = options.grain_size
-    layout = plan_sparse(
-        byte_sectors(capacity), grain_sectors=grain // SECTOR_SIZE, zeroed_grains=options.zeroed_grain, descriptor=b""
+    path = Path("measure.vmdk") if disk is None else disk.path
+    plan = plan_image(
+        path,
+        path.name,
+        byte_sectors(capacity),
+        options or ImageOptions(),
+        cid=1,
+        parent_cid=NO_PARENT,
+        hint=None,
+        ddb={},
     )
-    overhead = sector_bytes(layout.header.overhead)
-    return Measurement(overhead + _stored(disk, grain, capacity, on_progress), overhead + round_up(capacity, grain))
+    if plan.kind.stream:
+        raise Unsupported(path, "the size of a streamOptimized image depends on how its data deflates")
+    overhead, full, unit = len(plan.descriptor) if plan.kind.suffix else 0, 0, 1
+    for _, sectors, layout in plan.extents:
+        if layout is None:
+            overhead += sector_bytes(sectors)  # all there from the start, if only as a hole
+            continue
+        unit = sector_bytes(layout.header.grain_size)
+        overhead += sector_bytes(layout.header.overhead)
+        full += round_up(sector_bytes(sectors), unit)
+    if not full:
+        return Measurement(overhead, overhead)
+    return Measurement(overhead + _stored(disk, unit, capacity, on_progress), overhead + full)
 
 
 def _stored(disk: Disk | None, unit: int, capacity: int, on_progress: OnProgress) -> int:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import ImageOptions, InvalidRequest, create_image, create_overlay, open_chain
+from qemu_vmdk_snap import ImageOptions, InvalidRequest, Unsupported, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.chain.disk import RawDisk
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.ops.check import check_image
 from qemu_vmdk_snap.ops.commit import commit
 from qemu_vmdk_snap.ops.convert import convert
 from qemu_vmdk_snap.ops.layout import KINDS
+from qemu_vmdk_snap.ops.measure import measure
 from tests.support.qemu import assert_agree, content, qemu_content, qemu_img, qemu_io
 
 pytestmark = pytest.mark.needs("qemu-img", "qemu-io")
@@ -229,3 +230,22 @@ def test_a_cancelled_copy_leaves_nothing(tmp_path: Path, kind: str) -> None:
         with open_chain(below) as chain, pytest.raises(KeyboardInterrupt):
             convert(chain, tmp_path / "copy.vmdk", backing=backing, options=options, on_progress=cancel)
         assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_measured_size_is_that_of_the_copy(tmp_path: Path, kind: str) -> None:
+    size = (3 << 20) + 512
+    create_image(tmp_path / "source.vmdk", size, durable=False)
+    with open_chain(tmp_path / "source.vmdk", writable=True) as chain:
+        chain.write_at(65536 * 3, b"whole grains" * 16384)
+    options = ImageOptions(subformat=kind)
+    with open_chain(tmp_path / "source.vmdk") as chain:
+        if kind == "streamOptimized":
+            with pytest.raises(Unsupported, match="depends on how its data deflates"):
+                measure(chain, 0, options=options)
+            return
+        sizes = measure(chain, 0, options=options)
+        convert(chain, tmp_path / "copy.vmdk", options=options, durable=False)
+    taken = sum(path.stat().st_size for path in tmp_path.glob("copy*"))
+    assert abs(sizes.required - taken) < 2048, "more than the text of a descriptor apart"
+    assert sizes.fully_allocated >= max(size, sizes.required)
