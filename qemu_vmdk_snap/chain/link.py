@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from qemu_vmdk_snap.chain.resolver import Resolver
 from qemu_vmdk_snap.errors import FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix_or_device
+from qemu_vmdk_snap.storage.limits import allow_open_files
 from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd_header import COWD_MAGIC, legacy_descriptor, read_cowd_header
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.vmdk.runs import RunTable
 
 _MIN_CID_DIGITS: Final = 5
+_MANY_FILES: Final = 100
 _DEVICE_TYPES: Final = ("VMFSRDM", "VMFSRAW")
 
 
@@ -241,6 +243,8 @@ def open_link(
         descriptor, embedded = read_descriptor(file)
         _refuse_writing_legacy(file, embedded and writable)
         lines = _checked_extents(descriptor, embedded)
+        if len(lines) > _MANY_FILES:
+            allow_open_files(len(lines))
         extents, start = [], 0
         for number, line in enumerate(lines):
             _refuse_device(line, path, opener)

@@ -23,6 +23,7 @@ from qemu_vmdk_snap.chain.link import read_descriptor
 from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.storage.blockfile import BlockFile, PosixFile
 from qemu_vmdk_snap.storage.durable import NewFiles
+from qemu_vmdk_snap.storage.limits import allow_open_files
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd_layout import CowdLayout, plan_cowd, write_cowd
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, make_descriptor
@@ -158,6 +159,7 @@ def write_image(files: NewFiles, path: Path, plan: Plan, mode: int = 0o666) -> l
             write_sparse(file, layout, plan.descriptor)
         return [(file, plan.sectors)]
     made: list[tuple[PosixFile, int]] = []
+    allow_open_files(len(plan.extents))
     for name, sectors, layout in plan.extents:
         file = files.add(path.with_name(name), mode)
         if isinstance(layout, SparseLayout):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -249,3 +251,20 @@ def test_a_measured_size_is_that_of_the_copy(tmp_path: Path, kind: str) -> None:
     taken = sum(path.stat().st_size for path in tmp_path.glob("copy*"))
     assert abs(sizes.required - taken) < 2048, "more than the text of a descriptor apart"
     assert sizes.fully_allocated >= max(size, sizes.required)
+
+
+def test_a_split_disk_with_more_files_than_may_be_open(tmp_path: Path) -> None:
+    """The soft limit is raised as far as it takes: 300 extents under a limit of 128 files."""
+    path, size = tmp_path / "a.vmdk", 300 * 2047 << 20
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from qemu_vmdk_snap import create_image, open_chain
+create_image({str(path)!r}, {size}, kind="twoGbMaxExtentSparse", durable=False)
+with open_chain({str(path)!r}, writable=True) as chain:
+    chain.write_at({size} - 3, b"end")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with open_chain(path) as chain:
+        assert len(chain.links[0].extents) == 300
+        assert chain.read_at(size - 4, 4) == b"\0end"
