@@ -48,7 +48,7 @@ class Lab:
             f"<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>{name}</name>"
             "<metadata><app:note xmlns:app='urn:example:note'><app:by who='me'/></app:note></metadata>"
             "<memory unit='MiB'>32</memory><os><type arch='x86_64'>hvm</type></os><devices>"
-            f"{elements}{extra}<graphics type='vnc' passwd='secret'/></devices>"
+            f"{elements}{extra}<graphics type='vnc' passwd='secret'><listen type='none'/></graphics></devices>"
             "<qemu:commandline><qemu:arg value='-no-reboot'/></qemu:commandline></domain>"
         )
 
