@@ -43,12 +43,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def states_of_a_commit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[State]:
+def states_of_a_commit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[State]:
     """Run a commit on recording files; return every state that a cut within it, or after it, could leave."""
     names = ("base.vmdk", "top.vmdk")
     files = {name: RecordingFile(folder / name, (folder / name).read_bytes()) for name in names}
     record = folder / ".top.vmdk.intent"
-    seen: set[State] = set()
+    seen: dict[State, None] = {}  # in the order they come: a red control fails alike each time
 
     def capture(*, top: bool = True) -> None:
         now = record.read_bytes() if record.exists() else None
@@ -56,7 +56,7 @@ def states_of_a_commit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[Sta
         for cut in there:
             for image in cut.images_after_crash(limit=24, seed=len(cut.log)):
                 images = ((one.path.name, image if one is cut else one.durable) for one in there)
-                seen.add(State(tuple(images), now))
+                seen[State(tuple(images), now)] = None
 
     def watched(call: Callable[..., None]) -> Callable[..., None]:
         def wrapper(*args: object) -> None:
@@ -70,7 +70,7 @@ def states_of_a_commit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[Sta
     monkeypatch.setattr(Intent, "begin", watched(Intent.begin))
     commit(folder / "top.vmdk", delete=True, opener=lambda path, writable: files[path.name])
     capture(top=False)
-    return seen
+    return list(seen)
 
 
 def put_back(folder: Path, state: State) -> None:

@@ -76,7 +76,7 @@ def test_without_the_barrier_the_power_cut_test_is_red(
 ) -> None:
     monkeypatch.setattr(RecordingFile, "flush", lambda self: None)
     # Which of the broken images comes first differs from run to run.
-    with pytest.raises((AssertionError, FormatError), match="neither old nor new|must place grain"):
+    with pytest.raises((AssertionError, FormatError), match=r"neither old nor new|must place grain"):
         cut_at_every_write(chain_files, write_some, tmp_path, old_or_new)
 
 
