@@ -222,7 +222,13 @@ class _Checker:
         if header.unclean_shutdown:
             at, rule = header.offset_of("unclean_shutdown"), "must be 0: a writer did not close the image"
             self._findings.corrupt(path, at, "unclean_shutdown", header.unclean_shutdown, rule)
-        check_header(header, path, file.size())
+        try:
+            check_header(header, path, file.size())
+        except FormatError as error:
+            check_header(header, path, file.size(), tolerant=True)  # raises where neither directory is in the file
+            self._findings.broken(error)
+            good = header.rgd_offset if error.field == "gd_offset" else header.gd_offset
+            header = replace(header, gd_offset=good, rgd_offset=0)
         return header
 
     def _check_one(self, image: _Image, *, deep: bool) -> int:

@@ -116,6 +116,24 @@ def test_copies_that_differ(image: Path) -> None:
     assert texts(report) == [f"{image}: byte {at:#x}: redundant grain table entry = 0: {rule}"]
 
 
+@pytest.mark.parametrize(("field", "at"), [("gd_offset", 56), ("rgd_offset", 48)])
+def test_a_directory_outside_the_file_leaves_the_other_to_look_at(
+    image: Path, field: str, at: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(image, at, struct.pack("<Q", 1 << 40))
+    report = check(image)
+    first = texts(report)[0]
+    assert f"byte {at:#x}: {field} = {1 << 40}: must leave 1 sectors inside the file" in first
+    assert (report.corruptions, report.allocated) == (1, 4)
+    assert main(["image", "check", str(image)]) == 2
+    before = image.read_bytes()
+    assert (
+        main(["image", "check", "-r", "all", str(image)]) == 1
+    )  # which copy is to be trusted is for a convert to show
+    assert image.read_bytes() == before
+    assert f"{field} = {1 << 40}" in capsys.readouterr().err
+
+
 def test_directory_entry_zero(image: Path) -> None:
     header = header_of(image)
     put(image, header.gd_offset * 512 + 4, bytes(4))
