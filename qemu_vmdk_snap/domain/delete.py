@@ -40,6 +40,7 @@ from qemu_vmdk_snap.domain.delete_plan import (
     work_of,
 )
 from qemu_vmdk_snap.domain.intent import Intent, IntentStore
+from qemu_vmdk_snap.domain.live_merge import merge_active
 from qemu_vmdk_snap.domain.newfile import refresh_pools
 from qemu_vmdk_snap.domain.plan import inactive_xml
 from qemu_vmdk_snap.domain.recovery import Recovery, is_empty, recover_domain
@@ -104,11 +105,15 @@ def _execute(
 ) -> None:
     store.write(intent)  # barrier: from here on `finish` knows what to do
     try:
-        _merge_down(intent, on_progress)
+        if intent.live:
+            _merge_live(conn, domain, intent)
+        else:
+            _merge_down(intent, on_progress)
     except BaseException:
         with contextlib.suppress(VmdkSnapError, OSError):
             _settle(intent)
-            store.remove(intent.uuid)  # whatever was merged, everything still reads what it read
+            if not _names_merged(domain, intent):
+                store.remove(intent.uuid)  # whatever was merged, everything still reads what it read
         raise
     try:
         finish(conn, domain, intent, on_progress=on_progress)
@@ -128,7 +133,10 @@ def finish(
         VmdkSnapError, OSError: a step cannot be done now; the record must stay.
     """
     _settle(intent)
-    _merge_down(intent, on_progress)
+    if intent.live:
+        _merge_live(conn, domain, intent)
+    if not _names_merged(domain, intent):
+        _merge_down(intent, on_progress)
     _move(intent, on_progress)
     with contextlib.ExitStack() as held:
         doomed = [link for one in work_of(intent) if (link := _hold(domain.name(), one, intent, held)) is not None]
@@ -145,6 +153,20 @@ def _settle(intent: Intent) -> None:
 
     for folder in {Path(one.frozen).parent for one in work_of(intent)}:
         recover(folder)
+
+
+def _merge_live(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
+    """Let QEMU merge what the running guest writes to; then it, and the persistent XML, are on the lower files."""
+    merges = [(one.target, Path(one.child), Path(one.frozen)) for one in work_of(intent) if one.live and one.child]
+    if domain.isActive():
+        before = inactive_xml(domain)
+        merge_active(domain, merges, lambda: _define(conn, domain, intent), lambda: _restore(conn, domain, before))
+
+
+def _names_merged(domain: libvirt.virDomain, intent: Intent) -> bool:
+    """Return whether the XML follows a live merge already: what is left of the overlays is old then."""
+    files = xml.files_in(inactive_xml(domain))
+    return intent.live and not any(Path(one.child) in files for one in work_of(intent) if one.live and one.child)
 
 
 def _merge_down(intent: Intent, on_progress: OnProgress) -> None:
@@ -184,7 +206,7 @@ def _hold(domain: str, work: Work, intent: Intent, held: contextlib.ExitStack) -
         return None
     folders = _folders(intent)
     link = held.enter_context(open_one(work.removed, folders, lock=True))
-    if work.mode == "merge" and not is_empty(link):
+    if work.mode == "merge" and not work.live and not is_empty(link):
         raise DomainError(domain, f"disk {work.target}: {work.removed} was written to meanwhile")
     left = [child.path for child in find_children(work.removed, link.cid, folders, confined(folders))]
     if left:
@@ -195,10 +217,7 @@ def _hold(domain: str, work: Work, intent: Intent, held: contextlib.ExitStack) -
 def _change_xml(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
     import libvirt
 
-    now = inactive_xml(domain)
-    if intent.new_xml != intent.old_xml and now != intent.new_xml:
-        # What was edited meanwhile stays: only the files change.
-        conn.defineXML(xml.relink(now, change_of(work_of(intent))))
+    _define(conn, domain, intent)
     there = {snapshot.getName(): snapshot for snapshot in domain.listAllSnapshots()}
     # First, as libvirt takes it for a merge of its own kind: it writes other files into the XML of the descendants.
     if intent.snapshot in there:
@@ -209,6 +228,19 @@ def _change_xml(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Int
         if name in there:
             as_current = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT if name == current else 0
             domain.snapshotCreateXML(text, redefine | as_current)
+
+
+def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
+    """Change the files in the persistent XML; what was edited meanwhile stays."""
+    now = inactive_xml(domain)
+    changed = xml.relink(now, change_of(work_of(intent)))
+    if changed != now and any(one.removed in xml.files_in(now) for one in work_of(intent)):
+        conn.defineXML(changed)
+
+
+def _restore(conn: libvirt.virConnect, domain: libvirt.virDomain, before: str) -> None:
+    if inactive_xml(domain) != before:
+        conn.defineXML(before)
 
 
 def _folders(intent: Intent) -> list[Path]:

@@ -12,6 +12,7 @@ from qemu_vmdk_snap import Link, confined, find_children, open_chain, open_link,
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.intent import Intent
+from qemu_vmdk_snap.domain.live_merge import node_of, written_here
 from qemu_vmdk_snap.domain.plan import inactive_xml, volume_resolver
 from qemu_vmdk_snap.errors import DomainError
 
@@ -37,6 +38,8 @@ class Work:
     """What F stands on."""
     size: int = 0
     """About so many bytes are copied."""
+    live: bool = False
+    """Whether the running guest writes to C, and goes over to F."""
 
     @property
     def removed(self) -> Path | None:
@@ -86,9 +89,12 @@ class State:
     snapshots: dict[str, str]
     """name -> XML, secrets included."""
     current: str | None
+    vcpus_run: bool
     foreign: dict[Path, str]
     """Files that other domains use, and which domain."""
     volume_path: xml.VolumePath
+    written: dict[str, str]
+    """Of a running guest: the nodes that QEMU has written to, and their files; see `live_merge`."""
     moved: dict[Path, Path | None] = field(default_factory=dict)
     """Images that would have another parent."""
     gone: set[Path] = field(default_factory=set)
@@ -109,8 +115,10 @@ class State:
                 inactive_xml(domain),
                 {one.getName(): one.getXMLDesc(secure) for one in domain.listAllSnapshots()},
                 domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None,
+                bool(domain.isActive() and domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING),
                 _used_by_others(conn, domain),
                 volume_resolver(conn, domain.name()),
+                written_here(domain) if domain.isActive() else {},
             )
 
     def after(self, intent: Intent) -> State:
@@ -223,6 +231,8 @@ def make_intent(state: State, name: str, *, metadata: bool) -> Intent:
         new_xml=xml.relink(state.domain_xml, change),
         snapshot_xml=mine,
         operation="delete",
+        live=any(one.live for one in work),
+        resume=state.vcpus_run,
         current=state.current,
         work=tuple({**asdict(one), "moving": list(one.moving)} for one in work),
         snapshots=tuple((other, text) for other, text in changed.items() if text != texts[other]),
@@ -261,17 +271,26 @@ class _Planner:
         folders = {file.parent for file in self._named} | {frozen.parent}
         state = self._state
         parent, children = state.parent(frozen, folders), state.children(frozen, folders)
-        self._check(disk.target, [frozen, *children])
+        live = self._goes_live(frozen, children)
+        if not live:
+            self._check(disk.target, [frozen, *children])
         below = None if parent is None else str(parent)
         if not children:
             return Work(disk.target, "drop", str(frozen), parent=below)
-        if self._merges(frozen, children, parent):
+        if live or self._merges(frozen, children, parent):
             above = state.children(children[0], folders)
             self._check(disk.target, above)
             size = state.size(children[0])
-            return Work(disk.target, "merge", str(frozen), str(children[0]), tuple(map(str, above)), below, size)
+            return Work(disk.target, "merge", str(frozen), str(children[0]), tuple(map(str, above)), below, size, live)
         moving = tuple(map(str, children))
         return Work(disk.target, "copy", str(frozen), None, moving, below, state.size(frozen))
+
+    def _goes_live(self, frozen: Path, children: Sequence[Path]) -> bool:
+        """Return whether QEMU can merge into the file: only the guest's active overlay stands on it."""
+        if not self._state.running or len(children) != 1 or children[0] not in self._tops:
+            return False
+        mine = children[0] not in self._state.foreign and frozen not in self._state.foreign
+        return mine and node_of(frozen, self._state.written) is not None
 
     def _merges(self, frozen: Path, children: Sequence[Path], parent: Path | None) -> bool:
         if len(children) > 1 or children[0] not in self._named:
@@ -281,7 +300,7 @@ class _Planner:
     def _check(self, target: str, files: Iterable[Path]) -> None:
         for file in files:
             if self._state.running and file in self._domain_files:
-                reason = f"disk {target}: the running guest uses {file}, and QEMU cannot merge inside a VMDK chain"
+                reason = f"disk {target}: the running guest uses {file}, and QEMU cannot merge it safely"
                 raise DomainError(self._state.name, f"{reason}: shut it down first")
             if file in self._state.foreign:
                 raise DomainError(

@@ -126,6 +126,9 @@ def switch(domain: libvirt.virDomain, disks: Sequence[PlannedDisk], quiesce: str
         try:
             _add(run)
             if _try(run):
+                with contextlib.suppress(DomainError):  # untidy, and no harm
+                    for disk in disks:
+                        run.monitor.release(disk.frozen)
                 return Pause(run.stalled, run.stopped, run.frozen, tuple(run.notes))
         except BaseException:
             with contextlib.suppress(DomainError):  # QEMU may be gone

@@ -139,6 +139,13 @@ class Monitor:
         for name in (node, f"{node}-file"):
             if name in present:
                 self.execute("blockdev-del", node_name=name)
+        self.release(path)
+
+    def release(self, path: Path) -> None:
+        """Let QEMU close the descriptors that it was passed for the file and does not use.
+
+        A frozen file is never opened again, and three descriptors for each would use up those that QEMU may have.
+        """
         for fdset in self.execute("query-fdsets"):
             if any(entry.get("opaque") == str(path) for entry in fdset["fds"]):
                 self.execute("remove-fd", fdset_id=fdset["fdset-id"])

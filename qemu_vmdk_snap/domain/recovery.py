@@ -110,6 +110,8 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
         from qemu_vmdk_snap.domain.delete import finish  # which itself begins by settling
 
         finish(conn, domain, intent)
+        if intent.live and intent.resume and domain.isActive():
+            _resume(domain)
         store.remove(intent.uuid)
         return Recovery(name, intent.snapshot, finished=True, operation="delete")
     if intent.operation == "rename":

@@ -327,8 +327,12 @@ def _spans(raw: bytes, wanted: list[str]) -> list[tuple[int, int]]:
     def end(_name: str) -> None:
         if path == wanted:
             at = parser.CurrentByteIndex
-            # Of `<disk/>` expat gives the same index for start and end; of `<disk>...</disk>` that of the end tag.
-            spans.append((starts[-1], raw.index(b">", at) + 1))
+            # Of `<disk>...</disk>` that is where the end tag begins; of `<disk/>` where it begins, or where it ends.
+            if raw[at:].startswith(f"</{path[-1]}".encode()):
+                at = raw.index(b">", at) + 1
+            elif at == starts[-1]:
+                at = raw.index(b"/>", at) + 2
+            spans.append((starts[-1], at))
         path.pop()
 
     parser.StartElementHandler, parser.EndElementHandler = start, end

@@ -149,7 +149,7 @@ def test_a_running_guest_keeps_its_files(lab: Lab, domain: libvirt.virDomain) ->
     domain.create()
     before = (contents(lab.folder), xml_of(domain))
     for name in ("s1", "s4"):
-        with pytest.raises(DomainError, match=r"the running guest uses .*: shut it down first"):
+        with pytest.raises(DomainError, match=r"guest uses .*, and QEMU cannot merge it safely: shut it down"):
             delete(lab.conn, domain.name(), name)
     assert (contents(lab.folder), xml_of(domain)) == before
     delete(lab.conn, domain.name(), "s3")  # another branch: none of its business

@@ -50,6 +50,19 @@ def disk(body: str, attributes: str = "type='file' device='disk'") -> xml.Disk:
     return xml.list_disks(text)[0]
 
 
+def test_empty_elements_are_passed_over_when_files_change() -> None:
+    text = (
+        "<domainsnapshot><disks><disk name='vda' snapshot='external'><source file='/x/o'/></disk>\n"
+        "<disk name='vdb' snapshot='no'/>\n</disks><domain><devices><disk type='file'><source file='/x/a'/></disk>"
+        "<disk/></devices></domain></domainsnapshot>"
+    )
+    changed = xml.relink(text, lambda files: [file.with_name(f"new-{file.name}") for file in files])
+    assert changed.count("new-") == 2
+    assert xml.files_in(changed) == {Path("/x/new-o"), Path("/x/new-a")}
+    assert "<disk name='vdb' snapshot='no'/>\n</disks>" in changed
+    assert "<disk/></devices>" in changed
+
+
 def test_disks_are_listed_with_the_chain_that_the_xml_spells_out() -> None:
     first, second = xml.list_disks(DOMAIN)
     assert (first.target, first.path, first.backing, first.closed, first.refusal) == ("vda", A, (), False, None)
