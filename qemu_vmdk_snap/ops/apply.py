@@ -12,12 +12,13 @@ from qemu_vmdk_snap.chain.children import find_children
 from qemu_vmdk_snap.chain.link import Link, open_link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CidMismatch, InvalidRequest
+from qemu_vmdk_snap.ops.guard import guarded_intent
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.ops.relink import DescriptorChange, with_cid, with_fresh_cid
 from qemu_vmdk_snap.ops.transfer import LinkWriter, View, upper_tables
 from qemu_vmdk_snap.ops.trim import trim_link
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
-from qemu_vmdk_snap.storage.intent import Intent, make_intent
+from qemu_vmdk_snap.storage.intent import Intent
 
 OPERATION: Final = "apply"
 
@@ -66,7 +67,7 @@ def apply_delta(
         target = chain.links[0]
         begin, finish = _cids(target, source)
         details = {"begin": begin.as_detail(), "finish": finish.as_detail(), "delta": str(delta.resolve())}
-        intent = make_intent(OPERATION, path, [], details)
+        intent = guarded_intent(OPERATION, path, [], details)
         intent.begin()
         begin.apply(target)
         _merge(chain, source, on_progress)

@@ -23,13 +23,14 @@ from qemu_vmdk_snap.chain.children import find_children
 from qemu_vmdk_snap.chain.link import Link, open_link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.ops.guard import guarded_intent
 from qemu_vmdk_snap.ops.move import delete_files
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.ops.relink import DescriptorChange, on_parent, with_fresh_cid
 from qemu_vmdk_snap.ops.transfer import Clearable, LinkWriter, View, restricted, upper_tables
 from qemu_vmdk_snap.ops.trim import trim_link
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
-from qemu_vmdk_snap.storage.intent import Intent, make_intent
+from qemu_vmdk_snap.storage.intent import Intent
 
 OPERATION = "commit"
 
@@ -226,7 +227,9 @@ def _run(plan: _Plan, on_progress: OnProgress) -> CommitReport:
         "delete": unlinked,
     }
     written = [change.path for change in [*plan.begin, *plan.finish]]
-    intent = make_intent(OPERATION, top.path, [link.path for link in chain.links[: plan.depth + 1]] + written, details)
+    intent = guarded_intent(
+        OPERATION, top.path, [link.path for link in chain.links[: plan.depth + 1]] + written, details
+    )
     intent.begin()
     links = {
         link.path.parent.resolve() / link.path.name: link for link in [*chain.links, *plan.siblings, *plan.children]

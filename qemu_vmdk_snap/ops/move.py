@@ -19,13 +19,14 @@ from qemu_vmdk_snap.chain.chain import Chain, open_chain, open_links
 from qemu_vmdk_snap.chain.link import Link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.ops.guard import guarded_intent
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.ops.relink import DescriptorChange, on_parent
 from qemu_vmdk_snap.ops.transfer import STEP, LinkWriter, View
 from qemu_vmdk_snap.ops.trim import trim_link
 from qemu_vmdk_snap.storage.blockfile import FileOpener
 from qemu_vmdk_snap.storage.durable import sync_folder
-from qemu_vmdk_snap.storage.intent import Intent, make_intent
+from qemu_vmdk_snap.storage.intent import Intent
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, NO_SOURCE, ZERO, Row, RunTable
 
@@ -73,7 +74,7 @@ def run_moves(
         "targets": [None if move.target is None else str(move.target.path.resolve()) for move in moves],
         "delete": unlinked,
     }
-    intent = make_intent(operation, image, [move.change.path for move in moves], details)
+    intent = guarded_intent(operation, image, [move.change.path for move in moves], details)
     intent.begin()
     for move in moves:
         try:

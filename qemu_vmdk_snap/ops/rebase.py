@@ -9,11 +9,12 @@ from pathlib import Path
 from qemu_vmdk_snap.chain.link import open_link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.ops.guard import guarded_intent
 from qemu_vmdk_snap.ops.move import open_move, run_moves
 from qemu_vmdk_snap.ops.progress import OnProgress, ignore
 from qemu_vmdk_snap.ops.relink import DescriptorChange, on_parent
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
-from qemu_vmdk_snap.storage.intent import Intent, make_intent
+from qemu_vmdk_snap.storage.intent import Intent
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 
 OPERATION = "rebase"
@@ -75,7 +76,7 @@ def _relink(path: Path, parent: Path | None, resolver: Resolver, opener: FileOpe
     link = open_link(path, opener=opener, writable=True, resolver=resolver)
     try:
         change = DescriptorChange.plan(link, on_parent(link.descriptor, path, parent, cid))
-        intent = make_intent("relink", path, [], {"change": change.as_detail()})
+        intent = guarded_intent("relink", path, [], {"change": change.as_detail()})
         intent.begin()
         change.apply(link)
         intent.end()

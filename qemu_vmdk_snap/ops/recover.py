@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final, cast
 
 from qemu_vmdk_snap.errors import CorruptChain, LockBusy
+from qemu_vmdk_snap.ops.guard import WrittenMeanwhile, check_unwritten
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
 from qemu_vmdk_snap.storage.intent import Intent, pending_in, sweep
 
@@ -39,7 +40,7 @@ def recover(folder: Path | str, *, opener: FileOpener = open_posix) -> list[Reco
 
     Raises:
         LockBusy: an operation is still running, or another process has one of its images open.
-        CorruptChain: a record cannot be read or is another user's.
+        CorruptChain: a record cannot be read or is another user's, or an image was written since.
         OSError: the system refused; the record stays, and so may be tried again.
     """
     folder = Path(folder)
@@ -54,8 +55,8 @@ def recover(folder: Path | str, *, opener: FileOpener = open_posix) -> list[Reco
 
 def settle(folder: Path, *, opener: FileOpener = open_posix) -> None:
     """Finish what was interrupted in `folder` before something new begins there; what is still running is let alone."""
-    for intent in pending_in(folder):
-        with contextlib.suppress(LockBusy):
+    for intent in pending_in(folder, strict=False):
+        with contextlib.suppress(LockBusy, WrittenMeanwhile):  # its images stay refused to writers; others go on
             _finish(intent, opener)
 
 
@@ -64,5 +65,6 @@ def _finish(intent: Intent, opener: FileOpener) -> None:
         raise CorruptChain(intent.path, f"operation {intent.operation!r} is not known: a later version began it")
     module, name = FINISHERS[intent.operation]
     finisher = cast(Callable[[Intent, FileOpener], None], getattr(importlib.import_module(module), name))
+    check_unwritten(intent)
     finisher(intent, opener)
     intent.end()

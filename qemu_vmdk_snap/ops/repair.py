@@ -17,11 +17,12 @@ from typing import Any, Final
 from qemu_vmdk_snap.chain.resolver import Resolver
 from qemu_vmdk_snap.errors import CorruptChain, FormatError, Unsupported
 from qemu_vmdk_snap.ops.check import CheckReport, check_image
+from qemu_vmdk_snap.ops.guard import guarded_intent
 from qemu_vmdk_snap.ops.progress import OnProgress, ignore
 from qemu_vmdk_snap.ops.repair_plan import Copied, ExtentPlan, ExtentRepair
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
 from qemu_vmdk_snap.storage.durable import new_file
-from qemu_vmdk_snap.storage.intent import Intent, make_intent
+from qemu_vmdk_snap.storage.intent import Intent
 from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, NO_PARENT, Descriptor, is_descriptor
@@ -84,7 +85,7 @@ def repair(
 
 def _carry_out(path: Path, plans: list[ExtentPlan], headers: dict[Path, bytes], record: Path) -> None:
     _write_undo(record, plans, headers)
-    intent = make_intent(OPERATION, path, [plan.file.path for plan in plans], {"undo": str(record.resolve())})
+    intent = guarded_intent(OPERATION, path, [plan.file.path for plan in plans], {"undo": str(record.resolve())})
     intent.begin()
     for plan in plans:
         _apply(plan, headers.get(plan.file.path))

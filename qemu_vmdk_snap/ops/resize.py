@@ -16,10 +16,11 @@ from qemu_vmdk_snap.chain.children import find_children
 from qemu_vmdk_snap.chain.link import Link, open_link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import FormatError, InvalidRequest, Unsupported
+from qemu_vmdk_snap.ops.guard import guarded_intent
 from qemu_vmdk_snap.ops.progress import OnProgress, Progress, ignore
 from qemu_vmdk_snap.ops.relink import DescriptorChange, with_fresh_cid
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
-from qemu_vmdk_snap.storage.intent import Intent, from_text, make_intent, to_text
+from qemu_vmdk_snap.storage.intent import Intent, from_text, to_text
 from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.units import SECTOR_SIZE, Sector, byte_sectors, round_up, sector_bytes
 from qemu_vmdk_snap.vmdk.descriptor import Descriptor
@@ -106,7 +107,7 @@ def _grow(link: Link, sectors: int) -> None:
     }
     if isinstance(extent, SparseExtent):
         _plan_sparse(extent.header, file, extent_sectors)  # refuses what cannot be before anything is recorded
-    intent = make_intent(OPERATION, link.path, [file.path], details)
+    intent = guarded_intent(OPERATION, link.path, [file.path], details)
     intent.begin()
     _grow_file(file, intent)
     change.apply(link)

@@ -93,17 +93,25 @@ def make_intent(operation: str, image: Path, images: Iterable[Path], details: Ma
     return Intent(operation, home, tuple(sorted(others)), details)
 
 
-def pending_in(folder: Path) -> list[Intent]:
+def pending_in(folder: Path, *, strict: bool = True, about: Path | None = None) -> list[Intent]:
     """Return the operations that have begun and not ended on images in `folder`.
 
+    A record that cannot be read, or is not this user's, is passed over unless `strict`, or unless its name says that it
+    is `about` the image in question: anybody may put a file into a folder like /tmp.
+
     Raises:
-        CorruptChain: a record cannot be read, or is not this user's.
+        CorruptChain: a record that is not to be passed over cannot be read, or is not this user's.
     """
     found: dict[Path, Intent] = {}
     with os.scandir(folder) as entries:
         names = {entry.name for entry in entries if entry.name.startswith(".")}
     for name in sorted(name for name in names if name.endswith(_SUFFIX)):
-        intent = _read(folder / name)
+        try:
+            intent = _read(folder / name)
+        except (CorruptChain, OSError):
+            if strict or (about is not None and name.startswith(f".{about.name[:200]}.")):
+                raise
+            continue
         if intent is not None:
             found[intent.path] = intent
     return list(found.values())
@@ -118,7 +126,7 @@ def sweep(folder: Path) -> None:
 
 def refuse_pending(image: Path) -> None:
     """Raise CorruptChain if an operation on `image` has begun and not ended."""
-    for intent in pending_in(image.parent):
+    for intent in pending_in(image.parent, strict=False, about=image):
         if intent.involves(image):
             reason = f"an interrupted {intent.operation} is not finished yet: run `recover {image.parent}` first"
             raise CorruptChain(image, reason)
