@@ -43,7 +43,7 @@ def parse_size(text: str) -> int:
     number, suffix = text.strip(), ""
     if number and number[-1].isalpha():
         number, suffix = number[:-1], number[-1].upper()
-    if suffix not in _SUFFIXES or not number or number[0] not in "0123456789.":
+    if suffix not in _SUFFIXES or not number.replace(".", "", 1).isdecimal():
         raise ValueError(f"size {text!r}: must be a number with an optional suffix K, M, G, T, P or E")
     try:
         size = int(number) * _SUFFIXES[suffix] if number.isdigit() else float(number) * _SUFFIXES[suffix]

@@ -22,7 +22,7 @@ import numpy as np
 
 from qemu_vmdk_snap.chain.link import Link, PlacedExtent, open_link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
-from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, InvalidRequest
+from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, InvalidRequest, VmdkSnapError
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer, FileOpener, open_posix, open_posix_or_device
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 from qemu_vmdk_snap.vmdk.extent import Below
@@ -242,6 +242,7 @@ class WritableChain(Chain):
     def __init__(self, links: Sequence[Link]) -> None:
         super().__init__(links)
         self._cid_renewed = False
+        self._closed = False
 
     def write_at(self, offset: int, data: Buffer) -> None:
         """Write `data` at guest offset `offset`: into the top link alone. Durable after `flush`.
@@ -274,6 +275,9 @@ class WritableChain(Chain):
 
     def close(self) -> None:
         """Flush and close."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             self.flush()
         finally:
@@ -284,9 +288,8 @@ class WritableChain(Chain):
         if not any(exc):
             self.close()
             return
-        with contextlib.suppress(OSError):
-            self.flush()
-        super().close()
+        with contextlib.suppress(OSError, VmdkSnapError):
+            self.close()
 
     def _below(self, placed: PlacedExtent) -> Below:
         return lambda offset, length: self.read_below(1, placed.start + offset, length)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from qemu_vmdk_snap.chain.link import read_descriptor
 from qemu_vmdk_snap.chain.resolver import Resolver
-from qemu_vmdk_snap.errors import CorruptChain, FormatError, Unsupported
+from qemu_vmdk_snap.errors import CorruptChain, FormatError, InvalidRequest, Unsupported
 from qemu_vmdk_snap.storage.blockfile import PosixFile
 from qemu_vmdk_snap.vmdk.descriptor import Descriptor
+
+_TEMPORARY: Final = (".tmp", ".intent", ".new")
 
 
 class Child(NamedTuple):
@@ -24,14 +26,17 @@ class Child(NamedTuple):
 def find_children(parent: Path, cid: int, folders: Iterable[Path], resolver: Resolver) -> list[Child]:
     """Return the images in `folders` that name `parent` as theirs and fit its `cid`, by name.
 
-    One whose parentCID does not fit cannot be read any more, whatever happens to the parent. Hidden files are temporary
-    ones and are passed over.
+    One whose parentCID does not fit cannot be read any more, whatever happens to the parent. Temporary files are passed
+    over.
+
+    Raises:
+        InvalidRequest: an image cannot be looked at, and so may be a child.
     """
     real = parent.resolve()
     found: dict[Path, Child] = {}
     for folder in {folder.resolve() for folder in folders}:
         for path in sorted(folder.iterdir()):
-            if path.name.startswith(".") or not path.is_file() or path.resolve() == real:
+            if path.name.endswith(_TEMPORARY) or not path.is_file() or path.resolve() == real:
                 continue
             child = _as_child(path, real, resolver)
             if child is not None and child.parent_cid == cid:
@@ -50,10 +55,17 @@ def _as_child(path: Path, parent: Path, resolver: Resolver) -> Child | None:
 
 
 def _descriptor_of(path: Path) -> Descriptor | None:
-    with contextlib.suppress(OSError, FormatError, Unsupported):
+    try:
         file = PosixFile.open(path)
-        try:
+    except PermissionError as error:
+        if path.suffix.lower() == ".vmdk":
+            raise InvalidRequest(path, "cannot be read, and may be an overlay on the image in question") from error
+        return None
+    except OSError:
+        return None
+    try:
+        with contextlib.suppress(OSError, FormatError, Unsupported):
             return read_descriptor(file)[0]
-        finally:
-            file.close()
-    return None
+        return None
+    finally:
+        file.close()

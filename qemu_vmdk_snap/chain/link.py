@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.vmdk.runs import RunTable
 
 _MIN_CID_DIGITS: Final = 5
+_MAX_SECTORS: Final = (1 << 63) // SECTOR_SIZE
 _MANY_FILES: Final = 100
 _DEVICE_TYPES: Final = ("VMFSRDM", "VMFSRAW")
 
@@ -248,6 +249,8 @@ def open_link(
         extents, start = [], 0
         for number, line in enumerate(lines):
             _refuse_device(line, path, opener)
+            if embedded:
+                _check_embedded(line, file)
             extent_file, extent_path, write = _extent_file(line, file, embedded, writable, resolver, opened)
             extent = open_extent(ExtentSpec(line, extent_path, extent_file, write))
             extents.append(PlacedExtent(start, extent, first_source + number))
@@ -257,6 +260,20 @@ def open_link(
             file.close()
         raise
     return Link(file, descriptor, extents, files, embedded)
+
+
+def _check_embedded(line: ExtentLine, file: BlockFile) -> None:
+    """Check that the line of an embedded descriptor tells of the sparse extent that it is embedded in."""
+    head = file.read_at(0, SECTOR_SIZE)
+    if head[:4] != MAGIC:
+        return
+    if line.type != "SPARSE":
+        rule = "must be SPARSE: the descriptor is embedded in a sparse extent"
+        raise FormatError(file.path, line.at, "extent type", line.type, rule)
+    header = SparseExtentHeader.parse(head, path=file.path)
+    if header.capacity - line.sectors >= header.grain_size:
+        rule = f"must be the {header.capacity} sectors of the header"
+        raise FormatError(file.path, line.at, "extent sectors", line.sectors, rule)
 
 
 def _refuse_device(line: ExtentLine, path: Path, opener: FileOpener) -> None:
@@ -278,8 +295,11 @@ def _checked_extents(descriptor: Descriptor, embedded: bool) -> tuple[ExtentLine
     _ = descriptor.cid, descriptor.parent_cid, descriptor.create_type  # a link without these is refused here, by name
     if not lines or not descriptor.sectors:
         raise FormatError(path, descriptor.base, "extents", len(lines), "must give the disk at least one sector")
-    if descriptor.sectors > (1 << 63) // SECTOR_SIZE:
+    if descriptor.sectors >= _MAX_SECTORS:
         raise FormatError(path, lines[0].at, "sectors", descriptor.sectors, "must be below 2^54 in all")
+    for line in lines:
+        if line.offset + line.sectors >= _MAX_SECTORS:
+            raise FormatError(path, line.at, "extent offset", line.offset, "must end the extent below sector 2^54")
     if embedded and len(lines) > 1:
         raise Unsupported(path, f"byte {lines[1].at:#x}: an embedded descriptor with more than one extent")
     return lines

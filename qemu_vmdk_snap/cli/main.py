@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn, Protocol, cast
@@ -36,6 +37,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        _cancel_on_signals()
     if words in (["--version"], ["-V"]):
         from qemu_vmdk_snap import __version__
 
@@ -65,6 +68,17 @@ def _elsewhere(args: argparse.Namespace, prog: str, rest: Sequence[str]) -> Comm
     from qemu_vmdk_snap.cli.remote import Elsewhere, is_remote
 
     return Elsewhere(prog.split()[1:], rest, str(uri)) if is_remote(uri) else None
+
+
+def _cancel_on_signals() -> None:
+    """Let a request to end do what Ctrl-C does: clean up, and leave nothing half done."""
+
+    def cancel(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # not where somebody (nohup) wants it ignored
+            signal.signal(number, cancel)
 
 
 def make_parser(module: CommandModule, command: Command, prog: str) -> argparse.ArgumentParser:

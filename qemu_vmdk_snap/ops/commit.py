@@ -169,6 +169,10 @@ def _make_plan(
     if delete:
         found = [child.path for child in find_children(top.path, top.cid, folders, resolver)]
         plan.children = opened(found)
+        longer = [link.path for link in plan.children if link.capacity > top.capacity < base.capacity]
+        if longer:
+            reason = f"cannot be deleted: {longer[0]} reads zeros behind its end, and would read {base.path} there"
+            raise InvalidRequest(top.path, reason)
     _plan_descriptors(plan)
     return plan
 

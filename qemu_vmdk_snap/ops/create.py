@@ -203,7 +203,9 @@ def _first_header(file: BlockFile, descriptor: Descriptor, embedded: bool) -> Sp
 
 def _hint(path: Path, base: Path) -> str:
     """Return how `path` names `base`: relative where both are absolute in the end, as both may move together."""
-    return os.path.relpath(base.parent.resolve() / base.name, path.parent.resolve())
+    way = os.path.relpath(base.parent.resolve() / base.name, path.parent.resolve())
+    # QEMU takes what stands before a colon for a protocol.
+    return f"./{way}" if ":" in way.split("/", 1)[0] else way
 
 
 def _checked_sectors(path: Path, size: int) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,8 @@ def recover(folder: Path | str, *, opener: FileOpener = open_posix) -> list[Reco
     """
     folder = Path(folder)
     image = None if folder.is_dir() else folder
+    if image is not None and not image.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     found = pending_in(folder if image is None else folder.parent)
     sweep(folder if image is None else folder.parent)
     wanted = [intent for intent in found if image is None or intent.involves(image)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from qemu_vmdk_snap.chain.chain import open_links
 from qemu_vmdk_snap.chain.children import find_children
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
-from qemu_vmdk_snap.errors import CorruptChain
+from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest
 from qemu_vmdk_snap.ops.move import open_move, run_moves
 from qemu_vmdk_snap.ops.progress import OnProgress, ignore
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
@@ -44,6 +44,7 @@ def remove(
     Cancelled by a callback that raises, the image is still there, and every child is on it or already on its parent.
 
     Raises:
+        InvalidRequest: `path` is a symbolic link, or a file beside it cannot be read and may be a child.
         LockBusy: another process has the image or a child open.
         Unsupported: a child is of a kind that takes no writes.
         CorruptChain: one of `children` does not stand on the image; or a chain cannot be followed.
@@ -52,6 +53,8 @@ def remove(
     from qemu_vmdk_snap.ops.recover import settle
 
     path = Path(path)
+    if path.is_symlink():
+        raise InvalidRequest(path, f"is a symbolic link to {path.resolve()}: name the image itself")
     settle(path.parent, opener=opener)
     find = resolver or confined()
     with open_links(path, writable_depths=[0], resolver=find, opener=opener) as chain:  # nobody else may be using it

@@ -52,7 +52,11 @@ class NewFiles:
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         temporary = temporary_name(path)
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        except OSError as error:
+            error.filename = str(path)  # the name that the user knows
+            raise
         file = PosixFile(fd, temporary)
         self._pending.append((file, path))
         return file

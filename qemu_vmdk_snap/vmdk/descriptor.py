@@ -235,6 +235,8 @@ def _quoted_text(text: str, codec: str, path: Path) -> bytes:
         raise InvalidRequest(
             path, f"{text!r} cannot be written into a descriptor: it holds a quote or a control character"
         )
+    if _BAR_ESCAPE.search(text):
+        raise InvalidRequest(path, f"{text!r} cannot be written into a descriptor: readers take its bar for an escape")
     try:
         return text.encode(codec, "surrogateescape" if codec == "utf-8" else "strict")
     except UnicodeEncodeError as error:

@@ -86,8 +86,7 @@ class SparseExtent(GrainExtent):
             has_zeroed=bool(header.flags & HeaderFlag.ZEROED_GRAINS),
             writable=writable,
         )
-        if not writable:
-            self._prefer_good_tables()
+        self._prefer_good_tables()
 
     def cut(self, end: int) -> None:
         """Give back, durably, what is behind byte `end` of the file; the caller knows that nothing in use is there."""
@@ -146,8 +145,14 @@ class SparseExtent(GrainExtent):
             if not sector and not redundant.entries(table * self.header.gtes_per_gt, self._last_of(table)).any():
                 continue
             rule = "names no grain table" if not sector else f"lies outside the file of {self._file_size} bytes"
+            where = at + 4 * table
+            if self._writable:  # a new table would be stored over the good copy
+                rule += (
+                    ", while the redundant directory leads to one: repair the image (check -r all) before it is written"
+                )
+                raise FormatError(self._path, where, f"grain directory entry {table}", sector, rule)
             self.notes.append(
-                f"{self._path}: byte {at + 4 * table:#x}: grain directory entry {table} = {sector}: {rule}; "
+                f"{self._path}: byte {where:#x}: grain directory entry {table} = {sector}: {rule}; "
                 "the redundant table is used"
             )
             primary.place_table(table, redundant.table_sector(table))

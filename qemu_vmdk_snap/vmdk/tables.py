@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from qemu_vmdk_snap.errors import FormatError
 from qemu_vmdk_snap.storage.blockfile import BlockFile
-from qemu_vmdk_snap.units import sector_bytes
+from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 
 _CACHED_BYTES: Final = 8 << 20
 MAX_DIRTY_TABLES: Final = 2048
@@ -129,8 +129,10 @@ class GrainTables:
         present = np.flatnonzero(sectors)
         if not len(present):
             return
-        step = self.table_bytes // 512
-        breaks = np.flatnonzero((np.diff(present) != 1) | (np.diff(sectors[present]) != step)) + 1
+        step, rest = divmod(self.table_bytes, SECTOR_SIZE)
+        apart = (np.diff(present) != 1) | (np.diff(sectors[present]) != step)
+        # A table that fills no whole sectors is padded: no two of them lie one behind the other.
+        breaks = np.arange(1, len(present)) if rest else np.flatnonzero(apart) + 1
         for group in np.split(present, breaks):
             yield t0 + int(group[0]), len(group)
 

@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-o", "--options", action="append", default=[], metavar="NAME=VALUE,...", help="options; `-o help` lists them"
     )
     add_quiet(parser)
-    parser.add_argument("filename", type=Path, help="the new image; nothing is ever overwritten")
+    parser.add_argument("filename", nargs="?", type=Path, help="the new image; nothing is ever overwritten")
     parser.add_argument(
         "size", nargs="?", type=size_argument, help="guest bytes, with suffix K, M, G, T; an overlay has its base's"
     )
@@ -47,10 +47,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> int | None:
     """Make the image and say what was made, as qemu-img does."""
-    need_vmdk(args.filename, args.format)
     words = split_options(args.options)
     if "help" in words or "?" in words:
         return _list_options(ui)
+    if args.filename is None:
+        raise InvalidRequest("image create", "the name of the new image is missing")
+    need_vmdk(args.filename, args.format)
     backing = words.pop("backing_file", None) or args.backing
     need_vmdk(backing or args.filename, words.pop("backing_fmt", args.backing_format or "vmdk"))
     size = _size(words.pop("size")) if "size" in words else args.size
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int | None:
         create_image(args.filename, size, options=parse_options(words))
     else:
         base = args.filename.parent / backing
+        _warn_if_written(base, ui)
         kind = words.pop("subformat", None)
         options = parse_options(words) if words else None
         create_overlay(args.filename, base, hint=backing, size=size, kind=kind, options=options)
@@ -96,6 +99,23 @@ def _size(text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise InvalidRequest("-o", str(error)) from None
+
+
+def _warn_if_written(base: Path, ui: Ui) -> None:
+    """Say so where a base has a writer: its next change of the CID makes the overlay unreadable, as it should be."""
+    from qemu_vmdk_snap.errors import LockBusy
+    from qemu_vmdk_snap.storage.blockfile import PosixFile
+    from qemu_vmdk_snap.storage.locks import lock_image
+
+    file = PosixFile.open(base)
+    try:
+        lock_image(file.fileno(), base, writable=False)
+    except LockBusy:
+        ui.warn(
+            f"{base} is being written: the overlay holds only what the base holds when its writer has gone over to it"
+        )
+    finally:
+        file.close()
 
 
 def _list_options(ui: Ui) -> int:
