@@ -100,9 +100,12 @@ class Machine:
         Raises:
             GuestError: QEMU does not end, or not with the status that was asked for.
         """
-        # QEMU may be gone before its last answer has left: then its exit status is the answer.
-        with contextlib.suppress(GuestError):
+        try:
             self.probe.power_off(status)
+        except GuestError:
+            # QEMU may be gone before its last answer has left: then its exit status is the answer.
+            if self._process.poll() is None:
+                raise
         try:
             code = self._process.wait(scaled(_EXIT_SECONDS))
         except subprocess.TimeoutExpired as error:
