@@ -242,6 +242,17 @@ def take_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: Intent
     store.remove(intent.uuid)
 
 
+def undo(
+    conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, intent: Intent, cause: BaseException
+) -> None:
+    """Take back what `cause` has stopped; raises DomainError, naming both, when that fails too."""
+    try:
+        take_back(conn, domain, store, intent)
+    except (VmdkSnapError, OSError) as error:
+        reason = f"{cause}; taking it back failed too ({error}): the next command on this domain settles it"
+        raise DomainError(domain.name(), reason) from cause
+
+
 def _named(domain: libvirt.virDomain, intent: Intent) -> bool:
     """Return whether the persistent XML names the overlays: all, or none."""
     files = xml.files_in(inactive_xml(domain))

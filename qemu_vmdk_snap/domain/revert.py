@@ -33,8 +33,9 @@ from qemu_vmdk_snap.domain.plan import (
     pending_overlays,
     volume_resolver,
 )
-from qemu_vmdk_snap.domain.recovery import Recovery, make_current, recover_domain, take_back, unlink_discarded
-from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
+from qemu_vmdk_snap.domain.recovery import Recovery, make_current, recover_domain, unlink_discarded
+from qemu_vmdk_snap.domain.recovery import undo as _undo
+from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
     import libvirt
@@ -203,16 +204,6 @@ def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentS
 def _refuse_edited(domain: libvirt.virDomain, intent: Intent) -> None:
     if inactive_xml(domain) != intent.old_xml:
         raise DomainError(domain.name(), "was edited while the revert was prepared: try again")
-
-
-def _undo(
-    conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, intent: Intent, cause: BaseException
-) -> None:
-    try:
-        take_back(conn, domain, store, intent)
-    except (VmdkSnapError, OSError) as error:
-        reason = f"{cause}; taking it back failed too ({error}): the next command on this domain settles it"
-        raise DomainError(domain.name(), reason) from cause
 
 
 def _start(domain: libvirt.virDomain, *, paused: bool) -> None:

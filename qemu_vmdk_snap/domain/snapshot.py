@@ -28,8 +28,9 @@ from qemu_vmdk_snap.domain.intent import Intent, IntentStore
 from qemu_vmdk_snap.domain.live import Pause, switch
 from qemu_vmdk_snap.domain.newfile import make_overlay, refresh_pools
 from qemu_vmdk_snap.domain.plan import Plan, PlannedDisk, Request, check_state, inactive_xml, make_plan
-from qemu_vmdk_snap.domain.recovery import Recovery, recover_domain, register, take_back
-from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
+from qemu_vmdk_snap.domain.recovery import Recovery, recover_domain, register
+from qemu_vmdk_snap.domain.recovery import undo as _undo
+from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
     import libvirt
@@ -145,13 +146,3 @@ def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
         if inactive_xml(domain) != intent.old_xml:
             raise DomainError(domain.name(), "was edited while the snapshot was prepared: try again")
         conn.defineXML(intent.new_xml)
-
-
-def _undo(
-    conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, intent: Intent, cause: BaseException
-) -> None:
-    try:
-        take_back(conn, domain, store, intent)
-    except (VmdkSnapError, OSError) as error:
-        reason = f"{cause}; taking it back failed too ({error}): the next command on this domain settles it"
-        raise DomainError(domain.name(), reason) from cause
