@@ -22,7 +22,7 @@ _WAIT = 100.0
 LIBVIRTD_CONF = """\
 auth_unix_rw = "none"
 auth_unix_ro = "none"
-log_outputs = "3:file:{folder}/libvirtd.log"
+log_outputs = "2:file:{folder}/libvirtd.log"
 """
 
 QEMU_CONF = """\
@@ -69,9 +69,9 @@ class Daemon:
         deadline = time.monotonic() + _WAIT
         while not self._answers():
             if self._processes[-1].poll() is not None or time.monotonic() > deadline:
-                log = (self.folder / "libvirtd.err").read_text()
+                told = self._evidence()
                 self.stop()
-                raise AssertionError(f"libvirtd does not answer at {self.socket}: {log}")
+                raise AssertionError(f"libvirtd does not answer at {self.socket}: {told}")
             time.sleep(0.1)
 
     def restart(self) -> None:
@@ -100,6 +100,15 @@ class Daemon:
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
+
+    def _evidence(self) -> str:
+        """Return what the daemon said, and where its threads stand."""
+        parts = [(self.folder / name).read_text()[-8000:] for name in ("libvirtd.err", "libvirtd.log")]
+        process = self._processes[-1]
+        parts.append(f"exit status {process.poll()}")
+        for task in sorted(Path(f"/proc/{process.pid}/task").glob("*")):
+            parts.append(" ".join((task / name).read_text().strip() for name in ("comm", "wchan", "syscall")))
+        return "\n".join(parts)
 
     def _answers(self) -> bool:
         words = ["virsh", "-c", self.uri, "uri"]
