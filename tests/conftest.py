@@ -12,10 +12,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import hypothesis
 import pytest
+
+from tests.domain.libvirtd import Daemon, private_daemon
+
+if TYPE_CHECKING:
+    import libvirt
 
 ORDER: Final = ("unit", "golden", "property", "oracle", "fuzz", "crash", "e2e")
 """Folders of tests/ in the order they run: the quick answers first. One that is not named runs before e2e."""
@@ -102,6 +107,33 @@ def scratch(scratch_root: Path) -> Iterator[Path]:
     folder.chmod(0o711)
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def embed_uri(scratch_root: Path) -> str:
+    """Return the URI of the one in-process libvirt that all tests share: a process can have one only."""
+    return f"qemu:///embed?root={scratch_root / 'e'}"
+
+
+@pytest.fixture(scope="session")
+def embed(embed_uri: str) -> libvirt.virConnect:
+    """Return the connection to it."""
+    from qemu_vmdk_snap.domain.connect import open_connection
+
+    return open_connection(embed_uri)
+
+
+@pytest.fixture(scope="session")
+def the_daemon(scratch_root: Path) -> Iterator[Daemon]:
+    # Here and nowhere else: a fixture that another conftest.py imports is a second one, with a second daemon.
+    with private_daemon(scratch_root / "v") as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def daemon(the_daemon: Daemon) -> Daemon:
+    """Return the private daemon that all tests share, running."""
+    return the_daemon.ensure()
 
 
 @pytest.fixture(scope="session", autouse=True)

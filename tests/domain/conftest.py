@@ -1,4 +1,4 @@
-"""One in-process libvirt and one private daemon for all tests of the folder: a first start of a guest is slow."""
+"""A folder of disks with a connection, to the in-process libvirt or to the private daemon."""
 
 from __future__ import annotations
 
@@ -10,20 +10,10 @@ import pytest
 
 from qemu_vmdk_snap.domain.connect import open_connection
 from tests.domain.lab import Lab
-from tests.domain.libvirtd import Daemon, private_daemon
+from tests.domain.libvirtd import Daemon
 
 if TYPE_CHECKING:
     import libvirt
-
-
-@pytest.fixture(scope="session")
-def embed_uri(scratch_root: Path) -> str:
-    return f"qemu:///embed?root={scratch_root / 'e'}"
-
-
-@pytest.fixture(scope="session")
-def embed(embed_uri: str) -> libvirt.virConnect:
-    return open_connection(embed_uri)
 
 
 @pytest.fixture
@@ -31,12 +21,6 @@ def lab(embed: libvirt.virConnect, embed_uri: str, scratch: Path) -> Iterator[La
     lab = Lab(embed, scratch, embed_uri)
     yield lab
     lab.close()
-
-
-@pytest.fixture(scope="session")
-def daemon(scratch_root: Path) -> Iterator[Daemon]:
-    with private_daemon(scratch_root / "v") as daemon:
-        yield daemon
 
 
 @pytest.fixture

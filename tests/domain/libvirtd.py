@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 _BINDS = {"etc": "/etc/libvirt", "lib": "/var/lib/libvirt", "cache": "/var/cache/libvirt", "log": "/var/log/libvirt"}
-_WAIT = 100.0
+_WAIT = 30.0
 
 LIBVIRTD_CONF = """\
 auth_unix_rw = "none"
@@ -61,8 +61,15 @@ class Daemon:
         """What to connect to."""
         return f"qemu+unix:///{'system' if self.root else 'session'}?socket={self.socket}"
 
+    def ensure(self) -> Daemon:
+        """Start what is not running, so that a test which lost the daemon does not take the next one with it."""
+        if any(process.poll() is not None for process in self._processes) or len(self._processes) < 2:
+            self.stop()
+            self.start()
+        return self
+
     def start(self) -> None:
-        """Start both daemons and wait until libvirtd answers."""
+        """Start both daemons and wait until libvirtd, this one and no other, answers."""
         if not self._processes:
             self._spawn("virtlogd")
         self._spawn("libvirtd")
@@ -111,10 +118,15 @@ class Daemon:
         return "\n".join(parts)
 
     def _answers(self) -> bool:
-        words = ["virsh", "-c", self.uri, "uri"]
-        return (
-            self.socket.exists() and not subprocess.run(words, capture_output=True, timeout=30, check=False).returncode
-        )
+        with contextlib.suppress(FileNotFoundError):
+            if (self.folder / "libvirtd.pid").read_text().strip() != str(self._processes[-1].pid):
+                return False  # another one's, or that of the one before
+            words = ["virsh", "-c", self.uri, "uri"]
+            return (
+                self.socket.exists()
+                and not subprocess.run(words, capture_output=True, timeout=30, check=False).returncode
+            )
+        return False
 
     def _spawn(self, program: str) -> None:
         words = [
@@ -147,11 +159,10 @@ def obstacle() -> str | None:
 
 @contextlib.contextmanager
 def private_daemon(folder: Path) -> Iterator[Daemon]:
-    """Run a daemon of our own in `folder` for the length of the block."""
+    """Have a daemon of our own in `folder` for the length of the block; `ensure` starts it."""
     if reason := obstacle():
         pytest.skip(reason)
     daemon = Daemon(folder)
-    daemon.start()
     try:
         yield daemon
     finally:
