@@ -12,7 +12,7 @@ from qemu_vmdk_snap.chain.resolver import Resolver
 from qemu_vmdk_snap.errors import FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix_or_device
 from qemu_vmdk_snap.storage.limits import allow_open_files
-from qemu_vmdk_snap.storage.locks import lock_image
+from qemu_vmdk_snap.storage.locks import keep_from_writers, lock_image
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd_header import COWD_MAGIC, legacy_descriptor, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import HEAD_BYTES, MAX_BYTES, NO_PARENT, Descriptor, ExtentLine, is_descriptor
@@ -147,6 +147,13 @@ class Link:
     def _embedded_room(self) -> int:
         header = SparseExtentHeader.parse(self.file.read_at(0, SECTOR_SIZE), path=self.path)
         return sector_bytes(header.descriptor_size)
+
+    def share(self) -> None:
+        """Let others read the link, which was opened for writing; nobody may write it before it is closed."""
+        for file in self._files:
+            descriptor = file.fileno()
+            if descriptor is not None:
+                keep_from_writers(descriptor)
 
     def flush(self) -> None:
         """Return when every write to the link is durable."""

@@ -103,6 +103,7 @@ def commit(
     depth = _depth_of(path, base, find, opener)
     with contextlib.ExitStack() as stack:
         chain = stack.enter_context(open_links(path, writable_depths=range(depth + 1), resolver=find, opener=opener))
+        _check_still(chain, depth, base)
         plan = _make_plan(chain, depth, delete, [Path(child) for child in children], find, opener, stack)
         others = _others(plan)
         if others and not keep_siblings:
@@ -120,16 +121,27 @@ def _others(plan: _Plan) -> list[Link]:
 
 
 def _depth_of(path: Path, base: Path | str | None, resolver: Resolver, opener: FileOpener) -> int:
+    """Return how far below `path` the base is; how many links to lock must be known before they are locked."""
     with open_chain(path, resolver=resolver, opener=opener, lock=False) as chain:
         if chain.depth == 1:
             raise InvalidRequest(path, "has no parent to commit to")
-        if base is None:
-            return 1
-        real = Path(base).resolve()
-        for depth, link in enumerate(chain.links[1:], 1):
-            if link.path.resolve() == real:
-                return depth
-    raise InvalidRequest(path, f"{base} is not below it in its backing chain")
+        depth = _place_of(chain, base)
+    if depth is None:
+        raise InvalidRequest(path, f"{base} is not below it in its backing chain")
+    return depth
+
+
+def _place_of(chain: Chain, base: Path | str | None) -> int | None:
+    if base is None:
+        return 1 if chain.depth > 1 else None
+    real = Path(base).resolve()
+    return next((depth for depth, link in enumerate(chain.links) if depth and link.path.resolve() == real), None)
+
+
+def _check_still(chain: Chain, depth: int, base: Path | str | None) -> None:
+    """Refuse a chain that another process has changed between the look at it and its locks."""
+    if _place_of(chain, base) != depth:
+        raise InvalidRequest(chain.path, "its backing chain was changed by another process just now: try again")
 
 
 def _make_plan(

@@ -57,15 +57,18 @@ def remove(
         raise InvalidRequest(path, f"is a symbolic link to {path.resolve()}: name the image itself")
     settle(path.parent, opener=opener)
     find = resolver or confined()
-    with open_links(path, writable_depths=[0], resolver=find, opener=opener) as chain:  # nobody else may be using it
-        cid, files = chain.links[0].cid, [file.path for file in chain.links[0].files]
-        parent = chain.links[1].path if chain.depth > 1 else None
     given = [Path(child) for child in children]
-    found = [child.path for child in find_children(path, cid, {path.parent, *(one.parent for one in given)}, find)]
-    for child in given:
-        if child.resolve() not in {one.resolve() for one in found}:
-            raise CorruptChain(child, f"is no child of {path}")
     with contextlib.ExitStack() as stack:
+        # Opened for writing: nobody else may be using it. It stays open to the end, so that nobody comes to write it.
+        chain = stack.enter_context(open_links(path, writable_depths=[0], resolver=find, opener=opener))
+        image = chain.links[0]
+        parent = chain.links[1].path if chain.depth > 1 else None
+        folders = {path.parent, *(one.parent for one in given)}
+        found = [child.path for child in find_children(path, image.cid, folders, find)]
+        for child in given:
+            if child.resolve() not in {one.resolve() for one in found}:
+                raise CorruptChain(child, f"is no child of {path}")
+        image.share()  # the children read what it holds
         moves = [open_move(child, parent, find, opener, stack) for child in found]
-        run_moves(OPERATION, path, moves, files, on_progress)
+        run_moves(OPERATION, path, moves, [file.path for file in image.files], on_progress)
     return RemoveReport(path, parent, tuple(found))

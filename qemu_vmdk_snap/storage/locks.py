@@ -51,6 +51,19 @@ def lock_image(fd: int, path: Path, *, writable: bool, share_writes: bool = Fals
         _check(fd, path, _USED + n, n)
 
 
+def keep_from_writers(fd: int) -> None:
+    """Turn the hold for writing that `lock_image` gave into one for reading: others may read again, and nobody write.
+
+    Nothing is let go of between the two, so whoever wants to write finds no moment for it.
+    """
+    for n in (_WRITE, _RESIZE):
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, 0, _USED + n, 1, 0))
+        except OSError as error:
+            if error.errno not in _NO_OFD_LOCKS:
+                raise
+
+
 def _check(fd: int, path: Path, byte: int, permission: int) -> None:
     answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, byte, 1, 0))
     if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from qemu_vmdk_snap import InvalidRequest, LockBusy, open_chain
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.ops.commit import commit
 from qemu_vmdk_snap.ops.progress import Progress
+from qemu_vmdk_snap.ops.rebase import rebase
+from qemu_vmdk_snap.storage.blockfile import BlockFile, open_posix
 from tests.support.tree import Tree, line
 
 MIB = 1 << 20
@@ -103,6 +106,21 @@ def test_refusals(tree: Tree) -> None:
         commit(tree.path("image-4"))
     with open_chain(tree.path("image-4"), writable=True), pytest.raises(LockBusy):
         commit(tree.path("image-3"), delete=True)
+    tree.verify()
+
+
+def test_a_chain_that_changes_before_it_is_locked(tree: Tree) -> None:
+    top, other = tree.path("image-4"), tree.folder / "other.vmdk"
+    shutil.copy(top, other)
+    rebase(other, tree.path("image-2"))  # what another process makes of the top while we look
+
+    def opener(path: Path, writable: bool) -> BlockFile:
+        if path == top and writable and other.exists():
+            other.replace(top)
+        return open_posix(path, writable)
+
+    with pytest.raises(InvalidRequest, match="its backing chain was changed by another process just now"):
+        commit(top, base=tree.path("image-2"), opener=opener)  # two links below it when we looked, one now
     tree.verify()
 
 

@@ -11,6 +11,7 @@ from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.ops.progress import Progress
 from qemu_vmdk_snap.ops.rebase import rebase
 from qemu_vmdk_snap.ops.remove import remove
+from qemu_vmdk_snap.storage.blockfile import BlockFile, open_posix
 from tests.support.tree import Tree, line
 
 MIB = 1 << 20
@@ -122,6 +123,22 @@ def test_remove(tree: Tree, name: str) -> None:
     report = remove(tree.path(name))
     assert set(report.moved) == {tree.path(child) for child in tree.children(name)}
     tree.forget(name)
+    tree.verify()
+
+
+def test_nobody_writes_an_image_that_is_being_removed(tree: Tree) -> None:
+    refused = []
+
+    def opener(path: Path, writable: bool) -> BlockFile:
+        if path == tree.path("image-4"):  # the first file of the child's chain: the rest of it is not locked by it yet
+            with pytest.raises(LockBusy) as caught:
+                open_chain(tree.path("image-3"), writable=True).close()
+            refused.append(caught.value.path)
+        return open_posix(path, writable)
+
+    remove(tree.path("image-3"), opener=opener)
+    assert set(refused) == {tree.path("image-3")}
+    tree.forget("image-3")
     tree.verify()
 
 
