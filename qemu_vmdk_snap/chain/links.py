@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from qemu_vmdk_snap.chain.link import read_descriptor
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
-from qemu_vmdk_snap.errors import CidMismatch, CorruptChain
+from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import PosixFile
 from qemu_vmdk_snap.units import ByteOffset, sector_bytes
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
@@ -100,6 +100,33 @@ def read_links(path: Path | str, *, trusted_dirs: Sequence[Path | str] = ()) -> 
     for link in links:
         _refuse_pending(link.path)
     return tuple(links)
+
+
+def stands_on(path: Path, image: Path, resolver: Resolver) -> bool:
+    """Return whether `image` is `path` itself, or below it; the parents of `path` are followed as far as they can be.
+
+    Nothing else is asked of them: CIDs and sizes may be wrong, extents missing.
+    """
+    seen: set[tuple[int, int]] = set()
+    with contextlib.suppress(CorruptChain, FormatError, Unsupported, OSError):
+        wanted = image.stat()
+        while True:
+            here = path.stat()
+            identity = here.st_dev, here.st_ino
+            if identity == (wanted.st_dev, wanted.st_ino):
+                return True
+            if identity in seen or len(seen) == MAX_DEPTH:
+                return False
+            seen.add(identity)
+            file = PosixFile.open(path)
+            try:
+                descriptor = read_descriptor(file)[0]
+            finally:
+                file.close()
+            if descriptor.parent_cid == NO_PARENT or descriptor.parent_hint is None:
+                return False
+            path = resolver(path, descriptor.parent_hint, "parent")
+    return False
 
 
 def _refuse_pending(image: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_vmdk_snap.chain.link import open_link
+from qemu_vmdk_snap.chain.links import stands_on
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.ops.guard import guarded_intent
@@ -67,21 +68,22 @@ def rebase(
 
 def _relink(path: Path, parent: Path | None, resolver: Resolver, opener: FileOpener) -> None:
     cid = NO_PARENT
-    if parent is not None:
-        if parent.resolve() == path.resolve():
-            raise InvalidRequest(path, "cannot be its own parent")
-        below = open_link(parent, opener=opener, writable=False, resolver=resolver)
-        cid = below.cid
-        below.close()
-    link = open_link(path, opener=opener, writable=True, resolver=resolver)
-    try:
+    with contextlib.ExitStack() as stack:
+        if parent is not None:
+            if parent.resolve() == path.resolve():
+                raise InvalidRequest(path, "cannot be its own parent")
+            if stands_on(parent, path, resolver):
+                raise InvalidRequest(path, f"cannot have {parent} as its parent, which stands on it")
+            below = open_link(parent, opener=opener, writable=False, resolver=resolver)
+            stack.callback(below.close)  # nobody gives it another CID before it is written down
+            cid = below.cid
+        link = open_link(path, opener=opener, writable=True, resolver=resolver)
+        stack.callback(link.close)
         change = DescriptorChange.plan(link, on_parent(link.descriptor, path, parent, cid))
         intent = guarded_intent("relink", path, [], {"change": change.as_detail()})
         intent.begin()
         change.apply(link)
         intent.end()
-    finally:
-        link.close()
 
 
 def finish_relink(intent: Intent, opener: FileOpener) -> None:

@@ -126,6 +126,26 @@ def test_remove(tree: Tree, name: str) -> None:
     tree.verify()
 
 
+def test_unsafe_makes_no_loop(tree: Tree) -> None:
+    """Through links that hold together or not, by whatever name."""
+    names = ["image-1", "image-2", "image-3", "image-4"]
+    before = {name: tree.path(name).read_bytes() for name in names}
+    alias = tree.folder / "alias.vmdk"
+    alias.hardlink_to(tree.path("image-2"))
+    for path, parent in [("image-2", tree.path("image-4")), ("image-1", tree.path("image-2")), ("image-2", alias)]:
+        with pytest.raises(InvalidRequest, match=r"^\S+: cannot have \S+ as its parent, which stands on it$"):
+            rebase(tree.path(path), parent, unsafe=True)
+    alias.unlink()
+    assert {name: tree.path(name).read_bytes() for name in names} == before
+    with open_chain(tree.path("image-4"), writable=True) as chain:
+        chain.write_at(0, b"CID")
+    rebase(tree.path("image-1"), None, unsafe=True)
+    with open_chain(tree.path("image-2"), writable=True) as chain:
+        chain.write_at(0, b"CID")  # from here on image-3 does not fit, and yet stands on it
+    with pytest.raises(InvalidRequest, match="which stands on it"):
+        rebase(tree.path("image-1"), tree.path("image-4"), unsafe=True)
+
+
 def test_nobody_writes_an_image_that_is_being_removed(tree: Tree) -> None:
     refused = []
 
