@@ -132,14 +132,15 @@ class Link:
             Unsupported: it has grown out of the room that the header gives it.
         """
         old = self.descriptor.raw
-        if len(new.raw) > len(old) and self.embedded:
+        enclosed = new.base > 0
+        if len(new.raw) > len(old) and enclosed:
             room = self._embedded_room()
             if len(new.raw) > room:
                 raise Unsupported(self.path, f"a descriptor of {len(new.raw)} bytes does not fit into its {room} bytes")
-        after = new.raw + bytes(max(0, len(old) - len(new.raw))) if self.embedded else new.raw
+        after = new.raw + bytes(max(0, len(old) - len(new.raw))) if enclosed else new.raw
         for start, end in _changes(old, after):
             self.file.write_at(new.base + start, after[start:end])
-        if not self.embedded and len(after) < len(old):
+        if not enclosed and len(after) < len(old):
             self.file.truncate(len(after))
         self.file.flush()
         self.descriptor = new
@@ -190,7 +191,9 @@ def _changes(old: bytes, new: bytes) -> list[tuple[int, int]]:
 
 
 def read_descriptor(file: BlockFile) -> tuple[Descriptor, bool]:
-    """Return the descriptor of the image in `file`, and whether it is embedded in a sparse extent.
+    """Return the descriptor of the image in `file`, and whether it is embedded in the extent that it tells of.
+
+    Behind a header of capacity 0 it is not: it names its extents, as a descriptor in a file of its own does.
 
     Raises:
         FormatError: the file is no VMDK, or its descriptor cannot be.
@@ -208,7 +211,7 @@ def read_descriptor(file: BlockFile) -> tuple[Descriptor, bool]:
             rule = f"must be at most {MAX_BYTES // SECTOR_SIZE}"
             at = header.offset_of("descriptor_size")
             raise FormatError(path, at, "descriptor_size", header.descriptor_size, rule)
-        return Descriptor.parse(file.read_at(base, size), path=path, base=base), True
+        return Descriptor.parse(file.read_at(base, size), path=path, base=base), header.is_extent
     if head[:4] == COWD_MAGIC:
         return legacy_descriptor(read_cowd_header(file, path), path), True
     if is_descriptor(file.read_at(0, HEAD_BYTES)):

@@ -197,7 +197,7 @@ class _Checker:
             raise Unsupported(path, "has no descriptor: it is an extent; check the descriptor file that names it")
         base = sector_bytes(header.descriptor_offset)
         raw = file.read_at(base, min(sector_bytes(header.descriptor_size), MAX_BYTES))
-        return _Image(path, Descriptor.parse(raw, path=path, base=base), header, [file])
+        return _Image(path, Descriptor.parse(raw, path=path, base=base), header if header.is_extent else None, [file])
 
     def _opened(self, path: Path) -> BlockFile:
         file = self._opener(path, False)

@@ -36,7 +36,7 @@ class DescriptorChange:
         Raises:
             Unsupported: it does not fit into the room that the header gives it.
         """
-        if link.embedded:
+        if new.base:
             header = SparseExtentHeader.parse(link.file.read_at(0, SECTOR_SIZE), path=link.path)
             room = sector_bytes(header.descriptor_size)
             if len(new.raw) > room:

@@ -89,6 +89,11 @@ class SparseExtentHeader(OnDisk):
         return bool(self.flags & HeaderFlag.REDUNDANT_GD) and self.rgd_offset != 0
 
     @property
+    def is_extent(self) -> bool:
+        """Whether the file holds an extent: with a capacity of 0 it is the envelope of a descriptor, as QEMU reads it."""
+        return bool(self.capacity) or not self.descriptor_offset
+
+    @property
     def compressed(self) -> bool:
         """Whether grains are stored deflated."""
         return bool(self.flags & HeaderFlag.COMPRESSED)
@@ -108,7 +113,10 @@ def check_header(header: SparseExtentHeader, path: Path, file_size: int, *, tole
         rule = f"must need at most {MAX_GD_ENTRIES} grain directory entries, not {header.gd_entries}"
         raise FormatError(path, header.offset_of("capacity"), "capacity", header.capacity, rule)
     if header.descriptor_offset:
-        _check_inside(header, "descriptor_offset", header.descriptor_size, path, file_size)
+        # An envelope may end with the text: there is nothing behind it.
+        _check_inside(header, "descriptor_offset", header.descriptor_size if header.is_extent else 1, path, file_size)
+    if not header.is_extent:
+        return
     if header.gd_offset == GD_AT_END and header.compressed:
         return
     gd_sectors = byte_sectors(header.gd_entries * 4)
