@@ -90,7 +90,7 @@ class SparseExtentHeader(OnDisk):
 
     @property
     def is_extent(self) -> bool:
-        """Whether the file holds an extent: with a capacity of 0 it is the envelope of a descriptor, as QEMU reads it."""
+        """Whether the file holds an extent: with a capacity of 0 it is the envelope of a descriptor, as in QEMU."""
         return bool(self.capacity) or not self.descriptor_offset
 
     @property
