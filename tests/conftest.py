@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Final
 import hypothesis
 import pytest
 
-from tests.domain.libvirtd import Daemon, private_daemon
-
 if TYPE_CHECKING:
     import libvirt
+
+    from tests.domain.libvirtd import Daemon
 
 ORDER: Final = ("unit", "golden", "property", "oracle", "fuzz", "crash", "e2e")
 """Folders of tests/ in the order they run: the quick answers first. One that is not named runs before e2e."""
@@ -40,6 +40,10 @@ hypothesis.settings.register_profile("dev", _ANY_SPEED)
 hypothesis.settings.register_profile("ci", _ANY_SPEED, derandomize=True)
 hypothesis.settings.register_profile("thorough", _ANY_SPEED, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+# Where these are set pytest explains in full how two values differ, which takes minutes for a few pages of bytes.
+for _name in ("CI", "BUILD_NUMBER"):
+    os.environ.pop(_name, None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -126,6 +130,8 @@ def embed(embed_uri: str) -> libvirt.virConnect:
 @pytest.fixture(scope="session")
 def the_daemon(scratch_root: Path) -> Iterator[Daemon]:
     # Here and nowhere else: a fixture that another conftest.py imports is a second one, with a second daemon.
+    from tests.domain.libvirtd import private_daemon
+
     with private_daemon(scratch_root / "v") as daemon:
         yield daemon
 
