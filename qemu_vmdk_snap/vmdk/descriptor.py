@@ -40,11 +40,12 @@ EXTENT_TYPES: Final = (
 _CODECS: Final = {
     "utf-8": "utf-8",
     "utf8": "utf-8",
-    "windows-1252": "cp1252",
+    **{f"windows-125{page}": f"cp125{page}" for page in range(9)},  # the ANSI code page of a Windows host
     "gbk": "gbk",
     "gb18030": "gb18030",
     "big5": "big5",
     "shift_jis": "shift_jis",
+    "euc-kr": "euc_kr",
 }
 _KEY_LINE: Final = re.compile(rb"[ \t]*(?P<key>[A-Za-z_][\w.\-]*)[ \t]*=[ \t]*(?P<value>[^\r\n]*?)[ \t]*\r?\Z")
 # Of decoded text: the second byte of a character in Shift_JIS, Big5 or GBK may be a backslash.
@@ -205,8 +206,10 @@ def _codec_of(raw: bytes, path: Path, base: int) -> str:
         return "utf-8"
     name = found[1].decode("ascii", "replace")
     codec = _CODECS.get(name.lower())
+    if codec is None and raw.isascii():
+        return "ascii"  # QEMU and others never look at the name, and nothing here hangs on it
     if codec is None:
-        rule = "must be UTF-8, windows-1252, GBK, Big5 or Shift_JIS"
+        rule = "must be UTF-8, windows-1250 to -1258, GBK, Big5, Shift_JIS or EUC-KR"
         raise FormatError(path, base + found.start(1), "encoding", name, rule)
     return codec
 

@@ -79,6 +79,8 @@ def test_forms(tmp_path: Path, raw: bytes) -> None:
         ("Big5", "big5", "功許.vmdk"),
         ("Shift_JIS", "shift_jis", "表ソ"),
         ("Shift_JIS", "shift_jis", "ソ.vmdk"),
+        ("windows-1251", "cp1251", "диск.vmdk"),
+        ("EUC-KR", "euc_kr", "디스크.vmdk"),
     ],
 )
 def test_encodings(tmp_path: Path, encoding: str, codec: str, name: str) -> None:
@@ -100,8 +102,17 @@ def test_encodings(tmp_path: Path, encoding: str, codec: str, name: str) -> None
 
 
 def test_an_unknown_encoding_is_refused() -> None:
-    with pytest.raises(FormatError, match=r"encoding = 'EBCDIC': must be UTF-8, windows-1252, GBK, Big5 or Shift_JIS"):
-        parse(PLAIN.replace(b"version=1\n", b'version=1\nencoding="EBCDIC"\n'))
+    raw = PLAIN.replace(b"version=1\n", b'version=1\nencoding="KOI8-R"\n').replace(b"d-flat", b"\xc4\xc9")
+    with pytest.raises(FormatError, match=r"encoding = 'KOI8-R': must be UTF-8, windows-1250 to -1258, GBK, Big5"):
+        parse(raw)
+
+
+def test_an_unknown_encoding_of_plain_text_is_no_matter() -> None:
+    found = parse(PLAIN.replace(b"version=1\n", b'version=1\nencoding="KOI8-R"\n'))
+    assert found.extents[0].file == "d-flat.vmdk"
+    assert found.with_parent(9, "base.vmdk").parent_hint == "base.vmdk"
+    with pytest.raises(InvalidRequest, match="encoding ascii"):
+        found.with_parent(9, "диск.vmdk")
 
 
 def test_text_that_is_not_in_its_encoding_is_refused() -> None:
