@@ -29,6 +29,10 @@ PROGRAM: Final = "qemu-vmdk-snap"
 _PATIENCE: Final = 2.0
 """Seconds from the deadline to the end of the process, for what does not listen to the first call."""
 
+_SYSLOG: Final = "/dev/log"
+_DAEMON, _ERR, _INFO = 3 << 3, 3, 6
+_LONGEST_LINE: Final = 8192
+
 _MAX_XML: Final = 16 << 20
 _LOOKED_AT: Final = ("is read-only", "is shared", "is transient")
 """Disks that take no part in a snapshot for these reasons are checked all the same."""
@@ -48,11 +52,20 @@ def main(argv: Sequence[str], stdin: IO[bytes], stderr: IO[str]) -> int:
 
 
 def log(line: str, *, error: bool = False) -> None:
-    """Write one line to syslog; a machine without one hears nothing."""
-    import syslog
+    """Send one line to syslog and do not wait; a machine without one, or with one that is stuck, hears nothing.
 
-    syslog.openlog(PROGRAM, syslog.LOG_PID, syslog.LOG_DAEMON)
-    syslog.syslog(syslog.LOG_ERR if error else syslog.LOG_INFO, line)
+    Written as syslog(3) does (RFC 3164, local form), which itself waits for as long as the receiver does not read: a
+    guest's start would hang with it.
+    """
+    import socket
+    import time
+
+    priority = _DAEMON | (_ERR if error else _INFO)
+    text = f"<{priority}>{time.strftime('%b %e %H:%M:%S')} {PROGRAM}[{os.getpid()}]: {' '.join(line.split())}"
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.setblocking(False)
+        sender.connect(_SYSLOG)
+        sender.send(text.encode("utf-8", "backslashreplace")[:_LONGEST_LINE])
 
 
 def check_disks(disks: Sequence[Disk], policy: Policy, name: str) -> None:
