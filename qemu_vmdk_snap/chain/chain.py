@@ -22,6 +22,7 @@ import numpy as np
 
 from qemu_vmdk_snap.chain.link import Link, PlacedExtent, open_link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
+from qemu_vmdk_snap.chain.windows import ROW_GRAINS, TABLE_GRAINS, windows
 from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, InvalidRequest, VmdkSnapError
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer, FileOpener, open_posix, open_posix_or_device
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
@@ -30,11 +31,6 @@ from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, HOLE, NO_SOURCE, Row, Run
 
 MAX_DEPTH: Final = 256
 """No chain is deeper; a deeper one is refused before it eats the file descriptors."""
-
-WINDOW_GRAINS: Final = 1 << 18
-"""Grains that are resolved at once: bounds the memory of every operation, however large the disk."""
-
-_MAX_WINDOW: Final = 1 << 40
 
 
 class RunKind(IntEnum):
@@ -133,12 +129,12 @@ class Chain:
         """Yield the range's runs as tables, one for each bounded window of the disk, neighbours joined within it."""
         length = self.capacity - offset if length is None else length
         self._check_range(offset, length)
-        window = min(_MAX_WINDOW, WINDOW_GRAINS * min(link.grain_bytes for link in self.links))
-        end = offset + length
-        while offset < end:
-            stop = min(end, offset - offset % window + window)
-            yield self.resolve(offset, stop)
-            offset = stop
+        for start, end in self.windows(offset, offset + length, TABLE_GRAINS):
+            yield self.resolve(start, end)
+
+    def windows(self, start: int, end: int, grains: int = ROW_GRAINS) -> Iterator[tuple[int, int]]:
+        """Yield the windows in which [start, end) may be resolved, at any depth, without much memory."""
+        return windows([link.extents for link in self.links], start, end, grains)
 
     def resolve(self, start: int, end: int, depth: int = 0) -> RunTable:
         """Return the runs of [start, end) as seen from the link at `depth`; memory grows with its grains."""

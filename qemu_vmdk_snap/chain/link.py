@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qemu_vmdk_snap.chain.resolver import Resolver
+from qemu_vmdk_snap.chain.windows import windows
 from qemu_vmdk_snap.errors import FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix_or_device
 from qemu_vmdk_snap.storage.limits import allow_open_files
@@ -109,6 +110,11 @@ class Link:
         if end > self.capacity:
             tables.append(RunTable.single(max(start, self.capacity), end, ZERO))
         return RunTable.concatenate(tables)
+
+    def tables(self) -> Iterator[RunTable]:
+        """Yield the runs of this link alone, one table for each bounded window of the disk."""
+        for start, end in windows([self.extents], 0, self.capacity):
+            yield self.resolve(start, end)
 
     def renew_cid(self) -> None:
         """Give the link a new CID, durably, with longContentID in step.

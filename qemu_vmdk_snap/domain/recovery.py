@@ -20,7 +20,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap import HOLE, Link, confined, find_children, open_link, open_posix
@@ -31,12 +31,9 @@ from qemu_vmdk_snap.domain.live import follow_cid, written_files
 from qemu_vmdk_snap.domain.monitor import Monitor
 from qemu_vmdk_snap.domain.plan import find_snapshot, inactive_xml
 from qemu_vmdk_snap.errors import DomainError, LockBusy, VmdkSnapError
-from qemu_vmdk_snap.units import GIB
 
 if TYPE_CHECKING:
     import libvirt
-
-_WINDOW: Final = 64 * GIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,9 +345,7 @@ def _hold_link(overlay: Overlay, folders: Sequence[Path], held: contextlib.ExitS
 
 def is_empty(link: Link) -> bool:
     """Return whether the image stores nothing of its own."""
-    windows = range(0, link.capacity, _WINDOW)
-    tables = (link.resolve(start, min(link.capacity, start + _WINDOW)) for start in windows)
-    return all(bool((table.kinds == HOLE).all()) for table in tables)
+    return all(bool((table.kinds == HOLE).all()) for table in link.tables())
 
 
 def _parent_of(path: Path, folders: Sequence[Path]) -> Path | None:

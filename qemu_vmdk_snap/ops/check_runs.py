@@ -7,10 +7,10 @@ or say that they belong elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
 import numpy as np
 
+from qemu_vmdk_snap.chain.windows import extent_windows
 from qemu_vmdk_snap.errors import FormatError
 from qemu_vmdk_snap.ops.check_tables import GrainCounts
 from qemu_vmdk_snap.ops.findings import Findings
@@ -20,9 +20,6 @@ from qemu_vmdk_snap.vmdk.extent import Extent
 from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, Int64s, RunTable
 from qemu_vmdk_snap.vmdk.stream import GRAIN_RECORD, StreamExtent
 
-_WINDOW_GRAINS: Final = 1 << 18
-_MAX_WINDOW: Final = 1 << 34
-
 
 def audit_runs(extent: Extent, file: BlockFile, findings: Findings, on_bytes: Callable[[int], None]) -> GrainCounts:
     """Add what is wrong with the extent to `findings`; `on_bytes` hears how many bytes of the disk each window had."""
@@ -30,9 +27,7 @@ def audit_runs(extent: Extent, file: BlockFile, findings: Findings, on_bytes: Ca
     grains = unit < extent.capacity
     counts = GrainCounts(total=-(-extent.capacity // unit) if grains else 0)
     places: list[tuple[Int64s, Int64s]] = []
-    window = min(_MAX_WINDOW, unit * _WINDOW_GRAINS) if grains else _MAX_WINDOW
-    for start in range(0, extent.capacity, window):
-        stop = min(extent.capacity, start + window)
+    for start, stop in extent_windows(extent):
         try:
             table = extent.resolve(start, stop)
         except FormatError as error:

@@ -20,6 +20,7 @@ import numpy as np
 from qemu_vmdk_snap.chain.chain import Chain, open_links
 from qemu_vmdk_snap.chain.link import PlacedExtent
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
+from qemu_vmdk_snap.chain.windows import ROW_GRAINS, extent_windows
 from qemu_vmdk_snap.errors import Unsupported
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.ops.transfer import STEP, View
@@ -34,7 +35,6 @@ from qemu_vmdk_snap.vmdk.sparse import SparseExtent
 from qemu_vmdk_snap.vmdk.sparse_layout import plan_sparse, write_sparse
 
 OPERATION: Final = "compact"
-_WINDOW: Final = 1 << 34
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +155,8 @@ def _fill(chain: Chain, placed: PlacedExtent, extent: SparseExtent, new: BlockFi
 
 
 def _rows(extent: SparseExtent) -> Iterator[Row]:
-    for start in range(0, extent.capacity, _WINDOW):
-        yield from extent.resolve(start, min(extent.capacity, start + _WINDOW)).rows()
+    for start, stop in extent_windows(extent, ROW_GRAINS):
+        yield from extent.resolve(start, stop).rows()
 
 
 def _grains_of(extent: SparseExtent, row: Row) -> Iterator[tuple[Row, bool]]:

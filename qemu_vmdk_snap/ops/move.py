@@ -18,6 +18,7 @@ import numpy.typing as npt
 from qemu_vmdk_snap.chain.chain import Chain, open_chain, open_links
 from qemu_vmdk_snap.chain.link import Link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
+from qemu_vmdk_snap.chain.windows import windows
 from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.ops.guard import guarded_intent
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
@@ -29,8 +30,6 @@ from qemu_vmdk_snap.storage.durable import sync_folder
 from qemu_vmdk_snap.storage.intent import Intent
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, NO_SOURCE, ZERO, Row, RunTable
-
-_WINDOW = 1 << 34
 
 
 @dataclass(slots=True)
@@ -126,8 +125,8 @@ def copy_differences(chain: Chain, target: Chain | None, on_progress: OnProgress
     writer = LinkWriter(top, old, meter.step, later=new)
     places = _Places()
     old_places, new_places = places.of(chain), places.of(target)
-    for start in range(0, total, _WINDOW):
-        stop = min(total, start + _WINDOW)
+    links = [*chain.links, *(target.links if target is not None else [])]
+    for start, stop in windows([link.extents for link in links], 0, total):
         before, after = _whole(chain, 1, start, stop), _whole(target, 0, start, stop)
         plain, doubtful = _differing(top.resolve(start, stop), before, old_places, after, new_places)
         writer.put_rows(plain, old)

@@ -15,17 +15,16 @@ import numpy as np
 from qemu_vmdk_snap.chain.chain import Chain
 from qemu_vmdk_snap.chain.disk import Disk
 from qemu_vmdk_snap.chain.link import Link, PlacedExtent
+from qemu_vmdk_snap.chain.windows import windows
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.storage.copying import Copier
-from qemu_vmdk_snap.units import GIB, MIB
+from qemu_vmdk_snap.units import MIB
 from qemu_vmdk_snap.vmdk.extent import Below
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, NO_SOURCE, ZERO, Row, RunTable
 
 STEP: Final = 4 * MIB
 """Bytes that are read at once where the kernel cannot copy."""
 
-_PIECE: Final = 4 * GIB  # resolved at once in the target: bounds the memory for small grains
-_WINDOW: Final = 1 << 34
 _FLUSH_GRAINS: Final = 1 << 20
 
 OnStep = Callable[[int], None]
@@ -60,14 +59,11 @@ class View:
 
     def tables(self, offset: int, length: int) -> Iterator[RunTable]:
         """Yield the runs of the range, window by window."""
-        end = offset + length
-        while offset < end:
-            stop = min(end, offset - offset % _WINDOW + _WINDOW)
-            if self._depth < self._chain.depth:
-                yield self._chain.resolve(offset, stop, self._depth)
-            else:
-                yield RunTable.single(offset, stop, HOLE)
-            offset = stop
+        if self._depth >= self._chain.depth:
+            yield RunTable.single(offset, offset + length, HOLE)
+            return
+        for start, stop in self._chain.windows(offset, offset + length):
+            yield self._chain.resolve(start, stop, self._depth)
 
     def rows(self, offset: int = 0, length: int | None = None) -> Iterator[Row]:
         """Yield the runs of the range."""
@@ -106,14 +102,11 @@ class View:
 
 def upper_tables(chain: Chain, count: int, offset: int, length: int) -> Iterator[RunTable]:
     """Yield what the first `count` links of the chain store, window by window; holes where they store nothing."""
-    end = offset + length
-    while offset < end:
-        stop = min(end, offset - offset % _WINDOW + _WINDOW)
-        table = chain.links[0].resolve(offset, stop)
+    for start, stop in chain.windows(offset, offset + length):
+        table = chain.links[0].resolve(start, stop)
         for link in chain.links[1:count]:
-            table = table.over(link.resolve(offset, stop))
+            table = table.over(link.resolve(start, stop))
         yield table.coalesced()
-        offset = stop
 
 
 def restricted(table: RunTable, *masks: tuple[RunTable, bool]) -> list[Row]:
@@ -193,11 +186,8 @@ class LinkWriter:
         self._link.flush()
 
     def _pieces(self, offset: int, length: int) -> Iterator[tuple[PlacedExtent, int, int]]:
-        end = offset + length
-        while offset < end:
-            stop = min(end, offset + _PIECE)
-            yield from self._link.overlapping(offset, stop)
-            offset = stop
+        for start, stop in windows([self._link.extents], offset, offset + length):
+            yield from self._link.overlapping(start, stop)
 
     def _put_row(self, placed: PlacedExtent, row: Row, source: BlockFile, delta: int) -> None:
         """Copy into one run of the target; `delta` leads from offsets in the extent to those in `source`."""

@@ -68,6 +68,10 @@ class Extent(Protocol):
         """The unit that is allocated at once; for a kind without grains the whole capacity."""
 
     @property
+    def varied_bytes(self) -> int:
+        """Up to where in the extent each grain may be a run of its own; from there to its end there is but one."""
+
+    @property
     def file(self) -> BlockFile | None:
         """Where its stored runs are, or None for one without a file."""
 

@@ -56,6 +56,11 @@ class FlatExtent:
         return UNIT
 
     @property
+    def varied_bytes(self) -> int:
+        """Where its file ends: what is missing of it is one run."""
+        return 0 if self._writable else min(self._capacity, max(0, self._file.size() - self._start))
+
+    @property
     def file(self) -> BlockFile:
         """The file that holds it."""
         return self._file

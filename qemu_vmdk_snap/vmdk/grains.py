@@ -76,6 +76,11 @@ class GrainExtent:
         return self._grain_bytes
 
     @property
+    def varied_bytes(self) -> int:
+        """The whole capacity."""
+        return self._capacity
+
+    @property
     def file(self) -> BlockFile:
         """The file that holds it."""
         return self._file
@@ -155,8 +160,11 @@ class GrainExtent:
     def reserve(self, offset: int, length: int) -> int:
         """Give the grains of a range, none of them stored yet, one place in the file and return its byte offset.
 
-        Both ends are on grains, or at the end of the disk. The caller fills the whole place before the next flush.
+        Both ends are on grains, or at the end of the disk. The caller fills the whole place before the next flush,
+        and before it asks for another.
         """
+        if len(self.tables.dirty) >= MAX_DIRTY_TABLES:
+            self.flush()
         unit = self._grain_bytes
         first, count = offset // unit, -(-length // unit)
         position = self._place_at_end(count * unit, first)
@@ -171,6 +179,8 @@ class GrainExtent:
         for grain in range(offset // self._grain_bytes, -(-(offset + length) // self._grain_bytes)):
             self._make_table(grain // self.tables.entries_per_table)
             self.tables.set_entry(grain, GTE_ZEROED)
+            if len(self.tables.dirty) >= MAX_DIRTY_TABLES:
+                self.flush()
         return True
 
     def _write_new(self, offset: int, data: memoryview, below: Below) -> int:

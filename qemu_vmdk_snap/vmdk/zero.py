@@ -44,6 +44,11 @@ class ZeroExtent:
         return _UNIT
 
     @property
+    def varied_bytes(self) -> int:
+        """0: the whole extent is one run."""
+        return 0
+
+    @property
     def file(self) -> None:
         """None: there is no file."""
         return
