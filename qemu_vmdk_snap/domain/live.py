@@ -13,6 +13,7 @@ finds it final. The transaction itself drains all the disks and is atomic, as fo
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 import xml.etree.ElementTree as ET
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 from qemu_vmdk_snap import Descriptor, PosixFile, confined, open_link, open_posix, read_descriptor
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
-from qemu_vmdk_snap.domain.monitor import Monitor
+from qemu_vmdk_snap.domain.monitor import LiveTop, Monitor
 from qemu_vmdk_snap.errors import DomainError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 QUIESCE: Final = ("no", "auto", "require")
 _TRIES: Final = 3
+_FRESH: Final = 1.0
+"""Seconds: what QEMU said longer ago is asked again. Each question costs the guest a few milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class _Run:
     disks: Sequence[PlannedDisk]
     caches: Mapping[str, dict[str, bool]]
     quiesce: str
+    tops: Mapping[str, LiveTop] = field(default_factory=dict)
     nodes: dict[str, str] = field(default_factory=dict)
     """target -> node of the overlay."""
     notes: list[str] = field(default_factory=list)
@@ -75,14 +79,31 @@ def check_quiesce(quiesce: str) -> None:
         raise InvalidRequest(f"quiesce {quiesce!r}", f"must be one of {', '.join(QUIESCE)}")
 
 
-def check_disks(domain: libvirt.virDomain, disks: Sequence[xml.Disk], volume_path: xml.VolumePath) -> None:
+@dataclass(frozen=True, slots=True)
+class Tops:
+    """What QEMU said that the disks write to."""
+
+    by_target: Mapping[str, LiveTop] = field(default_factory=dict)
+    asked: float = -math.inf
+    """When, on the monotonic clock."""
+
+    def still_true(self, disks: Sequence[PlannedDisk]) -> bool:
+        """Return whether it need not be asked again: what has been written stays so, what has not may be by now."""
+        recent = time.monotonic() - self.asked < _FRESH
+        return recent and all(disk.target in self.by_target and self.by_target[disk.target].settled for disk in disks)
+
+
+def check_disks(domain: libvirt.virDomain, disks: Sequence[xml.Disk], volume_path: xml.VolumePath) -> Tops:
     """Accept the disks where QEMU writes to what the persistent XML says, and can be switched while it runs.
+
+    Returns what QEMU says of them.
 
     Raises:
         DomainError: that is not so.
     """
     name = domain.name()
-    written = written_files(domain, {disk.target: [disk.path] for disk in disks if disk.path}, volume_path)
+    tops = _ask(domain)
+    written = _written(domain, {disk.target: [disk.path] for disk in disks if disk.path}, volume_path, tops.by_target)
     live = {disk.target: disk for disk in _live_disks(domain, volume_path)}
     for disk in disks:
         mine = live.get(disk.target)
@@ -93,13 +114,25 @@ def check_disks(domain: libvirt.virDomain, disks: Sequence[xml.Disk], volume_pat
         if written.get(disk.target) != disk.path:
             reason = f"disk {disk.target}: the persistent XML names {disk.path}, but QEMU writes to another file"
             raise DomainError(name, f"{reason}: shut it down, or correct the XML")
+    return tops
 
 
-def written_files(
-    domain: libvirt.virDomain, candidates: Mapping[str, Sequence[Path]], volume_path: xml.VolumePath | None = None
-) -> dict[str, Path]:
+def written_files(domain: libvirt.virDomain, candidates: Mapping[str, Sequence[Path]]) -> dict[str, Path]:
     """Return which of the candidate files of each target QEMU writes to; a target that writes to none is left out."""
-    tops = Monitor(domain).tops()
+    return _written(domain, candidates, None, _ask(domain).by_target)
+
+
+def _ask(domain: libvirt.virDomain) -> Tops:
+    asked = time.monotonic()
+    return Tops(Monitor(domain).tops(), asked)
+
+
+def _written(
+    domain: libvirt.virDomain,
+    candidates: Mapping[str, Sequence[Path]],
+    volume_path: xml.VolumePath | None,
+    tops: Mapping[str, LiveTop],
+) -> dict[str, Path]:
     live = {disk.target: disk.path for disk in _live_disks(domain, volume_path)}
     found = {}
     for target, paths in candidates.items():
@@ -115,8 +148,10 @@ def _live_disks(domain: libvirt.virDomain, volume_path: xml.VolumePath | None) -
         return xml.list_disks(domain.XMLDesc(0), volume_path)
 
 
-def switch(domain: libvirt.virDomain, disks: Sequence[PlannedDisk], quiesce: str = "no") -> Pause:
+def switch(domain: libvirt.virDomain, disks: Sequence[PlannedDisk], quiesce: str, tops: Tops) -> Pause:
     """Let the running guest go on in the overlays, which are durable and named by the persistent XML.
+
+    `tops` is what `check_disks` returned.
 
     Raises:
         DomainError: it cannot be done; the guest goes on as before, and QEMU knows nothing of the overlays.
@@ -124,11 +159,10 @@ def switch(domain: libvirt.virDomain, disks: Sequence[PlannedDisk], quiesce: str
     run = _Run(domain, Monitor(domain), disks, _caches(domain), quiesce)
     for _ in range(_TRIES):
         try:
-            _add(run)
+            tops = tops if tops.still_true(disks) else _ask(domain)
+            run.tops = tops.by_target
+            _prepare(run)
             if _try(run):
-                with contextlib.suppress(DomainError):  # untidy, and no harm
-                    for disk in disks:
-                        run.monitor.release(disk.frozen)
                 return Pause(run.stalled, run.stopped, run.frozen, tuple(run.notes))
         except BaseException:
             with contextlib.suppress(DomainError):  # QEMU may be gone
@@ -136,8 +170,6 @@ def switch(domain: libvirt.virDomain, disks: Sequence[PlannedDisk], quiesce: str
                     drop(run.monitor, disks)
             raise
         drop(run.monitor, disks)
-        for disk in disks:
-            follow_cid(disk.overlay, disk.frozen)
     raise DomainError(domain.name(), "the CIDs of its disks keep changing: something else writes to them")
 
 
@@ -153,6 +185,16 @@ def _switched(run: _Run) -> bool:
     return any(tops[disk.target].is_file(disk.overlay) for disk in run.disks if disk.target in tops)
 
 
+def _prepare(run: _Run) -> None:
+    """Do all that can be done while the guest runs: QEMU opens the overlays, which fit their bases as they are now."""
+    for disk in run.disks:
+        if _descriptor(disk.overlay).parent_cid != _descriptor(disk.frozen).cid:
+            follow_cid(disk.overlay, disk.frozen)
+    _add(run)
+    for disk in run.disks:
+        _flush(disk.frozen)  # what is on its way to the disk already, the guest need not wait for
+
+
 def _add(run: _Run) -> None:
     for disk in run.disks:
         run.nodes[disk.target] = run.monitor.add_overlay(disk.overlay, run.caches.get(disk.target, {}))
@@ -160,23 +202,17 @@ def _add(run: _Run) -> None:
 
 def _try(run: _Run) -> bool:
     """Do it, or return False where a CID is not what the overlay was made for."""
-    for disk in run.disks:
-        _flush(disk.frozen)  # what is on its way to the disk already, the guest need not wait for
-    with _quiesced(run):
-        tops = run.monitor.tops()
-        settled = all(tops[disk.target].settled for disk in run.disks)
-        if settled and not _fits(run):
+    actions = [
+        {"type": "blockdev-snapshot", "data": {"node": run.tops[d.target].node, "overlay": run.nodes[d.target]}}
+        for d in run.disks
+    ]
+    settled = all(run.tops[disk.target].settled for disk in run.disks)  # before the CIDs were compared: they stay
+    with _quiesced(run), contextlib.nullcontext() if settled else _stopped(run):
+        if not settled and not _fits(run):
             return False
-        actions = [
-            {"type": "blockdev-snapshot", "data": {"node": tops[d.target].node, "overlay": run.nodes[d.target]}}
-            for d in run.disks
-        ]
-        with contextlib.nullcontext() if settled else _stopped(run):
-            if not settled and not _fits(run):
-                return False
-            started = time.perf_counter()
-            run.monitor.execute("transaction", actions=actions)
-            run.stalled = _milliseconds(started)
+        started = time.perf_counter()
+        run.monitor.execute("transaction", actions=actions)
+        run.stalled = _milliseconds(started)
     return True
 
 

@@ -114,10 +114,12 @@ class Monitor:
         return {node["node-name"] for node in self.execute("query-named-block-nodes", flat=True)}
 
     def add_overlay(self, path: Path, cache: dict[str, bool]) -> str:
-        """Open the overlay in QEMU, on nothing yet, by passed descriptors; return the name of its node.
+        """Open the overlay in QEMU, on nothing yet, by a passed descriptor; return the name of its node.
 
-        QEMU's process may not be allowed to open the path (owner, AppArmor, SELinux, mount namespace), and needs two
-        ways of access later: it reads and writes now, and only reads once the overlay is frozen in its turn.
+        QEMU's process may not be allowed to open the path (owner, AppArmor, SELinux, mount namespace). One descriptor
+        is enough, and only until QEMU has its own copy of it: a file node that is added by itself, without
+        `auto-read-only`, stays open for writing while the format node above it is reopened read-only, and writable
+        again for a merge.
 
         Raises:
             DomainError: QEMU refuses; nothing of it is left there.
@@ -127,6 +129,7 @@ class Monitor:
             fdset = self._pass_file(path)
             name = f"{node}-file"
             self.execute("blockdev-add", driver="file", filename=f"/dev/fdset/{fdset}", node_name=name, cache=cache)
+            self.execute("remove-fd", fdset_id=fdset)
             self.execute("blockdev-add", driver="vmdk", file=name, backing=None, node_name=node, cache=cache)
         except BaseException:
             self.drop_overlay(path)
@@ -139,28 +142,20 @@ class Monitor:
         for name in (node, f"{node}-file"):
             if name in present:
                 self.execute("blockdev-del", node_name=name)
-        self.release(path)
+        self._release(path)
 
-    def release(self, path: Path) -> None:
-        """Let QEMU close the descriptors that it was passed for the file and does not use.
-
-        A frozen file is never opened again, and three descriptors for each would use up those that QEMU may have.
-        """
+    def _release(self, path: Path) -> None:
+        """Let QEMU close what it was passed for the file, where a command has died before it used that."""
         for fdset in self.execute("query-fdsets"):
             if any(entry.get("opaque") == str(path) for entry in fdset["fds"]):
                 self.execute("remove-fd", fdset_id=fdset["fdset-id"])
 
     def _pass_file(self, path: Path) -> int:
-        number: int | None = None
-        for access in (os.O_RDWR, os.O_RDONLY):
-            fd = os.open(path, access | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                more = {} if number is None else {"fdset_id": number}
-                number = int(self.execute("add-fd", files=[fd], opaque=str(path), **more)["fdset-id"])
-            finally:
-                os.close(fd)
-        assert number is not None
-        return number
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return int(self.execute("add-fd", files=[fd], opaque=str(path))["fdset-id"])
+        finally:
+            os.close(fd)
 
 
 def _words(qdev: str) -> list[str]:

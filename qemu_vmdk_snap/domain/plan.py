@@ -12,7 +12,7 @@ import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import naming, xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.intent import Intent, IntentStore, Overlay
-from qemu_vmdk_snap.domain.live import check_disks, check_quiesce
+from qemu_vmdk_snap.domain.live import Tops, check_disks, check_quiesce
 from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class Plan:
     """(target, reason) of the disks that take no part."""
     intent: Intent
     quiesce: str = "no"
+    tops: Tops = field(default_factory=Tops)
+    """Of a running domain: what QEMU writes to."""
 
 
 def make_plan(
@@ -94,16 +96,16 @@ def make_plan(
     volume_path = volume_resolver(conn, name)
     disks = xml.list_disks(old_xml, volume_path)
     chosen, skipped = choose(name, disks, request)
-    if live:
-        check_quiesce(request.quiesce)
-        check_disks(domain, chosen, volume_path)
+    check_quiesce(request.quiesce)
+    tops = check_disks(domain, chosen, volume_path) if live else Tops()
     taken = set().union(*(xml.files_in(text) for text in (old_xml, *snapshots.values())), pending_overlays(store))
     planned = []
     for disk in chosen:
         planned.append(_plan_disk(name, disk, request, taken, held, lock=not live))
         taken.add(planned[-1].overlay)
     plan = _assemble(domain, header, old_xml, disks, tuple(planned), tuple(skipped))
-    return replace(plan, quiesce=request.quiesce, intent=replace(plan.intent, live=live, resume=running))
+    intent = replace(plan.intent, live=live, resume=running)
+    return replace(plan, quiesce=request.quiesce, tops=tops, intent=intent)
 
 
 def check_state(domain: libvirt.virDomain) -> None:

@@ -128,7 +128,7 @@ def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentS
         with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):
             register(domain, intent)
         if intent.live:
-            pause = switch(domain, plan.disks, plan.quiesce)
+            pause = switch(domain, plan.disks, plan.quiesce, plan.tops)
     except BaseException as error:
         _undo(conn, domain, store, intent, error)
         raise

@@ -173,7 +173,7 @@ KILLS = {
     ("_define", 1): False,
     ("register", 1): False,
     ("add-fd", 1): False,
-    ("add-fd", 2): False,
+    ("remove-fd", 1): False,
     ("blockdev-add", 1): False,
     ("blockdev-add", 2): False,
     ("stop", 1): False,
