@@ -1,27 +1,33 @@
 """`python -m bench.live_snapshot`: what a guest feels of a live snapshot, beside libvirt's own of qcow2.
 
 The same guest (the probe, which writes without a rest) on the same kind of disk: once on VMDK, snapshotted by this
-package, once on qcow2, snapshotted by libvirt's own `snapshot-create-as --disk-only`. Taken alternately. What the guest
-feels is the longest time between two answers to its writes, around the snapshot, less the usual one; the total is that
-of the whole call. Both guests run under plain emulation in one in-process libvirt.
+package, once on qcow2, snapshotted by libvirt's own `snapshot-create-as --disk-only`. Taken in pairs, the first of a
+pair by turns, so that what else the machine does falls on both; whichever guest is not measured stands still meanwhile.
+What the guest feels is the longest time between two answers to its writes, around the snapshot, less the usual one; the
+total is that of the whole call. Both guests run under plain emulation in one in-process libvirt; their writers are
+processes of their own, as a thread would wait for this one's interpreter and take that for the guest's wait.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.domain.connect import open_connection
 from qemu_vmdk_snap.domain.snapshot import create_snapshot
-from tests.e2e.live_guest import Writer, boot_disk, domain_xml, start
+from qemu_vmdk_snap.harness import attach
+from tests.e2e.live_guest import Writer, boot_disk, domain_xml
 
 if TYPE_CHECKING:
     import libvirt
@@ -72,25 +78,87 @@ def measure(folder: Path, rounds: int) -> tuple[list[Sample], list[Sample]]:
     ]
     samples: list[list[Sample]] = [[], []]
     try:
-        probes = [start(domain, folder / name) for domain, name in zip(domains, ("v.sock", "q.sock"), strict=True)]
-        for number in range(rounds):
-            for take, probe, kept in zip(takes, probes, samples, strict=True):
-                kept.append(_sample(Writer(probe), take, number))
+        with contextlib.ExitStack() as running:
+            for domain in domains:
+                domain.create()
+            writers = [running.enter_context(_writer(folder / f"{name}.sock")) for name in "vq"]
+            for number in range(rounds):
+                for which in (0, 1) if number % 2 else (1, 0):
+                    _suspend_others(domains, which)
+                    samples[which].append(_sample(writers[which], takes[which], number))
+            for domain in domains:
+                _run(domain)  # its writer hangs up only once it answers
     finally:
         for domain in domains:
             _forget(domain)
     return samples[0], samples[1]
 
 
-def _sample(writer: Writer, take: Callable[[int], object], number: int) -> Sample:
-    with writer:
-        writer.wait(3)
-        began = time.monotonic()
-        take(number)
-        ended = time.monotonic()
-        writer.wait(1)
-    usual = statistics.median(gap for at, gap in writer.gaps if at < began)
-    longest = max(gap for at, gap in writer.gaps if began <= at and at - gap <= ended)
+@contextlib.contextmanager
+def _writer(serial: Path) -> Iterator[Connection]:
+    """Have a process that lets the probe write on request, and tells how long each answer took."""
+    spawn = multiprocessing.get_context("spawn")
+    mine, its = spawn.Pipe()
+    process = spawn.Process(target=_write, args=(serial, its))
+    process.start()
+    its.close()
+    try:
+        _expect(mine, "attached")
+        yield mine
+    finally:
+        mine.close()
+        process.join(30)
+        process.kill()
+
+
+def _write(serial: Path, pipe: Connection) -> None:
+    """Be that process: `begin` is answered once the guest writes, `end` with (when, how long) of each answer."""
+    with contextlib.closing(attach(serial, seconds=40)) as probe:
+        pipe.send("attached")
+        with contextlib.suppress(EOFError):
+            while pipe.recv() == "begin":
+                with Writer(probe) as writer:
+                    writer.wait(3)
+                    pipe.send("writing")
+                    pipe.recv()
+                    writer.wait(1)
+                pipe.send(writer.gaps)
+
+
+def _expect(pipe: Connection, word: str) -> None:
+    if not pipe.poll(60) or pipe.recv() != word:
+        raise RuntimeError(f"the writer is not {word} after a minute")
+
+
+def _suspend_others(domains: list[libvirt.virDomain], which: int) -> None:
+    for index, domain in enumerate(domains):
+        if index == which:
+            _run(domain)
+        elif not _stands(domain):
+            domain.suspend()
+
+
+def _run(domain: libvirt.virDomain) -> None:
+    if _stands(domain):
+        domain.resume()
+
+
+def _stands(domain: libvirt.virDomain) -> bool:
+    import libvirt
+
+    return bool(domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED)
+
+
+def _sample(writer: Connection, take: Callable[[int], object], number: int) -> Sample:
+    writer.send("begin")
+    _expect(writer, "writing")
+    began = time.monotonic()
+    take(number)
+    ended = time.monotonic()
+    writer.send("end")
+    gaps: list[tuple[float, float]] = writer.recv()
+    usual = statistics.median(gap for at, gap in gaps if at < began)
+    longest = max(gap for at, gap in gaps if began <= at and at - gap <= ended)
     return max(0.0, longest - usual) * 1000, (ended - began) * 1000
 
 
