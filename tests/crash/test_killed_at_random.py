@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,18 +21,59 @@ import pytest
 
 from qemu_vmdk_snap import create_image, create_overlay, open_chain
 from qemu_vmdk_snap.chain.resolver import confined
+from qemu_vmdk_snap.ops.apply import apply_delta
 from qemu_vmdk_snap.ops.check import check_image
 from qemu_vmdk_snap.ops.commit import commit
 from qemu_vmdk_snap.ops.compact import compact
+from qemu_vmdk_snap.ops.convert import convert
+from qemu_vmdk_snap.ops.diff import make_delta
 from qemu_vmdk_snap.ops.rebase import rebase
 from qemu_vmdk_snap.ops.recover import recover
 from qemu_vmdk_snap.ops.remove import remove
+from qemu_vmdk_snap.ops.repair import repair
 from qemu_vmdk_snap.ops.resize import resize
+from qemu_vmdk_snap.vmdk.header import SparseExtentHeader
 
 SIZE: Final = int(os.environ.get("VMDK_KILL_SIZE", 64 << 20))
 POINTS: Final = int(os.environ.get("VMDK_KILL_POINTS", 3))
 PIECE: Final = 1 << 20
 NAMES: Final = ("one.vmdk", "two.vmdk", "three.vmdk")
+NEW: Final = "new.vmdk"
+DELTA: Final = ".delta.vmdk"  # hidden: no image that the test looks at
+SHARED_PER_TABLE: Final = 16
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+def leave_a_delta(folder: Path) -> None:
+    """Put a delta in the place of the last link."""
+    with open_chain(folder / NAMES[2]) as chain:
+        make_delta(chain, 1, folder / DELTA)
+    (folder / NAMES[2]).unlink()
+
+
+def share_grains(folder: Path) -> None:
+    """Let empty grains of the second link name the place of a stored one, in both copies of the tables."""
+    with (folder / NAMES[1]).open("r+b") as file:
+        header = SparseExtentHeader.parse(file.read(512), path=folder / NAMES[1])
+        for directory in (header.gd_offset, header.rgd_offset):
+            file.seek(directory * 512)
+            tables = struct.unpack(f"<{SIZE >> 25}I", file.read(SIZE >> 23))
+            for table in tables:
+                file.seek(table * 512)
+                entries = list(struct.unpack("<512I", file.read(2048)))
+                stored = next(entry for entry in entries if entry)
+                for index in [index for index, entry in enumerate(entries) if not entry][:SHARED_PER_TABLE]:
+                    entries[index] = stored
+                file.seek(table * 512)
+                file.write(struct.pack("<512I", *entries))
+
+
+def convert_top(folder: Path) -> None:
+    with open_chain(folder / NAMES[2]) as chain:
+        convert(chain, folder / NEW)
 
 
 class Case(NamedTuple):
@@ -40,6 +82,9 @@ class Case(NamedTuple):
     """Images that read what they read, whatever happens."""
     after: dict[str, str]
     """Image -> the image whose content it has when the operation is done; what is not named is gone."""
+    prepare: Callable[[Path], None] = nothing
+    again: bool = False
+    """Whether it must be run to its end before the images are sound."""
 
 
 CASES: Final = {
@@ -56,6 +101,20 @@ CASES: Final = {
     "remove": Case(lambda at: remove(at / NAMES[0]), NAMES[1:], {name: name for name in NAMES[1:]}),
     "compact": Case(lambda at: compact(at / NAMES[1]), NAMES, {name: name for name in NAMES}),
     "resize": Case(lambda at: resize(at / NAMES[2], SIZE * 4), NAMES[:2], {name: name for name in NAMES[:2]}),
+    "convert": Case(convert_top, NAMES, {**{name: name for name in NAMES}, NEW: NAMES[2]}),
+    "apply": Case(
+        lambda at: apply_delta(at / DELTA, at / NAMES[1]),
+        NAMES[:1],
+        {NAMES[0]: NAMES[0], NAMES[1]: NAMES[2]},
+        leave_a_delta,
+    ),
+    "repair": Case(
+        lambda at: repair(at / NAMES[1], resolver=confined(), undo=at / f".undo-{time.monotonic_ns()}"),
+        NAMES,
+        {name: name for name in NAMES},
+        share_grains,
+        again=True,
+    ),
 }
 
 
@@ -83,6 +142,10 @@ def digest(path: Path) -> str:
     return found.hexdigest()
 
 
+def images(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
 def run_for(seconds: float | None, work: Callable[[], object]) -> float:
     """Run `work` in a child, which is killed after so many seconds; return how long it ran."""
     started = time.monotonic()
@@ -105,12 +168,17 @@ def run_for(seconds: float | None, work: Callable[[], object]) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_killed_at_random_moments(name: str, origin: Path, tmp_path: Path) -> None:
     case = CASES[name]
-    before = {image: digest(origin / image) for image in NAMES}
-    run = tmp_path / "run"
+    begin, run = tmp_path / "begin", tmp_path / "run"
+    shutil.copytree(origin, begin)
+    known = {image: digest(begin / image) for image in NAMES}
+    case.prepare(begin)
+    before = {image: digest(begin / image) for image in images(begin)}
+    known |= before  # what was prepared may have taken one away, or changed one
+    done = {image: known[like] for image, like in case.after.items()}
 
     def restore() -> None:
         shutil.rmtree(run, ignore_errors=True)
-        shutil.copytree(origin, run)
+        shutil.copytree(begin, run)
 
     restore()
     whole = run_for(None, lambda: case.run(run))
@@ -119,15 +187,16 @@ def test_killed_at_random_moments(name: str, origin: Path, tmp_path: Path) -> No
         restore()
         run_for(chooser.uniform(0, whole), lambda: case.run(run))
         finished = recover(run)
-        left = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+        left = images(run)
         now = {image: digest(run / image) for image in left}
         for image in case.keeps:
             if image in left:
                 assert now[image] == before[image], f"{image} reads something else"
-        done = {image: before[like] for image, like in case.after.items()}
         if finished:
             assert done.items() <= now.items(), "what recover finished is not finished"
         else:
             assert now == before or done.items() <= now.items(), "half done, and nothing to recover"
+        if case.again:
+            case.run(run)
         for image in left:
             assert check_image(run / image, resolver=confined()).corruptions == 0
