@@ -273,6 +273,7 @@ class _Planner:
         parent, children = state.parent(frozen, folders), state.children(frozen, folders)
         live = self._goes_live(frozen, children)
         if not live:
+            self._refuse_unwritten(disk.target, frozen, children)
             self._check(disk.target, [frozen, *children])
         below = None if parent is None else str(parent)
         if not children:
@@ -287,10 +288,20 @@ class _Planner:
 
     def _goes_live(self, frozen: Path, children: Sequence[Path]) -> bool:
         """Return whether QEMU can merge into the file: only the guest's active overlay stands on it."""
+        return self._below_active(frozen, children) and node_of(frozen, self._state.written) is not None
+
+    def _below_active(self, frozen: Path, children: Sequence[Path]) -> bool:
         if not self._state.running or len(children) != 1 or children[0] not in self._tops:
             return False
-        mine = children[0] not in self._state.foreign and frozen not in self._state.foreign
-        return mine and node_of(frozen, self._state.written) is not None
+        return children[0] not in self._state.foreign and frozen not in self._state.foreign
+
+    def _refuse_unwritten(self, target: str, frozen: Path, children: Sequence[Path]) -> None:
+        """Tell why the newest snapshot of a running guest, too, may have to wait; see `live_merge`."""
+        if self._below_active(frozen, children):
+            reason = f"disk {target}: the guest has not written {frozen} since it was started, and a live merge into it"
+            raise DomainError(
+                self._state.name, f"{reason} would change its CID under {children[0]}: shut it down first"
+            )
 
     def _merges(self, frozen: Path, children: Sequence[Path], parent: Path | None) -> bool:
         if len(children) > 1 or children[0] not in self._named:

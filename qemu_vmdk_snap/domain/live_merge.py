@@ -1,7 +1,11 @@
 """Merge the active overlay of a running guest into the file below it, which the guest then goes on in.
 
 QEMU's commit of the active layer. Of VMDK it is safe only where QEMU wrote to the lower file since it opened it: then
-it does not change its CID any more, and the overlay above fits at every moment. In order:
+it does not change its CID any more, and the overlay above fits at every moment. Elsewhere its first write into the
+lower file gives that a new CID (seen on 7.2), while the overlay on the disk still names the old one: a guest that then
+ends, or a merge that is given up, leaves a chain whose reads QEMU itself refuses after the next start. The overlay
+could be told the new CID only by writing to it behind QEMU's lock; so such a merge waits until the guest is shut off.
+In order:
 
     1  the data goes down while the guest runs; what it writes meanwhile goes to both
     2  the vCPUs stop, until both files hold the same
