@@ -11,20 +11,11 @@ import pytest
 
 from qemu_vmdk_snap import ImageOptions, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.cli.main import main
+from tests.support.qemu import qemu_img, qemu_io
 
 pytestmark = pytest.mark.needs("qemu-img", "qemu-io")
 
 ODD_SIZES = [512, 65536 - 512, 65536 + 512, 32 << 20, (32 << 20) + 1536, (100 << 20) + 512]
-
-
-def qemu_img(*words: str | Path) -> str:
-    return subprocess.run(["qemu-img", *map(str, words)], check=True, capture_output=True, text=True).stdout
-
-
-def qemu_io(path: Path, *commands: str) -> None:
-    words = [word for command in commands for word in ("-c", command)]
-    done = subprocess.run(["qemu-io", "-f", "vmdk", *words, str(path)], check=True, capture_output=True, text=True)
-    assert "failed" not in done.stdout + done.stderr, done.stdout + done.stderr
 
 
 def scatter(path: Path, seed: int, *, pieces: int = 12) -> None:
