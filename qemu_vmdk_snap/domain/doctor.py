@@ -14,7 +14,8 @@ import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import dropin, hooks, xml
 from qemu_vmdk_snap.domain.connect import find_domain, import_libvirt, libvirt_errors, open_connection
 from qemu_vmdk_snap.domain.intent import IntentStore
-from qemu_vmdk_snap.domain.orphans import find_orphans
+from qemu_vmdk_snap.domain.kept import kept_branches
+from qemu_vmdk_snap.domain.orphans import Orphan, find_orphans
 from qemu_vmdk_snap.domain.plan import inactive_xml, volume_resolver
 from qemu_vmdk_snap.errors import VmdkSnapError
 from qemu_vmdk_snap.units import format_size
@@ -75,10 +76,20 @@ def check_domain(conn: libvirt.virConnect, domain_name: str) -> Iterator[Check]:
         yield _check_snapshot(snapshot, chains if snapshot.name == current else {})
     if snapshots and current is None:
         yield Check("snapshots", "note", "none of them is the current one")
+    kept = {path.resolve(): snapshot for path, snapshot in kept_branches(text).items()}
     for orphan in find_orphans(conn, domain):
-        holds = "holds nothing" if orphan.empty else f"holds {format_size(orphan.allocated)}"
-        what = f"stands on {orphan.parent}, is named by no domain and no snapshot, and {orphan.problem or holds}"
-        yield Check(f"orphan {orphan.path}", "bad", what)
+        yield _check_orphan(name, orphan, kept.get(orphan.path.resolve()))
+
+
+def _check_orphan(domain: str, orphan: Orphan, kept_by: str | None) -> Check:
+    """Tell of an image that nobody names; `kept_by` is the snapshot that a revert went back to when it kept it."""
+    holds = orphan.problem or ("holds nothing" if orphan.empty else f"holds {format_size(orphan.allocated)}")
+    if kept_by is None:
+        what = f"stands on {orphan.parent}, is named by no domain and no snapshot, and {holds}"
+        return Check(f"orphan {orphan.path}", "bad", what)
+    what = f"was kept by the revert to {kept_by!r}, stands on {orphan.parent} and {holds}"
+    ways = f"`doctor {domain} --discard {orphan.path}` removes it, `doctor {domain} --adopt` makes it a snapshot"
+    return Check(f"kept {orphan.path}", "bad" if orphan.problem else "note", f"{what}: {ways}")
 
 
 def _check_libvirt(uri: str | None) -> Iterator[Check]:

@@ -23,6 +23,7 @@ import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import dropin, naming, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.intent import Intent, IntentStore, Overlay
+from qemu_vmdk_snap.domain.kept import kept_branches, with_kept_branches
 from qemu_vmdk_snap.domain.newfile import make_overlay, refresh_pools
 from qemu_vmdk_snap.domain.plan import (
     MAX_DEPTH,
@@ -96,6 +97,30 @@ def revert(
     return RevertReport(domain.name(), snapshot, plan.state, plan.disks, kept, gone, recovered, tuple(notes))
 
 
+@dataclass(frozen=True, slots=True)
+class _Now:
+    """What libvirt says of the domain."""
+
+    old_xml: str
+    target: str
+    """The XML of the snapshot, secrets included."""
+    snapshots: dict[str, str]
+    current: str | None
+
+    @classmethod
+    def read(cls, domain: libvirt.virDomain, snapshot: str) -> _Now:
+        import libvirt
+
+        with libvirt_errors(domain.name(), "read its state"):
+            check_state(domain)
+            return cls(
+                inactive_xml(domain),
+                find_snapshot(domain, snapshot).getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE),
+                {one.getName(): one.getXMLDesc(0) for one in domain.listAllSnapshots()},
+                domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None,
+            )
+
+
 def _make_plan(
     conn: libvirt.virConnect,
     domain: libvirt.virDomain,
@@ -106,38 +131,33 @@ def _make_plan(
     *,
     discard: bool,
 ) -> _Plan:
-    import libvirt
-
-    with libvirt_errors(domain.name(), "read its state"):
-        check_state(domain)
-        old_xml = inactive_xml(domain)
-        text = find_snapshot(domain, name).getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE)
-        others = {one.getName(): one.getXMLDesc(0) for one in domain.listAllSnapshots()}
-        current = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
+    now = _Now.read(domain, name)
     volume_path = volume_resolver(conn, domain.name())
-    saved = xml.parse_snapshot(text, volume_path)
-    frozen = _frozen_disks(domain.name(), saved)
-    then_xml = xml.domain_of(text)
-    taken = set().union(*(xml.files_in(one) for one in (old_xml, *others.values())), pending_overlays(store))
-    disks: list[PlannedDisk] = []
-    for disk in frozen:
-        disks.append(_plan_disk(domain.name(), disk, taken, held))
-        taken.add(disks[-1].overlay)
-    tops = _unsaved_tops(old_xml, others.values(), volume_path)
+    saved = xml.parse_snapshot(now.target, volume_path)
+    taken = set().union(*(xml.files_in(one) for one in (now.old_xml, *now.snapshots.values())), pending_overlays(store))
+    disks = _plan_disks(domain.name(), _frozen_disks(domain.name(), saved), taken, held)
+    tops = _unsaved_tops(now.old_xml, now.snapshots.values(), volume_path)
     intent = Intent(
         uuid=domain.UUIDString(),
         domain=domain.name(),
         snapshot=name,
         overlays=tuple(Overlay(disk.target, str(disk.overlay), str(disk.frozen)) for disk in disks),
-        old_xml=old_xml,
-        new_xml=xml.stack(then_xml, {disk.target: xml.NewTop(disk.overlay, disk.chain) for disk in disks}),
-        snapshot_xml=text,
+        old_xml=now.old_xml,
+        new_xml=_new_xml(now, disks, {} if discard else dict.fromkeys(tops, name)),
+        snapshot_xml=now.target,
         operation="revert",
-        current=current,
+        current=now.current,
         discard=tuple(map(str, tops)) if discard else (),
     )
     state = after if after != "as-saved" else saved.state if saved.state in _LIVE else "shutoff"
-    return _Plan(tuple(disks), tops, "running" if state == "blocked" else state, intent)
+    return _Plan(disks, tops, "running" if state == "blocked" else state, intent)
+
+
+def _new_xml(now: _Now, disks: Collection[PlannedDisk], kept: dict[Path, str]) -> str:
+    """Return the domain of then on the new overlays, which knows of all that reverts have kept until now."""
+    before = {path: snapshot for path, snapshot in kept_branches(now.old_xml).items() if path.exists()}
+    then = xml.stack(xml.domain_of(now.target), {disk.target: xml.NewTop(disk.overlay, disk.chain) for disk in disks})
+    return with_kept_branches(then, before | kept)
 
 
 def _frozen_disks(domain: str, saved: xml.SnapshotXml) -> list[xml.SnapshotDisk]:
@@ -148,6 +168,17 @@ def _frozen_disks(domain: str, saved: xml.SnapshotXml) -> list[xml.SnapshotDisk]
         what = ", ".join(sorted(modes)) or "no"
         raise DomainError(domain, f"snapshot {saved.name!r} has {what} disks: only external ones are gone back to here")
     return [disk for disk in saved.disks if disk.mode == "external"]
+
+
+def _plan_disks(
+    domain: str, frozen: Collection[xml.SnapshotDisk], taken: set[Path], held: contextlib.ExitStack
+) -> tuple[PlannedDisk, ...]:
+    """Return the plan of each disk; their overlays are added to `taken`."""
+    disks: list[PlannedDisk] = []
+    for disk in frozen:
+        disks.append(_plan_disk(domain, disk, taken, held))
+        taken.add(disks[-1].overlay)
+    return tuple(disks)
 
 
 def _plan_disk(domain: str, disk: xml.SnapshotDisk, taken: Collection[Path], held: contextlib.ExitStack) -> PlannedDisk:

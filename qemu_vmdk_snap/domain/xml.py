@@ -111,7 +111,7 @@ def relink(text: str, change: Callable[[Sequence[Path]], Sequence[Path]]) -> str
         ["domainsnapshot", "disks", "disk"],
     ):
         pieces, last = [], 0
-        for start, end in _spans(raw, path):
+        for start, end in spans(raw, path):
             element = ET.fromstring(raw[start:end])
             if _relinked(element, change):
                 element.tail = None
@@ -148,7 +148,7 @@ def with_description(snapshot_text: str, description: str | None) -> str:
 def _with_element(snapshot_text: str, name: str, element: str | None) -> str:
     """Return the text with another child `name` of its root, or without it; all else stays byte for byte."""
     raw, new = snapshot_text.encode(), (element or "").encode()
-    for start, end in _spans(raw, ["domainsnapshot", name]):
+    for start, end in spans(raw, ["domainsnapshot", name]):
         return (raw[:start] + new + raw[end:]).decode()
     at = raw.index(b">") + 1
     return (raw[:at] + new + raw[at:]).decode()
@@ -238,10 +238,10 @@ def domain_of(snapshot_text: str) -> str:
         KeyError: there is none.
     """
     raw = snapshot_text.encode()
-    spans = _spans(raw, ["domainsnapshot", "inactiveDomain"]) or _spans(raw, ["domainsnapshot", "domain"])
-    if not spans:
+    found = spans(raw, ["domainsnapshot", "inactiveDomain"]) or spans(raw, ["domainsnapshot", "domain"])
+    if not found:
         raise KeyError("domain")
-    text = raw[slice(*spans[0])].decode()
+    text = raw[slice(*found[0])].decode()
     if text.startswith("<inactiveDomain"):
         text = "<domain" + text.removeprefix("<inactiveDomain").removesuffix("</inactiveDomain>") + "</domain>"
     return text
@@ -309,14 +309,14 @@ def _backing(element: ET.Element) -> tuple[list[Path], bool]:
 
 def _disk_spans(raw: bytes) -> list[tuple[int, int]]:
     """Return where in the text each disk of the domain begins and ends."""
-    return _spans(raw, ["domain", "devices", "disk"])
+    return spans(raw, ["domain", "devices", "disk"])
 
 
-def _spans(raw: bytes, wanted: list[str]) -> list[tuple[int, int]]:
+def spans(raw: bytes, wanted: list[str]) -> list[tuple[int, int]]:
     """Return where in the text each element of the path `wanted` begins and ends."""
     path: list[str] = []
     starts: list[int] = []
-    spans: list[tuple[int, int]] = []
+    found: list[tuple[int, int]] = []
     parser = expat.ParserCreate()
 
     def start(name: str, _attributes: dict[str, str]) -> None:
@@ -332,12 +332,12 @@ def _spans(raw: bytes, wanted: list[str]) -> list[tuple[int, int]]:
                 at = raw.index(b">", at) + 1
             elif at == starts[-1]:
                 at = raw.index(b"/>", at) + 2
-            spans.append((starts[-1], at))
+            found.append((starts[-1], at))
         path.pop()
 
     parser.StartElementHandler, parser.EndElementHandler = start, end
     parser.Parse(raw, True)
-    return spans
+    return found
 
 
 def _stacked(element: ET.Element, top: NewTop, before: bytes) -> bytes:

@@ -14,10 +14,12 @@ from qemu_vmdk_snap import DomainError, LockBusy, create_overlay, open_chain
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.domain.connect import find_domain
 from qemu_vmdk_snap.domain.doctor import check_host
+from qemu_vmdk_snap.domain.kept import kept_branches
 from qemu_vmdk_snap.domain.orphans import find_orphans, remove_orphan
 from qemu_vmdk_snap.domain.registry import list_snapshots
+from qemu_vmdk_snap.domain.revert import revert
 from qemu_vmdk_snap.domain.snapshot import create_snapshot
-from tests.domain.lab import Lab, contents
+from tests.domain.lab import Lab, contents, xml_of
 
 pytestmark = pytest.mark.needs("libvirt", "qemu-system-x86_64")
 
@@ -79,6 +81,39 @@ def test_a_healthy_running_domain_is_good(patient: Patient) -> None:
     assert patient.bad() == {}
     patient.domain.destroy()
     assert patient.bad() == {}
+
+
+def test_what_reverts_have_kept_is_told_apart(patient: Patient) -> None:
+    """Of each revert after the first the kept top is in no snapshot; only the doctor can tell whose it is."""
+    for _ in range(3):
+        revert(patient.lab.conn, patient.name, "s1")
+    write(patient.file(3))
+    stranger = patient.lab.folder / "stranger.vmdk"
+    create_overlay(stranger, patient.file(1))
+    status, answer = patient.ask()
+    told = {check["subject"]: (check["verdict"], check["text"]) for check in answer["checks"]}
+    assert status == 1
+    assert told[f"orphan {stranger}"][0] == "bad"
+    stranger.unlink()
+    assert patient.bad() == {}
+    for number, holds in ((3, "holds 76 KiB:"), (4, "holds nothing:")):
+        verdict, text = told[f"kept {patient.file(number)}"]
+        assert verdict == "note"
+        assert text.startswith(f"was kept by the revert to 's1', stands on {patient.file(0)} and {holds}")
+        assert f"`doctor {patient.name} --discard {patient.file(number)}` removes it" in text
+    assert sum(subject.startswith("kept ") for subject in told) == 2
+    # What it says can be done is done.
+    patient.ask("--discard", str(patient.file(3)))
+    assert not patient.file(3).exists()
+    _, answer = patient.ask("--adopt")
+    assert [one["path"] for one in answer["done"]] == [str(patient.file(4))]
+    assert not any(check["subject"].startswith(("kept ", "orphan ")) for check in answer["checks"])
+    # Metadata of other programs is still there, and a file that is gone is forgotten by the next revert.
+    # (The second overlay, too, was kept; snapshot s2 names it as the one that it was made with.)
+    text = xml_of(patient.domain)
+    assert "<app:by who='me'/>" in text or '<app:by who="me"/>' in text
+    revert(patient.lab.conn, patient.name, "s1", discard=True)
+    assert set(kept_branches(xml_of(patient.domain))) == {patient.file(2), patient.file(4)}
 
 
 def lose_base(patient: Patient) -> None:
