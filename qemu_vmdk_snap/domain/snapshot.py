@@ -90,9 +90,13 @@ def create_snapshot(
         with dropin.around("create", domain.name(), as_plan(plan), uri=conn.getURI()) as notes:
             pause = _execute(conn, domain, store, plan)
     refresh_pools(conn, [disk.overlay for disk in plan.disks])
+    return _report(plan, recovered, pause, notes)
+
+
+def _report(plan: Plan, recovered: Recovery | None, pause: Pause | None, notes: Sequence[str]) -> SnapshotReport:
     header = plan.snapshot
     return SnapshotReport(
-        domain.name(),
+        plan.intent.domain,
         header.name,
         header.creation_time,
         header.parent,

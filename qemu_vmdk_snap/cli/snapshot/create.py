@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
+from qemu_vmdk_snap.cli.snapshot.options import add_domain
+from qemu_vmdk_snap.cli.snapshot.report import disk_lines, disks_json, show
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 
@@ -78,19 +79,14 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             overlays={spec.disk: spec.overlay for spec in specs if spec.overlay is not None},
             quiesce=args.quiesce,
         )
-    tell_recovery(report.recovered, ui)
-    for note in report.notes:
-        ui.warn(f"domain {report.domain}: {note}")
-    if ui.json_output:
-        ui.json(as_json(report))
-        return
-    ui.text(f"Domain snapshot {report.snapshot} created")
-    for disk in report.disks:
-        ui.text(f"  {disk.target}: {disk.overlay} on {disk.frozen} (chain of {len(disk.chain) + 1})")
+    show(ui, report, as_json(report), _lines(report))
+
+
+def _lines(report: SnapshotReport) -> list[str]:
+    lines = [f"Domain snapshot {report.snapshot} created", *disk_lines(report.disks)]
     if report.pause is not None:
-        ui.text(f"  {_pause_line(report.pause)}")
-    for target, reason in report.skipped:
-        ui.text(f"  {target}: not part of it: {reason}")
+        lines.append(f"  {_pause_line(report.pause)}")
+    return lines + [f"  {target}: not part of it: {reason}" for target, reason in report.skipped]
 
 
 def _pause_line(pause: Pause) -> str:
@@ -133,15 +129,7 @@ def as_json(report: SnapshotReport) -> dict[str, object]:
         "snapshot": report.snapshot,
         "creation-time": report.creation_time,
         "parent": report.parent,
-        "disks": [
-            {
-                "target": disk.target,
-                "frozen": str(disk.frozen),
-                "overlay": str(disk.overlay),
-                "chain": [str(disk.overlay), *map(str, disk.chain)],
-            }
-            for disk in report.disks
-        ],
+        "disks": disks_json(report.disks),
         "pause": None
         if report.pause is None
         else {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
+from qemu_vmdk_snap.cli.snapshot.options import add_domain
+from qemu_vmdk_snap.cli.snapshot.report import show
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
 
@@ -38,17 +40,19 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     with connection(args.connect) as conn:
         name = args.snapshotname or snapshot_info(conn, args.domain).name
         report = delete(conn, args.domain, name, scope=args.scope, metadata=args.metadata, on_progress=ui.progress)
-    tell_recovery(report.recovered, ui)
-    for note in report.notes:
-        ui.warn(f"domain {report.domain}: {note}")
-    if ui.json_output:
-        ui.json({"domain": report.domain, "deleted": [deleted_json(one) for one in report.deleted]})
-        return
-    for snapshot in report.deleted:
-        ui.text(f"Domain snapshot {snapshot.name} deleted")
+    for_programs: dict[str, object] = {
+        "domain": report.domain,
+        "deleted": [deleted_json(one) for one in report.deleted],
+    }
+    show(ui, report, for_programs, deleted_lines(report.deleted))
+
+
+def deleted_lines(deleted: Iterable[Deleted], verb: str = "deleted") -> Iterator[str]:
+    """Yield what was done to the files of each deleted snapshot."""
+    for snapshot in deleted:
+        yield f"Domain snapshot {snapshot.name} {verb}"
         for work in snapshot.work:
-            for line in work.lines():
-                ui.text(f"  {work.target}: {line}")
+            yield from (f"  {work.target}: {line}" for line in work.lines())
 
 
 def deleted_json(snapshot: Deleted) -> dict[str, object]:

@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.cli.snapshot.delete import deleted_json
+from qemu_vmdk_snap.cli.snapshot.delete import deleted_json, deleted_lines
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
 from qemu_vmdk_snap.cli.ui import Ui
 
@@ -48,11 +48,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         return
     if args.explain:
         _explain(report, ui)
-    for snapshot in report.deleted:
-        ui.text(f"Domain snapshot {snapshot.name} {'would be deleted' if args.dry_run else 'deleted'}")
-        for work in snapshot.work:
-            for line in work.lines():
-                ui.text(f"  {work.target}: {line}")
+    for line in deleted_lines(report.deleted, "would be deleted" if args.dry_run else "deleted"):
+        ui.text(line)
     if not report.deleted:
         ui.text("Nothing to delete.")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
+from qemu_vmdk_snap.cli.snapshot.options import add_domain
+from qemu_vmdk_snap.cli.snapshot.report import disk_lines, disks_json, show
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
 
@@ -38,19 +39,16 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     with connection(args.connect) as conn:
         name = args.snapshotname or snapshot_info(conn, args.domain).name
         report = revert(conn, args.domain, name, after=args.after, discard=args.discard)
-    tell_recovery(report.recovered, ui)
-    for note in report.notes:
-        ui.warn(f"domain {report.domain}: {note}")
-    if ui.json_output:
-        ui.json(as_json(report))
-        return
-    ui.text(f"Domain {report.domain} is back at snapshot {report.snapshot}, {report.state}")
-    for disk in report.disks:
-        ui.text(f"  {disk.target}: {disk.overlay} on {disk.frozen} (chain of {len(disk.chain) + 1})")
-    for path in report.kept:
-        ui.text(f"  kept: {path}: no snapshot has it")
-    for path in report.discarded:
-        ui.text(f"  discarded: {path}")
+    show(ui, report, as_json(report), _lines(report))
+
+
+def _lines(report: RevertReport) -> list[str]:
+    return [
+        f"Domain {report.domain} is back at snapshot {report.snapshot}, {report.state}",
+        *disk_lines(report.disks),
+        *(f"  kept: {path}: no snapshot has it" for path in report.kept),
+        *(f"  discarded: {path}" for path in report.discarded),
+    ]
 
 
 def as_json(report: RevertReport) -> dict[str, object]:
@@ -59,15 +57,7 @@ def as_json(report: RevertReport) -> dict[str, object]:
         "domain": report.domain,
         "snapshot": report.snapshot,
         "state": report.state,
-        "disks": [
-            {
-                "target": disk.target,
-                "frozen": str(disk.frozen),
-                "overlay": str(disk.overlay),
-                "chain": [str(disk.overlay), *map(str, disk.chain)],
-            }
-            for disk in report.disks
-        ],
+        "disks": disks_json(report.disks),
         "kept": [str(path) for path in report.kept],
         "discarded": [str(path) for path in report.discarded],
         "notes": list(report.notes),

@@ -1,0 +1,59 @@
+"""How the reports of the commands that change something are shown: for people, or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
+
+from qemu_vmdk_snap.cli.snapshot.options import tell_recovery
+from qemu_vmdk_snap.cli.ui import Ui
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.domain.plan import PlannedDisk
+    from qemu_vmdk_snap.domain.recovery import Recovery
+
+
+class Report(Protocol):
+    """What every report has."""
+
+    @property
+    def domain(self) -> str:
+        """Name of the domain."""
+
+    @property
+    def recovered(self) -> Recovery | None:
+        """What became of an unfinished operation that was found first."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What did not go as wished and stood in nobody's way."""
+
+
+def show(ui: Ui, report: Report, for_programs: dict[str, object], lines: Iterable[str]) -> None:
+    """Show the report as JSON or as lines, whichever is wanted; what went otherwise goes to standard error."""
+    tell_recovery(report.recovered, ui)
+    for note in report.notes:
+        ui.warn(f"domain {report.domain}: {note}")
+    if ui.json_output:
+        ui.json(for_programs)
+        return
+    for line in lines:
+        ui.text(line)
+
+
+def disk_lines(disks: Iterable[PlannedDisk]) -> list[str]:
+    """Return where each disk goes on."""
+    return [f"  {disk.target}: {disk.overlay} on {disk.frozen} (chain of {len(disk.chain) + 1})" for disk in disks]
+
+
+def disks_json(disks: Iterable[PlannedDisk]) -> list[dict[str, object]]:
+    """Return the same for programs."""
+    return [
+        {
+            "target": disk.target,
+            "frozen": str(disk.frozen),
+            "overlay": str(disk.overlay),
+            "chain": [str(disk.overlay), *map(str, disk.chain)],
+        }
+        for disk in disks
+    ]
