@@ -20,7 +20,7 @@ from qemu_vmdk_snap.ops.findings import LISTED, Findings, Severity
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.header import HeaderFlag, SparseExtentHeader
-from qemu_vmdk_snap.vmdk.tables import GrainTables
+from qemu_vmdk_snap.vmdk.tables import GrainTables, read_directory
 
 _TABLES_AT_ONCE: Final = 2048
 
@@ -144,20 +144,21 @@ class _Audit:
     def _read_directory(self, gd_offset: int, name: str) -> GrainTables:
         """Return the tables; entries that cannot be followed are noted and taken as absent."""
         header = self._header
-        raw = self._file.read_at(sector_bytes(gd_offset), header.gd_entries * 4)
-        directory = np.frombuffer(raw, "<u4").copy()
-        absent = np.flatnonzero(directory == 0)
-        if len(absent):
-            at = sector_bytes(gd_offset) + 4 * int(absent[0])
+        directory = read_directory(self._file, sector_bytes(gd_offset), header.gd_entries)
+        absent = len(directory) - int(np.count_nonzero(directory))
+        if absent:
+            first = int(np.argmin(directory))
+            at = sector_bytes(gd_offset) + 4 * first
             rule = "must name a grain table: QEMU overwrites the header when it writes through an entry of 0"
-            self._findings.corrupt(self._path, at, f"{name} {absent[0]}", 0, rule, len(absent))
-        beyond = np.flatnonzero((directory.astype(np.int64) + header.gt_sectors) * SECTOR_SIZE > self._size)
-        for index in beyond:
-            at = sector_bytes(gd_offset) + 4 * int(index)
+            self._findings.corrupt(self._path, at, f"{name} {first}", 0, rule, absent)
+        beyond = directory > self._size // SECTOR_SIZE - header.gt_sectors
+        for index in np.flatnonzero(beyond)[:LISTED].tolist():
+            at = sector_bytes(gd_offset) + 4 * index
             rule = f"must place the grain table inside the file of {self._size} bytes"
             self._findings.corrupt(self._path, at, f"{name} {index}", int(directory[index]), rule)
+        self._findings.corrupt_many(self._path, name, (), max(0, int(np.count_nonzero(beyond)) - LISTED))
         directory[beyond] = 0
-        return GrainTables(self._file, self._path, directory.tobytes(), entries_per_table=header.gtes_per_gt)
+        return GrainTables(self._file, self._path, directory, entries_per_table=header.gtes_per_gt)
 
     def _metadata(self) -> tuple[Int64s, Int64s]:
         """Return the sorted stretches (sectors) that hold metadata; note those that lie over each other."""

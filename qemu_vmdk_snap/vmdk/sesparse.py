@@ -20,7 +20,6 @@ from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, Place
 from qemu_vmdk_snap.vmdk.grains import Copy, GrainExtent
-from qemu_vmdk_snap.vmdk.header import MAX_GD_ENTRIES
 from qemu_vmdk_snap.vmdk.ondisk import U64, Must, OnDisk, Wire
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, ZERO, Int64s, Kinds
 from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables
@@ -31,6 +30,7 @@ VERSION: Final = 0x2_0000_0001
 GRAIN_SECTORS: Final = 8
 TABLE_SECTORS: Final = 64
 ENTRIES_PER_TABLE: Final = TABLE_SECTORS * SECTOR_SIZE // 8
+_MAX_TABLES: Final = 1 << 22  # a disk of 64 TiB; VMware makes none above 62
 
 _Zero = Annotated[int, Wire("Q"), Must(lambda v: v == 0, "must be 0: what else it means is unknown")]
 
@@ -110,8 +110,8 @@ def open_extent(spec: ExtentSpec) -> "SeSparseExtent":
 
 
 def _check_directory(header: ConstHeader, path: Path, file_size: int) -> None:
-    if header.tables > MAX_GD_ENTRIES:
-        rule = f"must need at most {MAX_GD_ENTRIES} grain directory entries, not {header.tables}"
+    if header.tables > _MAX_TABLES:
+        rule = f"must need at most {_MAX_TABLES} grain directory entries, not {header.tables}"
         raise FormatError(path, header.offset_of("capacity"), "capacity", header.capacity, rule)
     if header.directory_size * SECTOR_SIZE < header.tables * 8:
         rule = f"must have room for the {header.tables} entries that the capacity needs"

@@ -23,12 +23,13 @@ from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.extent import Extent, ExtentSpec
 from qemu_vmdk_snap.vmdk.grains import GTE_UNALLOCATED, GTE_ZEROED, MAX_FILE_SECTORS, Copy, GrainExtent
 from qemu_vmdk_snap.vmdk.header import HeaderFlag, SparseExtentHeader, check_header
-from qemu_vmdk_snap.vmdk.tables import GrainTables
+from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables, read_directory
 
 __all__ = ["GTE_UNALLOCATED", "GTE_ZEROED", "MAX_FILE_SECTORS", "SparseExtent", "open_extent", "read_header"]
 
 
 _MAX_NOTES: Final = 64
+_ENTRIES_AT_ONCE: Final = 1 << 18
 
 
 def read_header(file: BlockFile, path: Path, *, tolerant: bool = False) -> SparseExtentHeader:
@@ -76,7 +77,7 @@ class SparseExtent(GrainExtent):
         self, file: BlockFile, path: Path, header: SparseExtentHeader, capacity: int, *, writable: bool
     ) -> None:
         self.header = header
-        self._file, self._path, self._file_size = file, path, file.size()
+        self._file, self._path, self._file_size, self._writable = file, path, file.size(), writable
         super().__init__(
             file,
             path,
@@ -110,22 +111,26 @@ class SparseExtent(GrainExtent):
         self._copies = self._read_copies()
 
     def _read_copies(self) -> list[Copy]:
+        """Return both copies of the tables for those who write; who only reads needs one, and the other seldom."""
         header = self.header
         offsets = [("gd_offset", header.gd_offset)]
         if header.redundant:
             offsets.append(("rgd_offset", header.rgd_offset))
         copies: list[Copy] = []
         broken: FormatError | None = None
+        self._redundant_at = 0
         for field, sector in offsets:
-            length = header.gd_entries * 4
-            inside = sector and sector_bytes(sector) + length <= self._file_size
-            raw = self._file.read_at(sector_bytes(sector), length) if inside else b""
-            if len(raw) != length:
+            length, at = header.gd_entries * 4, sector_bytes(sector)
+            if not sector or at + length > self._file_size:
                 rule = f"must leave {length} bytes inside the file of {self._file_size} bytes"
                 broken = FormatError(self._path, header.offset_of(field), field, sector, rule)
                 continue
-            tables = GrainTables(self._file, self._path, raw, entries_per_table=header.gtes_per_gt)
-            copies.append(Copy(tables, sector_bytes(sector)))
+            if copies:
+                self._redundant_at = at
+            if not copies or self._writable:
+                directory = read_directory(self._file, at, header.gd_entries)
+                tables = GrainTables(self._file, self._path, directory, entries_per_table=header.gtes_per_gt)
+                copies.append(Copy(tables, at))
         if broken is not None and not copies:
             raise broken
         self._broken_directory = broken
@@ -135,41 +140,64 @@ class SparseExtent(GrainExtent):
         """Read by way of the redundant copy what the primary directory cannot lead to."""
         if self._broken_directory is not None:
             self.notes.append(f"{self._broken_directory}; the other copy of the directory is used")
-        if len(self._copies) < 2:
+        if not self._redundant_at:
             return
-        (primary, at), (redundant, _) = self._copies
-        usable = self._inside(redundant.directory) & (redundant.directory != 0)
-        wrong = np.flatnonzero((~self._inside(primary.directory) | (primary.directory == 0)) & usable)
-        for table in wrong.tolist():
-            sector = primary.table_sector(table)
-            if not sector and not redundant.entries(table * self.header.gtes_per_gt, self._last_of(table)).any():
-                continue
-            rule = "names no grain table" if not sector else f"lies outside the file of {self._file_size} bytes"
-            where = at + 4 * table
-            if self._writable:  # a new table would be stored over the good copy
-                rule += (
-                    ", while the redundant directory leads to one: repair the image (check -r all) before it is written"
-                )
-                raise FormatError(self._path, where, f"grain directory entry {table}", sector, rule)
-            self.notes.append(
-                f"{self._path}: byte {where:#x}: grain directory entry {table} = {sector}: {rule}; "
-                "the redundant table is used"
-            )
-            primary.place_table(table, redundant.table_sector(table))
+        primary, at = self._copies[0]
+        replaced = 0
+        for first in range(0, primary.count, _ENTRIES_AT_ONCE):
+            last = min(primary.count, first + _ENTRIES_AT_ONCE)
+            redundant = read_directory(self._file, self._redundant_at + 4 * first, last - first)
+            mine = primary.directory[first:last]
+            wrong = np.flatnonzero((~self._inside(mine) | (mine == 0)) & self._inside(redundant) & (redundant != 0))
+            nowhere = mine[wrong] == 0
+            wrong = wrong[~nowhere | self._hold_entries(redundant[wrong], nowhere)]
+            for index in wrong[: max(0, _MAX_NOTES - replaced)].tolist():
+                self._note_wrong(first + index, int(mine[index]), at)
+            replaced += len(wrong)
+            primary.place_tables(first + wrong, redundant[wrong])
+        if replaced > _MAX_NOTES:
+            self.notes.append(f"{self._path}: and {replaced - _MAX_NOTES} more such grain directory entries")
 
-    def _last_of(self, table: int) -> int:
-        return (table + 1) * self.header.gtes_per_gt
+    def _note_wrong(self, table: int, sector: int, directory_at: int) -> None:
+        rule = "names no grain table" if not sector else f"lies outside the file of {self._file_size} bytes"
+        where = directory_at + 4 * table
+        if self._writable:  # a new table would be stored over the good copy
+            rule += ", while the redundant directory leads to one: repair the image (check -r all) before it is written"
+            raise FormatError(self._path, where, f"grain directory entry {table}", sector, rule)
+        self.notes.append(
+            f"{self._path}: byte {where:#x}: grain directory entry {table} = {sector}: {rule}; "
+            "the redundant table is used"
+        )
 
-    def _inside(self, directory: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        inside: npt.NDArray[np.bool_] = (directory + self.header.gt_sectors) * SECTOR_SIZE <= self._file_size
+    def _hold_entries(self, sectors: Entries, wanted: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Return which of the tables at `sectors`, of those that are wanted, name any grain at all."""
+        found = np.zeros(len(sectors), bool)
+        places, which = np.unique(sectors[wanted], return_inverse=True)  # hostile directories name one table often
+        found[wanted] = np.array([self._is_used(int(sector)) for sector in places], bool)[which]
+        return found
+
+    def _is_used(self, sector: int) -> bool:
+        return bool(self._file.read_at(sector_bytes(sector), self.header.gtes_per_gt * 4).strip(b"\0"))
+
+    def _inside(self, directory: Entries) -> npt.NDArray[np.bool_]:
+        inside: npt.NDArray[np.bool_] = directory <= self._file_size // SECTOR_SIZE - self.header.gt_sectors
         return inside
 
     def _instead_of(self, grain: int, entry: int) -> int:
-        if not self._writable and len(self._copies) > 1:
-            other = self._copies[1].tables.entry(grain)
-            if other > GTE_ZEROED and sector_bytes(other) < self._file_size:
+        other = self._redundant_entry(grain)
+        if other > GTE_ZEROED and sector_bytes(other) < self._file_size:
+            if len(self.notes) < _MAX_NOTES:
                 note = f"{self._path}: grain table entry {entry} of grain {grain}: lies outside the file"
-                if len(self.notes) < _MAX_NOTES:
-                    self.notes.append(f"{note}; the redundant entry {other} is used")
-                return other
+                self.notes.append(f"{note}; the redundant entry {other} is used")
+            return other
         return super()._instead_of(grain, entry)
+
+    def _redundant_entry(self, grain: int) -> int:
+        """Return the entry in the other copy, 0 where there is none; for those who write there is but one truth."""
+        if self._writable or not self._redundant_at:
+            return 0
+        table, index = divmod(grain, self.header.gtes_per_gt)
+        sector = int.from_bytes(self._file.read_at(self._redundant_at + 4 * table, 4), "little")
+        if not sector or not self._inside(np.array([sector]))[0]:
+            return 0
+        return int.from_bytes(self._file.read_at(sector_bytes(sector) + 4 * index, 4), "little")

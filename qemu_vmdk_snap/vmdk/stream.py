@@ -25,7 +25,7 @@ from qemu_vmdk_snap.vmdk.extent import ExtentSpec, Place
 from qemu_vmdk_snap.vmdk.grains import Copy, GrainExtent
 from qemu_vmdk_snap.vmdk.header import GD_AT_END, MAGIC, HeaderFlag, SparseExtentHeader, check_header
 from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, Int64s, Kinds
-from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables
+from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables, read_directory
 
 MARKER: Final = struct.Struct("<QII")
 """value, size, type; size != 0 makes it a grain record, whose data takes the place of the type."""
@@ -97,8 +97,8 @@ class StreamExtent(GrainExtent):
 
     def __init__(self, file: BlockFile, path: Path, header: SparseExtentHeader, capacity: int) -> None:
         self.header = header
-        raw = file.read_at(sector_bytes(header.gd_offset), header.gd_entries * 4)
-        tables = GrainTables(file, path, raw, entries_per_table=header.gtes_per_gt)
+        directory = read_directory(file, sector_bytes(header.gd_offset), header.gd_entries)
+        tables = GrainTables(file, path, directory, entries_per_table=header.gtes_per_gt)
         super().__init__(
             file,
             path,

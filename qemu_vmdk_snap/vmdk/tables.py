@@ -31,15 +31,36 @@ MAX_DIRTY_TABLES: Final = 2048
 Entries = npt.NDArray[Any]
 
 
+def read_directory(file: BlockFile, offset: int, count: int) -> Entries:
+    """Return the `count` entries (32 bits) of a grain directory; what the file lacks of them is 0.
+
+    Only what is stored is read: a directory of 128 MiB that is a hole of its file takes no memory.
+    """
+    directory = np.zeros(count, "<u4")
+    view = memoryview(directory.view(np.uint8))  # type: ignore[arg-type]  # NumPy's types hide that arrays are buffers
+    at, end = offset, offset + len(view)
+    while (at := file.next_data(at)) < end:
+        hole = min(end, file.next_hole(at))
+        if hole <= at:
+            break
+        file.read_into(at, view[at - offset : hole - offset])
+        at = hole
+    return directory
+
+
 class GrainTables:
     """The tables of one extent. `directory` is the GD as stored: one sector number a table, 0 where there is none."""
 
     def __init__(
-        self, file: BlockFile, path: Path, directory: bytes, *, entries_per_table: int, entry_size: int = 4
+        self, file: BlockFile, path: Path, directory: bytes | Entries, *, entries_per_table: int, entry_size: int = 4
     ) -> None:
         self._file = file
         self._path = path
-        self._directory = np.frombuffer(directory, "<u4" if entry_size == 4 else "<u8").astype(np.int64)
+        self._directory: Entries = (
+            np.frombuffer(directory, "<u4" if entry_size == 4 else "<u8").copy()
+            if isinstance(directory, bytes)
+            else directory
+        )
         self._dtype = np.dtype("<u4" if entry_size == 4 else "<u8")
         self.entries_per_table = entries_per_table
         self._entry_size = entry_size
@@ -54,8 +75,8 @@ class GrainTables:
         return len(self._directory)
 
     @property
-    def directory(self) -> npt.NDArray[np.int64]:
-        """Sector of each table, 0 where there is none."""
+    def directory(self) -> Entries:
+        """Sector of each table, 0 where there is none; unsigned, as wide as they are stored."""
         return self._directory
 
     @property
@@ -71,6 +92,10 @@ class GrainTables:
         """Note where a table that did not exist now is; its entries are zeros."""
         self._directory[table] = sector
         self._cache.pop(table, None)
+
+    def place_tables(self, tables: npt.NDArray[np.intp], sectors: Entries) -> None:
+        """Note where tables now are that were nowhere before."""
+        self._directory[tables] = sectors
 
     def entry(self, grain: int) -> int:
         """Return the entry of `grain`."""
@@ -125,7 +150,7 @@ class GrainTables:
 
     def _contiguous(self, t0: int, t1: int) -> Iterator[tuple[int, int]]:
         """Yield (first table, count) of the stretches of [t0, t1) whose tables lie one behind the other in the file."""
-        sectors = self._directory[t0:t1]
+        sectors = self._directory[t0:t1].astype(np.int64)
         present = np.flatnonzero(sectors)
         if not len(present):
             return

@@ -23,7 +23,7 @@ from qemu_vmdk_snap.vmdk import grains
 from qemu_vmdk_snap.vmdk.extent import Extent
 from qemu_vmdk_snap.vmdk.runs import RunTable
 from qemu_vmdk_snap.vmdk.sparse import SparseExtent
-from qemu_vmdk_snap.vmdk.tables import GrainTables
+from qemu_vmdk_snap.vmdk.tables import GrainTables, read_directory
 
 GRAIN = 4096
 MIB = 1 << 20
@@ -72,7 +72,9 @@ def fragment(path: Path) -> None:
     with open_chain(path) as chain:
         extent = chain.links[0].extents[0].extent
         assert isinstance(extent, SparseExtent)
-        copies = [copy.tables.directory.tolist() for copy in extent._copies]
+        header = extent.header
+        places = [header.gd_offset, header.rgd_offset]
+        copies = [read_directory(extent.file, place * 512, header.gd_entries).tolist() for place in places]
         count = extent.capacity // GRAIN
         first = -(-path.stat().st_size // GRAIN)
     entries = ((first + np.arange(count)[::-1]) * (GRAIN // 512)).astype("<u4").reshape(-1, 512)
