@@ -31,7 +31,14 @@ from qemu_vmdk_snap.vmdk.header import MAGIC, MAX_GRAIN_SECTORS, HeaderFlag, Spa
 if TYPE_CHECKING:
     from qemu_vmdk_snap.vmdk.bulk import BulkWriter
 
-__all__ = ["ImageOptions", "create_image", "create_overlay", "open_new_image", "open_new_stream"]
+__all__ = [
+    "ImageOptions",
+    "create_image",
+    "create_overlay",
+    "inherited_options",
+    "open_new_image",
+    "open_new_stream",
+]
 
 ADAPTER_TYPES: Final = ("ide", "buslogic", "lsilogic", "legacyESX")
 MIN_GRAIN: Final = 4 << 10
@@ -84,8 +91,9 @@ def create_overlay(
     """Make `path` an empty overlay on `base`: same size, grain, adapter, geometry and hardware version.
 
     `base` may be open in a running QEMU: it is read as `qemu-img -U` reads it. `hint` is what the overlay calls its
-    parent; by default the way to `base` from the overlay's folder. `options` replaces what would be inherited, `kind`
-    its `subformat`; `name` is what the overlay will be called, where that is not `path` yet.
+    parent; by default the way to `base` from the overlay's folder. `options` replaces what would be inherited; begin
+    with `inherited_options` to change a part of it. `kind` replaces its `subformat`. The geometry is the base's
+    unless the adapter is another. `name` is what the overlay will be called, where that is not `path` yet.
 
     Raises:
         FileExistsError: something bears the name; it is untouched.
@@ -103,7 +111,8 @@ def create_overlay(
         )
     ddb = {key: value for key in _INHERITED if (value := descriptor.get(f"ddb.{key}")) is not None}
     if options is not None or not ddb:
-        ddb = _ddb(sectors, chosen)
+        same = ddb if chosen.adapter_type == inherited.adapter_type else {}  # the geometry is the adapter's
+        ddb = {**_ddb(sectors, chosen), **same, "virtualHWVersion": chosen.hwversion}
     cid = new_cid(avoid=descriptor.cid)
     plan = plan_image(
         path,
@@ -117,6 +126,11 @@ def create_overlay(
     )
     with NewFiles(durable=durable) as files:
         write_image(files, path, plan, mode)
+
+
+def inherited_options(base: Path | str) -> ImageOptions:
+    """Return what an overlay on `base` inherits, its kind aside; reads the base as `create_overlay` does."""
+    return _read_base(Path(base))[1]
 
 
 def open_new_image(files: NewFiles, path: Path, size: int, options: ImageOptions) -> BulkWriter:

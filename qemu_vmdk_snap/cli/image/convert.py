@@ -16,7 +16,7 @@ from qemu_vmdk_snap.cli.image.common import (
     size_argument,
     split_options,
 )
-from qemu_vmdk_snap.cli.image.create import parse_options
+from qemu_vmdk_snap.cli.image.create import overlay_options, parse_options
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 
@@ -70,7 +70,14 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             args.output_filename, f"a base of format {args.backing_format!r} is not supported: only vmdk is"
         )
     words = split_options(args.options)
-    options = parse_options(words) if words else None
+    backing = words.pop("backing_file", None)
+    if backing is not None:
+        args.backing = Path(backing)
+    need_vmdk(args.output_filename, words.pop("backing_fmt", "vmdk"))
+    if args.backing is not None:
+        options = overlay_options(words, args.backing)
+    else:
+        options = parse_options(words) if words else None
     to_pipe = str(args.output_filename) == "-"
     with _open_source(args) as source:
         if to_pipe:

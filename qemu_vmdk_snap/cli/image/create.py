@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from qemu_vmdk_snap.cli.image.common import add_quiet, as_bool, need_vmdk, size_argument, split_options
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
-from qemu_vmdk_snap.ops.create import ImageOptions, create_image, create_overlay
+from qemu_vmdk_snap.ops.create import ImageOptions, create_image, create_overlay, inherited_options
+from qemu_vmdk_snap.ops.layout import KINDS
 from qemu_vmdk_snap.units import parse_size
 
 OPTION_HELP: Final = {
@@ -65,33 +67,63 @@ def run(args: argparse.Namespace, ui: Ui) -> int | None:
     else:
         base = args.filename.parent / backing
         _warn_if_written(base, ui)
-        kind = words.pop("subformat", None)
-        options = parse_options(words) if words else None
-        create_overlay(args.filename, base, hint=backing, size=size, kind=kind, options=options)
+        options = overlay_options(words, base)
+        create_overlay(args.filename, base, hint=backing, size=size, options=options)
     _report(args.filename, ui)
     return None
 
 
 def parse_options(words: dict[str, str]) -> ImageOptions:
-    """Return the image options that `-o` words name.
+    """Return the options of an image without a base, of which `-o` words name some.
 
     Raises:
-        InvalidRequest: an unknown name, or a value that cannot be.
+        InvalidRequest: an unknown name, a value that cannot be, or an option that the kind has no use for.
     """
+    return ImageOptions(**_named_options(words))
+
+
+def overlay_options(words: dict[str, str], base: Path) -> ImageOptions | None:
+    """Return what an overlay on `base` inherits with what `-o` words name in its place; None where they name nothing.
+
+    Raises:
+        InvalidRequest: as `parse_options`.
+    """
+    named = _named_options(words)
+    return replace(inherited_options(base), **named) if named else None
+
+
+def _named_options(words: dict[str, str]) -> dict[str, Any]:
     unknown = sorted(set(words) - set(OPTION_HELP))
     if unknown:
         raise InvalidRequest(f"-o {unknown[0]}", f"no such option (known: {', '.join(OPTION_HELP)})")
-    compat6 = as_bool("compat6", words.get("compat6", "off"))
-    if compat6 and "hwversion" in words:
-        raise InvalidRequest("-o compat6", "cannot go with hwversion")
-    return ImageOptions(
-        grain_size=_size(words.get("grain_size", "64k")),
-        adapter_type=words.get("adapter_type", "ide"),
-        hwversion="6" if compat6 else words.get("hwversion", "4"),
-        toolsversion=words.get("toolsversion"),
-        zeroed_grain=as_bool("zeroed_grain", words.get("zeroed_grain", "off")),
-        subformat=words.get("subformat", "monolithicSparse"),
-    )
+    for name in ("backing_file", "backing_fmt", "size"):
+        if name in words:
+            raise InvalidRequest(f"-o {name}", "can only be given to `image create`")
+    named: dict[str, Any] = {
+        name: words[name] for name in ("adapter_type", "hwversion", "toolsversion", "subformat") if name in words
+    }
+    if as_bool("compat6", words.get("compat6", "off")):
+        if "hwversion" in words:
+            raise InvalidRequest("-o compat6", "cannot go with hwversion")
+        named["hwversion"] = "6"
+    if "grain_size" in words:
+        named["grain_size"] = _size(words["grain_size"])
+    if "zeroed_grain" in words:
+        named["zeroed_grain"] = as_bool("zeroed_grain", words["zeroed_grain"])
+    _refuse_idle(named)
+    return named
+
+
+def _refuse_idle(named: dict[str, Any]) -> None:
+    """Refuse an option that says nothing to the kind, rather than leave it out without a word."""
+    subformat = named.get("subformat", ImageOptions().subformat)
+    kind = KINDS.get(subformat)
+    if kind is None or kind.extent_type == "SPARSE":
+        return
+    grains = "has grains of one sector" if kind.may_have_parent else "has no grains"
+    for name in ("grain_size", "zeroed_grain"):
+        if named.get(name):
+            raise InvalidRequest(f"-o {name}", f"cannot go with {subformat}, which {grains}")
 
 
 def _size(text: str) -> int:
