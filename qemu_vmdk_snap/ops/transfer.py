@@ -212,7 +212,7 @@ class LinkWriter:
         position = store.reserve(start, stop - start)
         self._copier(file).copy(source, start + delta, position, stop - start, self._on_step)
         if pad := -(stop - start) % unit:  # the last grain of the disk is stored whole
-            file.write_at(position + stop - start, bytes(pad))
+            self._copier(file).put_zeros(position + stop - start, pad)
         self._count(placed, stop - start)
 
     def _copy_part(self, placed: PlacedExtent, start: int, stop: int, source: BlockFile, delta: int) -> None:

@@ -57,8 +57,20 @@ class Copier:
             on_step(len(data))
             self._write_back(len(data))
         if done < length:
-            self._pad(target_offset + done, length - done)
+            self.put_zeros(target_offset + done, length - done)
             on_step(length - done)
+
+    def put_zeros(self, offset: int, length: int) -> None:
+        """Let the stretch of the target read as zeros: a hole where it may be one, for a grain may be 1 GiB."""
+        end, size = offset + length, self._target.size()
+        while (offset := self._target.next_data(offset)) < min(end, size):
+            hole = min(end, size, self._target.next_hole(offset))
+            while offset < hole:
+                step = min(_BUFFER_STEP, hole - offset)
+                self._target.write_at(offset, bytes(step))
+                offset += step
+        if size < end:
+            self._target.truncate(end)
 
     def _clone(self, source: BlockFile, source_offset: int, target_offset: int, length: int) -> int:
         in_fd, out_fd = source.fileno(), self._target.fileno()
@@ -110,7 +122,3 @@ class Copier:
         if self._since_flush >= _WRITE_BACK_STEP:
             self._since_flush = 0
             self._target.begin_flush()
-
-    def _pad(self, offset: int, length: int) -> None:
-        # Only the tail of a grain that its file cuts short comes here: less than a grain.
-        self._target.write_at(offset, bytes(length))

@@ -126,6 +126,22 @@ def test_every_way_of_copying(
     target.close()
 
 
+def test_what_a_copy_is_filled_up_with_takes_no_space(tmp_path: Path) -> None:
+    """A grain may be 1 GiB, and its file may end in the first of its bytes."""
+    (tmp_path / "short").write_bytes(b"s" * 5000)
+    target = PosixFile(os.open(tmp_path / "target", os.O_RDWR | os.O_CREAT), tmp_path / "target")
+    target.write_at(9000, b"old" * 5000)
+    Copier(target).copy(PosixFile.open(tmp_path / "short"), 0, 0, 1 << 30, lambda _: None)
+    target.close()
+    facts = (tmp_path / "target").stat()
+    assert facts.st_size == 1 << 30
+    assert facts.st_blocks * 512 < 100_000
+    with (tmp_path / "target").open("rb") as file:
+        assert file.read(100_000) == b"s" * 5000 + bytes(95_000)
+        file.seek(-10, os.SEEK_END)
+        assert file.read() == bytes(10)
+
+
 def test_a_copy_past_the_end_is_filled_with_zeros(tmp_path: Path) -> None:
     (tmp_path / "s").write_bytes(b"x" * 100)
     (tmp_path / "t").write_bytes(b"y" * 5000)
