@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from qemu_vmdk_snap.errors import FormatError, InvalidRequest
+from qemu_vmdk_snap.vmdk.registry import MODULES
 
 NO_PARENT: Final = 0xFFFF_FFFF
 FIRST_LINE: Final = "# Disk DescriptorFile"
@@ -27,16 +28,6 @@ HEAD_BYTES: Final = 4096
 """What has to be looked at to tell that a file is a descriptor: comments may come first."""
 
 ACCESS: Final = ("RW", "RDONLY", "NOACCESS")
-EXTENT_TYPES: Final = (
-    "SPARSE",
-    "FLAT",
-    "ZERO",
-    "VMFS",
-    "VMFSSPARSE",
-    "VMFSRDM",
-    "VMFSRAW",
-    "SESPARSE",
-)
 _CODECS: Final = {
     "utf-8": "utf-8",
     "utf8": "utf-8",
@@ -252,8 +243,8 @@ def _parse_extent(line: bytes, codec: str, path: Path, at: int) -> ExtentLine:
     if not found:
         raise FormatError(path, at, "extent", shown, 'must be ACCESS SECTORS TYPE ["FILE" [OFFSET]]')
     kind = found["type"].upper()
-    if kind not in EXTENT_TYPES:
-        raise FormatError(path, at, "extent", shown, f"must have a type of {', '.join(EXTENT_TYPES)}")
+    if kind not in MODULES:
+        raise FormatError(path, at, "extent", shown, f"must have a type of {', '.join(MODULES)}")
     name = found["file"]
     if name is None and kind != "ZERO":
         raise FormatError(path, at, "extent", shown, f"must name a file: its type is {kind}")

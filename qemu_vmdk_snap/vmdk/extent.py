@@ -1,7 +1,7 @@
-"""What every kind of extent offers, and the one table that says which module reads which kind.
+"""What every kind of extent offers, and the way to the module that reads one.
 
 An extent is a stretch of the guest's disk with its own storage. Offsets are bytes from the extent's start unless they
-are called file offsets. To add a kind: write one module with `open_extent`, and name it in `MODULES`.
+are called file offsets. To add a kind: write one module with `open_extent`, and name it in `vmdk.registry`.
 """
 
 from __future__ import annotations
@@ -10,26 +10,15 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from qemu_vmdk_snap.errors import Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.vmdk.descriptor import ExtentLine
+from qemu_vmdk_snap.vmdk.registry import MODULES
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.vmdk.runs import RunTable
-
-MODULES: Final[dict[str, str]] = {
-    "SPARSE": "qemu_vmdk_snap.vmdk.sparse",
-    "FLAT": "qemu_vmdk_snap.vmdk.flat",
-    "VMFS": "qemu_vmdk_snap.vmdk.flat",
-    "ZERO": "qemu_vmdk_snap.vmdk.zero",
-    "VMFSSPARSE": "qemu_vmdk_snap.vmdk.sparse",
-    "VMFSRDM": "qemu_vmdk_snap.vmdk.device",
-    "VMFSRAW": "qemu_vmdk_snap.vmdk.device",
-    "SESPARSE": "qemu_vmdk_snap.vmdk.sesparse",
-}
-"""Extent type of the descriptor -> the module whose `open_extent` opens it."""
 
 Below = Callable[[int, int], bytes]
 """Reads (extent offset, length) as the guest sees it below this link: what a partly written grain is filled up with."""

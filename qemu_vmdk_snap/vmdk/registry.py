@@ -1,0 +1,21 @@
+"""The one table that says which module reads which extent type: the line that a new kind adds.
+
+To add a kind: write one module with `open_extent` (see `vmdk.extent`), and name it here under the word that its extent
+lines have in a descriptor.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+MODULES: Final[dict[str, str]] = {
+    "SPARSE": "qemu_vmdk_snap.vmdk.sparse",
+    "FLAT": "qemu_vmdk_snap.vmdk.flat",
+    "ZERO": "qemu_vmdk_snap.vmdk.zero",
+    "VMFS": "qemu_vmdk_snap.vmdk.flat",
+    "VMFSSPARSE": "qemu_vmdk_snap.vmdk.sparse",
+    "VMFSRDM": "qemu_vmdk_snap.vmdk.device",
+    "VMFSRAW": "qemu_vmdk_snap.vmdk.device",
+    "SESPARSE": "qemu_vmdk_snap.vmdk.sesparse",
+}
+"""Extent type of the descriptor -> the module whose `open_extent` opens it."""
