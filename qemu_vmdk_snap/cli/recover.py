@@ -48,7 +48,7 @@ def _domain_json(one: DomainRecovery) -> dict[str, object]:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Finish every interrupted operation and name it."""
-    from qemu_vmdk_snap.ops.recover import recover
+    from qemu_vmdk_snap.ops.recover import SWEEP, recover
 
     with_domains = args.domains or args.connect is not None
     domains = _recover_domains(args.connect) if with_domains else []
@@ -59,7 +59,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         ui.json(images + [_domain_json(one) for one in domains])
         return
     for one in found:
-        ui.text(f"{one.image}: finished the interrupted {one.operation}")
+        if one.operation == SWEEP:
+            ui.text(f"{one.image}: removed, a killed command has left it")
+        else:
+            ui.text(f"{one.image}: finished the interrupted {one.operation}")
     for settled in domains:
         what = "finished" if settled.finished else "took back"
         ui.text(f"domain {settled.domain}: {what} the interrupted {settled.operation} of snapshot {settled.snapshot}")

@@ -18,7 +18,7 @@ from qemu_vmdk_snap.ops.create import ImageOptions, create_overlay, open_new_ima
 from qemu_vmdk_snap.ops.layout import extent_files
 from qemu_vmdk_snap.ops.pipes import BulkPipe, rows_with_grains
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
-from qemu_vmdk_snap.storage.durable import NewFiles, publish, temporary_name
+from qemu_vmdk_snap.storage.durable import NewFiles, publish, temporary_name, working_in
 from qemu_vmdk_snap.storage.pipes import PipeWriter
 from qemu_vmdk_snap.units import MIB
 from qemu_vmdk_snap.vmdk.bulk import BulkFlat, BulkWriter
@@ -164,18 +164,19 @@ def _convert_onto(
     stored = 0
     meter = Meter("convert", source.capacity, on_progress)
     unfinished: list[Path] = []
-    try:
-        create_overlay(temporary, backing, size=source.capacity, options=options, durable=False, name=path.name)
-        unfinished = extent_files(temporary)
-        with open_chain(temporary, writable=True, trusted_dirs=[backing.resolve().parent]) as target:
-            for row in source.rows():
-                stored += _store_differences(source, row, target)
-                meter.reach(row.offset + row.length)
-        publish(temporary, path, durable=durable)
-        unfinished = []
-    finally:
-        for file in [temporary, *unfinished]:
-            file.unlink(missing_ok=True)
+    with working_in(path.parent):
+        try:
+            create_overlay(temporary, backing, size=source.capacity, options=options, durable=False, name=path.name)
+            unfinished = extent_files(temporary)
+            with open_chain(temporary, writable=True, trusted_dirs=[backing.resolve().parent]) as target:
+                for row in source.rows():
+                    stored += _store_differences(source, row, target)
+                    meter.reach(row.offset + row.length)
+            publish(temporary, path, durable=durable)
+            unfinished = []
+        finally:
+            for file in [temporary, *unfinished]:
+                file.unlink(missing_ok=True)
     return ConvertReport(path, source.capacity, stored)
 
 

@@ -23,7 +23,7 @@ from qemu_vmdk_snap.ops.layout import ImageOptions
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.ops.relink import hint_to, with_cid
 from qemu_vmdk_snap.ops.transfer import STEP, LinkWriter, View, upper_tables
-from qemu_vmdk_snap.storage.durable import new_file, publish, temporary_name
+from qemu_vmdk_snap.storage.durable import new_file, publish, temporary_name, working_in
 from qemu_vmdk_snap.units import SECTOR_SIZE, round_up
 from qemu_vmdk_snap.vmdk.descriptor import make_descriptor
 from qemu_vmdk_snap.vmdk.runs import HOLE, ZERO
@@ -169,19 +169,20 @@ def _make_sparse(chain: Chain, depth: int, path: Path, durable: bool, meter: Met
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     temporary = temporary_name(path)
     options = ImageOptions(zeroed_grain=True)
-    try:
-        create_overlay(temporary, base.path, size=chain.capacity, options=options, durable=False, name=path.name)
-        with open_links(temporary, writable_depths=[0], resolver=confined([base.path.resolve().parent])) as target:
-            changed = 0
-            writer = LinkWriter(target.links[0], View(target, 1), meter.step)
-            for table in upper_tables(chain, depth, 0, chain.capacity):
-                rows = table.rows()
-                writer.put_rows(rows, chain)
-                changed += sum(row.length for row in rows if row.kind != HOLE)
-                meter.reach(table.end)
-            writer.finish()
-            target.links[0].write_descriptor(with_cid(target.links[0].descriptor, top.cid))
-        publish(temporary, path, durable=durable)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with working_in(path.parent):
+        try:
+            create_overlay(temporary, base.path, size=chain.capacity, options=options, durable=False, name=path.name)
+            with open_links(temporary, writable_depths=[0], resolver=confined([base.path.resolve().parent])) as target:
+                changed = 0
+                writer = LinkWriter(target.links[0], View(target, 1), meter.step)
+                for table in upper_tables(chain, depth, 0, chain.capacity):
+                    rows = table.rows()
+                    writer.put_rows(rows, chain)
+                    changed += sum(row.length for row in rows if row.kind != HOLE)
+                    meter.reach(table.end)
+                writer.finish()
+                target.links[0].write_descriptor(with_cid(target.links[0].descriptor, top.cid))
+            publish(temporary, path, durable=durable)
+        finally:
+            temporary.unlink(missing_ok=True)
     return changed

@@ -14,6 +14,7 @@ from typing import Final, cast
 from qemu_vmdk_snap.errors import CorruptChain, LockBusy
 from qemu_vmdk_snap.ops.guard import WrittenMeanwhile, check_unwritten
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
+from qemu_vmdk_snap.storage.durable import sweep_temporaries
 from qemu_vmdk_snap.storage.intent import Intent, pending_in, sweep
 
 FINISHERS: Final[dict[str, tuple[str, str]]] = {
@@ -29,9 +30,13 @@ FINISHERS: Final[dict[str, tuple[str, str]]] = {
 """Operation -> module and function (intent, opener) that finishes it; running it twice does no harm."""
 
 
+SWEEP: Final = "sweep"
+"""What removing a temporary file is called among the operations; the image is that file."""
+
+
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """One operation that was finished."""
+    """One operation that was finished, or one temporary file that was removed."""
 
     operation: str
     image: Path
@@ -39,6 +44,8 @@ class Recovery:
 
 def recover(folder: Path | str, *, opener: FileOpener = open_posix) -> list[Recovery]:
     """Finish every interrupted operation on the images in `folder` (or on the one image that is named), and tell which.
+
+    Temporary files that killed commands have left there are removed, unless another process works in the folder.
 
     Raises:
         LockBusy: an operation is still running, or another process has one of its images open.
@@ -49,12 +56,14 @@ def recover(folder: Path | str, *, opener: FileOpener = open_posix) -> list[Reco
     image = None if folder.is_dir() else folder
     if image is not None and not image.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
-    found = pending_in(folder if image is None else folder.parent)
-    sweep(folder if image is None else folder.parent)
+    home = folder if image is None else folder.parent
+    found = pending_in(home)
+    sweep(home)
     wanted = [intent for intent in found if image is None or intent.involves(image)]
     for intent in wanted:
         _finish(intent, opener)
-    return [Recovery(intent.operation, intent.image) for intent in wanted]
+    swept = sweep_temporaries(home, image)
+    return [Recovery(intent.operation, intent.image) for intent in wanted] + [Recovery(SWEEP, path) for path in swept]
 
 
 def settle(folder: Path, *, opener: FileOpener = open_posix) -> None:

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from qemu_vmdk_snap.errors import LockBusy
 from qemu_vmdk_snap.storage.blockfile import PosixFile
+from qemu_vmdk_snap.storage.locks import lock_image
 
+_TEMPORARY: Final = ".qemu-vmdk-snap.tmp"
+_TEMPORARY_NAME: Final = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.qemu-vmdk-snap\.tmp", re.DOTALL)
+_NAME_LENGTH: Final = 200
+_RENAME_NOREPLACE: Final = 1
+_AT_FDCWD: Final = -100
+_SWEEP_SECONDS: Final = 2.0
 _NO_LINKS: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -25,6 +37,85 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Hold `folder` shared, so that nobody sweeps it (`sweep_temporaries`) while temporary files are in use there.
+
+    The hold goes with the process. Where a folder cannot be held, nobody can sweep it either.
+    """
+    fd = -1
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        end = time.monotonic() + _SWEEP_SECONDS
+        while fd >= 0 and not _flocked(fd, fcntl.LOCK_SH) and time.monotonic() < end:
+            time.sleep(0.01)  # a sweep lasts no longer; whoever else holds the folder is not waited for
+        yield
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def sweep_temporaries(folder: Path, about: Path | None = None) -> list[Path]:
+    """Remove the temporary files that killed commands of this user have left in `folder`; return which.
+
+    Only those of the image `about`, if it is given. Nothing is removed while another process works in the folder, nor
+    what a process has open as an image.
+    """
+    with alone_in(folder) as alone:
+        return [path for path in sorted(folder.iterdir()) if _sweep(path, about)] if alone else []
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[bool]:
+    """Hold `folder` against everybody who would be `working_in` it; give False where somebody is."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield _flocked(fd, fcntl.LOCK_EX)
+    finally:
+        os.close(fd)
+
+
+def _flocked(fd: int, how: int) -> bool:
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _sweep(path: Path, about: Path | None) -> bool:
+    match = _TEMPORARY_NAME.fullmatch(path.name)
+    if match is None or (about is not None and match["name"] != about.name[:_NAME_LENGTH]):
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        facts = os.fstat(fd)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
+            return False
+        lock_image(fd, path, writable=True)
+        claim = path.with_name(match["name"])
+        if facts.st_nlink == 1 and len(claim.name) < _NAME_LENGTH:
+            _drop_claim(claim)
+        path.unlink()
+    except (OSError, LockBusy):
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _drop_claim(path: Path) -> None:
+    """Remove the empty file by which `_link` has claimed a name, so that the name is free again."""
+    with contextlib.suppress(FileNotFoundError):
+        facts = path.lstat()
+        if stat.S_ISREG(facts.st_mode) and facts.st_size == 0 and facts.st_uid == os.geteuid():
+            path.unlink()
 
 
 class NewFiles:
@@ -38,6 +129,7 @@ class NewFiles:
         self._durable = durable
         self._pending: list[tuple[PosixFile, Path]] = []
         self._linked: list[Path] = []
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> NewFiles:
         """Return the group, still empty."""
@@ -52,6 +144,7 @@ class NewFiles:
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         temporary = temporary_name(path)
+        self._held.enter_context(working_in(path.parent))
         try:
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         except OSError as error:
@@ -76,6 +169,7 @@ class NewFiles:
                 file.close()
                 with contextlib.suppress(FileNotFoundError):
                     file.path.unlink()
+            self._held.close()
 
     def _publish(self) -> None:
         if self._durable:
@@ -95,9 +189,28 @@ def _link(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        # No hard links here (FAT, some FUSE): claim the name by an exclusive create, then rename over our own claim.
+        if _renamed_beside(temporary, path):
+            return
+        # Nor that (some FUSE): claim the name by an exclusive create, then rename over our own claim. Killed between
+        # the two, the claim is taken back by the sweep.
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         temporary.replace(path)
+
+
+def _renamed_beside(temporary: Path, path: Path) -> bool:
+    """Rename, in one step that never overwrites; return False where the file system has no such step (FAT has it).
+
+    Raises:
+        FileExistsError: something bears the name.
+    """
+    import ctypes  # needed only where there are no hard links
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE) == 0:
+        return True
+    if ctypes.get_errno() == errno.EEXIST:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    return False
 
 
 @contextlib.contextmanager
@@ -113,7 +226,7 @@ def new_file(path: Path, *, durable: bool = True, mode: int = 0o666) -> Iterator
 
 def temporary_name(path: Path) -> Path:
     """Return a hidden name beside `path` that nothing bears yet, for what will be `path` when it is complete."""
-    return path.with_name(f".{path.name[:200]}.{os.urandom(6).hex()}.tmp")
+    return path.with_name(f".{path.name[:_NAME_LENGTH]}.{os.urandom(6).hex()}{_TEMPORARY}")
 
 
 def publish(temporary: Path, path: Path, *, durable: bool = True) -> None:
@@ -138,17 +251,18 @@ def publish(temporary: Path, path: Path, *, durable: bool = True) -> None:
 def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Make `path` hold `data`, durably and in one step: a reader sees the old content or the new, never a part."""
     temporary = temporary_name(path)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
-        file = PosixFile(fd, temporary)
+    with working_in(path.parent):
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
-            file.write_at(0, data)
-            os.fsync(fd)
-        finally:
-            file.close()
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
+            file = PosixFile(fd, temporary)
+            try:
+                file.write_at(0, data)
+                os.fsync(fd)
+            finally:
+                file.close()
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+            raise
     sync_folder(path.parent)

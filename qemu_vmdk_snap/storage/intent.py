@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qemu_vmdk_snap.errors import CorruptChain
-from qemu_vmdk_snap.storage.durable import sync_folder
+from qemu_vmdk_snap.storage.durable import alone_in, sync_folder, working_in
 
 _VERSION: Final = 1
 _SUFFIX: Final = ".intent"
@@ -119,9 +119,10 @@ def pending_in(folder: Path, *, strict: bool = True, about: Path | None = None) 
 
 def sweep(folder: Path) -> None:
     """Remove what is left of records that never became complete: their operations had not begun."""
-    for draft in folder.glob(f".*{_SUFFIX}{_DRAFT}"):
-        if not draft.with_name(draft.name.removesuffix(_DRAFT)).exists():
-            draft.unlink(missing_ok=True)
+    with alone_in(folder) as alone:
+        for draft in folder.glob(f".*{_SUFFIX}{_DRAFT}") if alone else ():
+            if not draft.with_name(draft.name.removesuffix(_DRAFT)).exists():
+                draft.unlink(missing_ok=True)
 
 
 def refuse_pending(image: Path) -> None:
@@ -149,13 +150,14 @@ def _draft(path: Path) -> Path:
 def _store(path: Path, record: Mapping[str, Any]) -> None:
     """Make `path` hold the record, durably and in one step. The draft has a fixed name, so that none can pile up."""
     draft = _draft(path)
-    draft.unlink(missing_ok=True)
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(json.dumps(record, indent=1).encode())
-        file.flush()
-        os.fsync(fd)
-    draft.replace(path)
+    with working_in(path.parent):
+        draft.unlink(missing_ok=True)
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(json.dumps(record, indent=1).encode())
+            file.flush()
+            os.fsync(fd)
+        draft.replace(path)
     sync_folder(path.parent)
 
 
