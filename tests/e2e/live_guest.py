@@ -107,9 +107,12 @@ class Writer:
             self.error = error
 
 
-def check_frozen(path: Path, before: Progress, after: Progress) -> int:
-    """Check that the image shows one moment between `before` and `after`; return the last pass that it shows."""
-    with open_chain(path, lock=False) as chain:
+def check_frozen(path: Path, before: Progress, after: Progress, folders: Sequence[Path] = ()) -> int:
+    """Check that the image shows one moment between `before` and `after`; return the last pass that it shows.
+
+    `folders` are where its parents may lie, besides its own.
+    """
+    with open_chain(path, lock=False, trusted_dirs=folders) as chain:
         data = [chain.read_at(start, REGION) for start in STARTS]
     seen: list[int] = []
     for start, region in zip(STARTS, data, strict=True):
