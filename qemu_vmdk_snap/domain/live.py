@@ -26,14 +26,14 @@ from qemu_vmdk_snap import Descriptor, PosixFile, confined, open_link, open_posi
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.monitor import LiveTop, Monitor
-from qemu_vmdk_snap.errors import DomainError, InvalidRequest
+from qemu_vmdk_snap.domain.quiesce import frozen
+from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
     import libvirt
 
     from qemu_vmdk_snap.domain.plan import PlannedDisk
 
-QUIESCE: Final = ("no", "auto", "require")
 _TRIES: Final = 3
 _FRESH: Final = 1.0
 """Seconds: what QEMU said longer ago is asked again. Each question costs the guest a few milliseconds."""
@@ -67,16 +67,6 @@ class _Run:
     frozen: float | None = None
     stalled: float = 0.0
     stopped: float | None = None
-
-
-def check_quiesce(quiesce: str) -> None:
-    """Accept what `--quiesce` can be.
-
-    Raises:
-        InvalidRequest: it is something else.
-    """
-    if quiesce not in QUIESCE:
-        raise InvalidRequest(f"quiesce {quiesce!r}", f"must be one of {', '.join(QUIESCE)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,28 +245,13 @@ def _stopped(run: _Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiesced(run: _Run) -> Iterator[None]:
-    """Hold the guest's file systems by its agent for the length of the block, as far as that is wanted."""
-    import libvirt
-
     started = time.perf_counter()
-    frozen = False
-    if run.quiesce != "no":
-        try:
-            run.domain.fsFreeze()
-            frozen = True
-        except libvirt.libvirtError as error:
-            reason = f"its file systems cannot be frozen: {' '.join(str(error).split())}"
-            if run.quiesce == "require":
-                raise DomainError(run.domain.name(), reason) from error
-            run.notes.append(reason)
+    held = False
     try:
-        yield
+        with frozen(run.domain, run.quiesce, run.notes) as held:
+            yield
     finally:
-        if frozen:
-            try:
-                run.domain.fsThaw()
-            except libvirt.libvirtError as error:
-                run.notes.append(f"its file systems could not be thawed: {' '.join(str(error).split())}")
+        if held:
             run.frozen = _milliseconds(started)
 
 

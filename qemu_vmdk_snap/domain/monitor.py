@@ -69,7 +69,7 @@ class Monitor:
         """
         self._domain = domain
         self._name = domain.name()
-        self._binding = _import_binding()
+        self._binding = import_binding()
 
     def execute(self, command: str, /, *, files: Sequence[int] = (), **arguments: object) -> Any:  # noqa: ANN401
         """Return what QEMU answers; underscores in names of arguments stand for dashes.
@@ -163,7 +163,12 @@ def _words(qdev: str) -> list[str]:
     return qdev.split("/")
 
 
-def _import_binding() -> ModuleType:
+def import_binding() -> ModuleType:
+    """Return the binding that reaches QEMU's monitor and the guest's agent.
+
+    Raises:
+        PluginError: it is missing.
+    """
     try:
         import libvirt_qemu
     except ImportError as error:

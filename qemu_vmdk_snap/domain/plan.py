@@ -12,7 +12,8 @@ import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import naming, xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.intent import Intent, IntentStore, Overlay
-from qemu_vmdk_snap.domain.live import Tops, check_disks, check_quiesce
+from qemu_vmdk_snap.domain.live import Tops, check_disks
+from qemu_vmdk_snap.domain.quiesce import check_quiesce
 from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
