@@ -427,7 +427,8 @@ def _open_one(
     lock: bool,
 ) -> Link:
     write = len(above) in writable
-    return open_link(path, opener=opener, writable=write, resolver=find, first_source=sources, lock=lock)
+    owner = above[-1].path if above else None
+    return open_link(path, opener=opener, writable=write, resolver=find, first_source=sources, lock=lock, owner=owner)
 
 
 def _continues(last: Row, row: Row) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from qemu_vmdk_snap.chain.resolver import Resolver
+from qemu_vmdk_snap.chain.resolver import Resolver, check_opened
 from qemu_vmdk_snap.chain.windows import windows
 from qemu_vmdk_snap.errors import FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix_or_device
@@ -228,11 +228,19 @@ def read_descriptor(file: BlockFile) -> tuple[Descriptor, bool]:
 
 
 def open_link(
-    path: Path, *, opener: FileOpener, writable: bool, resolver: Resolver, first_source: int = 0, lock: bool = True
+    path: Path,
+    *,
+    opener: FileOpener,
+    writable: bool,
+    resolver: Resolver,
+    first_source: int = 0,
+    lock: bool = True,
+    owner: Path | None = None,
 ) -> Link:
     """Open one image: its descriptor and its extents, locked as QEMU locks them.
 
-    `first_source` is the number that its first extent gets among the sources of the chain.
+    `first_source` is the number that its first extent gets among the sources of the chain, `owner` the image whose hint
+    `resolver` followed to it.
 
     Raises:
         FormatError: what is on disk breaks the format.
@@ -250,6 +258,10 @@ def open_link(
             return shared[key]
         file = shared[key] = opener(target, write)
         files.append(file)
+        if target is not path:
+            check_opened(resolver, path, file, "extent")
+        elif owner is not None:
+            check_opened(resolver, owner, file, "parent")
         descriptor = file.fileno()
         if lock and descriptor is not None:
             lock_image(descriptor, target, writable=write)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qemu_vmdk_snap.chain.link import read_descriptor
-from qemu_vmdk_snap.chain.resolver import Resolver, confined
+from qemu_vmdk_snap.chain.resolver import Resolver, check_opened, confined
 from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import PosixFile
 from qemu_vmdk_snap.units import ByteOffset, sector_bytes
@@ -41,8 +41,10 @@ class LinkFacts(NamedTuple):
         return self.parent_cid == NO_PARENT
 
 
-def read_facts(path: Path | str, resolver: Resolver | None = None) -> LinkFacts:
+def read_facts(path: Path | str, resolver: Resolver | None = None, *, owner: Path | None = None) -> LinkFacts:
     """Return what the descriptor of one image says; its extents must be there.
+
+    `owner` is the image whose hint `resolver` followed to it.
 
     Raises:
         FormatError: it is no VMDK, or its descriptor or header cannot be.
@@ -53,6 +55,8 @@ def read_facts(path: Path | str, resolver: Resolver | None = None) -> LinkFacts:
     path, find = Path(path), resolver or confined()
     file = PosixFile.open(path)
     try:
+        if owner is not None:
+            check_opened(find, owner, file, "parent")
         descriptor, embedded = read_descriptor(file)
     finally:
         file.close()
@@ -85,7 +89,7 @@ def read_links(path: Path | str, *, trusted_dirs: Sequence[Path | str] = ()) -> 
         if child.hint is None:
             reason = f"parentCID = {child.parent_cid:08x}, but no parentFileNameHint names the parent"
             raise CorruptChain(child.path, reason)
-        parent = read_facts(find(child.path, child.hint, "parent"), find)
+        parent = read_facts(find(child.path, child.hint, "parent"), find, owner=child.path)
         if parent.path.resolve() in seen:
             raise CorruptChain(child.path, f"its parent {parent.path} is already in the chain: the chain is a loop")
         if len(links) == MAX_DEPTH:
@@ -108,6 +112,7 @@ def stands_on(path: Path, image: Path, resolver: Resolver) -> bool:
     Nothing else is asked of them: CIDs and sizes may be wrong, extents missing.
     """
     seen: set[tuple[int, int]] = set()
+    owner: Path | None = None
     with contextlib.suppress(CorruptChain, FormatError, Unsupported, OSError):
         wanted = image.stat()
         while True:
@@ -120,12 +125,14 @@ def stands_on(path: Path, image: Path, resolver: Resolver) -> bool:
             seen.add(identity)
             file = PosixFile.open(path)
             try:
+                if owner is not None:
+                    check_opened(resolver, owner, file, "parent")
                 descriptor = read_descriptor(file)[0]
             finally:
                 file.close()
             if descriptor.parent_cid == NO_PARENT or descriptor.parent_hint is None:
                 return False
-            path = resolver(path, descriptor.parent_hint, "parent")
+            owner, path = path, resolver(path, descriptor.parent_hint, "parent")
     return False
 
 

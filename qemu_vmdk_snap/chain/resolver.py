@@ -11,27 +11,59 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qemu_vmdk_snap.errors import CorruptChain
+from qemu_vmdk_snap.storage.blockfile import BlockFile
 
 Resolver = Callable[[Path, str, str], Path]
 """(the file that names it, the name, what it is: "parent" or "extent") -> the path to open."""
 
 
+class Confined:
+    """The resolver that opens beside the naming file, and anywhere below `trusted_dirs`."""
+
+    def __init__(self, trusted_dirs: Sequence[Path | str] = ()) -> None:
+        self._trusted = [Path(folder).resolve() for folder in trusted_dirs]
+
+    def __call__(self, owner: Path, name: str, role: str) -> Path:
+        """Return the path to open.
+
+        Raises:
+            CorruptChain: there is none, or it may not be opened.
+        """
+        return _resolve(owner, name, role, self)
+
+    def check(self, owner: Path, real: Path, role: str) -> None:
+        """Refuse `real`, a path without symbolic links, where `owner` may not name it."""
+        if real.parent == owner.parent.resolve() or any(real.is_relative_to(folder) for folder in self._trusted):
+            return
+        reason = f"its {role} {real} is outside its folder: allow {real.parent} (--allow-dir) to follow it"
+        raise CorruptChain(owner, reason)
+
+
 def confined(trusted_dirs: Sequence[Path | str] = ()) -> Resolver:
     """Return the resolver that opens beside the naming file, and anywhere below `trusted_dirs`."""
-    trusted = [Path(folder).resolve() for folder in trusted_dirs]
+    return Confined(trusted_dirs)
 
-    def resolve(owner: Path, name: str, role: str) -> Path:
-        return _resolve(owner, name, role, trusted)
 
-    return resolve
+def check_opened(resolver: Resolver, owner: Path, file: BlockFile, role: str) -> None:
+    """Refuse what was opened for `owner` if the name that `resolver` gave has come to lead elsewhere meanwhile.
+
+    The kernel tells where the open file is, whatever becomes of the symbolic links that led there. Resolvers of the
+    caller's own are not judged.
+
+    Raises:
+        CorruptChain: it is where the resolver would not have led; nothing was read.
+    """
+    descriptor = file.fileno()
+    if descriptor is not None and isinstance(resolver, Confined):
+        resolver.check(owner, Path(f"/proc/self/fd/{descriptor}").readlink(), role)
 
 
 def unconfined(owner: Path, name: str, role: str) -> Path:
     """Resolve a name wherever it leads: for images whose every writer is trusted."""
-    return _resolve(owner, name, role, [Path("/")])
+    return _resolve(owner, name, role, Confined(["/"]))
 
 
-def _resolve(owner: Path, name: str, role: str, trusted: Sequence[Path]) -> Path:
+def _resolve(owner: Path, name: str, role: str, policy: Confined) -> Path:
     """Try the name as it stands, as QEMU does, then its last part beside `owner`, as VMware and others do."""
     home = owner.parent
     plain = name.replace("\\", "/")
@@ -42,9 +74,6 @@ def _resolve(owner: Path, name: str, role: str, trusted: Sequence[Path]) -> Path
         if "\0" in name or not os.path.lexists(candidate):
             continue
         real = candidate.resolve()
-        allowed = real.parent == home.resolve() or any(real.is_relative_to(folder) for folder in trusted)
-        if not allowed:
-            reason = f"its {role} {real} is outside its folder: allow {real.parent} (--allow-dir) to follow it"
-            raise CorruptChain(owner, reason)
+        policy.check(owner, real, role)
         return candidate if candidate.parent == home else real
     raise CorruptChain(owner, f"its {role} {name!r} does not exist")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.chain.link import new_cid, read_descriptor
-from qemu_vmdk_snap.chain.resolver import confined
+from qemu_vmdk_snap.chain.resolver import check_opened, confined
 from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest
 from qemu_vmdk_snap.ops.layout import (
     DEFAULT_GRAIN,
@@ -207,9 +207,13 @@ def _first_header(file: BlockFile, descriptor: Descriptor, embedded: bool) -> Sp
     line = next((line for line in descriptor.extents if line.type == "SPARSE"), None)
     if not embedded and line is not None and line.file is not None:
         with contextlib.suppress(OSError, CorruptChain):
-            extent = PosixFile.open(confined()(file.path, line.file, "extent"))
-            head = extent.read_at(0, SECTOR_SIZE)
-            extent.close()
+            find = confined()
+            extent = PosixFile.open(find(file.path, line.file, "extent"))
+            try:
+                check_opened(find, file.path, extent, "extent")
+                head = extent.read_at(0, SECTOR_SIZE)
+            finally:
+                extent.close()
     if head[:4] != MAGIC or len(head) != SECTOR_SIZE:
         return None
     return SparseExtentHeader.parse(head, path=file.path)
