@@ -15,7 +15,7 @@ from qemu_vmdk_snap.domain import dropin, hooks, xml
 from qemu_vmdk_snap.domain.connect import find_domain, import_libvirt, libvirt_errors, open_connection
 from qemu_vmdk_snap.domain.intent import IntentStore
 from qemu_vmdk_snap.domain.kept import kept_branches
-from qemu_vmdk_snap.domain.orphans import Orphan, find_orphans
+from qemu_vmdk_snap.domain.orphans import Orphan, domain_files, find_orphans
 from qemu_vmdk_snap.domain.plan import inactive_xml, volume_resolver
 from qemu_vmdk_snap.errors import VmdkSnapError
 from qemu_vmdk_snap.units import format_size
@@ -76,9 +76,15 @@ def check_domain(conn: libvirt.virConnect, domain_name: str) -> Iterator[Check]:
         yield _check_snapshot(snapshot, chains if snapshot.name == current else {})
     if snapshots and current is None:
         yield Check("snapshots", "note", "none of them is the current one")
-    kept = {path.resolve(): snapshot for path, snapshot in kept_branches(text).items()}
-    for orphan in find_orphans(conn, domain):
+    orphans = find_orphans(conn, domain)
+    kept = {path.resolve(): snapshot for path, snapshot in kept_branches(text).items() if path.exists()}
+    for orphan in orphans:
         yield _check_orphan(name, orphan, kept.get(orphan.path.resolve()))
+    known = domain_files(conn, domain) | {orphan.path.resolve() for orphan in orphans}
+    for path, kept_by in kept.items():
+        if path not in known:  # deleting what it stood on has made it a disk by itself
+            what = f"was kept by the revert to {kept_by!r} and stands on no file of the domain any more"
+            yield Check(f"kept {path}", "note", f"{what}: delete the file, or use it as a disk of its own")
 
 
 def _check_orphan(domain: str, orphan: Orphan, kept_by: str | None) -> Check:

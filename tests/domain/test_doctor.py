@@ -13,6 +13,7 @@ import pytest
 from qemu_vmdk_snap import DomainError, LockBusy, create_overlay, open_chain
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.domain.connect import find_domain
+from qemu_vmdk_snap.domain.delete import delete
 from qemu_vmdk_snap.domain.doctor import check_host
 from qemu_vmdk_snap.domain.kept import kept_branches
 from qemu_vmdk_snap.domain.orphans import find_orphans, remove_orphan
@@ -114,6 +115,23 @@ def test_what_reverts_have_kept_is_told_apart(patient: Patient) -> None:
     assert "<app:by who='me'/>" in text or '<app:by who="me"/>' in text
     revert(patient.lab.conn, patient.name, "s1", discard=True)
     assert set(kept_branches(xml_of(patient.domain))) == {patient.file(2), patient.file(4)}
+
+
+def test_a_kept_branch_that_has_become_a_base_is_still_told(patient: Patient) -> None:
+    for _ in range(2):
+        revert(patient.lab.conn, patient.name, "s1")
+    delete(patient.lab.conn, patient.name, ["s2", "s1"])
+    assert patient.bad() == {}
+    _, answer = patient.ask()
+    told = {check["subject"]: check["text"] for check in answer["checks"]}
+    assert told[f"kept {patient.file(3)}"] == (
+        "was kept by the revert to 's1' and stands on no file of the domain any more: delete the file, or use it as a "
+        "disk of its own"
+    )
+    patient.file(3).unlink()
+    assert not any(
+        subject == f"kept {patient.file(3)}" for subject in {c["subject"] for c in patient.ask()[1]["checks"]}
+    )
 
 
 def lose_base(patient: Patient) -> None:
