@@ -17,6 +17,7 @@ from qemu_vmdk_snap.ops.layout import (
     ImageOptions,
     Plan,
     bulk_writer,
+    kind_of,
     plan_image,
     stream_writer,
     write_image,
@@ -45,7 +46,6 @@ MIN_GRAIN: Final = 4 << 10
 MAX_CAPACITY: Final = 64 * TIB
 """VMware's limit for any disk is 62 TiB; a larger one's tables would not fit QEMU's limits at the default grain."""
 
-_TOOLS_UNKNOWN: Final = "2147483647"
 _INHERITED: Final = ("adapterType", "geometry.cylinders", "geometry.heads", "geometry.sectors", "virtualHWVersion")
 
 
@@ -73,7 +73,7 @@ def create_image(
     with NewFiles(durable=durable) as files:
         made = write_image(files, path, plan, mode)
         if plan.kind.stream:
-            bulk_writer(path, plan, made).finish()
+            bulk_writer(plan, made).finish()
 
 
 def create_overlay(
@@ -141,7 +141,7 @@ def open_new_image(files: NewFiles, path: Path, size: int, options: ImageOptions
         InvalidRequest: the size or an option cannot be.
     """
     plan = _plan_base(path, size, options)
-    return bulk_writer(path, plan, write_image(files, path, plan))
+    return bulk_writer(plan, write_image(files, path, plan))
 
 
 def open_new_stream(write: Callable[[bytes], object], path: Path, size: int, options: ImageOptions) -> BulkWriter:
@@ -150,17 +150,15 @@ def open_new_stream(write: Callable[[bytes], object], path: Path, size: int, opt
     Raises:
         InvalidRequest: the size or an option cannot be.
     """
-    return stream_writer(path, _plan_base(path, size, replace(options, subformat="streamOptimized")), write)
+    return stream_writer(_plan_base(path, size, replace(options, subformat="streamOptimized")), write)
 
 
 def _plan_base(path: Path, size: int, options: ImageOptions) -> Plan:
     sectors = _checked_sectors(path, size)
     _check_options(path, options)
     ddb = _base_ddb(sectors, options)
-    if options.subformat == "vmfsThin":
-        ddb["thinProvisioned"] = "1"
-    if options.subformat == "streamOptimized":
-        ddb.setdefault("toolsVersion", _TOOLS_UNKNOWN)  # ESXi's import wants to be told something
+    for key, value in kind_of(path, options).ddb:
+        ddb.setdefault(key, value)
     cid = new_cid()
     ddb["longContentID"] = _long_id(cid)
     return plan_image(path, path.name, sectors, options, cid=cid, parent_cid=NO_PARENT, hint=None, ddb=ddb)

@@ -13,7 +13,6 @@ The files of an image appear together, the descriptor last.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +20,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qemu_vmdk_snap.chain.link import read_descriptor
 from qemu_vmdk_snap.errors import InvalidRequest
-from qemu_vmdk_snap.storage.blockfile import BlockFile, PosixFile
+from qemu_vmdk_snap.storage.blockfile import PosixFile
 from qemu_vmdk_snap.storage.durable import NewFiles
 from qemu_vmdk_snap.storage.limits import allow_open_files
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
-from qemu_vmdk_snap.vmdk.cowd_layout import CowdLayout, plan_cowd, write_cowd
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, make_descriptor
-from qemu_vmdk_snap.vmdk.sparse_layout import SparseLayout, plan_sparse, write_sparse
+from qemu_vmdk_snap.vmdk.new_extent import ExtentLayout, Wanted, plan_extent
+from qemu_vmdk_snap.vmdk.stream_layout import StreamLayout
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.vmdk.bulk import BulkWriter
@@ -45,22 +44,33 @@ class Kind(NamedTuple):
     create_type: str
     """What its descriptor says: QEMU 7.2 knows ESXi's flat disks by `vmfs` alone."""
     extent_type: str
+    layout: str
+    """The module of `vmdk` whose `plan_extent` plans its extents."""
     suffix: str
     """Put before `.vmdk` in the names of its extents; empty where the descriptor is inside."""
-    may_have_parent: bool
+    may_have_parent: bool = False
     split: bool = False
     stream: bool = False
+    """Whether it is written front to end, and so may go through a pipe."""
+    reserve: bool = False
+    ddb: tuple[tuple[str, str], ...] = ()
+    """Entries of its own, unless an option says otherwise."""
 
+
+_TOOLS_UNKNOWN: Final = ("toolsVersion", "2147483647")
+"""ESXi's import wants to be told something."""
 
 KINDS: Final[Mapping[str, Kind]] = {
-    "monolithicSparse": Kind("monolithicSparse", "SPARSE", "", True),
-    "monolithicFlat": Kind("monolithicFlat", "FLAT", "-flat", False),
-    "twoGbMaxExtentSparse": Kind("twoGbMaxExtentSparse", "SPARSE", "-s{:03}", True, split=True),
-    "twoGbMaxExtentFlat": Kind("twoGbMaxExtentFlat", "FLAT", "-f{:03}", False, split=True),
-    "streamOptimized": Kind("streamOptimized", "SPARSE", "", False, stream=True),
-    "vmfs": Kind("vmfs", "VMFS", "-flat", False),
-    "vmfsThin": Kind("vmfs", "VMFS", "-flat", False),
-    "vmfsSparse": Kind("vmfsSparse", "VMFSSPARSE", "-delta", True),
+    "monolithicSparse": Kind("monolithicSparse", "SPARSE", "sparse_layout", "", may_have_parent=True),
+    "monolithicFlat": Kind("monolithicFlat", "FLAT", "flat_layout", "-flat"),
+    "twoGbMaxExtentSparse": Kind(
+        "twoGbMaxExtentSparse", "SPARSE", "sparse_layout", "-s{:03}", may_have_parent=True, split=True
+    ),
+    "twoGbMaxExtentFlat": Kind("twoGbMaxExtentFlat", "FLAT", "flat_layout", "-f{:03}", split=True),
+    "streamOptimized": Kind("streamOptimized", "SPARSE", "stream_layout", "", stream=True, ddb=(_TOOLS_UNKNOWN,)),
+    "vmfs": Kind("vmfs", "VMFS", "flat_layout", "-flat", reserve=True),
+    "vmfsThin": Kind("vmfs", "VMFS", "flat_layout", "-flat", ddb=(("thinProvisioned", "1"),)),
+    "vmfsSparse": Kind("vmfsSparse", "VMFSSPARSE", "cowd_layout", "-delta", may_have_parent=True),
 }
 
 
@@ -83,11 +93,11 @@ class ImageOptions:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The files of a new image: extents by name, sectors and layout (None: flat), and the descriptor."""
+    """The files of a new image: extents by name, sectors and layout, and the descriptor."""
 
     kind: Kind
     options: ImageOptions
-    extents: tuple[tuple[str, int, SparseLayout | CowdLayout | None], ...]
+    extents: tuple[tuple[str, int, ExtentLayout], ...]
     descriptor: bytes
     sectors: int
 
@@ -125,24 +135,21 @@ def plan_image(
     kind = kind_of(path, options)
     if parent_cid != NO_PARENT and not kind.may_have_parent:
         raise InvalidRequest(path, f"an image of kind {options.subformat} cannot have a parent")
-    lines: list[tuple[str, int, str, str | None, int | None]] = []
-    extents: list[tuple[str, int, SparseLayout | CowdLayout | None]] = []
-    for part, length in enumerate(_part_sizes(path, sectors, kind), 1):
-        file = _extent_name(name, kind.suffix.format(part))
-        lines.append(("RW", length, kind.extent_type, file, 0 if kind.extent_type == "FLAT" else None))
-        extents.append((file, length, _plan_extent(path, kind, length, options, ddb)))
+    parts = [
+        (_extent_name(name, kind.suffix.format(part)), length)
+        for part, length in enumerate(_part_sizes(path, sectors, kind), 1)
+    ]
+    at = 0 if kind.extent_type == "FLAT" else None
     text = make_descriptor(
         cid=cid,
         parent_cid=parent_cid,
         create_type=kind.create_type,
         hint=hint,
-        extents=lines,
+        extents=[("RW", length, kind.extent_type, file, at) for file, length in parts],
         ddb=ddb,
         path=path,
     )
-    if not kind.suffix and not kind.stream:
-        layout = _plan_sparse(sectors, options, text)
-        extents = [(name, sectors, layout)]
+    extents = [(file, length, _plan_extent(path, kind, length, options, ddb, text)) for file, length in parts]
     return Plan(kind, options, tuple(extents), text, sectors)
 
 
@@ -152,26 +159,14 @@ def write_image(files: NewFiles, path: Path, plan: Plan, mode: int = 0o666) -> l
     Raises:
         FileExistsError: something bears the name of one of them; it is untouched.
     """
-    if not plan.kind.suffix:
-        file = files.add(path, mode)
-        layout = plan.extents[0][2]
-        if isinstance(layout, SparseLayout):
-            write_sparse(file, layout, plan.descriptor)
-        return [(file, plan.sectors)]
     made: list[tuple[PosixFile, int]] = []
     allow_open_files(len(plan.extents))
     for name, sectors, layout in plan.extents:
-        file = files.add(path.with_name(name), mode)
-        if isinstance(layout, SparseLayout):
-            write_sparse(file, layout, None)
-        elif isinstance(layout, CowdLayout):
-            write_cowd(file, layout)
-        else:
-            file.truncate(sector_bytes(sectors))
-            if plan.options.subformat == "vmfs":
-                os.posix_fallocate(file.fileno(), 0, sector_bytes(sectors))
+        file = files.add(path.with_name(name) if plan.kind.suffix else path, mode)
+        layout.create(file)
         made.append((file, sectors))
-    files.add(path, mode).write_at(0, plan.descriptor)
+    if plan.kind.suffix:
+        files.add(path, mode).write_at(0, plan.descriptor)
     return made
 
 
@@ -185,47 +180,22 @@ def extent_files(path: Path) -> list[Path]:
     return [] if embedded else [path.with_name(line.file) for line in descriptor.extents if line.file is not None]
 
 
-def bulk_writer(path: Path, plan: Plan, files: list[tuple[PosixFile, int]]) -> BulkWriter:
+def bulk_writer(plan: Plan, files: list[tuple[PosixFile, int]]) -> BulkWriter:
     """Return the writer that fills the image whose empty files `write_image` has made."""
     from qemu_vmdk_snap.vmdk.bulk import BulkParts  # NumPy: not needed to make an empty image
 
-    if plan.kind.stream:
-        return stream_writer(path, plan, _appending(files[0][0]))
-    layouts = [layout for _, _, layout in plan.extents]
     parts = [
-        (sector_bytes(sectors), _extent_writer(file, sectors, layout))
-        for (file, sectors), layout in zip(files, layouts, strict=True)
+        (sector_bytes(sectors), layout.writer(file))
+        for (file, sectors), (_, _, layout) in zip(files, plan.extents, strict=True)
     ]
     return parts[0][1] if len(parts) == 1 else BulkParts(parts)
 
 
-def stream_writer(path: Path, plan: Plan, write: Callable[[bytes], object]) -> BulkWriter:
+def stream_writer(plan: Plan, write: Callable[[bytes], object]) -> BulkWriter:
     """Return the writer of a streamOptimized image that hands its bytes, front to end, to `write`."""
-    from qemu_vmdk_snap.vmdk.stream_writer import BulkStream, StreamWriter
-
-    grain = plan.options.grain_size // SECTOR_SIZE
-    return BulkStream(StreamWriter(write, plan.sectors, plan.descriptor, path, grain_sectors=grain))
-
-
-def _appending(file: BlockFile) -> Callable[[bytes], None]:
-    position = 0
-
-    def write(data: bytes) -> None:
-        nonlocal position
-        file.write_at(position, data)
-        position += len(data)
-
-    return write
-
-
-def _extent_writer(file: BlockFile, sectors: int, layout: SparseLayout | CowdLayout | None) -> BulkWriter:
-    from qemu_vmdk_snap.vmdk.bulk import BulkCowd, BulkFlat, BulkSparse
-
-    if isinstance(layout, SparseLayout):
-        return BulkSparse(file, layout)
-    if isinstance(layout, CowdLayout):
-        return BulkCowd(file, layout)
-    return BulkFlat(file, sector_bytes(sectors))
+    layout = plan.extents[0][2]
+    assert isinstance(layout, StreamLayout)
+    return layout.stream(write)
 
 
 def _part_sizes(path: Path, sectors: int, kind: Kind) -> list[int]:
@@ -243,17 +213,17 @@ def _extent_name(name: str, suffix: str) -> str:
 
 
 def _plan_extent(
-    path: Path, kind: Kind, sectors: int, options: ImageOptions, ddb: Mapping[str, str]
-) -> SparseLayout | CowdLayout | None:
-    if kind.extent_type == "VMFSSPARSE":
-        words = [ddb.get(f"geometry.{name}", "") for name in ("cylinders", "heads", "sectors")]
-        cylinders, heads, track = (int(word) if word.isdigit() and len(word) < 10 else 0 for word in words)
-        return plan_cowd(sectors, path, geometry=(cylinders, heads, track))
-    if kind.extent_type == "SPARSE" and kind.suffix:
-        return _plan_sparse(sectors, options, None)
-    return None
-
-
-def _plan_sparse(sectors: int, options: ImageOptions, descriptor: bytes | None) -> SparseLayout:
-    grain = options.grain_size // SECTOR_SIZE
-    return plan_sparse(sectors, grain_sectors=grain, zeroed_grains=options.zeroed_grain, descriptor=descriptor)
+    path: Path, kind: Kind, sectors: int, options: ImageOptions, ddb: Mapping[str, str], text: bytes
+) -> ExtentLayout:
+    words = [ddb.get(f"geometry.{name}", "") for name in ("cylinders", "heads", "sectors")]
+    cylinders, heads, track = (int(word) if word.isdigit() and len(word) < 10 else 0 for word in words)
+    wanted = Wanted(
+        path,
+        sectors,
+        options.grain_size // SECTOR_SIZE,
+        options.zeroed_grain,
+        (cylinders, heads, track),
+        None if kind.suffix else text,
+        kind.reserve,
+    )
+    return plan_extent(f"qemu_vmdk_snap.vmdk.{kind.layout}", wanted)

@@ -65,12 +65,10 @@ def measure(
         raise Unsupported(path, "the size of a streamOptimized image depends on how its data deflates")
     overhead, full, unit = len(plan.descriptor) if plan.kind.suffix else 0, 0, 1
     for _, sectors, layout in plan.extents:
-        if layout is None:
-            overhead += sector_bytes(sectors)  # all there from the start, if only as a hole
-            continue
-        unit = sector_bytes(layout.header.grain_size)
-        overhead += sector_bytes(layout.header.overhead)
-        full += round_up(sector_bytes(sectors), unit)
+        overhead += layout.fixed_bytes
+        if layout.grain_bytes:
+            unit = layout.grain_bytes
+            full += round_up(sector_bytes(sectors), unit)
     if not full:
         return Measurement(overhead, overhead)
     return Measurement(overhead + _stored(disk, unit, capacity, on_progress), overhead + full)

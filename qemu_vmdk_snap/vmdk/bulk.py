@@ -12,8 +12,7 @@ import numpy as np
 from qemu_vmdk_snap.errors import Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.storage.copying import Copier
-from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
-from qemu_vmdk_snap.vmdk.cowd_layout import CowdLayout
+from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 
 OnStep = Callable[[int], None]
 MAX_FILE_SECTORS: Final = 1 << 32
@@ -178,20 +177,6 @@ class BulkSparse:
                 self._file.write_at(sector_bytes(self._layout.rgt_sector + at), raw)
             self._file.write_at(sector_bytes(self._layout.gt_sector + at), raw)
         self._window = -1
-
-
-class BulkCowd(BulkSparse):
-    """Fills a COWD extent, whose header counts the sectors in use."""
-
-    def __init__(self, file: BlockFile, layout: CowdLayout) -> None:
-        super().__init__(file, layout)
-        self._cowd = layout.header
-
-    def finish(self) -> None:
-        """Store the last tables and the count of used sectors."""
-        super().finish()
-        used = byte_sectors(self.end)
-        self._file.write_at(self._cowd.offset_of("free_sector"), used.to_bytes(4, "little"))
 
 
 class BulkParts:

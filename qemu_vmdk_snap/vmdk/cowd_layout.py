@@ -13,12 +13,16 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.errors import Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd_header import COWD_MAGIC, FLAGS, GTES_PER_GT, HEADER_BYTES, CowdHeader
+from qemu_vmdk_snap.vmdk.new_extent import Wanted
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.vmdk.bulk import BulkWriter
 
 GRAIN_SECTORS: Final = 1
 _GT_SECTORS: Final = GTES_PER_GT * 4 // SECTOR_SIZE
@@ -36,6 +40,31 @@ class CowdLayout:
     def rgt_sector(self) -> int:
         """The same as `gt_sector`: there is one copy."""
         return self.gt_sector
+
+    @property
+    def grain_bytes(self) -> int:
+        """Bytes of a grain."""
+        return sector_bytes(self.header.grain_size)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Everything in front of the grains."""
+        return sector_bytes(self.header.overhead)
+
+    def create(self, file: BlockFile) -> None:
+        """Write the header and the directory, and give the file room for its tables."""
+        write_cowd(file, self)
+
+    def writer(self, file: BlockFile) -> BulkWriter:
+        """Return what fills the file."""
+        from qemu_vmdk_snap.vmdk.cowd_writer import BulkCowd  # NumPy: not needed to make an empty image
+
+        return BulkCowd(file, self)
+
+
+def plan_extent(wanted: Wanted) -> CowdLayout:
+    """Return the layout of a COWD extent; raises Unsupported where the format cannot hold so much."""
+    return plan_cowd(wanted.sectors, wanted.path, geometry=wanted.geometry)
 
 
 def plan_cowd(sectors: int, path: Path, *, geometry: tuple[int, int, int]) -> CowdLayout:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, round_up, sector_bytes
@@ -23,17 +23,52 @@ from qemu_vmdk_snap.vmdk.header import (
     HeaderFlag,
     SparseExtentHeader,
 )
+from qemu_vmdk_snap.vmdk.new_extent import Wanted
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.vmdk.bulk import BulkWriter
 
 DESCRIPTOR_SECTORS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
 class SparseLayout:
-    """A planned extent: its header and the sector where its redundant and its primary tables begin."""
+    """A planned extent: its header, where its redundant and its primary tables begin, the descriptor inside it."""
 
     header: SparseExtentHeader
     rgt_sector: int
     gt_sector: int
+    descriptor: bytes | None = None
+
+    @property
+    def grain_bytes(self) -> int:
+        """Bytes of a grain."""
+        return sector_bytes(self.header.grain_size)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Everything in front of the grains."""
+        return sector_bytes(self.header.overhead)
+
+    def create(self, file: BlockFile) -> None:
+        """Write the header, the descriptor and the directories, and give the file its full overhead."""
+        write_sparse(file, self, self.descriptor)
+
+    def writer(self, file: BlockFile) -> BulkWriter:
+        """Return what fills the file."""
+        from qemu_vmdk_snap.vmdk.bulk import BulkSparse  # NumPy: not needed to make an empty image
+
+        return BulkSparse(file, self)
+
+
+def plan_extent(wanted: Wanted) -> SparseLayout:
+    """Return the layout of a hosted sparse extent."""
+    return plan_sparse(
+        wanted.sectors,
+        grain_sectors=wanted.grain_sectors,
+        zeroed_grains=wanted.zeroed_grains,
+        descriptor=wanted.descriptor,
+    )
 
 
 def plan_sparse(sectors: int, *, grain_sectors: int, zeroed_grains: bool, descriptor: bytes | None) -> SparseLayout:
@@ -62,7 +97,7 @@ def plan_sparse(sectors: int, *, grain_sectors: int, zeroed_grains: bool, descri
         compression=COMPRESS_NONE,
         reserved=bytes(433),
     )
-    return SparseLayout(header, rgd + gd_sectors, gd + gd_sectors)
+    return SparseLayout(header, rgd + gd_sectors, gd + gd_sectors, descriptor)
 
 
 def write_sparse(file: BlockFile, layout: SparseLayout, descriptor: bytes | None) -> None:
