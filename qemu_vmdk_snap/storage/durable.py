@@ -130,6 +130,7 @@ class NewFiles:
         self._pending: list[tuple[PosixFile, Path]] = []
         self._linked: list[Path] = []
         self._held = contextlib.ExitStack()
+        self._folders: set[Path] = set()
 
     def __enter__(self) -> NewFiles:
         """Return the group, still empty."""
@@ -144,7 +145,9 @@ class NewFiles:
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         temporary = temporary_name(path)
-        self._held.enter_context(working_in(path.parent))
+        if path.parent not in self._folders:  # once a folder: a split disk has thousands of files in one
+            self._held.enter_context(working_in(path.parent))
+            self._folders.add(path.parent)
         try:
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         except OSError as error:
