@@ -298,7 +298,7 @@ class _Planner:
     def _refuse_unwritten(self, target: str, frozen: Path, children: Sequence[Path]) -> None:
         """Tell why the newest snapshot of a running guest, too, may have to wait; see `live_merge`."""
         if self._below_active(frozen, children):
-            reason = f"disk {target}: the guest has not written {frozen} since it was started, and a live merge into it"
+            reason = f"disk {target}: the guest has not written {frozen} since QEMU opened it, and a live merge into it"
             raise DomainError(
                 self._state.name, f"{reason} would change its CID under {children[0]}: shut it down first"
             )
