@@ -63,6 +63,13 @@ def unconfined(owner: Path, name: str, role: str) -> Path:
     return _resolve(owner, name, role, Confined(["/"]))
 
 
+def _neighbour(owner: Path, beside: Path, role: str) -> str:
+    """Return what to say of a file beside `owner` with its parent's name: in a copied chain it is the one meant."""
+    if role != "parent" or not beside.is_file() or beside.samefile(owner):
+        return ""
+    return f"; {beside} has its name: if that is the one, `image rebase -u -b {beside} {owner}` makes it the parent"
+
+
 def _resolve(owner: Path, name: str, role: str, policy: Confined) -> Path:
     """Try the name as it stands, as QEMU does, then its last part beside `owner`, as VMware and others do."""
     home = owner.parent
@@ -74,6 +81,9 @@ def _resolve(owner: Path, name: str, role: str, policy: Confined) -> Path:
         if "\0" in name or not os.path.lexists(candidate):
             continue
         real = candidate.resolve()
-        policy.check(owner, real, role)
+        try:
+            policy.check(owner, real, role)
+        except CorruptChain as error:
+            raise CorruptChain(owner, error.reason + _neighbour(owner, candidates[-1], role)) from None
         return candidate if candidate.parent == home else real
     raise CorruptChain(owner, f"its {role} {name!r} does not exist")

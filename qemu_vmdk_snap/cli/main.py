@@ -13,7 +13,7 @@ from typing import NoReturn, Protocol, cast
 from qemu_vmdk_snap.cli import exit_status
 from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL, Command
 from qemu_vmdk_snap.cli.ui import Ui
-from qemu_vmdk_snap.errors import VmdkSnapError
+from qemu_vmdk_snap.errors import LockBusy, VmdkSnapError
 
 PROGRAM = "qemu-vmdk-snap"
 
@@ -100,12 +100,18 @@ def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (VmdkSnapError, OSError) as error:
-        ui.error(_one_line(error))
+        ui.error(_one_line(error) + _way_out(error, args))
         return getattr(args, "error_status", None) or exit_status.status_of(error)
     except KeyboardInterrupt:
         ui.error("cancelled")
         return exit_status.CANCELLED
     return status
+
+
+def _way_out(error: Exception, args: argparse.Namespace) -> str:
+    """Return what to add about an image in use where the command could read it all the same."""
+    reads = getattr(args, "force_share", True) is False and not getattr(args, "repair", None)
+    return " (-U, --force-share, reads it all the same)" if isinstance(error, LockBusy) and reads else ""
 
 
 def _one_line(error: Exception) -> str:

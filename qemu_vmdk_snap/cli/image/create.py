@@ -69,6 +69,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int | None:
         _warn_if_written(base, ui)
         options = overlay_options(words, base)
         create_overlay(args.filename, base, hint=backing, size=size, options=options)
+        _warn_if_outside(args.filename, base, ui)
     _report(args.filename, ui)
     return None
 
@@ -148,6 +149,13 @@ def _warn_if_written(base: Path, ui: Ui) -> None:
         )
     finally:
         file.close()
+
+
+def _warn_if_outside(overlay: Path, base: Path, ui: Ui) -> None:
+    """Say so where the new overlay cannot be opened without a word about its base's folder."""
+    folder = base.resolve().parent
+    if folder != overlay.parent.resolve():
+        ui.warn(f"{base} is outside the folder of {overlay}: opening the overlay needs --allow-dir {folder}")
 
 
 def _list_options(ui: Ui) -> int:
