@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from qemu_vmdk_snap.chain.children import find_children
-from qemu_vmdk_snap.chain.links import read_links
+from qemu_vmdk_snap.chain.links import LinkFacts, read_links
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 from qemu_vmdk_snap.ops.create import create_overlay
@@ -41,6 +41,10 @@ def renew_overlay(path: Path | str, *, trusted_dirs: Sequence[Path | str] = ()) 
 
     When it fails, the overlay is as it was.
 
+    No image tells of its children. They are looked for where they may be opened from without a further word: in the
+    folders of the chain, and in `trusted_dirs` themselves (not below). One elsewhere is not known of; the new overlay
+    has another CID, so whoever opens such a child gets CidMismatch, and never wrong bytes.
+
     Raises:
         InvalidRequest: it has no parent, or it is itself the parent of other images, which would lose their data.
         Unsupported: it does not consist of one file.
@@ -59,13 +63,18 @@ def renew_overlay(path: Path | str, *, trusted_dirs: Sequence[Path | str] = ()) 
         if top.create_type.lower() != _EMBEDDED or top.files != (path,):
             raise Unsupported(path, f"only an overlay in one file can be renewed, not one of type {top.create_type}")
         resolver = confined([path.parent, *trusted_dirs])
-        children = find_children(path, top.cid, [path.parent], resolver)
+        children = find_children(path, top.cid, _folders(links, trusted_dirs), resolver)
         if children:
             raise InvalidRequest(path, f"is the parent of {children[0].path}, which would lose its data")
         _replace(path, links[1].path, top.hint, top.capacity, file)
         return RenewReport(path, links[1].path, os.fstat(file.fileno()).st_blocks * 512)
     finally:
         file.close()
+
+
+def _folders(links: Sequence[LinkFacts], trusted_dirs: Sequence[Path | str]) -> set[Path]:
+    folders = {link.path.resolve().parent for link in links} | {Path(folder) for folder in trusted_dirs}
+    return {folder for folder in folders if folder.is_dir()}
 
 
 def _replace(path: Path, parent: Path, hint: str | None, capacity: int, old: PosixFile) -> None:

@@ -160,6 +160,36 @@ def test_what_others_need_or_use_is_not_renewed(overlay: Path) -> None:
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_children_in_other_folders(overlay: Path) -> None:
+    """They are found where the caller trusts images; one elsewhere is never shown wrong bytes."""
+    folder = overlay.parent / "pool"
+    folder.mkdir()
+    child = folder / "child.vmdk"
+    create_overlay(child, overlay, durable=False)
+    trusted = [folder, overlay.parent, overlay.parent / "gone"]
+    with pytest.raises(
+        InvalidRequest, match=r"c\.vmdk: is the parent of .*pool/child\.vmdk, which would lose its data"
+    ):
+        renew_overlay(overlay, trusted_dirs=trusted)
+    with open_chain(child, trusted_dirs=trusted) as chain:
+        assert chain.depth == 4
+    renew_overlay(overlay, trusted_dirs=[overlay.parent])  # nobody has told of the pool
+    with pytest.raises(CidMismatch):
+        open_chain(child, trusted_dirs=trusted)
+
+
+def test_a_child_beside_a_parent_elsewhere(overlay: Path) -> None:
+    """The folders of the chain itself are looked through, too."""
+    folder = overlay.parent / "tops"
+    folder.mkdir()
+    top = folder / "top.vmdk"
+    create_overlay(top, overlay, durable=False)
+    child = overlay.with_name("child.vmdk")
+    create_overlay(child, top, durable=False)
+    with pytest.raises(InvalidRequest, match=r"top\.vmdk: is the parent of .*child\.vmdk"):
+        renew_overlay(top, trusted_dirs=[overlay.parent.parent])  # above the folder of the child
+
+
 def test_an_overlay_of_several_files_is_refused(overlay: Path) -> None:
     text = overlay.with_name("t.vmdk")
     facts = read_links(overlay)[0]
