@@ -17,6 +17,7 @@ from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
 from qemu_vmdk_snap.storage.intent import pending_in
 from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
+from qemu_vmdk_snap.vmdk.cowd_header import COWD_MAGIC, legacy_descriptor, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, NO_PARENT, Descriptor, ExtentLine, is_descriptor
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, open_extent
 from qemu_vmdk_snap.vmdk.header import MAGIC, NEWLINE_PROBE, HeaderFlag, SparseExtentHeader, check_header
@@ -190,6 +191,8 @@ class _Checker:
         if is_descriptor(head):
             raw = file.read_at(0, min(file.size(), MAX_BYTES))
             return _Image(path, Descriptor.parse(raw, path=path), None, [file])
+        if head[:4] == COWD_MAGIC:
+            return _Image(path, legacy_descriptor(read_cowd_header(file, path), path), None, [file])
         if head[:4] != MAGIC:
             raise FormatError(path, 0, "magic", head[:4], "must be b'KDMV', or the text '# Disk DescriptorFile'")
         header = self._read_header(file)
@@ -303,7 +306,8 @@ class _Checker:
                 self._findings.corrupt(image.path, line.at, "extent", line.file, rule)
                 return None
             image.files.append(file)
-            header = self._read_header(file) if line.type == "SPARSE" else None
+            hosted = line.type == "SPARSE" and file.read_at(0, 4) != COWD_MAGIC  # which may go under the same word
+            header = self._read_header(file) if hosted else None
         if header is None or header.compressed or header.flags & HeaderFlag.MARKERS:
             return self._resolve_all(line, file, total)
         if header.capacity != line.sectors:
