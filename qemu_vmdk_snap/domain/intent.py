@@ -60,6 +60,8 @@ class Intent:
     """Whether a running guest was to go over to the overlays: after the XML named them, QEMU had yet to be told."""
     resume: bool = False
     """Whether its vCPUs were running: stopped by us, they must be started again."""
+    thaw: bool = False
+    """Whether its file systems were to be frozen: left so, they must be thawed."""
     operation: str = "create"
     """`create`, `revert`, `delete` or `rename`."""
     current: str | None = None

@@ -105,7 +105,7 @@ def make_plan(
         planned.append(_plan_disk(name, disk, request, taken, held, lock=not live))
         taken.add(planned[-1].overlay)
     plan = _assemble(domain, header, old_xml, disks, tuple(planned), tuple(skipped))
-    intent = replace(plan.intent, live=live, resume=running)
+    intent = replace(plan.intent, live=live, resume=running, thaw=live and request.quiesce != "no")
     return replace(plan, quiesce=request.quiesce, tops=tops, intent=intent)
 
 

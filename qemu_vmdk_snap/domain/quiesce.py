@@ -58,10 +58,20 @@ def frozen(domain: libvirt.virDomain, quiesce: str, notes: list[str]) -> Iterato
             _release(domain, notes)
 
 
+def thaw_left(domain: libvirt.virDomain) -> None:
+    """Thaw what a command that died may have left frozen, if its agent answers."""
+    import libvirt
+
+    with contextlib.suppress(libvirt.libvirtError):
+        _ask(domain, "guest-fsfreeze-thaw", PING_SECONDS)
+
+
 def _freeze(domain: libvirt.virDomain) -> int:
     """Return how many file systems are frozen now: at least one."""
     import libvirt
 
+    if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+        raise DomainError(domain.name(), "its file systems cannot be frozen: it is paused, and so is its agent")
     asked = False
     try:
         _ask(domain, "guest-ping", PING_SECONDS)  # an agent that hangs is given nothing that it would do later
@@ -74,6 +84,10 @@ def _freeze(domain: libvirt.virDomain) -> int:
             complaint = _thaw(domain)[1]
             reason += f", nor thawed: {complaint}: try `virsh domfsthaw`" if complaint else " (thawed again)"
         raise DomainError(domain.name(), reason) from error
+    except BaseException:  # an interruption, which is raised only once libvirt has let go: it may be frozen by now
+        if asked:
+            _thaw(domain)
+        raise
     if not count:
         raise DomainError(domain.name(), "its file systems cannot be frozen: the agent has found none that can be")
     return count

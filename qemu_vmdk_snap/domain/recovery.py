@@ -30,6 +30,7 @@ from qemu_vmdk_snap.domain.intent import Intent, IntentStore, Overlay
 from qemu_vmdk_snap.domain.live import follow_cid, written_files
 from qemu_vmdk_snap.domain.monitor import Monitor
 from qemu_vmdk_snap.domain.plan import find_snapshot, inactive_xml
+from qemu_vmdk_snap.domain.quiesce import thaw_left
 from qemu_vmdk_snap.errors import DomainError, LockBusy, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -134,6 +135,8 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
             result = Recovery(name, intent.snapshot, finished=False, left=left)
         if intent.live and intent.resume:
             _resume(domain)
+        if intent.thaw and domain.isActive():
+            thaw_left(domain)  # only now: an agent without vCPUs does not answer
     store.remove(intent.uuid)
     return result
 

@@ -12,8 +12,10 @@ import itertools
 import json
 import re
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from qemu_vmdk_snap.domain import dropin
 from qemu_vmdk_snap.domain.connect import open_connection
 from qemu_vmdk_snap.domain.intent import IntentStore
 from qemu_vmdk_snap.domain.monitor import Monitor
+from qemu_vmdk_snap.domain.recovery import recover
 from qemu_vmdk_snap.domain.revert import revert
 from qemu_vmdk_snap.domain.snapshot import create_snapshot
 from qemu_vmdk_snap.errors import DomainError
@@ -408,19 +411,103 @@ def test_the_freezing_example_freezes_this_guest(
     assert len(report.notes) == (quiesce == "auto")
 
 
-@pytest.mark.parametrize(("signal", "reason"), [("STOP", "is not responding"), ("KILL", "is not connected")])
+KILLED = """
+import os, signal, sys
+from qemu_vmdk_snap.domain.connect import open_connection
+from qemu_vmdk_snap.domain.monitor import Monitor
+from qemu_vmdk_snap.domain.snapshot import create_snapshot
+
+real = Monitor.execute
+Monitor.execute = lambda self, word, **more: (
+    os.kill(os.getpid(), signal.SIGKILL) if word == "transaction" else real(self, word, **more)
+)
+create_snapshot(open_connection(sys.argv[1]), sys.argv[2], sys.argv[3], quiesce="require")
+"""
+
+
+def test_a_command_that_is_killed_while_the_guest_is_frozen(guest: Guest, name: str) -> None:
+    words = [sys.executable, "-c", KILLED, guest.daemon.uri, guest.name, name]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert guest.ask("guest-fsfreeze-status") == "frozen"
+    assert recover(guest.conn)
+    assert guest.ask("guest-fsfreeze-status") == "thawed"
+    guest.counts()
+
+
+def test_an_interruption_while_the_agent_freezes(guest: Guest, name: str) -> None:
+    """Python raises it when libvirt has let go, and the guest is frozen then."""
+    guest.shell("echo '[ $1 = thaw ] || sleep 2' >>/run/hook")
+    before = guest.state()
+    words = [sys.executable, "-m", "qemu_vmdk_snap", "snapshot", "create", "-c", guest.daemon.uri, guest.name, name]
+    with subprocess.Popen([*words, "--quiesce"], stderr=subprocess.PIPE, text=True) as process:
+        wait(lambda: name in guest.domain.snapshotListNames(), guest.console)
+        time.sleep(0.5)
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode > 0, said
+    assert guest.ask("guest-fsfreeze-status") == "thawed"
+    guest.runs_as(before)
+    guest.shell("echo '#!/bin/sh' >/run/hook")
+
+
+def test_what_cannot_be_thawed_is_told(guest: Guest, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The agent is killed while all is frozen; one that is started again thaws when it is asked to."""
+    monkeypatch.setattr("qemu_vmdk_snap.domain.quiesce.THAW_SECONDS", 1)
+    real = Monitor.execute
+
+    def execute(self: Monitor, command: str, **arguments: Any) -> object:  # noqa: ANN401 # as the real one
+        if command == "transaction":
+            guest.shell("killall -KILL qemu-ga")
+        return real(self, command, **arguments)
+
+    monkeypatch.setattr(Monitor, "execute", execute)
+    report = create_snapshot(guest.conn, guest.name, name, quiesce="require")
+    assert "its file systems could not be thawed: " in report.notes[0]
+    told = guest.told
+    guest.shell("qemu-ga -d -m virtio-serial -p /dev/vport*p1 -t /run -F/run/hook")
+    wait(guest.agent_answers, guest.console)
+    assert guest.told == told
+    assert guest.ask("guest-fsfreeze-status") == "frozen"
+    guest.domain.fsThaw()
+    guest.counts()
+
+
+def test_a_thaw_by_somebody_else_is_told(guest: Guest, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    real = Monitor.execute
+
+    def execute(self: Monitor, command: str, **arguments: Any) -> object:  # noqa: ANN401 # as the real one
+        if command == "transaction":
+            guest.domain.fsThaw()
+        return real(self, command, **arguments)
+
+    monkeypatch.setattr(Monitor, "execute", execute)
+    report = create_snapshot(guest.conn, guest.name, name, quiesce="require")
+    assert report.notes == ("its file systems were thawed by somebody else too early: the snapshot may not be clean",)
+    guest.counts()
+
+
+def test_a_paused_guest_cannot_be_frozen(guest: Guest, name: str) -> None:
+    guest.domain.suspend()
+    with pytest.raises(DomainError, match="it is paused, and so is its agent"):
+        create_snapshot(guest.conn, guest.name, name, quiesce="require")
+    guest.domain.resume()
+    guest.counts()
+
+
+@pytest.mark.parametrize(("death", "reason"), [("STOP", "is not responding"), ("KILL", "is not connected")])
 def test_an_agent_that_is_dead(
     guest: Guest,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
-    signal: str,
+    death: str,
     reason: str,
 ) -> None:
     """One that hangs is given up, which libvirt's own command never does."""
     monkeypatch.setattr("qemu_vmdk_snap.domain.quiesce.PING_SECONDS", 1)
-    guest.shell(f"killall -{signal} qemu-ga")
-    if signal == "KILL":
+    guest.shell(f"killall -{death} qemu-ga")
+    if death == "KILL":
         wait(lambda: not guest.agent_answers(), guest.console)
     words = ["snapshot", "create", "-c", guest.daemon.uri, guest.name]
     before = guest.state()
@@ -436,7 +523,7 @@ def test_an_agent_that_is_dead(
     assert reason in told
     guest.counts()
     assert needs_recovery(disk)
-    if signal == "STOP":  # what it was asked meanwhile does no harm when it goes on
+    if death == "STOP":  # what it was asked meanwhile does no harm when it goes on
         guest.shell("killall -CONT qemu-ga")
         wait(guest.agent_answers, guest.console)
         assert guest.ask("guest-fsfreeze-status") == "thawed"
