@@ -24,7 +24,7 @@ from qemu_vmdk_snap.chain.link import Link, open_link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 from qemu_vmdk_snap.ops.guard import guarded_intent
-from qemu_vmdk_snap.ops.move import delete_files
+from qemu_vmdk_snap.ops.move import delete_files, holding
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.ops.relink import DescriptorChange, on_parent, with_fresh_cid
 from qemu_vmdk_snap.ops.transfer import Clearable, LinkWriter, View, restricted, upper_tables
@@ -298,15 +298,12 @@ def finish_commit(intent: Intent, opener: FileOpener) -> None:
             trim_link(chain.links[depth])
             _copy(chain, depth, ignore)
         intent.update(stage="finish")
-    for change in _changes(details["finish"]):
-        change.redo(opener)
-    if details["clear"]:
-        link = open_link(intent.image, opener=opener, writable=True, resolver=resolver)
-        try:
-            _clear(link)
-        finally:
-            link.close()
-    delete_files(details["delete"])
+    with holding(details["delete"], opener), contextlib.ExitStack() as stack:
+        for change in _changes(details["finish"]):
+            change.redo(opener)
+        if details["clear"]:
+            _clear(_opened(intent.image, resolver, opener, stack))
+        delete_files(details["delete"])
 
 
 def _changes(details: Iterable[dict[str, object]]) -> Iterator[DescriptorChange]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from qemu_vmdk_snap.chain.link import Link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.chain.windows import windows
 from qemu_vmdk_snap.errors import InvalidRequest
-from qemu_vmdk_snap.ops.guard import guarded_intent
+from qemu_vmdk_snap.ops.guard import check_unwritten, guarded_intent
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.ops.relink import DescriptorChange, on_parent
 from qemu_vmdk_snap.ops.transfer import STEP, LinkWriter, View
@@ -28,6 +29,7 @@ from qemu_vmdk_snap.ops.trim import trim_link
 from qemu_vmdk_snap.storage.blockfile import FileOpener
 from qemu_vmdk_snap.storage.durable import sync_folder
 from qemu_vmdk_snap.storage.intent import Intent
+from qemu_vmdk_snap.storage.locks import keep_from_writers, lock_image
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, NO_SOURCE, ZERO, Row, RunTable
 
@@ -94,6 +96,13 @@ def finish_moves(intent: Intent, opener: FileOpener) -> None:
         Path(target).parent for target in details["targets"] if target
     }
     resolver = confined(sorted(folders))
+    with holding(details["delete"], opener):
+        check_unwritten(intent)  # nobody can write them any more
+        _finish_each(details, resolver, opener)
+        delete_files(details["delete"])
+
+
+def _finish_each(details: Mapping[str, Any], resolver: Resolver, opener: FileOpener) -> None:
     for detail, target in zip(details["changes"], details["targets"], strict=True):
         change = DescriptorChange.from_detail(detail)
         if change.is_pending(opener):
@@ -103,7 +112,25 @@ def finish_moves(intent: Intent, opener: FileOpener) -> None:
                 trim_link(move.chain.links[0])
                 copy_differences(move.chain, move.target, ignore)
         change.redo(opener)
-    delete_files(details["delete"])
+
+
+@contextlib.contextmanager
+def holding(paths: Iterable[str], opener: FileOpener) -> Iterator[None]:
+    """Keep everybody from writing the files that are about to be deleted; those that are gone already are passed over.
+
+    Raises:
+        LockBusy: somebody has one of them open.
+    """
+    with contextlib.ExitStack() as stack:
+        for path in map(Path, paths):
+            with contextlib.suppress(FileNotFoundError):
+                file = opener(path, True)
+                stack.callback(file.close)
+                descriptor = file.fileno()
+                if descriptor is not None:
+                    lock_image(descriptor, path, writable=True)
+                    keep_from_writers(descriptor)
+        yield
 
 
 def delete_files(paths: Iterable[str]) -> None:

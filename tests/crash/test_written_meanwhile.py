@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import CorruptChain, create_image, create_overlay, open_chain
+from qemu_vmdk_snap import CorruptChain, LockBusy, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.ops import commit, move, resize
 from qemu_vmdk_snap.ops.rebase import rebase
 from qemu_vmdk_snap.ops.recover import recover
 from qemu_vmdk_snap.ops.remove import remove
+from qemu_vmdk_snap.storage.locks import lock_image
 
 pytestmark = pytest.mark.needs("qemu-io")
 
@@ -114,3 +115,26 @@ def test_a_strange_record_holds_up_only_the_image_that_it_names(tree: Path) -> N
     (tree / ".s.vmdk.intent").write_bytes(b"rubbish")
     with pytest.raises(CorruptChain, match="the intent record cannot be read"):
         write(tree / "s.vmdk", 0, b"2")
+
+
+@pytest.mark.parametrize("name", ["remove", "commit"])
+def test_recover_deletes_nothing_that_is_in_use(tree: Path, name: str) -> None:
+    """What is to be deleted may have been opened after the kill, and not been written yet."""
+    top, child = tree / "t.vmdk", tree / "s.vmdk"
+    works: dict[str, Callable[[], object]] = {
+        "remove": lambda: remove(top),
+        "commit": lambda: commit.commit(top, delete=True),
+    }
+    with open_chain(child) as chain:
+        expected = chain.read_at(0, chain.capacity)
+    killed_at(move if name == "remove" else commit, "delete_files", works[name])
+    with top.open("r+b") as held:
+        lock_image(held.fileno(), top, writable=True)  # as QEMU does before its first write
+        with pytest.raises(LockBusy):
+            recover(tree)
+        assert top.exists()
+    assert [one.operation for one in recover(tree)] == [name]
+    assert not top.exists()
+    with open_chain(child) as chain:
+        assert chain.read_at(0, chain.capacity) == expected
+        assert [link.path.name for link in chain.links] == ["s.vmdk", "b.vmdk"]
