@@ -31,6 +31,7 @@ from qemu_vmdk_snap.ops.transfer import Clearable, LinkWriter, View, restricted,
 from qemu_vmdk_snap.ops.trim import trim_link
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
 from qemu_vmdk_snap.storage.intent import Intent
+from qemu_vmdk_snap.vmdk.runs import HOLE, ZERO
 
 OPERATION = "commit"
 
@@ -158,6 +159,7 @@ def _make_plan(
     if top.capacity > base.capacity:
         reason = f"its {base.capacity} bytes cannot take the {top.capacity} of {top.path}: resize it first"
         raise InvalidRequest(base.path, reason)
+    _check_takes(chain, depth)
     if not delete:
         _check_clearable(top)
     folders = {link.path.parent for link in chain.links} | {child.parent for child in children}
@@ -193,6 +195,21 @@ def _opened(path: Path, resolver: Resolver, opener: FileOpener, stack: contextli
     link = open_link(path, opener=opener, writable=True, resolver=resolver)
     stack.callback(link.close)
     return link
+
+
+def _check_takes(chain: Chain, depth: int) -> None:
+    """Refuse, before anything is written, data that would go where the base may not be written or has no storage."""
+    base, capacity = chain.links[depth], chain.links[0].capacity
+    for line, placed in zip(base.descriptor.extents, base.extents, strict=True):
+        if (line.access == "RW" and placed.extent.file is not None) or placed.start >= capacity:
+            continue
+        harmless = ZERO if placed.extent.file is None else HOLE
+        length = min(placed.extent.capacity, capacity - placed.start)
+        for table in upper_tables(chain, depth, placed.start, length):
+            stored = table.starts[table.kinds > harmless]
+            if len(stored):
+                feature = f"its extent {line.access} {line.type} cannot take what {chain.path} has at byte {stored[0]}"
+                raise Unsupported(base.path, f"byte {line.at:#x}: {feature}")
 
 
 def _check_clearable(link: Link) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import FormatError, RunKind, Unsupported, create_image, create_overlay, open_chain
+from qemu_vmdk_snap import FormatError, RunKind, Unsupported, commit, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.cli.main import main
 
 SECTOR = 512
@@ -159,3 +159,39 @@ def test_a_fifo_is_no_extent(tmp_path: Path) -> None:
     for allow in (False, True):
         with pytest.raises(OSError, match="not a regular file"):
             open_chain(path, allow_devices=allow)
+
+
+@pytest.mark.parametrize(
+    ("line", "at"), [('RDONLY 8 FLAT "f" 0', 64), ("RW 8 ZERO", 64), ('NOACCESS 8 FLAT "f" 0', 64)]
+)
+def test_a_commit_into_what_cannot_take_it_changes_nothing(tmp_path: Path, line: str, at: int) -> None:
+    """All of the data is looked at before the first byte of the base is written; where it fits, it is merged."""
+    for name in ("f", "g"):
+        (tmp_path / name).write_bytes(noise(64 * SECTOR, 2))
+    path = descriptor(tmp_path / "a.vmdk", "custom", 'RW 64 FLAT "g" 0', line)
+    top = tmp_path / "top.vmdk"
+    create_overlay(top, path, durable=False)
+    with open_chain(top, writable=True) as chain:
+        chain.write_at(0, b"takes this")
+        chain.write_at(at * SECTOR + 5, b"not this")
+        model = chain.read_at(0, chain.capacity)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(
+        Unsupported, match=rf"its extent {line[: line.index(' ')]} .* cannot take what .*top.vmdk has at"
+    ):
+        commit(top)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    with open_chain(top) as chain:
+        assert chain.read_at(0, chain.capacity) == model
+
+
+def test_a_commit_beside_what_cannot_be_written(tmp_path: Path) -> None:
+    for name in ("f", "g"):
+        (tmp_path / name).write_bytes(noise(256 * SECTOR, 2))
+    path = descriptor(tmp_path / "a.vmdk", "custom", 'RW 256 FLAT "g" 0', 'RDONLY 8 FLAT "f" 0', "RW 8 ZERO")
+    top = tmp_path / "top.vmdk"
+    create_overlay(top, path, durable=False)
+    with open_chain(top, writable=True) as chain:
+        chain.write_at(0, b"takes this")
+    commit(top)
+    assert (tmp_path / "g").read_bytes()[:10] == b"takes this"
