@@ -13,6 +13,7 @@ from typing import Final, cast
 
 from qemu_vmdk_snap.errors import CorruptChain, LockBusy
 from qemu_vmdk_snap.ops.guard import WrittenMeanwhile, check_unwritten
+from qemu_vmdk_snap.ops.renew import sweep_drafts
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
 from qemu_vmdk_snap.storage.durable import sweep_temporaries
 from qemu_vmdk_snap.storage.intent import Intent, pending_in, sweep
@@ -62,7 +63,7 @@ def recover(folder: Path | str, *, opener: FileOpener = open_posix) -> list[Reco
     wanted = [intent for intent in found if image is None or intent.involves(image)]
     for intent in wanted:
         _finish(intent, opener)
-    swept = sweep_temporaries(home, image)
+    swept = sweep_temporaries(home, image) + sweep_drafts(home, image)
     return [Recovery(intent.operation, intent.image) for intent in wanted] + [Recovery(SWEEP, path) for path in swept]
 
 

@@ -6,6 +6,7 @@ the one or the other. Owner, mode, ACLs and security labels are those of the old
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Final
 from qemu_vmdk_snap.chain.children import find_children
 from qemu_vmdk_snap.chain.links import LinkFacts, read_links
 from qemu_vmdk_snap.chain.resolver import confined
-from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.errors import InvalidRequest, LockBusy, Unsupported
 from qemu_vmdk_snap.ops.create import create_overlay
 from qemu_vmdk_snap.storage.blockfile import PosixFile
 from qemu_vmdk_snap.storage.durable import sync_folder
@@ -95,6 +96,27 @@ def _replace(path: Path, parent: Path, hint: str | None, capacity: int, old: Pos
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def sweep_drafts(folder: Path, about: Path | None = None) -> list[Path]:
+    """Remove the overlays that killed runs of this user have not put in place, of the image `about` or of all.
+
+    Return which. Whoever renews an image holds its lock meanwhile, so nothing of a living run is taken.
+    """
+    swept = []
+    for draft in sorted(folder.glob(f".*{_DRAFT}")):
+        image = draft.with_name(draft.name[1 : -len(_DRAFT)])
+        if about is not None and image.name != about.name:
+            continue
+        with contextlib.suppress(OSError, LockBusy), contextlib.ExitStack() as stack:
+            facts = draft.lstat()
+            if stat.S_ISREG(facts.st_mode) and facts.st_uid == os.geteuid():
+                file = PosixFile.open(image)
+                stack.callback(file.close)
+                lock_image(file.fileno(), image, writable=True)
+                draft.unlink()
+                swept.append(draft)
+    return swept
 
 
 def _sweep(temporary: Path) -> None:
