@@ -20,13 +20,19 @@ def main(words: list[str]) -> int:
     """Return the exit status of the command; 128 and its number more when a signal ended it, as shells have it."""
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl: no subreaper")
-    child = subprocess.Popen(words)
+    children: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        if number != signal.SIGINT:  # the terminal's own ^C reaches the command without us
+            for child in children:
+                child.send_signal(number)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # The terminal's own ^C reaches the command without us.
-        signal.signal(number, lambda got, _frame: None if got == signal.SIGINT else child.send_signal(got))
+        signal.signal(number, pass_on)
+    children.append(subprocess.Popen(words))
     while True:
         pid, status = os.wait()
-        if pid == child.pid:
+        if pid == children[0].pid:
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else 128 - code
 
