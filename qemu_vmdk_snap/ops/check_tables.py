@@ -176,10 +176,12 @@ class _Audit:
         order = np.argsort(starts, kind="stable")
         starts, ends = starts[order], (starts + lengths)[order]
         reach = np.maximum.accumulate(ends)
-        for index in np.flatnonzero(starts[1:] < reach[:-1]) + 1:
+        overlapping = np.flatnonzero(starts[1:] < reach[:-1]) + 1
+        for index in overlapping[:LISTED].tolist():
             rule = f"must not lie inside the metadata that reaches to sector {reach[index - 1]}"
             at = sector_bytes(int(starts[index]))
             self._findings.corrupt(self._path, at, "grain table", int(starts[index]), rule)
+        self._findings.corrupt_many(self._path, "grain table", (), max(0, len(overlapping) - LISTED))
         opens = np.concatenate([[True], starts[1:] > reach[:-1]])
         return starts[opens], reach[np.append(np.flatnonzero(opens)[1:] - 1, len(reach) - 1)]
 

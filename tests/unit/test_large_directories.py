@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from qemu_vmdk_snap import FormatError, ImageOptions, create_image, open_chain
+from qemu_vmdk_snap.chain.resolver import confined
+from qemu_vmdk_snap.ops.check import check_image
+from qemu_vmdk_snap.ops.findings import LISTED, Findings
 from qemu_vmdk_snap.vmdk.header import MAX_GD_ENTRIES, SparseExtentHeader
 
 GRAIN: Final = 4096
@@ -55,6 +58,24 @@ def test_directories_that_are_holes_take_no_memory(tmp_path: Path, command: str)
     assert done.returncode == 0, done.stderr
     peak = int(done.stderr.split()[-1])
     assert peak < 120, f"{peak} MiB"
+
+
+def test_of_many_tables_in_one_place_a_few_are_worked_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 200_000 // 128 * 128
+    path = directories(tmp_path / "heap.vmdk", count, primary=AT - 8, redundant=AT - 16)
+    worked_out: list[str] = []
+    corrupt = Findings.corrupt
+
+    def counted(
+        findings: Findings, path: Path, offset: int, field: str, value: object, rule: str, count: int = 1
+    ) -> None:
+        worked_out.append(field)
+        corrupt(findings, path, offset, field, value, rule, count)
+
+    monkeypatch.setattr(Findings, "corrupt", counted)
+    report = check_image(path, resolver=confined())
+    assert report.corruptions >= 2 * (count - 1)
+    assert len(worked_out) < 10 * LISTED
 
 
 def test_of_many_entries_that_lead_nowhere_a_few_are_told(tmp_path: Path) -> None:
