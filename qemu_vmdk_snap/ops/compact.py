@@ -29,12 +29,17 @@ from qemu_vmdk_snap.storage.durable import sync_folder
 from qemu_vmdk_snap.storage.intent import Intent, make_intent
 from qemu_vmdk_snap.units import sector_bytes
 from qemu_vmdk_snap.vmdk.bulk import BulkSparse
-from qemu_vmdk_snap.vmdk.header import GTES_PER_GT
+from qemu_vmdk_snap.vmdk.cowd import CowdExtent
+from qemu_vmdk_snap.vmdk.cowd_layout import lay_out_anew
+from qemu_vmdk_snap.vmdk.cowd_writer import BulkCowd
+from qemu_vmdk_snap.vmdk.header import GTES_PER_GT, HeaderFlag
 from qemu_vmdk_snap.vmdk.runs import DATA, ZERO, Row
 from qemu_vmdk_snap.vmdk.sparse import SparseExtent
 from qemu_vmdk_snap.vmdk.sparse_layout import plan_sparse, write_sparse
 
 OPERATION: Final = "compact"
+
+Compactable = SparseExtent | CowdExtent
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,7 @@ def compact(
     with open_links(path, writable_depths=[0], resolver=find, opener=opener) as chain:
         top = chain.links[0]
         before = sum(file.size() for file in top.files)
-        pairs = [(placed, _sparse(path, placed)) for placed in top.extents if placed.extent.file is not None]
+        pairs = [(placed, _compactable(path, placed)) for placed in top.extents if placed.extent.file is not None]
         temporaries = {extent.file.path: _temporary(extent.file.path) for _, extent in pairs}
         details = {"temporaries": [str(temporary.resolve()) for temporary in temporaries.values()]}
         intent = make_intent(OPERATION, path, list(temporaries), details)
@@ -91,10 +96,12 @@ def undo_compact(intent: Intent, opener: FileOpener) -> None:
     _discard(intent.details["temporaries"])
 
 
-def _sparse(path: Path, placed: PlacedExtent) -> SparseExtent:
+def _compactable(path: Path, placed: PlacedExtent) -> Compactable:
     extent = placed.extent
+    if isinstance(extent, CowdExtent):
+        return extent
     if not isinstance(extent, SparseExtent) or extent.header.gtes_per_gt != GTES_PER_GT:
-        raise Unsupported(path, "only hosted sparse extents can be compacted")
+        raise Unsupported(path, "only images of sparse extents can be compacted")
     return extent
 
 
@@ -107,7 +114,7 @@ def _discard(paths: list[str]) -> None:
         Path(path).unlink(missing_ok=True)
 
 
-def _rewrite(chain: Chain, placed: PlacedExtent, extent: SparseExtent, temporary: Path, meter: Meter) -> int:
+def _rewrite(chain: Chain, placed: PlacedExtent, extent: Compactable, temporary: Path, meter: Meter) -> int:
     """Write the extent anew and let it take the old one's place, if it is smaller; return by how many bytes."""
     temporary.unlink(missing_ok=True)
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -127,14 +134,9 @@ def _rewrite(chain: Chain, placed: PlacedExtent, extent: SparseExtent, temporary
         new.close()
 
 
-def _fill(chain: Chain, placed: PlacedExtent, extent: SparseExtent, new: BlockFile, meter: Meter) -> None:
-    header, file = extent.header, extent.file
-    size = sector_bytes(header.descriptor_size)
-    raw = file.read_at(sector_bytes(header.descriptor_offset), size).rstrip(b"\0") if header.descriptor_offset else None
-    zeroed = bool(header.flags & 4)
-    layout = plan_sparse(header.capacity, grain_sectors=header.grain_size, zeroed_grains=zeroed, descriptor=raw)
-    write_sparse(new, layout, raw)
-    writer = BulkSparse(new, layout)
+def _fill(chain: Chain, placed: PlacedExtent, extent: Compactable, new: BlockFile, meter: Meter) -> None:
+    file = extent.file
+    writer, zeroed = _new_extent(extent, new)
     below = View(chain, 1)
     for row in _rows(extent):
         if row.kind == ZERO:
@@ -154,12 +156,28 @@ def _fill(chain: Chain, placed: PlacedExtent, extent: SparseExtent, new: BlockFi
     writer.finish()
 
 
-def _rows(extent: SparseExtent) -> Iterator[Row]:
+def _new_extent(extent: Compactable, new: BlockFile) -> tuple[BulkSparse, bool]:
+    """Write an extent like the old one without its grains; return what fills it, and whether it can mark zeros."""
+    if isinstance(extent, CowdExtent):
+        cowd = lay_out_anew(extent.header, extent.file.path)
+        cowd.create(new)
+        return BulkCowd(new, cowd), False
+    header = extent.header
+    size = sector_bytes(header.descriptor_size)
+    place = sector_bytes(header.descriptor_offset)
+    raw = extent.file.read_at(place, size).rstrip(b"\0") if place else None
+    zeroed = bool(header.flags & HeaderFlag.ZEROED_GRAINS)
+    layout = plan_sparse(header.capacity, grain_sectors=header.grain_size, zeroed_grains=zeroed, descriptor=raw)
+    write_sparse(new, layout, raw)
+    return BulkSparse(new, layout), zeroed
+
+
+def _rows(extent: Compactable) -> Iterator[Row]:
     for start, stop in extent_windows(extent, ROW_GRAINS):
         yield from extent.resolve(start, stop).rows()
 
 
-def _grains_of(extent: SparseExtent, row: Row) -> Iterator[tuple[Row, bool]]:
+def _grains_of(extent: Compactable, row: Row) -> Iterator[tuple[Row, bool]]:
     """Yield the stretches of whole grains of a stored run, and whether they hold zeros alone."""
     unit, file = extent.grain_bytes, extent.file
     pending: tuple[Row, bool] | None = None

@@ -1,7 +1,7 @@
 """Make the disk of an image larger, in place: nothing that is stored moves.
 
 A sparse extent that needs more tables gets new directories, with the new tables, behind the end of its file; the old
-tables stay where they are and the new directories name them too. The one sector of the header switches over.
+tables stay where they are and the new directories name them too. The first sector of the header switches over.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
 from qemu_vmdk_snap.storage.intent import Intent, from_text, to_text
 from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.units import SECTOR_SIZE, Sector, byte_sectors, round_up, sector_bytes
+from qemu_vmdk_snap.vmdk.cowd import CowdExtent
+from qemu_vmdk_snap.vmdk.cowd_header import COWD_MAGIC, HEADER_BYTES, CowdHeader
+from qemu_vmdk_snap.vmdk.cowd_layout import MAX_FILE_SECTORS as MAX_COWD_SECTORS
 from qemu_vmdk_snap.vmdk.descriptor import Descriptor
 from qemu_vmdk_snap.vmdk.header import SparseExtentHeader, check_header
 from qemu_vmdk_snap.vmdk.sparse import MAX_FILE_SECTORS, SparseExtent
@@ -90,7 +93,8 @@ def _grow(link: Link, sectors: int) -> None:
         raise Unsupported(link.path, feature)
     extent = link.extents[-1].extent
     file = extent.file
-    if file is None or not (isinstance(extent, SparseExtent) or last.type in _FLAT_TYPES):
+    tables = isinstance(extent, SparseExtent | CowdExtent)
+    if file is None or not (tables or last.type in _FLAT_TYPES):
         raise Unsupported(link.path, f"byte {last.at:#x}: an extent of type {last.type} cannot grow")
     changed = with_fresh_cid(
         _with_geometry(with_extent_sectors(link.descriptor, len(lines) - 1, extent_sectors), sectors)
@@ -100,13 +104,13 @@ def _grow(link: Link, sectors: int) -> None:
         "change": change.as_detail(),
         "file": str(file.path.resolve()),
         "size": file.size(),
-        "header": to_text(file.read_at(0, SECTOR_SIZE)) if isinstance(extent, SparseExtent) else None,
+        "header": to_text(file.read_at(0, HEADER_BYTES)) if tables else None,
         "sectors": extent_sectors,
         "offset": last.offset,
         "old_sectors": last.sectors,
     }
-    if isinstance(extent, SparseExtent):
-        _plan_sparse(extent.header, file, extent_sectors)  # refuses what cannot be before anything is recorded
+    if isinstance(extent, SparseExtent | CowdExtent):
+        _plan_tables(extent.header, file, extent_sectors, file.size())  # refuses before anything is recorded
     intent = guarded_intent(OPERATION, link.path, [file.path], details)
     intent.begin()
     _grow_file(file, intent)
@@ -135,33 +139,61 @@ def _grow_file(file: BlockFile, intent: Intent) -> None:
         file.truncate(max(file.size(), start + sector_bytes(details["sectors"])))
         file.flush()
         return
-    old = SparseExtentHeader.parse(from_text(details["header"]), path=file.path)
-    plan = _plan_sparse(old, file, details["sectors"], int(details["size"]))
+    raw = from_text(details["header"])
+    old: SparseExtentHeader | CowdHeader
+    if raw.startswith(COWD_MAGIC):
+        old = CowdHeader.parse(raw, path=file.path)
+    else:
+        old = SparseExtentHeader.parse(raw[:SECTOR_SIZE], path=file.path)
+    plan = _plan_tables(old, file, details["sectors"], int(details["size"]))
     _zero_tail(file, old, details["old_sectors"])
     for sector, directory in plan.directories:
         file.write_at(sector_bytes(sector), directory)
     if plan.end > file.size():
         file.truncate(plan.end)
     file.flush()  # barrier: the directories and the zeros of the tables are durable before the header names them
-    file.write_at(0, plan.header.serialise())
+    file.write_at(0, plan.header.serialise()[:SECTOR_SIZE])
     file.flush()
 
 
 @dataclass(frozen=True, slots=True)
-class _SparsePlan:
-    header: SparseExtentHeader
+class _TablesPlan:
+    header: SparseExtentHeader | CowdHeader
     directories: list[tuple[int, bytes]]
     """(sector, directory); the new tables lie behind each."""
     end: int
 
 
-def _plan_sparse(old: SparseExtentHeader, file: BlockFile, sectors: int, size: int | None = None) -> _SparsePlan:
-    size = file.size() if size is None else size
+def _plan_tables(old: SparseExtentHeader | CowdHeader, file: BlockFile, sectors: int, size: int) -> _TablesPlan:
+    """Return what makes an extent whose file had `size` bytes `sectors` large."""
+    if isinstance(old, CowdHeader):
+        return _plan_cowd(old, file, sectors, size)
+    return _plan_sparse(old, file, sectors, size)
+
+
+def _plan_cowd(old: CowdHeader, file: BlockFile, sectors: int, size: int) -> _TablesPlan:
+    header = replace(old, capacity=sectors)
+    added = header.tables - old.tables
+    if not added:
+        return _TablesPlan(header, [], size)
+    sector = max(old.free_sector, byte_sectors(size))
+    gd_sectors = byte_sectors(header.tables * 4)
+    end = sector + gd_sectors + added * old.gt_sectors
+    if end + sectors > MAX_COWD_SECTORS:
+        raise Unsupported(file.path, f"a vmfsSparse extent cannot hold {sectors} sectors: its file ends below 2 TiB")
+    new = range(sector + gd_sectors, end, old.gt_sectors)
+    kept = file.read_at(sector_bytes(old.gd_offset), old.tables * 4)
+    directory = (kept + struct.pack(f"<{added}I", *new)).ljust(sector_bytes(gd_sectors), b"\0")
+    header = replace(header, gd_offset=sector, gd_entries=header.tables, free_sector=end)
+    return _TablesPlan(header, [(sector, directory)], sector_bytes(end))
+
+
+def _plan_sparse(old: SparseExtentHeader, file: BlockFile, sectors: int, size: int) -> _TablesPlan:
     header = replace(old, capacity=sectors)
     check_header(replace(header, gd_offset=1, rgd_offset=0), file.path, 1 << 62)  # the limits of the counts alone
     added = header.gd_entries - old.gd_entries
     if not added:
-        return _SparsePlan(header, [], size)
+        return _TablesPlan(header, [], size)
     sector = byte_sectors(round_up(size, sector_bytes(old.grain_size)))
     gd_sectors = byte_sectors(header.gd_entries * 4)
     directories: list[tuple[int, bytes]] = []
@@ -176,10 +208,10 @@ def _plan_sparse(old: SparseExtentHeader, file: BlockFile, sectors: int, size: i
     if sector > MAX_FILE_SECTORS:
         raise Unsupported(file.path, f"the tables do not fit: an extent file holds at most {MAX_FILE_SECTORS} sectors")
     header = replace(header, gd_offset=places[-1], rgd_offset=places[0] if old.redundant else old.rgd_offset)
-    return _SparsePlan(header, directories, round_up(sector_bytes(sector), sector_bytes(old.grain_size)))
+    return _TablesPlan(header, directories, round_up(sector_bytes(sector), sector_bytes(old.grain_size)))
 
 
-def _zero_tail(file: BlockFile, header: SparseExtentHeader, sectors: int) -> None:
+def _zero_tail(file: BlockFile, header: SparseExtentHeader | CowdHeader, sectors: int) -> None:
     """Clear what the last grain holds behind the old end of the disk: some writers leave rubbish there."""
     inside = sectors % header.grain_size
     if not inside:

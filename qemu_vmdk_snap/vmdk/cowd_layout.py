@@ -11,22 +11,22 @@ as ESXi has them.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.errors import Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile
-from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
-from qemu_vmdk_snap.vmdk.cowd_header import COWD_MAGIC, FLAGS, GTES_PER_GT, HEADER_BYTES, CowdHeader
+from qemu_vmdk_snap.units import byte_sectors, sector_bytes
+from qemu_vmdk_snap.vmdk.cowd_header import COWD_MAGIC, FLAGS, HEADER_BYTES, CowdHeader
 from qemu_vmdk_snap.vmdk.new_extent import Wanted
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.vmdk.bulk import BulkWriter
 
 GRAIN_SECTORS: Final = 1
-_GT_SECTORS: Final = GTES_PER_GT * 4 // SECTOR_SIZE
-_MAX_SECTORS: Final = (1 << 32) - 1
+MAX_FILE_SECTORS: Final = (1 << 32) - 1
+"""All places are counted in 32 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +73,15 @@ def plan_cowd(sectors: int, path: Path, *, geometry: tuple[int, int, int]) -> Co
     Raises:
         Unsupported: the format's 32 bits cannot hold so many sectors and their tables.
     """
-    tables = -(-sectors // (GRAIN_SECTORS * GTES_PER_GT))
-    gd = byte_sectors(HEADER_BYTES)
-    gt = gd + byte_sectors(tables * 4)
-    free = gt + tables * _GT_SECTORS
-    if free + sectors > _MAX_SECTORS:
-        raise Unsupported(path, f"a vmfsSparse extent cannot hold {sectors} sectors: its file ends below 2 TiB")
     header = CowdHeader(
         magic=COWD_MAGIC,
         version=1,
         flags=FLAGS,
         capacity=sectors,
         grain_size=GRAIN_SECTORS,
-        gd_offset=gd,
-        gd_entries=tables,
-        free_sector=free,
+        gd_offset=0,
+        gd_entries=0,
+        free_sector=0,
         parent_or_geometry=struct.pack("<3I", *geometry).ljust(1028, b"\0"),
         generation=0,
         name=bytes(60),
@@ -97,7 +91,22 @@ def plan_cowd(sectors: int, path: Path, *, geometry: tuple[int, int, int]) -> Co
         unclean_shutdown=0,
         padding=bytes(396),
     )
-    return CowdLayout(header, gt)
+    return lay_out_anew(header, path)
+
+
+def lay_out_anew(header: CowdHeader, path: Path) -> CowdLayout:
+    """Return the layout of an empty extent whose header says what `header` does of all but places in the file.
+
+    Raises:
+        Unsupported: the format's 32 bits cannot hold so many sectors and their tables.
+    """
+    gd = byte_sectors(HEADER_BYTES)
+    gt = gd + byte_sectors(header.tables * 4)
+    free = gt + header.tables * header.gt_sectors
+    if free + header.capacity > MAX_FILE_SECTORS:
+        feature = f"a vmfsSparse extent cannot hold {header.capacity} sectors: its file ends below 2 TiB"
+        raise Unsupported(path, feature)
+    return CowdLayout(replace(header, gd_offset=gd, gd_entries=header.tables, free_sector=free), gt)
 
 
 def write_cowd(file: BlockFile, layout: CowdLayout) -> None:
@@ -105,5 +114,5 @@ def write_cowd(file: BlockFile, layout: CowdLayout) -> None:
     header = layout.header
     file.truncate(sector_bytes(header.free_sector))
     file.write_at(0, header.serialise())
-    tables = range(layout.gt_sector, header.free_sector, _GT_SECTORS)
+    tables = range(layout.gt_sector, header.free_sector, header.gt_sectors)
     file.write_at(sector_bytes(header.gd_offset), struct.pack(f"<{len(tables)}I", *tables))

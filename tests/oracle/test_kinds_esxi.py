@@ -10,6 +10,8 @@ import pytest
 
 from qemu_vmdk_snap import CidMismatch, FormatError, Unsupported, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.cli.main import main
+from qemu_vmdk_snap.ops.compact import compact
+from qemu_vmdk_snap.ops.resize import resize
 from tests.support.esxi import cowd, descriptor, sesparse
 from tests.support.qemu import assert_agree, content, qemu_content, qemu_io
 
@@ -208,3 +210,35 @@ def test_a_sesparse_entry_that_cannot_be(tmp_path: Path, entry: int) -> None:
             open_chain(path) as chain,
         ):
             list(chain.map()) if read == "map" else chain.read_at(3 * 4096, 1)
+
+
+def test_cowd_made_larger_and_compacted(tmp_path: Path) -> None:
+    """QEMU reads it after each, and what it then writes we read."""
+    path, model = tmp_path / "disk.vmdk", bytearray(40 << 20)
+    create_image(path, 3 << 20, kind="vmfsSparse", durable=False)
+    with open_chain(path, writable=True) as chain:
+        chain.write_at(1 << 20, b"a" * 70_000)
+        chain.write_at(2 << 20, bytes(70_000))
+    model[1 << 20 : (1 << 20) + 70_000] = b"a" * 70_000
+    resize(path, len(model))
+    assert qemu_content(path) == bytes(model) == content(path)
+    report = compact(path)
+    assert report.before - report.after >= 70_000
+    assert qemu_content(path) == bytes(model) == content(path)
+    qemu_io(path, "write -P 0x62 30M 64k", "write -P 0x63 1M 512")
+    model[30 << 20 : (30 << 20) + 65536] = b"b" * 65536
+    model[1 << 20 : (1 << 20) + 512] = b"c" * 512
+    assert content(path) == bytes(model)
+
+
+@pytest.mark.parametrize("grain_sectors", [1, 16])
+def test_another_writers_cowd_made_larger_and_compacted(tmp_path: Path, grain_sectors: int) -> None:
+    size, unit = SECTORS * 512, grain_sectors * 512
+    grains = some(size, 40, unit)
+    cowd(tmp_path / "a-delta.vmdk", SECTORS, grains, grain_sectors=grain_sectors)
+    path = descriptor(tmp_path / "a.vmdk", "vmfsSparse", [f'RW {SECTORS} VMFSSPARSE "a-delta.vmdk"'])
+    model = expected(size, unit, grains) + bytes(2 * size)
+    resize(path, 3 * size)
+    assert qemu_content(path) == content(path) == model
+    compact(path)
+    assert qemu_content(path) == content(path) == model

@@ -78,6 +78,39 @@ def test_grow_an_overlay_beyond_its_parent(tmp_path: Path) -> None:
     assert content(tree.path("image-2")) == tree.model["image-2"] + bytes(2 * MIB - tree.size)
 
 
+@pytest.mark.parametrize("before", [1536, 2 * MIB, 3 * MIB + 512])
+@pytest.mark.parametrize("after", [3 * MIB + 1024, 100 * MIB])
+def test_grow_and_compact_a_vmfs_delta(tmp_path: Path, before: int, after: int) -> None:
+    create_image(tmp_path / "base.vmdk", before, durable=False)
+    with open_chain(tmp_path / "base.vmdk", writable=True) as chain:
+        chain.write_at(0, b"b" * before)
+    path = tmp_path / "top.vmdk"
+    create_overlay(path, tmp_path / "base.vmdk", kind="vmfsSparse", durable=False)
+    with open_chain(path, writable=True) as chain:
+        chain.write_at(before - 700, b"x" * 700)
+        chain.write_at(0, bytes(512) + b"y" * 10)
+    old = content(path)
+    resize(path, after)
+    assert content(path) == old + bytes(after - before)
+    clean(path)
+    with open_chain(path, writable=True) as chain:
+        chain.write_at(after - 1100, b"z" * 1100)
+        chain.write_at(after - 512, bytes(512))  # zeros where the parent has none: for nothing
+    old = content(path)
+    data = tmp_path / "top-delta.vmdk"
+    with data.open("ab") as file:
+        file.write(bytes(4096))  # what a killed writer leaves
+    report = compact(path)
+    assert report.after < report.before
+    assert content(path) == old
+    clean(path)
+    with open_chain(path, writable=True) as chain:
+        chain.write_at(after - 2000, b"w" * 1000)
+    assert content(path)[-2000:-1000] == b"w" * 1000
+    assert content(path)[:-2000] == old[:-2000]
+    assert content(path)[-1000:] == old[-1000:]
+
+
 def test_refusals(tmp_path: Path) -> None:
     tree = Tree(tmp_path, MIB)
     line(tree, 2)
