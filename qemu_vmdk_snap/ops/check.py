@@ -17,7 +17,7 @@ from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
 from qemu_vmdk_snap.storage.intent import pending_in
 from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
-from qemu_vmdk_snap.vmdk.cowd_header import COWD_MAGIC, legacy_descriptor, read_cowd_header
+from qemu_vmdk_snap.vmdk.cowd_header import COWD_MAGIC, CowdHeader, legacy_descriptor, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, NO_PARENT, Descriptor, ExtentLine, is_descriptor
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, open_extent
 from qemu_vmdk_snap.vmdk.header import MAGIC, NEWLINE_PROBE, HeaderFlag, SparseExtentHeader, check_header
@@ -306,8 +306,10 @@ class _Checker:
                 self._findings.corrupt(image.path, line.at, "extent", line.file, rule)
                 return None
             image.files.append(file)
-            hosted = line.type == "SPARSE" and file.read_at(0, 4) != COWD_MAGIC  # which may go under the same word
-            header = self._read_header(file) if hosted else None
+            cowd = file.read_at(0, 4) == COWD_MAGIC  # which may go under the word SPARSE too
+            if cowd and line.type in ("SPARSE", "VMFSSPARSE"):
+                return self._check_cowd(line, file, total)
+            header = self._read_header(file) if line.type == "SPARSE" else None
         if header is None or header.compressed or header.flags & HeaderFlag.MARKERS:
             return self._resolve_all(line, file, total)
         if header.capacity != line.sectors:
@@ -316,7 +318,14 @@ class _Checker:
         audit = self._audit(file, header, total)
         return audit.end
 
-    def _audit(self, file: BlockFile, header: SparseExtentHeader, total: int) -> TableAudit:
+    def _check_cowd(self, line: ExtentLine, file: BlockFile, total: int) -> int:
+        header = read_cowd_header(file, file.path)
+        if header.capacity < line.sectors:
+            rule = f"must be at least the {line.sectors} sectors that the descriptor gives the extent"
+            self._findings.corrupt(file.path, header.offset_of("capacity"), "capacity", header.capacity, rule)
+        return self._audit(file, header, total).end
+
+    def _audit(self, file: BlockFile, header: SparseExtentHeader | CowdHeader, total: int) -> TableAudit:
         unit = sector_bytes(header.grain_size)
         audit = audit_tables(file, header, self._findings, lambda grains: self._advance(grains * unit, total))
         self._counts.add(audit.counts)

@@ -1,8 +1,8 @@
-"""Checks the grain tables of one hosted sparse extent, as whole arrays.
+"""Checks the grain tables of one hosted sparse or COWD extent, as whole arrays.
 
-Looked for: a directory entry that is 0, outside the file or inside something else; a grain table entry that lies
-beyond the end of the file, inside the metadata, or shares its grain with another; primary and redundant copies that
-differ; grains of the file that no entry names.
+Looked for: a directory entry that is 0 (normal in COWD), outside the file or inside something else; a grain table entry
+that lies beyond the end of the file, inside the metadata, or shares its grain with another; primary and redundant
+copies that differ; grains of the file that no entry names.
 
 Memory: one window of tables, and 16 bytes for each stretch of grains that follow one another in the file.
 """
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from qemu_vmdk_snap.ops.findings import LISTED, Findings, Severity
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
+from qemu_vmdk_snap.vmdk.cowd_header import HEADER_BYTES, CowdHeader
 from qemu_vmdk_snap.vmdk.header import HeaderFlag, SparseExtentHeader
 from qemu_vmdk_snap.vmdk.tables import GrainTables, read_directory
 
@@ -60,22 +61,74 @@ class TableAudit:
     """Sectors of grains that overlap the grain before them, as entries have them."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What the audit must know of a header; places and sizes in sectors."""
+
+    capacity: int
+    grain_size: int
+    gtes_per_gt: int
+    gt_sectors: int
+    gd_entries: int
+    gd_offset: int
+    rgd_offset: int | None
+    fixed: tuple[tuple[int, int], ...]
+    """(sector, sectors) of the metadata that are no directories and tables."""
+    lowest: int
+    """The smallest table entry that is a place."""
+    on_demand: bool
+    """Whether tables may be missing."""
+    used: range
+    """Where what nothing names is lost; the first table, if it lies behind the beginning, moves that there."""
+
+
+def _shape_of(header: SparseExtentHeader | CowdHeader) -> _Shape:
+    if isinstance(header, CowdHeader):
+        fixed: tuple[tuple[int, int], ...] = ((0, byte_sectors(HEADER_BYTES)),)
+        entries, redundant, lowest = header.tables, None, 1
+        # ESXi makes the file longer in large steps: behind the sectors in use nothing is lost yet.
+        used = range(0, header.free_sector)
+    else:
+        fixed = ((0, 1), (header.descriptor_offset, header.descriptor_size))
+        entries, redundant = header.gd_entries, header.rgd_offset if header.redundant else None
+        lowest = 2 if header.flags & HeaderFlag.ZEROED_GRAINS else 1
+        used = range(header.overhead, 1 << 62)
+    return _Shape(
+        capacity=header.capacity,
+        grain_size=header.grain_size,
+        gtes_per_gt=header.gtes_per_gt,
+        gt_sectors=header.gt_sectors,
+        gd_entries=entries,
+        gd_offset=header.gd_offset,
+        rgd_offset=redundant,
+        fixed=fixed,
+        lowest=lowest,
+        on_demand=isinstance(header, CowdHeader),
+        used=used,
+    )
+
+
 def audit_tables(
-    file: BlockFile, header: SparseExtentHeader, findings: Findings, on_grains: Callable[[int], None]
+    file: BlockFile,
+    header: SparseExtentHeader | CowdHeader,
+    findings: Findings,
+    on_grains: Callable[[int], None],
 ) -> TableAudit:
     """Add what is wrong with the tables to `findings`; `on_grains` hears how many grains each window had."""
-    return _Audit(file, header, findings).run(on_grains)
+    return _Audit(file, _shape_of(header), findings).run(on_grains)
 
 
 class _Audit:
-    def __init__(self, file: BlockFile, header: SparseExtentHeader, findings: Findings) -> None:
+    def __init__(self, file: BlockFile, header: _Shape, findings: Findings) -> None:
         self._file, self._path, self._header, self._findings = file, file.path, header, findings
         self._size = file.size()
         self._grains = -(-header.capacity // header.grain_size)
-        self._lowest = 2 if header.flags & HeaderFlag.ZEROED_GRAINS else 1
+        self._lowest = header.lowest
         self._tables = self._read_directory(header.gd_offset, "grain directory entry")
         self._redundant = (
-            self._read_directory(header.rgd_offset, "redundant grain directory entry") if header.redundant else None
+            None
+            if header.rgd_offset is None
+            else self._read_directory(header.rgd_offset, "redundant grain directory entry")
         )
         self._meta_starts, self._meta_ends = self._metadata()
         self._last = -1
@@ -146,7 +199,7 @@ class _Audit:
         header = self._header
         directory = read_directory(self._file, sector_bytes(gd_offset), header.gd_entries)
         absent = len(directory) - int(np.count_nonzero(directory))
-        if absent:
+        if absent and not header.on_demand:
             first = int(np.argmin(directory))
             at = sector_bytes(gd_offset) + 4 * first
             rule = "must name a grain table: QEMU overwrites the header when it writes through an entry of 0"
@@ -164,9 +217,9 @@ class _Audit:
         """Return the sorted stretches (sectors) that hold metadata; note those that lie over each other."""
         header = self._header
         gd_sectors = byte_sectors(header.gd_entries * 4)
-        fixed = [(0, 1), (header.descriptor_offset, header.descriptor_size), (header.gd_offset, gd_sectors)]
+        fixed = [*header.fixed, (header.gd_offset, gd_sectors)]
         tables = [self._tables.directory]
-        if self._redundant is not None:
+        if self._redundant is not None and header.rgd_offset is not None:
             fixed.append((header.rgd_offset, gd_sectors))
             tables.append(self._redundant.directory)
         fixed = [(start, length) for start, length in fixed if length]
@@ -245,15 +298,19 @@ class _Audit:
         self._findings.corrupt_many(self._path, "shared grain table entry", items, count)
 
     def _find_leaks(self, grain_starts: Int64s, grain_ends: Int64s) -> list[tuple[int, int]]:
-        """Return the stretches from the overhead to the end of the file that nothing names; whole grains only."""
+        """Return the stretches of the part in use that nothing names; whole grains only."""
         step = self._header.grain_size
         starts = np.concatenate([self._meta_starts, grain_starts])
         ends = np.concatenate([self._meta_ends, grain_ends])
         order = np.argsort(starts, kind="stable")
         starts, ends = starts[order], np.maximum.accumulate(ends[order])
-        floor = min(self._header.overhead, self._size // SECTOR_SIZE)
+        stop = min(self._header.used.stop, self._size // SECTOR_SIZE)
+        floor = min(self._header.used.start, stop)
+        if self._header.on_demand:  # a directory that has moved leaves its place before the first table
+            tables = self._tables.directory
+            floor = max(floor, int(tables[tables > 0].min(initial=stop)))
         from_ = np.maximum(ends, floor)
-        to = np.append(starts[1:], self._size // SECTOR_SIZE)
+        to = np.minimum(np.append(starts[1:], stop), stop)
         leaks = []
         for index in np.flatnonzero(to - from_ >= step):
             start, length = int(from_[index]), int(to[index] - from_[index])
