@@ -74,7 +74,7 @@ def test_help_and_creating_start_without_the_heavy_modules(tmp_path: Path) -> No
 
 def test_output_to_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
     create_image(tmp_path / "a.vmdk", 1 << 20, durable=False)
-    line = f"{sys.executable} -m qemu_vmdk_snap image info {tmp_path / 'a.vmdk'} | true"
+    line = f"'{sys.executable}' -m qemu_vmdk_snap image info '{tmp_path / 'a.vmdk'}' | true"
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
     assert done.stderr == ""
 
