@@ -150,6 +150,7 @@ def no_process_left_behind(scratch_root: Path, tmp_path_factory: pytest.TempPath
     yield
     folders = (scratch_root, tmp_path_factory.getbasetemp())
     deadline = time.monotonic() + 2.0
+    time.sleep(0.05)  # one that is just being executed has no environment to be known by
     while (left := strays(token, folders)) and time.monotonic() < deadline:
         time.sleep(0.05)  # one that is just exiting is none
     for pid in left:
