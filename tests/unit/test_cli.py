@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,21 @@ def test_help_and_creating_start_without_the_heavy_modules(tmp_path: Path) -> No
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         for heavy in ("numpy", "libvirt", "pexpect", "logging.config", "asyncio"):
             assert f"'{heavy}'" not in done.stdout, f"{words} imports {heavy}"
+
+
+def test_only_an_unsafe_conversion_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_image(tmp_path / "base.vmdk", 1 << 20, durable=False)
+    synced: list[int] = []
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, synced.append)
+    for words, waits in ([], True), (["-t", "none"], True), (["-t", "unsafe"], False):
+        synced.clear()
+        copy = tmp_path / "-".join(["copy", *words])
+        assert main(["image", "convert", *words, str(tmp_path / "base.vmdk"), str(copy)]) == 0
+        assert copy.exists()
+        assert bool(synced) == waits, words
+    with pytest.raises(SystemExit):
+        main(["image", "convert", "-t", "quick", str(tmp_path / "base.vmdk"), str(tmp_path / "no")])
 
 
 def test_output_to_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.cli.image.common import (
     add_open_options,
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.chain.disk import Disk
     from qemu_vmdk_snap.ops.convert import ConvertReport
     from qemu_vmdk_snap.ops.create import ImageOptions
+
+CACHE_MODES: Final = ("none", "writeback", "unsafe", "directsync", "writethrough")
+"""qemu-img's; how a page cache is gone round is all the same to the result, so only `unsafe` means something here."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +50,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="also leave out stored zeros, in units of SIZE (default 0: what the source stores is stored)",
     )
-    for ignored in ("-t", "-T", "-m"):
+    parser.add_argument(
+        "-t",
+        "--cache",
+        default="writeback",
+        choices=CACHE_MODES,
+        metavar="CACHE",
+        help="`unsafe`, qemu-img's default, does not wait until the new image is on the disk; all others do",
+    )
+    for ignored in ("-T", "-m"):
         parser.add_argument(ignored, dest=f"ignored{ignored}", metavar="X", help=argparse.SUPPRESS)
     parser.add_argument("-W", dest="ignored_w", action="store_true", help=argparse.SUPPRESS)
     add_progress(parser)
@@ -90,6 +101,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
                 options=options,
                 backing=args.backing,
                 sparse_size=args.sparse_size,
+                durable=args.cache != "unsafe",
                 on_progress=ui.progress,
             )
     if ui.json_output and not to_pipe:
