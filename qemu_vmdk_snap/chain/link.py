@@ -248,27 +248,9 @@ def open_link(
         LockBusy: another process excludes this open.
         CorruptChain: an extent is missing or lies where it may not be opened.
     """
-    files: list[BlockFile] = []
-
-    shared: dict[tuple[Path, bool], BlockFile] = {}
-
-    def opened(target: Path, write: bool) -> BlockFile:
-        key = target.resolve(), write
-        if key in shared:  # another extent in the same file: a second descriptor would be locked out by the first
-            return shared[key]
-        file = shared[key] = opener(target, write)
-        files.append(file)
-        if target is not path:
-            check_opened(resolver, path, file, "extent")
-        elif owner is not None:
-            check_opened(resolver, owner, file, "parent")
-        descriptor = file.fileno()
-        if lock and descriptor is not None:
-            lock_image(descriptor, target, writable=write)
-        return file
-
+    files = _OpenFiles(path, opener, resolver, owner, lock=lock)
     try:
-        file = opened(path, writable)
+        file = files.open(path, writable)
         descriptor, embedded = read_descriptor(file)
         _refuse_writing_legacy(file, embedded and writable)
         lines = _checked_extents(descriptor, embedded)
@@ -279,15 +261,44 @@ def open_link(
             _refuse_device(line, path, opener)
             if embedded:
                 _check_embedded(line, file)
-            extent_file, extent_path, write = _extent_file(line, file, embedded, writable, resolver, opened)
+            extent_file, extent_path, write = _extent_file(line, file, embedded, writable, resolver, files.open)
             extent = open_extent(ExtentSpec(line, extent_path, extent_file, write))
             extents.append(PlacedExtent(start, extent, first_source + number))
             start += sector_bytes(line.sectors)
     except BaseException:
-        for file in files:
-            file.close()
+        files.close()
         raise
-    return Link(file, descriptor, extents, files, embedded)
+    return Link(file, descriptor, extents, files.all, embedded)
+
+
+class _OpenFiles:
+    """The files of the image `path`, each opened once, where it may be, and locked unless `lock` says no."""
+
+    def __init__(self, path: Path, opener: FileOpener, resolver: Resolver, owner: Path | None, *, lock: bool) -> None:
+        self.all: list[BlockFile] = []
+        self._by_place: dict[tuple[Path, bool], BlockFile] = {}
+        self._path, self._opener, self._resolver, self._owner, self._lock = path, opener, resolver, owner, lock
+
+    def open(self, target: Path, write: bool) -> BlockFile:
+        key = target.resolve(), write
+        if (
+            key in self._by_place
+        ):  # another extent in the same file: a second descriptor would be locked out by the first
+            return self._by_place[key]
+        file = self._by_place[key] = self._opener(target, write)
+        self.all.append(file)
+        if target is not self._path:
+            check_opened(self._resolver, self._path, file, "extent")
+        elif self._owner is not None:
+            check_opened(self._resolver, self._owner, file, "parent")
+        descriptor = file.fileno()
+        if self._lock and descriptor is not None:
+            lock_image(descriptor, target, writable=write)
+        return file
+
+    def close(self) -> None:
+        for file in self.all:
+            file.close()
 
 
 def _check_embedded(line: ExtentLine, file: BlockFile) -> None:
