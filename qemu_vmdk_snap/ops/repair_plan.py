@@ -101,7 +101,8 @@ class ExtentRepair:
         if mend:
             if reclaim:
                 self._gaps = self._free(sectors)
-                used = max([int(self._meta[1][-1]), self._header.overhead, int(sectors.max(initial=0)) + self._step])
+                last = int(np.max(sectors, initial=0))
+                used = max(int(self._meta[1][-1]), self._header.overhead, last + self._step)
                 self._next = Sector(round_up(used, self._step))
             sectors = self._split(grains, sectors)
             self._replace_tables()

@@ -37,7 +37,7 @@ def read_directory(file: BlockFile, offset: int, count: int) -> Entries:
     Only what is stored is read: a directory of 128 MiB that is a hole of its file takes no memory.
     """
     directory = np.zeros(count, "<u4")
-    view = memoryview(directory.view(np.uint8))  # type: ignore[arg-type]  # NumPy's types hide that arrays are buffers
+    view = directory.view(np.uint8).data
     at, end = offset, offset + len(view)
     while (at := file.next_data(at)) < end:
         hole = min(end, file.next_hole(at))
