@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import dropin, hooks, xml
 from qemu_vmdk_snap.domain.connect import find_domain, import_libvirt, libvirt_errors, open_connection
+from qemu_vmdk_snap.domain.depth import max_links
 from qemu_vmdk_snap.domain.intent import IntentStore
 from qemu_vmdk_snap.domain.kept import kept_branches
 from qemu_vmdk_snap.domain.orphans import Orphan, domain_files, find_orphans
@@ -67,11 +68,12 @@ def check_domain(conn: libvirt.virConnect, domain_name: str) -> Iterator[Check]:
         text = inactive_xml(domain)
         snapshots = [xml.parse_snapshot(s.getXMLDesc(0)) for s in domain.listAllSnapshots()]
         current = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
+        limit = max_links(conn.getLibVersion())
     disks = [disk for disk in xml.list_disks(text, volume_resolver(conn, name)) if disk.path is not None]
     disks = [disk for disk in disks if disk.refusal is None or not disk.refusal.endswith("not vmdk")]
     chains: dict[str, list[Path]] = {}
     for disk in disks:
-        yield _check_disk(disk, chains)
+        yield _check_disk(disk, chains, limit)
     for snapshot in snapshots:
         yield _check_snapshot(snapshot, chains if snapshot.name == current else {})
     if snapshots and current is None:
@@ -187,8 +189,8 @@ def _check_intent(conn: libvirt.virConnect, domain: libvirt.virDomain) -> Iterat
         yield Check("snapshots", "bad", f"one was not finished: `snapshot list {domain.name()}` settles it")
 
 
-def _check_disk(disk: xml.Disk, chains: dict[str, list[Path]]) -> Check:
-    """Check one disk of the persistent XML; its chain goes to `chains`."""
+def _check_disk(disk: xml.Disk, chains: dict[str, list[Path]], limit: int) -> Check:
+    """Check one disk of the persistent XML; its chain goes to `chains`. `limit` is how many links libvirt starts."""
     subject = f"disk {disk.target}"
     assert disk.path is not None
     folders = sorted({path.parent for path in disk.backing})
@@ -196,6 +198,11 @@ def _check_disk(disk: xml.Disk, chains: dict[str, list[Path]]) -> Check:
     if links is None:
         return Check(subject, "bad", problem)
     chains[disk.target] = [link.path.resolve() for link in links]
+    if len(links) > limit:
+        reason = (
+            f"has {len(links)} links: this libvirt starts no domain with more than {limit}: delete or prune snapshots"
+        )
+        return Check(subject, "bad", reason)
     if (disk.closed or disk.backing) and _resolved(disk.backing) != chains[disk.target][1 : len(disk.backing) + 1]:
         named = ", ".join(map(str, disk.backing))
         return Check(subject, "bad", f"its XML spells out {named or 'no parent'}, its files another chain")

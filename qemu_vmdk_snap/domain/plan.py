@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import naming, xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
+from qemu_vmdk_snap.domain.depth import check_depth
 from qemu_vmdk_snap.domain.intent import Intent, IntentStore, Overlay
 from qemu_vmdk_snap.domain.live import Tops, check_disks
 from qemu_vmdk_snap.domain.quiesce import check_quiesce
@@ -18,9 +19,6 @@ from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
     import libvirt
-
-MAX_DEPTH: Final = 200
-"""libvirt 9.0 starts 200 links and refuses 201: "backing chains more than 200 layers deep are not supported"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +101,7 @@ def make_plan(
     planned = []
     for disk in chosen:
         planned.append(_plan_disk(name, disk, request, taken, held, lock=not live))
+        check_depth(conn, name, disk.target, planned[-1].chain)
         taken.add(planned[-1].overlay)
     plan = _assemble(domain, header, old_xml, disks, tuple(planned), tuple(skipped))
     intent = replace(plan.intent, live=live, resume=running, thaw=live and request.quiesce != "no")
@@ -215,10 +214,6 @@ def _plan_disk(
     # The domain's XML names these files, so QEMU opens them wherever they are.
     trusted = sorted({path.parent for path in disk.backing})
     chain = held.enter_context(engine.open_chain(disk.path, trusted_dirs=trusted, lock=lock))
-    if chain.depth >= MAX_DEPTH:
-        raise DomainError(
-            domain, f"disk {disk.target} has a chain of {chain.depth} links, and libvirt starts no deeper one"
-        )
     wanted = request.overlays.get(disk.target) or request.overlays.get(str(disk.path))
     overlay = naming.next_overlay(disk.path, taken) if wanted is None else Path(wanted).absolute()
     if overlay in taken:

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Final, Literal
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import dropin, naming, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
+from qemu_vmdk_snap.domain.depth import check_depth
 from qemu_vmdk_snap.domain.intent import Intent, IntentStore, Overlay
 from qemu_vmdk_snap.domain.kept import kept_branches, with_kept_branches
 from qemu_vmdk_snap.domain.newfile import make_overlay, refresh_pools
 from qemu_vmdk_snap.domain.plan import (
-    MAX_DEPTH,
     PlannedDisk,
     check_state,
     find_snapshot,
@@ -136,6 +136,8 @@ def _make_plan(
     saved = xml.parse_snapshot(now.target, volume_path)
     taken = set().union(*(xml.files_in(one) for one in (now.old_xml, *now.snapshots.values())), pending_overlays(store))
     disks = _plan_disks(domain.name(), _frozen_disks(domain.name(), saved), taken, held)
+    for disk in disks:
+        check_depth(conn, domain.name(), disk.target, disk.chain)
     tops = _unsaved_tops(now.old_xml, now.snapshots.values(), volume_path)
     intent = Intent(
         uuid=domain.UUIDString(),
@@ -186,8 +188,6 @@ def _plan_disk(domain: str, disk: xml.SnapshotDisk, taken: Collection[Path], hel
         raise DomainError(domain, f"disk {disk.target} of the snapshot has no file")
     trusted = sorted({path.parent for path in disk.backing})
     chain = held.enter_context(engine.open_chain(disk.frozen, trusted_dirs=trusted))
-    if chain.depth >= MAX_DEPTH:
-        raise DomainError(domain, f"disk {disk.target} has {chain.depth} links already, and libvirt starts no more")
     overlay = naming.next_overlay(disk.frozen, taken)
     return PlannedDisk(disk.target, overlay, (disk.frozen, *(link.path for link in chain.links[1:])))
 

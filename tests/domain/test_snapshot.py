@@ -12,6 +12,8 @@ import pytest
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap import CidMismatch, DomainError, InvalidRequest, LockBusy, PluginError, create_overlay, open_chain
 from qemu_vmdk_snap.domain import connect, xml
+from qemu_vmdk_snap.domain.depth import max_links
+from qemu_vmdk_snap.domain.doctor import check_domain
 from qemu_vmdk_snap.domain.intent import IntentStore
 from qemu_vmdk_snap.domain.registry import list_snapshots, snapshot_info
 from qemu_vmdk_snap.domain.snapshot import create_snapshot
@@ -82,6 +84,39 @@ def test_without_the_spelt_out_chain_libvirt_refuses_to_start(lab: Lab) -> None:
         path = overlay
     with pytest.raises(libvirt.libvirtError, match="was not specified in the image metadata"):
         lab.define(path).create()
+
+
+def test_a_chain_that_libvirt_could_not_start_is_not_made(lab: Lab) -> None:
+    import libvirt
+
+    limit = max_links(lab.conn.getLibVersion())
+    chain = [lab.disk("0")]
+    for number in range(1, limit + 1):
+        chain.insert(0, lab.folder / f"{number}.vmdk")
+        create_overlay(chain[0], chain[1], durable=False)
+    domain = lab.define(chain[0])
+
+    def stand_on(*links: Path) -> None:
+        lab.conn.defineXML(xml.stack(xml_of(domain), {"vda": xml.NewTop(links[0], links[1:])}))
+
+    stand_on(*chain[1:])
+    domain.create()
+    domain.destroy()
+    reason = refuse(lab, domain.name())
+    assert f"disk vda has a chain of {limit} links, and this libvirt starts none of more than {limit}" in reason
+    assert not any(check.verdict == "bad" for check in check_domain(lab.conn, domain.name()) if "vda" in check.subject)
+    stand_on(*chain)
+    with pytest.raises(libvirt.libvirtError):
+        domain.create()
+    (told,) = (check for check in check_domain(lab.conn, domain.name()) if check.subject == "disk vda")
+    assert (told.verdict, told.text.split(":")[0]) == ("bad", f"has {limit + 1} links")
+
+
+@pytest.mark.parametrize(
+    ("version", "links"), [(9_000_000, 200), (10_007_999, 200), (10_008_000, 23), (11_010_000, 23), (12_000_000, 200)]
+)
+def test_how_deep_a_libvirt_goes(version: int, links: int) -> None:
+    assert max_links(version) == links
 
 
 def test_no_guest_can_start_while_the_snapshot_is_taken(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

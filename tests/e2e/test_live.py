@@ -14,6 +14,7 @@ import pytest
 from qemu_vmdk_snap import DomainError, create_image, open_chain
 from qemu_vmdk_snap.domain import live, snapshot
 from qemu_vmdk_snap.domain.delete import delete
+from qemu_vmdk_snap.domain.depth import max_links
 from qemu_vmdk_snap.domain.intent import IntentStore
 from qemu_vmdk_snap.domain.monitor import Monitor
 from qemu_vmdk_snap.domain.recovery import recover
@@ -74,9 +75,11 @@ def is_running(domain: libvirt.virDomain) -> bool:
 
 
 def test_a_hundred_snapshots_of_a_guest_that_writes(guest: Guest) -> None:
+    """Fewer only where libvirt could not start a chain of so many links."""
+    count = min(100, max_links(guest.conn.getLibVersion()) - 1)
     points: list[tuple[Path, Progress, Progress]] = []
     with Writer(guest.probe) as writer:
-        for number in range(100):
+        for number in range(count):
             before = writer.progress
             report = create_snapshot(guest.conn, guest.name, f"s{number}", exclude=["vdb"])
             points.append((report.disks[0].frozen, before, writer.progress))
@@ -86,13 +89,13 @@ def test_a_hundred_snapshots_of_a_guest_that_writes(guest: Guest) -> None:
     assert sum(len(fdset["fds"]) for fdset in passed) == 0  # QEMU has its own copies, and no more descriptors are left
     shown = [check_frozen(*point) for point in points]
     assert shown == sorted(shown)
-    assert shown[-1] > 90
+    assert shown[-1] > count * 9 // 10
     last = writer.progress.ended
-    top = guest.folder / "a-000100.vmdk"
+    top = guest.folder / f"a-{count:06}.vmdk"
     check_frozen(top, Progress(last, last), Progress(last, last))
     guest.domain.destroy()
     with open_chain(top) as chain:
-        assert chain.depth == 101
+        assert chain.depth == count + 1
     # The guest itself reads every link of the chain, and the whole chain starts from the persistent XML.
     assert verify_image(top).mismatches == ()
     probe = guest.start()
