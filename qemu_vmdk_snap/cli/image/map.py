@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _write_json(chain: Chain, offset: int, length: int) -> None:
-    """Write one object a line as qemu-img does; straight from the rows, as there may be millions."""
+    """Write one object a line as qemu-img (from 8.2) does; straight from the rows, as there may be millions."""
     before = "["
     for lines in _json_lines(chain, offset, length):
         sys.stdout.write(before + ",\n".join(lines))
@@ -55,13 +55,16 @@ def _json_lines(chain: Chain, offset: int, length: int) -> Iterator[list[str]]:
 
     base = chain.depth - 1
     depths = [source.depth for source in chain.sources]
-    data = '{ "start": %d, "length": %d, "depth": %d, "present": true, "zero": false, "data": true, "offset": %d}'
+    data = (
+        '{ "start": %d, "length": %d, "depth": %d, "present": true, "zero": false, "data": true, "compressed": false, '
+        '"offset": %d}'
+    )
     other = '{ "start": %d, "length": %d, "depth": %d, %s}'
     words = {
         COMPRESSED: '"present": true, "zero": false, "data": true, "compressed": true',
-        ZERO: '"present": true, "zero": true, "data": false',
+        ZERO: '"present": true, "zero": true, "data": false, "compressed": false',
     }
-    hole = '"present": false, "zero": true, "data": false'
+    hole = '"present": false, "zero": true, "data": false, "compressed": false'
     lines: list[str] = []
     for start, size, kind, source, file_offset in _joined(chain.rows(offset, length), COMPRESSED):
         if kind == DATA:
