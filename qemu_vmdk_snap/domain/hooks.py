@@ -29,6 +29,7 @@ KEPT_VARIABLES: Final = ("QEMU_VMDK_SNAP_STATE", "QEMU_VMDK_SNAP_HOOKS")
 DAEMONS: Final = ("libvirtd", "virtqemud")
 _MARK: Final = "# libvirt hook of qemu-vmdk-snap "
 _MADE_FOLDER: Final = "# its folder was made with it"
+_PYTHON: Final = "python="
 _SCRIPT: Final = """\
 #!/bin/sh
 {mark}{version}
@@ -42,11 +43,12 @@ prepare/begin) refused=1 ;;
 release/end) refused=0 ;;
 *) exit 0 ;;
 esac
-if [ ! -x {python} ]; then
-    echo "qemu-vmdk-snap: {python} is gone: install the hook again, or remove $policy" >&2
+python={python}
+if [ ! -x "$python" ]; then
+    echo "qemu-vmdk-snap: $python is gone: install the hook again, or remove $policy" >&2
     exit "$refused"
 fi
-{exports}exec {python} -I -S -c {code} "$policy" "$@"
+{exports}exec "$python" -I -S -c {code} "$policy" "$@"
 """
 _CODE: Final = (
     "import sys; sys.path.insert(0, {root!r}); "
@@ -197,8 +199,8 @@ def _problem(path: Path, text: str | None) -> str | None:
     if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return "may be written by others than its owner, and the daemon runs it as root"
     for line in text.splitlines():
-        if line.startswith("exec "):
-            python = shlex.split(line)[1]
+        if line.startswith(_PYTHON):
+            (python,) = shlex.split(line.removeprefix(_PYTHON))
             return None if os.access(python, os.X_OK) else f"needs {python}, which is gone: install it again"
     return "is damaged: install it again"
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -351,11 +353,11 @@ def test_status_tells_what_is_wrong(host: Host, capsys: pytest.CaptureFixture[st
 def test_without_its_interpreter_it_says_so_and_only_a_start_is_refused(host: Host) -> None:
     host.policy("verify = false")
     text = host.script.read_text()
-    python = text.split("exec ", 1)[1].split()[0]
-    host.script.write_text(text.replace(python, "/gone/python3"))
+    gone = "/gone/$(touch ran) python3"
+    host.script.write_text(text.replace(f"python={shlex.quote(sys.executable)}\n", f"python={shlex.quote(gone)}\n"))
     done = host.call("d1", *START)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "/gone/python3 is gone: install the hook again" in done.stderr
+    assert f"{gone} is gone: install the hook again" in done.stderr
     assert host.call("d1", "release", "end", "-").returncode == 0
     assert host.call("d1", "reconnect", "begin", "-").returncode == 0
-    assert hooks.status(host.hooks).problem == "needs /gone/python3, which is gone: install it again"
+    assert hooks.status(host.hooks).problem == f"needs {gone}, which is gone: install it again"
