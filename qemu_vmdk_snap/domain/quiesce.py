@@ -24,6 +24,7 @@ QUIESCE: Final = ("no", "auto", "require")
 PING_SECONDS: Final = 5
 FREEZE_SECONDS: Final = 60
 THAW_SECONDS: Final = 30
+_AGENT_COMMAND_TIMEOUT: Final = 112
 
 
 def check_quiesce(quiesce: str) -> None:
@@ -127,7 +128,9 @@ def _ask(domain: libvirt.virDomain, command: str, seconds: int) -> Any:  # noqa:
 def _is_silence(error: libvirt.libvirtError) -> bool:
     import libvirt
 
-    return bool(error.get_error_code() == libvirt.VIR_ERR_AGENT_UNRESPONSIVE)
+    # For an answer that does not come newer libvirt has a code of its own, of which older bindings do not know the name.
+    timeout = getattr(libvirt, "VIR_ERR_AGENT_COMMAND_TIMEOUT", _AGENT_COMMAND_TIMEOUT)
+    return error.get_error_code() in (libvirt.VIR_ERR_AGENT_UNRESPONSIVE, timeout)
 
 
 def _message(error: libvirt.libvirtError) -> str:

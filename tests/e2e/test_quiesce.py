@@ -31,6 +31,7 @@ from qemu_vmdk_snap.domain import dropin
 from qemu_vmdk_snap.domain.connect import open_connection
 from qemu_vmdk_snap.domain.intent import IntentStore
 from qemu_vmdk_snap.domain.monitor import Monitor
+from qemu_vmdk_snap.domain.quiesce import _is_silence
 from qemu_vmdk_snap.domain.recovery import recover
 from qemu_vmdk_snap.domain.revert import revert
 from qemu_vmdk_snap.domain.snapshot import create_snapshot
@@ -370,6 +371,15 @@ def test_a_transaction_that_qemu_refuses_leaves_the_guest_thawed(
     create_snapshot(guest.conn, guest.name, name, quiesce="require")
 
 
+@pytest.mark.parametrize(("code", "silent"), [(86, True), (112, True), (113, False), (1, False)])
+def test_what_libvirt_says_of_an_answer_that_does_not_come(code: int, silent: bool) -> None:
+    import libvirt
+
+    error = libvirt.libvirtError("told")
+    error.err = (code, 0, "told", 2, "", None, None, -1, -1)
+    assert _is_silence(error) == silent
+
+
 @pytest.mark.parametrize("quiesce", ["require", "auto"])
 def test_a_freeze_that_comes_too_late_is_thawed(
     guest: Guest, monkeypatch: pytest.MonkeyPatch, name: str, quiesce: str
@@ -495,7 +505,7 @@ def test_a_paused_guest_cannot_be_frozen(guest: Guest, name: str) -> None:
     guest.counts()
 
 
-@pytest.mark.parametrize(("death", "reason"), [("STOP", "is not responding"), ("KILL", "is not connected")])
+@pytest.mark.parametrize(("death", "reason"), [("STOP", "respond"), ("KILL", "is not connected")])
 def test_an_agent_that_is_dead(
     guest: Guest,
     capsys: pytest.CaptureFixture[str],
