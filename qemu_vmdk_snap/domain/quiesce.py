@@ -128,7 +128,7 @@ def _ask(domain: libvirt.virDomain, command: str, seconds: int) -> Any:  # noqa:
 def _is_silence(error: libvirt.libvirtError) -> bool:
     import libvirt
 
-    # For an answer that does not come newer libvirt has a code of its own, of which older bindings do not know the name.
+    # Newer libvirt has a code of its own for an answer that does not come; older bindings do not know its name.
     timeout = getattr(libvirt, "VIR_ERR_AGENT_COMMAND_TIMEOUT", _AGENT_COMMAND_TIMEOUT)
     return error.get_error_code() in (libvirt.VIR_ERR_AGENT_UNRESPONSIVE, timeout)
 

@@ -34,7 +34,7 @@ KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
 StrictModes no
 UsePAM no
-SetEnv PATH={path} QEMU_VMDK_SNAP_STATE={state}
+SetEnv "PATH={path}" "QEMU_VMDK_SNAP_STATE={state}"
 """
 
 SSH_CONFIG = """\
