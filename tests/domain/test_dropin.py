@@ -167,7 +167,9 @@ def example(drop: Folder, name: str) -> None:
     path.chmod(0o755)
 
 
-@pytest.mark.parametrize(("state", "asked"), [("running", ["domfsfreeze", "domfsthaw"]), ("shut off", [])])
+@pytest.mark.parametrize(
+    ("state", "asked"), [("running", ["guest-agent-timeout", "domfsfreeze", "domfsthaw"]), ("shut off", [])]
+)
 def test_the_freezing_example_freezes_and_thaws_what_runs(
     drop: Folder, tmp_path: Path, state: str, asked: list[str]
 ) -> None:
