@@ -16,9 +16,9 @@ from bench.rows import Result
 NOTE = """## Where a target is missed
 
 - Whole processes include their start: on the machine above 12 ms for Python, 40 to 45 ms for the modules of the
-  standard library and ours (a third of it `dataclasses` and `argparse`) and, for all but `create`, 60 to 80 ms for NumPy;
-  qemu-img starts in 10 ms. So `create -b` as a process and a check of a small image cannot be as quick; as library calls
-  they are (0.4 ms, and 40 ms for the tables of 4 million grains).
+  standard library and ours (a third of it `dataclasses` and `argparse`) and, for all but `create`, 60 to 80 ms for
+  NumPy; qemu-img starts in 10 ms. So `create -b` as a process and a check of a small image cannot be as quick; as
+  library calls they are (0.4 ms, and 40 ms for the tables of 4 million grains).
 - `convert` waits until the copy is on the disk, which qemu-img's does not (its default is `-t unsafe`): to raw on ext4
   that is more than half of the time. The rows with `-t unsafe` compare like with like.
 """
