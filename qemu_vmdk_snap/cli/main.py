@@ -41,6 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         _cancel_on_signals()
+    try:
+        return _main(words)
+    except KeyboardInterrupt:  # while modules were still being imported
+        sys.stderr.write(f"{PROGRAM}: cancelled\n")
+        return exit_status.CANCELLED
+
+
+def _main(words: list[str]) -> int:
     if words in (["--version"], ["-V"]):
         from qemu_vmdk_snap import __version__
 

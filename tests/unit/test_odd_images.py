@@ -176,6 +176,27 @@ def test_a_request_to_end_leaves_nothing_half_done(tmp_path: Path, number: signa
     assert [path.name for path in tmp_path.iterdir()] == ["a.vmdk"]
 
 
+_STRUCK_WHILE_IMPORTING = """
+import os, signal, sys
+from qemu_vmdk_snap.cli.main import main
+
+class Striker:
+    def find_spec(self, name, path=None, target=None):
+        if name == "qemu_vmdk_snap.cli.image.convert":
+            os.kill(os.getpid(), int(sys.argv.pop()))
+
+sys.meta_path.insert(0, Striker())
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_request_to_end_while_the_command_starts_is_one_line_too(tmp_path: Path, number: signal.Signals) -> None:
+    words = [sys.executable, "-c", _STRUCK_WHILE_IMPORTING, "image", "convert", "a.vmdk", "b.vmdk", str(int(number))]
+    run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (130, "qemu-vmdk-snap: cancelled\n")
+
+
 def test_the_folder_that_cannot_be_written_is_named_by_the_users_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         create_image(tmp_path / "nowhere" / "a.vmdk", MIB)
