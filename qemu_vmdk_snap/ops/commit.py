@@ -112,7 +112,11 @@ def commit(
             reason = f"{names} would no longer read the same: other children of a link that changes"
             raise InvalidRequest(plan.base.path, reason)
         for sibling in plan.siblings:
-            _keep(plan, sibling, Meter("keep", chain.capacity, on_progress))
+            try:
+                _keep(plan, sibling, Meter("keep", chain.capacity, on_progress))
+            except BaseException:
+                trim_link(sibling)  # it reads what it read: what was copied in vain goes
+                raise
         return _run(plan, on_progress)
 
 

@@ -90,6 +90,22 @@ def test_sibling_is_refused_or_kept(tree: Tree) -> None:
     tree.verify()
 
 
+def test_cancelled_while_a_sibling_is_kept(tree: Tree) -> None:
+    sibling = tree.overlay("image-1", grain=4096)
+    size = tree.path(sibling).stat().st_size
+
+    def cancel(step: Progress) -> None:
+        assert step.stage == "keep"
+        if tree.path(sibling).stat().st_size > size:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        commit(tree.path("image-2"), keep_siblings=True, on_progress=cancel)
+    assert main(["image", "check", "-q", str(tree.path(sibling))]) == 0, "nothing leaked"
+    assert tree.path(sibling).stat().st_size == size
+    tree.verify()
+
+
 def test_link_between_with_another_child_is_not_deleted(tree: Tree) -> None:
     other = tree.overlay("image-3")
     with pytest.raises(InvalidRequest, match=f"cannot be deleted: .*{other}.vmdk depend on it"):
