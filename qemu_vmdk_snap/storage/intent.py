@@ -153,11 +153,15 @@ def _store(path: Path, record: Mapping[str, Any]) -> None:
     with working_in(path.parent):
         draft.unlink(missing_ok=True)
         fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(json.dumps(record, indent=1).encode())
-            file.flush()
-            os.fsync(fd)
-        draft.replace(path)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(json.dumps(record, indent=1).encode())
+                file.flush()
+                os.fsync(fd)
+            draft.replace(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)  # the disk is full, say
+            raise
     sync_folder(path.parent)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -93,6 +94,19 @@ def test_an_operation_of_a_later_version_is_left_alone(folders: tuple[Path, Path
     with pytest.raises(CorruptChain, match="'transmogrify' is not known"):
         recover(folders[0])
     assert intent.path.exists()
+
+
+def test_a_record_that_finds_no_room_leaves_nothing(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = set(folders[0].iterdir())
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        make_intent("resize", folders[0] / "a.vmdk", [], {}).begin()
+    assert set(folders[0].iterdir()) == before
 
 
 def test_drafts_are_swept(folders: tuple[Path, Path]) -> None:
