@@ -67,7 +67,8 @@ def _neighbour(owner: Path, beside: Path, role: str) -> str:
     """Return what to say of a file beside `owner` with its parent's name: in a copied chain it is the one meant."""
     if role != "parent" or not beside.is_file() or beside.samefile(owner):
         return ""
-    return f"; {beside} has its name: if that is the one, `image rebase -u -b {beside} {owner}` makes it the parent"
+    words = f"image rebase -u -b {beside.name} {owner}"
+    return f"; {beside} has its name: if that is the one, `{words}` makes it the parent"
 
 
 def _resolve(owner: Path, name: str, role: str, policy: Confined) -> Path:

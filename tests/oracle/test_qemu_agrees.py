@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,25 @@ def test_what_qemu_holds_open_is_busy_for_us(tmp_path: Path, capsys: pytest.Capt
         assert main(["image", "info", "-U", str(path)]) == 0
         holder.stdin.close()
         holder.wait()
+
+
+@pytest.mark.parametrize("tool", [["qemu-img"], [sys.executable, "-m", "qemu_vmdk_snap", "image"]])
+def test_a_backing_file_is_named_as_seen_from_the_image(tmp_path: Path, tool: list[str]) -> None:
+    """Not from where the command is run: QEMU refuses these operations for VMDK, so it shows on its own format."""
+    kind = "qcow2" if tool == ["qemu-img"] else "vmdk"
+    folder, formats = tmp_path / "images", ["-f", kind, "-F", kind]
+    folder.mkdir()
+
+    def run(*words: str) -> int:
+        return subprocess.run([*tool, *words], cwd=tmp_path, capture_output=True, check=False).returncode
+
+    assert run("create", "-f", kind, "images/a", "1M") == 0
+    for name, base in ("b", "a"), ("c", "b"):
+        assert run("create", *formats, "-b", base, f"images/{name}") == 0
+    for words, image in (
+        (["commit", "-f", kind, "-b"], ["images/c"]),
+        (["rebase", *formats, "-b"], ["images/c"]),
+        (["convert", "-f", kind, "-O", kind, "-F", kind, "-B"], ["images/c", "images/d"]),
+    ):
+        assert run(*words, "images/a", *image) != 0
+        assert run(*words, "a", *image) == 0

@@ -111,7 +111,7 @@ def test_a_copied_chain_names_the_parent_that_lies_beside(tmp_path: Path) -> Non
     with pytest.raises(CorruptChain, match=r"to follow it$"):
         open_chain(new / "base.vmdk")  # its own name is no advice
     shutil.copy(old / "base.vmdk", new)
-    advice = f"image rebase -u -b {new}/base.vmdk {new}/top.vmdk"
+    advice = f"image rebase -u -b base.vmdk {new}/top.vmdk"
     with pytest.raises(CorruptChain) as caught:
         open_chain(new / "top.vmdk")
     assert caught.value.reason == (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_progress, add_quiet, need_vmdk
+from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_progress, add_quiet, as_seen_from, need_vmdk
 from qemu_vmdk_snap.cli.ui import Ui
 
 
@@ -14,7 +14,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--format", default="vmdk", metavar="FMT", help="format of the image: vmdk")
     parser.add_argument("-t", "--cache", help=argparse.SUPPRESS)
     parser.add_argument(
-        "-b", "--base", type=Path, metavar="BASE", help="the image to merge into; the parent by default"
+        "-b",
+        "--base",
+        type=Path,
+        metavar="BASE",
+        help="the image to merge into, named as seen from the image's folder; the parent by default",
     )
     parser.add_argument(
         "-d",
@@ -44,7 +48,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     need_vmdk(args.filename, args.format)
     report = commit(
         args.filename,
-        base=args.base,
+        base=None if args.base is None else as_seen_from(args.filename, args.base),
         delete=args.delete,
         keep_siblings=args.keep_siblings,
         children=args.child,

@@ -57,6 +57,11 @@ def need_vmdk(path: Path | str, image_format: str) -> None:
         raise Unsupported(Path(path), f"format {image_format!r} is not supported here: only vmdk is")
 
 
+def as_seen_from(image: Path, name: str | Path) -> Path:
+    """Return the file that the backing file `name` of `image` is: its folder counts, not ours, as for qemu-img."""
+    return image.parent / name
+
+
 def open_disk(path: Path, image_format: str, args: argparse.Namespace) -> Disk:
     """Open an image for reading in the format that the user named.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from qemu_vmdk_snap.cli.image.common import (
     add_open_options,
     add_progress,
+    as_seen_from,
     need_vmdk,
     open_disk,
     size_argument,
@@ -36,7 +37,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-O", "--target-format", default="vmdk", metavar="FMT", help="format of the new image: vmdk (default) or raw"
     )
     parser.add_argument(
-        "-B", "--backing", type=Path, metavar="FILE", help="make an overlay on FILE that stores what differs from it"
+        "-B",
+        "--backing",
+        type=Path,
+        metavar="FILE",
+        help="make an overlay on FILE, named as seen from the new image's folder, that stores what differs from it",
     )
     parser.add_argument("-F", "--backing-format", default="vmdk", metavar="FMT", help="format of the base: vmdk")
     parser.add_argument(
@@ -81,9 +86,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             args.output_filename, f"a base of format {args.backing_format!r} is not supported: only vmdk is"
         )
     words = split_options(args.options)
-    backing = words.pop("backing_file", None)
-    if backing is not None:
-        args.backing = Path(backing)
+    backing = words.pop("backing_file", args.backing)
+    args.backing = None if backing is None else as_seen_from(args.output_filename, backing)
     need_vmdk(args.output_filename, words.pop("backing_fmt", "vmdk"))
     if args.backing is not None:
         options = overlay_options(words, args.backing)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from qemu_vmdk_snap.cli.image.common import add_quiet, as_bool, need_vmdk, size_argument, split_options
+from qemu_vmdk_snap.cli.image.common import add_quiet, as_bool, as_seen_from, need_vmdk, size_argument, split_options
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 from qemu_vmdk_snap.ops.create import ImageOptions, create_image, create_overlay, inherited_options
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int | None:
             raise InvalidRequest(args.filename, "an image needs a size (or a base: -b)")
         create_image(args.filename, size, options=parse_options(words))
     else:
-        base = args.filename.parent / backing
+        base = as_seen_from(args.filename, backing)
         _warn_if_written(base, ui)
         options = overlay_options(words, base)
         create_overlay(args.filename, base, hint=backing, size=size, options=options)

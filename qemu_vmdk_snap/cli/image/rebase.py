@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_progress, add_quiet, need_vmdk
+from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_progress, add_quiet, as_seen_from, need_vmdk
 from qemu_vmdk_snap.cli.ui import Ui
 
 
@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--backing",
         required=True,
         metavar="PARENT",
-        help='the new parent; "" makes the image stand alone (flatten)',
+        help='the new parent, named as seen from the image\'s folder; "" makes the image stand alone (flatten)',
     )
     add_quiet(parser)
     add_progress(parser)
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.ops.rebase import rebase
 
     need_vmdk(args.filename, args.format)
-    parent = Path(args.backing) if args.backing else None
+    parent = as_seen_from(args.filename, args.backing) if args.backing else None
     if parent is not None:
         need_vmdk(parent, args.backing_format)
     trusted = [*args.allow_dir, *([] if parent is None else [parent.parent])]
