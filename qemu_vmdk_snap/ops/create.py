@@ -69,7 +69,7 @@ def create_image(
         Unsupported: the kind cannot hold so much.
     """
     path, options = Path(path), _with_kind(options or ImageOptions(), kind)
-    plan = _plan_base(path, size, options)
+    plan = plan_base(path, size, options)
     with NewFiles(durable=durable) as files:
         made = write_image(files, path, plan, mode)
         if plan.kind.stream:
@@ -140,7 +140,7 @@ def open_new_image(files: NewFiles, path: Path, size: int, options: ImageOptions
         FileExistsError: something bears the name; it is untouched.
         InvalidRequest: the size or an option cannot be.
     """
-    plan = _plan_base(path, size, options)
+    plan = plan_base(path, size, options)
     return bulk_writer(plan, write_image(files, path, plan))
 
 
@@ -150,10 +150,15 @@ def open_new_stream(write: Callable[[bytes], object], path: Path, size: int, opt
     Raises:
         InvalidRequest: the size or an option cannot be.
     """
-    return stream_writer(_plan_base(path, size, replace(options, subformat="streamOptimized")), write)
+    return stream_writer(plan_base(path, size, replace(options, subformat="streamOptimized")), write)
 
 
-def _plan_base(path: Path, size: int, options: ImageOptions) -> Plan:
+def plan_base(path: Path, size: int, options: ImageOptions) -> Plan:
+    """Return what a new image of `size` bytes that stands on no other is made of.
+
+    Raises:
+        InvalidRequest: the size or an option cannot be.
+    """
     sectors = _checked_sectors(path, size)
     _check_options(path, options)
     ddb = _base_ddb(sectors, options)

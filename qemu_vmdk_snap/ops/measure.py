@@ -12,10 +12,10 @@ import numpy as np
 from qemu_vmdk_snap.chain.chain import Chain
 from qemu_vmdk_snap.chain.disk import Disk
 from qemu_vmdk_snap.errors import Unsupported
-from qemu_vmdk_snap.ops.layout import ImageOptions, plan_image
+from qemu_vmdk_snap.ops.create import plan_base
+from qemu_vmdk_snap.ops.layout import ImageOptions
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
-from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, round_up, sector_bytes
-from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
+from qemu_vmdk_snap.units import SECTOR_SIZE, round_up, sector_bytes
 from qemu_vmdk_snap.vmdk.runs import DATA, Int64s
 
 OPERATION: Final = "measure"
@@ -45,22 +45,13 @@ def measure(
 
     Raises:
         Unsupported: the image would be streamOptimized.
-        InvalidRequest: there is no such kind.
+        InvalidRequest: there is no such kind, or the size or an option cannot be.
     """
     capacity = round_up(size if disk is None else disk.capacity, SECTOR_SIZE)
     if output_format == "raw":
         return Measurement(_stored(disk, 1, capacity, on_progress), capacity)
     path = Path("measure.vmdk") if disk is None else disk.path
-    plan = plan_image(
-        path,
-        path.name,
-        byte_sectors(capacity),
-        options or ImageOptions(),
-        cid=1,
-        parent_cid=NO_PARENT,
-        hint=None,
-        ddb={},
-    )
+    plan = plan_base(path, capacity, options or ImageOptions())
     if plan.kind.stream:
         raise Unsupported(path, "the size of a streamOptimized image depends on how its data deflates")
     overhead, full, unit = len(plan.descriptor) if plan.kind.suffix else 0, 0, 1

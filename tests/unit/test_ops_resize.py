@@ -197,6 +197,14 @@ def test_measure_is_what_convert_makes(tmp_path: Path, grain: int) -> None:
     assert empty.fully_allocated == sizes.fully_allocated
 
 
+@pytest.mark.parametrize("kind", ["monolithicFlat", "twoGbMaxExtentSparse", "vmfsSparse"])
+def test_measure_counts_the_whole_descriptor(tmp_path: Path, kind: str) -> None:
+    options = ImageOptions(subformat=kind)
+    create_image(tmp_path / "measure.vmdk", MIB, options=options, durable=False)  # extents are named after it
+    made = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert measure(None, MIB, options=options).required == made
+
+
 def test_measure_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "disk.vmdk"
     create_image(path, MIB, durable=False)
