@@ -128,6 +128,7 @@ class NewFiles:
     def __init__(self, *, durable: bool = True) -> None:
         self._durable = durable
         self._pending: list[tuple[PosixFile, Path]] = []
+        self._temporaries: list[Path] = []
         self._linked: list[Path] = []
         self._held = contextlib.ExitStack()
         self._folders: set[Path] = set()
@@ -148,6 +149,7 @@ class NewFiles:
         if path.parent not in self._folders:  # once a folder: a split disk has thousands of files in one
             self._held.enter_context(working_in(path.parent))
             self._folders.add(path.parent)
+        self._temporaries.append(temporary)  # before it is there: an interruption may come as soon as it is
         try:
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         except OSError as error:
@@ -170,8 +172,9 @@ class NewFiles:
         finally:
             for file, _ in self._pending:
                 file.close()
+            for temporary in self._temporaries:
                 with contextlib.suppress(FileNotFoundError):
-                    file.path.unlink()
+                    temporary.unlink()
             self._held.close()
 
     def _publish(self) -> None:
@@ -255,12 +258,11 @@ def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Make `path` hold `data`, durably and in one step: a reader sees the old content or the new, never a part."""
     temporary = temporary_name(path)
     with working_in(path.parent):
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
-            file = PosixFile(fd, temporary)
+            file = PosixFile(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), temporary)
             try:
                 file.write_at(0, data)
-                os.fsync(fd)
+                os.fsync(file.fileno())
             finally:
                 file.close()
             temporary.replace(path)

@@ -42,6 +42,26 @@ def test_a_new_file_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interruption_as_soon_as_a_file_is_there_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def struck(path: Path, flags: int, *rest: int) -> int:
+        fd = real(path, flags, *rest)
+        if flags & os.O_CREAT:
+            os.close(fd)
+            raise KeyboardInterrupt
+        return fd
+
+    monkeypatch.setattr(os, "open", struck)
+    with pytest.raises(KeyboardInterrupt), new_file(tmp_path / "a"):
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(tmp_path / "a", b"new")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_name_taken_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     def race() -> None:
         with NewFiles() as files:
