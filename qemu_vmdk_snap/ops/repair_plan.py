@@ -9,6 +9,7 @@ Memory: some 30 bytes for each allocated grain, and the tables that change.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -44,7 +45,7 @@ class ExtentPlan:
     patches: list[tuple[int, bytes]] = field(default_factory=list)
     """What replaces something in use: tables, directories."""
     kept: list[tuple[int, int]] = field(default_factory=list)
-    """(byte, length) of grains behind the cut that an undo must bring back."""
+    """(byte, length) of what is named by no patch, and is to be brought back by an undo all the same."""
     end: int = 0
     """The length of the file afterwards."""
 
@@ -115,7 +116,20 @@ class ExtentRepair:
                     self._plan.patches.append(
                         (sector_bytes(int(copy.directory[table])), entries.astype("<u4").tobytes())
                     )
+        if mend:
+            self._plan.kept = list(self._lost())
         return self._plan
+
+    def _lost(self) -> Iterator[tuple[int, int]]:
+        """Yield what is overwritten or cut off, though nothing names it: it may be what a damaged entry has named."""
+        plan, size = self._plan, self._file.size()
+        yield from ((copied.target, copied.length) for copied in plan.copies)
+        yield from ((at, len(data)) for at, data in plan.fresh)
+        at = plan.end
+        while (at := self._file.next_data(at)) < size:
+            hole = min(size, self._file.next_hole(at))
+            yield at, hole - at
+            at = hole
 
     def _metadata(self) -> tuple[Int64s, Int64s]:
         header = self._header
