@@ -26,7 +26,7 @@ from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 from qemu_vmdk_snap.ops.guard import guarded_intent
 from qemu_vmdk_snap.ops.move import delete_files, holding
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
-from qemu_vmdk_snap.ops.relink import DescriptorChange, on_parent, with_fresh_cid
+from qemu_vmdk_snap.ops.relink import DescriptorChange, changing_child_of, on_parent, with_fresh_cid
 from qemu_vmdk_snap.ops.transfer import Clearable, LinkWriter, View, restricted, upper_tables
 from qemu_vmdk_snap.ops.trim import trim_link
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
@@ -168,8 +168,9 @@ def _make_plan(
         _check_clearable(top)
     folders = {link.path.parent for link in chain.links} | {child.parent for child in children}
 
-    def opened(found: Iterable[Path]) -> list[Link]:
-        return [_opened(path, resolver, opener, stack) for path in found]
+    def opened(found: Iterable[Path], parent: Link) -> list[Link]:
+        with changing_child_of(parent.path):
+            return [_opened(path, resolver, opener, stack) for path in found]
 
     def others(number: int) -> list[Path]:
         link = chain.links[number]
@@ -177,7 +178,7 @@ def _make_plan(
         found = find_children(link.path, link.cid, folders, resolver)
         return [child.path for child in found if child.path.resolve() != above]
 
-    plan.siblings = opened(others(depth))
+    plan.siblings = opened(others(depth), base)
     for number in range(1, depth):
         if delete and (left := others(number)):
             names = ", ".join(map(str, left))
@@ -186,7 +187,7 @@ def _make_plan(
         plan.siblings.append(chain.links[depth - 1])  # stays, with all that hangs on it, and must read what it read
     if delete:
         found = [child.path for child in find_children(top.path, top.cid, folders, resolver)]
-        plan.children = opened(found)
+        plan.children = opened(found, top)
         longer = [link.path for link in plan.children if link.capacity > top.capacity < base.capacity]
         if longer:
             reason = f"cannot be deleted: {longer[0]} reads zeros behind its end, and would read {base.path} there"

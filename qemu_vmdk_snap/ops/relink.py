@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -107,6 +109,16 @@ def on_parent(descriptor: Descriptor, child: Path, parent: Path | None, parent_c
     if parent is None:
         return descriptor.with_parent(NO_PARENT, None)
     return descriptor.with_parent(parent_cid, hint_to(child, parent))
+
+
+@contextlib.contextmanager
+def changing_child_of(parent: Path) -> Iterator[None]:
+    """Say of a child that cannot be changed in the block why it would have to be: a delta beside its base, say."""
+    try:
+        yield
+    except Unsupported as error:
+        why = f"it stands on {parent}, and would no longer read the same: move it to another folder, or delete it"
+        raise Unsupported(error.path, f"{error.feature}; {why}") from error
 
 
 def hint_to(child: Path, parent: Path) -> str:

@@ -13,6 +13,7 @@ from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest
 from qemu_vmdk_snap.ops.move import open_move, run_moves
 from qemu_vmdk_snap.ops.progress import OnProgress, ignore
+from qemu_vmdk_snap.ops.relink import changing_child_of
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
 
 OPERATION = "remove"
@@ -69,6 +70,7 @@ def remove(
             if child.resolve() not in {one.resolve() for one in found}:
                 raise CorruptChain(child, f"is no child of {path}")
         image.share()  # the children read what it holds
-        moves = [open_move(child, parent, find, opener, stack) for child in found]
+        with changing_child_of(path):
+            moves = [open_move(child, parent, find, opener, stack) for child in found]
         run_moves(OPERATION, path, moves, [file.path for file in image.files], on_progress)
     return RemoveReport(path, parent, tuple(found))

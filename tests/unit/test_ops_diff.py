@@ -103,6 +103,24 @@ def test_refusals(tree: Tree, tmp_path: Path) -> None:
     tree.verify()
 
 
+def test_beside_its_base_it_stands_in_the_way_and_says_so(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a stream it can be written no more, so its base cannot change, nor go."""
+    path = tree.folder / "delta.vmdk"
+    with open_chain(tree.path("image-3")) as chain:
+        make_delta(chain, 1, path, stream=True)
+    for words in (["commit"], ["commit", "-d"], ["remove"]):
+        top = "image-2" if words == ["remove"] else "image-3"
+        assert main(["image", *words, str(tree.path(top))]) == 63
+        told = capsys.readouterr().err
+        assert told.startswith(f"qemu-vmdk-snap: {path}: streamOptimized images are written once")
+        assert told.endswith(
+            f"; it stands on {tree.path('image-2')}, and would no longer read the same: move it to "
+            "another folder, or delete it\n"
+        )
+    path.unlink()
+    tree.verify()
+
+
 def test_cancelled_apply_is_finished_by_recover(tree: Tree, tmp_path: Path) -> None:
     copy = tmp_path / "copy.vmdk"
     shutil.copy(tree.path("image-2"), copy)
