@@ -59,6 +59,23 @@ class BlockFile(Protocol):
         """Let go of the file; closing twice is harmless."""
 
 
+class naming:  # a class, as it is entered for every read and write
+    """Put the name of the file into an OSError of the block: what comes from a descriptor has none."""
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, *rest: object) -> None:
+        """Name the file where no other is named."""
+        if isinstance(exc, OSError) and exc.filename is None:
+            exc.filename = str(self._path)
+
+
 class PosixFile:
     """A regular file opened by path."""
 
@@ -94,14 +111,15 @@ class PosixFile:
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Return up to `length` bytes at `offset`: fewer only where the file ends."""
-        data = os.pread(self._fd, length, offset)
-        if len(data) == length or not data:
-            return data
-        parts = [data]
-        done = len(data)
-        while done < length and (data := os.pread(self._fd, length - done, offset + done)):
-            parts.append(data)
-            done += len(data)
+        with naming(self._path):
+            data = os.pread(self._fd, length, offset)
+            if len(data) == length or not data:
+                return data
+            parts = [data]
+            done = len(data)
+            while done < length and (data := os.pread(self._fd, length - done, offset + done)):
+                parts.append(data)
+                done += len(data)
         return b"".join(parts)
 
     def read_into(self, offset: int, view: memoryview) -> int:
@@ -116,18 +134,21 @@ class PosixFile:
 
     def write_at(self, offset: int, data: Buffer) -> None:
         """Write all of `data` at `offset`."""
-        done = os.pwrite(self._fd, data, offset)
-        view = memoryview(data)
-        while done < len(view):
-            done += os.pwrite(self._fd, view[done:], offset + done)
+        with naming(self._path):
+            done = os.pwrite(self._fd, data, offset)
+            view = memoryview(data)
+            while done < len(view):
+                done += os.pwrite(self._fd, view[done:], offset + done)
 
     def truncate(self, size: int) -> None:
         """Set the length of the file."""
-        os.ftruncate(self._fd, size)
+        with naming(self._path):
+            os.ftruncate(self._fd, size)
 
     def flush(self) -> None:
         """Return when everything written so far is durable."""
-        os.fdatasync(self._fd)
+        with naming(self._path):
+            os.fdatasync(self._fd)
 
     def begin_flush(self) -> None:
         """Let the kernel begin to write back the file's dirty pages; a kernel that will not is not waited for."""

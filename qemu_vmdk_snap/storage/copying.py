@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
-from qemu_vmdk_snap.storage.blockfile import BlockFile
+from qemu_vmdk_snap.storage.blockfile import BlockFile, naming
 from qemu_vmdk_snap.units import MIB
 
 _FICLONERANGE: Final = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range)
@@ -43,6 +43,12 @@ class Copier:
         self, source: BlockFile, source_offset: int, target_offset: int, length: int, on_step: Callable[[int], None]
     ) -> None:
         """Copy `length` bytes, zeros past the source's end; `on_step` hears how many at least every 64 MiB."""
+        with naming(self._target.path):
+            self._copy(source, source_offset, target_offset, length, on_step)
+
+    def _copy(
+        self, source: BlockFile, source_offset: int, target_offset: int, length: int, on_step: Callable[[int], None]
+    ) -> None:
         available = max(0, min(length, source.size() - source_offset))
         done = self._clone(source, source_offset, target_offset, available)
         if done:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from qemu_vmdk_snap.errors import LockBusy
-from qemu_vmdk_snap.storage.blockfile import PosixFile
+from qemu_vmdk_snap.storage.blockfile import PosixFile, naming
 from qemu_vmdk_snap.storage.locks import lock_image
 
 _TEMPORARY: Final = ".qemu-vmdk-snap.tmp"
@@ -159,8 +159,11 @@ class NewFiles:
         self._pending.append((file, path))
         return file
 
-    def __exit__(self, exc_type: type[BaseException] | None, *exc: object) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, *rest: object) -> None:
         """Link the files under their names, or remove every trace of them."""
+        if isinstance(exc, OSError):  # the user knows the names to come, not those of today
+            names = {str(file.path): str(path) for file, path in self._pending}
+            exc.filename = names.get(exc.filename, exc.filename)
         try:
             if exc_type is None:
                 self._publish()
@@ -179,8 +182,9 @@ class NewFiles:
 
     def _publish(self) -> None:
         if self._durable:
-            for file, _ in self._pending:
-                os.fsync(file.fileno())  # barrier: the file is complete on disk before it gets its name
+            for file, path in self._pending:
+                with naming(path):
+                    os.fsync(file.fileno())  # barrier: the file is complete on disk before it gets its name
         for file, path in self._pending:
             _link(file.path, path)
             self._linked.append(path)

@@ -62,6 +62,32 @@ def test_an_interruption_as_soon_as_a_file_is_there_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_full_disk_did_not_take_is_named_as_the_user_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, *_rest: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "source").write_bytes(PRECIOUS)
+    source = PosixFile.open(tmp_path / "source")
+
+    def fill() -> None:
+        with new_file(tmp_path / "a") as file:
+            Copier(file).copy(source, 0, 0, len(PRECIOUS), lambda _: None)
+            file.write_at(0, PRECIOUS)
+            file.truncate(1)
+            file.flush()
+
+    for name in ("copy_file_range", "pwrite", "ftruncate", "fdatasync", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full)
+            with pytest.raises(OSError, match="No space left") as caught:
+                fill()
+        assert caught.value.filename == str(tmp_path / "a"), name
+    source.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_a_name_taken_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     def race() -> None:
         with NewFiles() as files:
