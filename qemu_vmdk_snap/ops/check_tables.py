@@ -159,7 +159,7 @@ class _Audit:
     def _usable(self, first: int, stored: npt.NDArray[np.bool_], sectors: Entries) -> Entries:
         """Return the sectors that lie in the file and over no metadata; the others are noted."""
         clear = len(self._meta_ends) == 1 and int(sectors.min()) >= self._meta_ends[0]
-        if clear and int(sectors.max()) * SECTOR_SIZE < self._size:
+        if clear and (int(sectors.max()) + self._header.grain_size) * SECTOR_SIZE <= self._size:
             return sectors
         named = np.flatnonzero(stored)
         good = self._inside_file(first, named, sectors) & self._outside_metadata(first, named, sectors)
@@ -254,10 +254,15 @@ class _Audit:
         self._findings.corrupt_many(self._path, "redundant grain table entry", items, len(differing))
 
     def _inside_file(self, first: int, named: Int64s, sectors: Entries) -> npt.NDArray[np.bool_]:
-        good = sectors.astype(np.int64) * SECTOR_SIZE < self._size
+        starts = sectors.astype(np.int64) * SECTOR_SIZE
+        good = starts < self._size
         if not good.all():
             beyond = np.flatnonzero(~good)
             self._bad_entries(first, named[beyond], sectors[beyond], f"inside the file of {self._size} bytes")
+        left = self._header.capacity - (first + named) * self._header.grain_size  # the disk may end within its last one
+        ends = starts + sector_bytes(1) * np.minimum(self._header.grain_size, left)
+        if (cut := np.flatnonzero(good & (ends > self._size))).size:
+            self._bad_entries(first, named[cut], sectors[cut], f"inside the file of {self._size} bytes, whole")
         return np.asarray(good)
 
     def _outside_metadata(self, first: int, named: Int64s, sectors: Entries) -> npt.NDArray[np.bool_]:

@@ -52,7 +52,7 @@ class ExtentPlan:
     @property
     def changes(self) -> bool:
         """Whether anything is to be written."""
-        return bool(self.copies or self.fresh or self.patches) or self.end < self.file.size()
+        return bool(self.copies or self.fresh or self.patches) or self.end != self.file.size()
 
 
 class _Copy:
@@ -107,7 +107,7 @@ class ExtentRepair:
                 self._next = Sector(round_up(used, self._step))
             sectors = self._split(grains, sectors)
             self._replace_tables()
-        self._plan.end = sector_bytes(self._next) if self._next > self._size else self._file.size()
+        self._plan.end = sector_bytes(self._next) if mend and self._next > self._size else self._file.size()
         if reclaim:
             self._reclaim(grains, sectors)
         for table, entries in sorted(self._tables.items()):

@@ -133,7 +133,18 @@ def beyond_in_both_and_more_behind(tree: Tree, tables: Tables) -> None:
     shared(tree, tables)
 
 
+def cut_short(tree: Tree, tables: Tables) -> None:
+    """The last grain in the file has lost its end, which reads as zeros from then on, and does so when mended."""
+    last = max(STORED, key=tables.sector)
+    with tables.path.open("r+b") as file:
+        file.truncate(tables.sector(last) * 512 + GRAIN - 1000)
+    end = last * GRAIN + GRAIN
+    old = tree.model["image-1"]
+    tree.model["image-1"] = old[: end - 1000] + bytes(1000) + old[end:]
+
+
 FAULTS = [
+    cut_short,
     beyond_in_both_and_more_behind,
     shared,
     beyond_in_both,
