@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn, Protocol, cast
 
 from qemu_vmdk_snap.cli import exit_status
@@ -117,12 +119,27 @@ def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (VmdkSnapError, OSError) as error:
-        ui.error(_one_line(error) + _way_out(error, args))
+        ui.error(_one_line(error) + _way_out(error, args) + (_half_done(args) if isinstance(error, OSError) else ""))
         return getattr(args, "error_status", None) or exit_status.status_of(error)
     except KeyboardInterrupt:
-        ui.error("cancelled")
+        ui.error("cancelled" + _half_done(args))
         return exit_status.CANCELLED
     return status
+
+
+def _half_done(args: argparse.Namespace) -> str:
+    """Return what to add where the command has ended in the middle of what it cannot simply leave undone."""
+    image = getattr(args, "filename", None)
+    if not isinstance(image, Path):
+        return ""
+    from qemu_vmdk_snap.storage.intent import pending_in
+
+    with contextlib.suppress(OSError, VmdkSnapError):
+        for intent in pending_in(image.parent, strict=False):
+            if intent.involves(image):
+                what = f"the {intent.operation} has begun"
+                return f" ({what}: `recover {image.parent}`, or the next command there, finishes it or takes it back)"
+    return ""
 
 
 def _way_out(error: Exception, args: argparse.Namespace) -> str:

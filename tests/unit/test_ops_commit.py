@@ -160,6 +160,27 @@ def test_cancelled(tree: Tree) -> None:
     tree.verify()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")], ids=["cancelled", "failed"])
+def test_too_late_to_be_undone_it_says_how_to_go_on(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException
+) -> None:
+    def strike(_names: list[str]) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qemu_vmdk_snap.ops.commit.delete_files", strike)
+        assert main(["image", "commit", "-d", str(tree.path("image-4"))]) != 0
+    told = capsys.readouterr().err
+    assert told.startswith(
+        f"qemu-vmdk-snap: {'cancelled' if isinstance(error, KeyboardInterrupt) else error.args[1]} ("
+    )
+    assert f"(the commit has begun: `recover {tree.folder}`, or the next command there, finishes it" in told
+    assert main(["recover", "-q", str(tree.folder)]) == 0
+    tree.model["image-3"] = tree.model["image-4"]
+    tree.forget("image-4")
+    tree.verify()
+
+
 def test_command(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["image", "commit", "-d", str(tree.path("image-4"))]) == 0
     assert capsys.readouterr().out.splitlines() == [f"{tree.path('image-4')}: deleted", "Image committed."]
