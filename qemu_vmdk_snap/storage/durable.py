@@ -128,7 +128,6 @@ class NewFiles:
     def __init__(self, *, durable: bool = True) -> None:
         self._durable = durable
         self._pending: list[tuple[PosixFile, Path]] = []
-        self._temporaries: list[Path] = []
         self._linked: list[Path] = []
         self._held = contextlib.ExitStack()
         self._folders: set[Path] = set()
@@ -149,13 +148,14 @@ class NewFiles:
         if path.parent not in self._folders:  # once a folder: a split disk has thousands of files in one
             self._held.enter_context(working_in(path.parent))
             self._folders.add(path.parent)
-        self._temporaries.append(temporary)  # before it is there: an interruption may come as soon as it is
+        self._held.callback(_discard, temporary)  # before it is there: an interruption may come as soon as it is
         try:
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         except OSError as error:
             error.filename = str(path)  # the name that the user knows
             raise
         file = PosixFile(fd, temporary)
+        self._held.callback(file.close)
         self._pending.append((file, path))
         return file
 
@@ -173,11 +173,6 @@ class NewFiles:
                     path.unlink()
             raise
         finally:
-            for file, _ in self._pending:
-                file.close()
-            for temporary in self._temporaries:
-                with contextlib.suppress(FileNotFoundError):
-                    temporary.unlink()
             self._held.close()
 
     def _publish(self) -> None:
@@ -234,6 +229,12 @@ def new_file(path: Path, *, durable: bool = True, mode: int = 0o666) -> Iterator
         yield files.add(path, mode)
 
 
+def _discard(temporary: Path) -> None:
+    """Remove the file, if it can be: what stays is swept later, and why it stays is not what went wrong."""
+    with contextlib.suppress(OSError):
+        temporary.unlink()
+
+
 def temporary_name(path: Path) -> Path:
     """Return a hidden name beside `path` that nothing bears yet, for what will be `path` when it is complete."""
     return path.with_name(f".{path.name[:_NAME_LENGTH]}.{os.urandom(6).hex()}{_TEMPORARY}")
@@ -252,8 +253,7 @@ def publish(temporary: Path, path: Path, *, durable: bool = True) -> None:
         finally:
             os.close(fd)
     _link(temporary, path)
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
+    _discard(temporary)
     if durable:
         sync_folder(path.parent)
 
@@ -271,7 +271,6 @@ def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
                 file.close()
             temporary.replace(path)
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
+            _discard(temporary)
             raise
     sync_folder(path.parent)

@@ -62,6 +62,30 @@ def test_an_interruption_as_soon_as_a_file_is_there_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_where_nothing_can_be_removed_the_first_error_is_told_and_nothing_stays_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def read_only(path: Path, flags: int, *rest: int) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return real(path, flags, *rest)
+
+    def kept(path: Path, **_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    opened = set(Path("/proc/self/fd").iterdir())
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(Path, "unlink", kept)
+    with pytest.raises(OSError, match="Read-only file system") as caught, new_file(tmp_path / "a"):
+        pass
+    assert caught.value.filename == str(tmp_path / "a")
+    with pytest.raises(OSError, match="Read-only file system"):
+        replace_file(tmp_path / "a", b"new")
+    assert set(Path("/proc/self/fd").iterdir()) == opened
+
+
 def test_what_a_full_disk_did_not_take_is_named_as_the_user_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
