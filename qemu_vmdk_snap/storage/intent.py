@@ -183,11 +183,13 @@ def _read(path: Path) -> Intent | None:
 
 def _load(path: Path) -> dict[str, Any]:
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as file:
+    try:
         facts = os.fstat(fd)
         if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
             raise CorruptChain(path, "the intent record is another user's, or may be written by others: not followed")
-        record = json.loads(file.read(_MAX_BYTES))
+        record = json.loads(os.pread(fd, min(facts.st_size, _MAX_BYTES), 0))
+    finally:
+        os.close(fd)
     if not isinstance(record, dict) or record.get("version") != _VERSION:
         raise ValueError("unknown version")
     return record

@@ -111,7 +111,9 @@ def test_a_strange_record_holds_up_only_the_image_that_it_names(tree: Path) -> N
     (tree / ".x.intent").write_bytes(b"rubbish")
     os.mkfifo(tree / ".y.intent")
     (tree / ".z.intent").mkdir()
+    opened = set(Path("/proc/self/fd").iterdir())
     write(tree / "s.vmdk", 0, b"1")
+    assert set(Path("/proc/self/fd").iterdir()) == opened
     (tree / ".s.vmdk.intent").write_bytes(b"rubbish")
     with pytest.raises(CorruptChain, match="the intent record cannot be read"):
         write(tree / "s.vmdk", 0, b"2")
