@@ -12,10 +12,14 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Protocol, Self, cast
+from typing import Final, Protocol, Self
 
 Buffer = bytes | bytearray | memoryview
 _SYNC_FILE_RANGE_WRITE: Final = 2
+_SYNC_FILE_RANGE_ALL: Final = 7
+"""Wait for what is being written, write the rest, wait for that."""
+_NOT_OFFERED: Final = (errno.ENOSYS, errno.ESPIPE, errno.EINVAL)
+"""What a file system says that has no such call. Anything else is about the data."""
 
 
 class BlockFile(Protocol):
@@ -43,8 +47,14 @@ class BlockFile(Protocol):
     def flush(self) -> None:
         """Return when everything written so far is durable."""
 
-    def begin_flush(self) -> None:
-        """Let the system begin to store what was written, without waiting: a later `flush` has less to wait for."""
+    def begin_flush(self, offset: int, length: int) -> None:
+        """Let the system begin to store the range, without waiting: a later `flush` has less to wait for."""
+
+    def drop_behind(self, offset: int, length: int) -> None:
+        """Let the page cache forget the range, stored by then: what is copied once shall not push out what is in use.
+
+        It is no durability: only `flush` gives that.
+        """
 
     def next_data(self, offset: int) -> int:
         """Return the first offset from `offset` on that may hold data: all before it reads as zeros."""
@@ -79,9 +89,11 @@ class naming:  # a class, as it is entered for every read and write
 class PosixFile:
     """A regular file opened by path."""
 
-    def __init__(self, fd: int, path: Path) -> None:
+    def __init__(self, fd: int, path: Path, *, lazy: bool = False) -> None:
+        """Take `fd` over; a `lazy` file is left to the page cache, as nobody is going to wait for the disk."""
         self._fd = fd
         self._path = path
+        self._lazy = lazy
 
     @classmethod
     def open(cls, path: Path, *, writable: bool = False, devices: bool = False) -> Self:
@@ -150,9 +162,26 @@ class PosixFile:
         with naming(self._path):
             os.fdatasync(self._fd)
 
-    def begin_flush(self) -> None:
-        """Let the kernel begin to write back the file's dirty pages; a kernel that will not is not waited for."""
-        _sync_file_range()(self._fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
+    def begin_flush(self, offset: int, length: int) -> None:
+        """Let the kernel begin to write back the dirty pages of the range; one that will not is not waited for."""
+        if not self._lazy:
+            _sync_file_range(self._fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+    def drop_behind(self, offset: int, length: int) -> None:
+        """Wait until the range is written back, and let the page cache forget it.
+
+        Raises:
+            OSError: the disk did not take it. The kernel tells that once only: a later `flush` would say nothing.
+        """
+        if self._lazy:
+            return
+        failed = _sync_file_range(self._fd, offset, length, _SYNC_FILE_RANGE_ALL)
+        if failed in _NOT_OFFERED:
+            return
+        if failed:
+            with naming(self._path):
+                raise OSError(failed, os.strerror(failed))
+        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def next_data(self, offset: int) -> int:
         """Return the first offset from `offset` on that is not in a hole of the file (its size where there is none)."""
@@ -184,13 +213,18 @@ class PosixFile:
             self._fd = -1
 
 
+def _sync_file_range(fd: int, offset: int, length: int, flags: int) -> int:
+    """Return 0, or the number of the error."""
+    return _sync_function()(fd, offset, length, flags)
+
+
 @functools.cache
-def _sync_file_range() -> Callable[[int, int, int, int], int]:
+def _sync_function() -> Callable[[int, int, int, int], int]:
     import ctypes  # needed only by those who copy much
 
-    function = ctypes.CDLL(None).sync_file_range
+    function = ctypes.CDLL(None, use_errno=True).sync_file_range
     function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    return cast("Callable[[int, int, int, int], int]", function)
+    return lambda *arguments: ctypes.get_errno() if function(*arguments) else 0
 
 
 FileOpener = Callable[[Path, bool], BlockFile]

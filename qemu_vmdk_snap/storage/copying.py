@@ -6,10 +6,11 @@ import errno
 import fcntl
 import os
 import struct
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from qemu_vmdk_snap.storage.blockfile import BlockFile, naming
+from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer, naming
 from qemu_vmdk_snap.units import MIB
 
 _FICLONERANGE: Final = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range)
@@ -18,6 +19,7 @@ _CLONE_UNIT: Final = 4096
 _KERNEL_STEP: Final = 16 * MIB
 _BUFFER_STEP: Final = 4 * MIB
 _WRITE_BACK_STEP: Final = 16 * MIB
+_KEPT_STEPS: Final = 4
 _NOT_HERE: Final = (
     errno.EINVAL,
     errno.EOPNOTSUPP,
@@ -30,6 +32,34 @@ _NOT_HERE: Final = (
 )
 
 
+class WriteBehind:
+    """Stores what is written in large amounts while there is more to come, and takes it out of the page cache.
+
+    So the flush at the end is short, guests keep their pages, and the copy goes on in pages that it has used already:
+    fresh ones cost the kernel time, in a virtual machine several times that of the copying.
+    """
+
+    def __init__(self, file: BlockFile) -> None:
+        self._file = file
+        self._start = self._end = self._amount = 0
+        self._stored: deque[tuple[int, int]] = deque()
+
+    def wrote(self, offset: int, length: int) -> None:
+        """Take note of what was written. A range of some MiB is stored by what follows it, and forgotten after that."""
+        if self._amount:
+            self._start, self._end = min(self._start, offset), max(self._end, offset + length)
+        else:
+            self._start, self._end = offset, offset + length
+        self._amount += length
+        if self._amount < _WRITE_BACK_STEP:
+            return
+        self._file.begin_flush(self._start, self._end - self._start)
+        self._stored.append((self._start, self._end - self._start))
+        self._amount = 0
+        if len(self._stored) > _KEPT_STEPS:
+            self._file.drop_behind(*self._stored.popleft())
+
+
 class Copier:
     """Copies ranges into one file, remembering which of the fast ways its file systems have refused."""
 
@@ -37,7 +67,7 @@ class Copier:
         self._target = target
         self._no_clone: set[int] = set()
         self._no_kernel_copy: set[int] = set()
-        self._since_flush = 0
+        self._behind = WriteBehind(target)
 
     def copy(
         self, source: BlockFile, source_offset: int, target_offset: int, length: int, on_step: Callable[[int], None]
@@ -58,13 +88,17 @@ class Copier:
             data = source.read_at(source_offset + done, min(_BUFFER_STEP, available - done))
             if not data:
                 break
-            self._target.write_at(target_offset + done, data)
+            self.write(target_offset + done, data)
             done += len(data)
             on_step(len(data))
-            self._write_back(len(data))
         if done < length:
             self.put_zeros(target_offset + done, length - done)
             on_step(length - done)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Write all of `data` at `offset`, as a part of what is copied."""
+        self._target.write_at(offset, data)
+        self._behind.wrote(offset, len(data))
 
     def put_zeros(self, offset: int, length: int) -> None:
         """Let the stretch of the target read as zeros: a hole where it may be one, for a grain may be 1 GiB."""
@@ -117,14 +151,7 @@ class Copier:
                 return done
             if not copied:
                 return done
+            self._behind.wrote(target_offset + done, copied)
             done += copied
             on_step(copied)
-            self._write_back(copied)
         return done
-
-    def _write_back(self, length: int) -> None:
-        """Keep the disk busy while there is more to copy, so that the flush at the end is short."""
-        self._since_flush += length
-        if self._since_flush >= _WRITE_BACK_STEP:
-            self._since_flush = 0
-            self._target.begin_flush()

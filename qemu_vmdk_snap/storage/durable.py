@@ -154,7 +154,7 @@ class NewFiles:
         except OSError as error:
             error.filename = str(path)  # the name that the user knows
             raise
-        file = PosixFile(fd, temporary)
+        file = PosixFile(fd, temporary, lazy=not self._durable)
         self._held.callback(file.close)
         self._pending.append((file, path))
         return file

@@ -46,7 +46,7 @@ class BulkFlat:
 
     def put_bytes(self, offset: int, data: Buffer) -> None:
         """Write `data` to `offset`."""
-        self._file.write_at(self._start + offset, data)
+        self._copier.write(self._start + offset, data)
 
     def finish(self) -> None:
         """Do nothing: the length was set at the start."""
@@ -109,7 +109,7 @@ class BulkSparse:
 
     def put_bytes(self, offset: int, data: Buffer) -> None:
         """Write `data` to `offset`."""
-        self._file.write_at(self._allocate(offset, len(data)), data)
+        self._copier.write(self._allocate(offset, len(data)), data)
 
     def mark_zeros(self, offset: int, length: int) -> None:
         """Mark the grains of the range, all whole, as zeros over any parent; the layout must allow that."""

@@ -65,7 +65,10 @@ class RecordingFile:
         self.pending.clear()
         self.log.append(None)
 
-    def begin_flush(self) -> None:
+    def begin_flush(self, offset: int, length: int) -> None:
+        pass
+
+    def drop_behind(self, offset: int, length: int) -> None:
         pass
 
     def next_data(self, offset: int) -> int:

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from qemu_vmdk_snap.errors import LockBusy
-from qemu_vmdk_snap.storage import copying, durable
+from qemu_vmdk_snap.storage import blockfile, copying, durable
 from qemu_vmdk_snap.storage.blockfile import PosixFile
 from qemu_vmdk_snap.storage.copying import Copier
 from qemu_vmdk_snap.storage.durable import NewFiles, new_file, publish, replace_file
 from qemu_vmdk_snap.storage.locks import lock_image
+from tests.support.recording import RecordingFile
 
 PRECIOUS = b"precious"
 
@@ -102,9 +103,15 @@ def test_what_a_full_disk_did_not_take_is_named_as_the_user_does(
             file.truncate(1)
             file.flush()
 
-    for name in ("copy_file_range", "pwrite", "ftruncate", "fdatasync", "fsync"):
+    def full_behind(*_arguments: int) -> int:
+        return errno.ENOSPC
+
+    monkeypatch.setattr(copying, "_WRITE_BACK_STEP", 1)
+    monkeypatch.setattr(copying, "_KEPT_STEPS", 0)
+    calls = [(os, name, full) for name in ("copy_file_range", "pwrite", "ftruncate", "fdatasync", "fsync")]
+    for owner, name, failure in [*calls, (blockfile, "_sync_file_range", full_behind)]:
         with monkeypatch.context() as patch:
-            patch.setattr(os, name, full)
+            patch.setattr(owner, name, failure)
             with pytest.raises(OSError, match="No space left") as caught:
                 fill()
         assert caught.value.filename == str(tmp_path / "a"), name
@@ -194,6 +201,52 @@ def test_every_way_of_copying(
     assert sum(steps) == length
     source.close()
     target.close()
+
+
+def test_a_large_copy_is_stored_and_forgotten_behind_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it pushes the pages of guests out of memory, and the flush at its end takes long."""
+    monkeypatch.setattr(copying, "_WRITE_BACK_STEP", 1000)
+    monkeypatch.setattr(copying, "_KEPT_STEPS", 2)
+    calls: list[tuple[str, int, int]] = []
+
+    class Target(RecordingFile):
+        def begin_flush(self, offset: int, length: int) -> None:
+            calls.append(("begin", offset, length))
+
+        def drop_behind(self, offset: int, length: int) -> None:
+            calls.append(("drop", offset, length))
+
+    copier = Copier(Target(tmp_path / "target"))
+    for offset in (0, 600, 5000, 6000, 7000, 3000, 9000):
+        copier.write(offset, bytes(600 if offset < 5000 else 1000))
+    assert calls == [
+        ("begin", 0, 1200),
+        ("begin", 5000, 1000),
+        ("begin", 6000, 1000),
+        ("drop", 0, 1200),
+        ("begin", 7000, 1000),
+        ("drop", 5000, 1000),
+        ("begin", 3000, 7000),
+        ("drop", 6000, 1000),
+    ]
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_only_a_file_that_somebody_waits_for_is_stored_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    ranges: list[tuple[int, int, int]] = []
+
+    def noted(_fd: int, *arguments: int) -> int:
+        ranges.append(arguments)  # type: ignore[arg-type]
+        return errno.ENOSYS
+
+    monkeypatch.setattr(blockfile, "_sync_file_range", noted)
+    with NewFiles(durable=durable) as files:
+        file = files.add(tmp_path / "a")
+        file.begin_flush(0, 10)
+        file.drop_behind(10, 20)  # a system that has no such call is no reason to fail
+    assert ranges == ([(0, 10, 2), (10, 20, 7)] if durable else [])
 
 
 def test_what_a_copy_is_filled_up_with_takes_no_space(tmp_path: Path) -> None:
