@@ -19,6 +19,7 @@ from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import LockBusy, VmdkSnapError
 
 PROGRAM = "qemu-vmdk-snap"
+_HELP = frozenset({"-h", "--help"})
 _ANY_WIDTH = 80
 
 
@@ -63,7 +64,7 @@ def _main(words: list[str]) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     module = cast(CommandModule, importlib.import_module(command.module))
     # How wide a terminal is matters to those alone who ask for help; finding out takes 4 ms of imports.
-    parser = make_parser(module, command, prog, width=None if {"-h", "--help"} & set(rest) else _ANY_WIDTH)
+    parser = make_parser(module, command, prog, width=None if _HELP & set(rest) else _ANY_WIDTH)
     args = parser.parse_args(rest)
     ui = Ui(
         json_output=getattr(args, "output_format", "human") == "json",
@@ -164,12 +165,16 @@ def _find(words: Sequence[str]) -> tuple[Command | None, str, list[str]]:
 
 
 def _show_help(words: Sequence[str]) -> int:
-    group = next((word for word in words if not word.startswith("-")), None)
-    wanted = not words or words[-1] in ("-h", "--help", "help")
+    stray = next((word for word in words[:2] if word.startswith("-") and word not in _HELP), None)
+    if stray is not None:
+        sys.stderr.write(f"{PROGRAM}: no option {stray!r} here: options follow the command (try {PROGRAM} --help)\n")
+        return exit_status.USAGE
+    wanted = not words or words[-1] == "help" or not _HELP.isdisjoint(words)
+    plain = [word for word in words if not word.startswith("-")]
+    group = plain[0] if plain else None
     if group in COMMANDS:
-        names = [word for word in words[1:] if not word.startswith("-")]
-        if names and not wanted:
-            sys.stderr.write(f"{PROGRAM} {group}: no command {names[0]!r} (try {PROGRAM} {group} --help)\n")
+        if len(plain) > 1 and not wanted:
+            sys.stderr.write(f"{PROGRAM} {group}: no command {plain[1]!r} (try {PROGRAM} {group} --help)\n")
             return exit_status.USAGE
         rows = [(f"{group} {name}", command.help) for name, command in COMMANDS[str(group)].items()]
         return _print_help(f"usage: {PROGRAM} {group} COMMAND ...\n\n{GROUPS[str(group)]}", rows, wanted)

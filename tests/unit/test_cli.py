@@ -47,6 +47,15 @@ def test_without_words_the_help_goes_to_standard_error(capsys: pytest.CaptureFix
     assert capsys.readouterr().err.startswith("usage:")
 
 
+@pytest.mark.parametrize(
+    "words", [["-q", "image", "create"], ["image", "-q", "create"], ["-c", "qemu:///system"], ["-x"]]
+)
+def test_an_option_in_front_of_the_command_is_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == exit_status.USAGE
+    stray = next(word for word in words if word.startswith("-"))
+    assert capsys.readouterr().err.startswith(f"qemu-vmdk-snap: no option '{stray}' here: options follow the command")
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"qemu-vmdk-snap {__version__}\n"
