@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from qemu_vmdk_snap.chain.chain import Chain
 from qemu_vmdk_snap.chain.disk import Disk, RawDisk
@@ -22,6 +20,9 @@ from qemu_vmdk_snap.vmdk.runs import COMPRESSED, HOLE, NO_SOURCE, Row
 from qemu_vmdk_snap.vmdk.stream import StreamExtent
 from qemu_vmdk_snap.vmdk.stream_reader import GrainRecord, StreamReader
 
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
 _STEP: Final = 4 * MIB
 _HOLE_UNIT: Final = 64 * KIB
 _AHEAD_BYTES: Final = 64 * MIB
@@ -31,6 +32,8 @@ Job = Callable[[], bytes]
 
 def _in_order(jobs: Iterable[tuple[Row, Job | None]], grain_bytes: int) -> Iterator[tuple[Row, bytes | None]]:
     """Yield each row with the result of its job; jobs run on all cores, a bounded number ahead."""
+    from concurrent.futures import ThreadPoolExecutor  # takes as long as a small copy
+
     threads = len(os.sched_getaffinity(0))
     ahead = max(1, min(16 * threads, _AHEAD_BYTES // grain_bytes))
     pending: deque[tuple[Row, Future[bytes] | None]] = deque()
@@ -152,6 +155,8 @@ class StreamDisk:
 
 def spooled_raw(pipe: PipeReader, folder: Path) -> RawDisk:
     """Return a raw disk with all that a pipe brings, in a nameless file in `folder`: its size must be known first."""
+    import tempfile  # takes some ms, and most copies need no spool
+
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".spool-") as file:
         while data := pipe.read(_STEP):
             for start in range(0, len(data), _HOLE_UNIT):

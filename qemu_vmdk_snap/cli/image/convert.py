@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -115,6 +114,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 def _open_source(args: argparse.Namespace) -> Disk:
     if str(args.filename) != "-":
         return open_disk(args.filename, args.format, args)
+    import tempfile  # needed only for pipes, as these are
+
     from qemu_vmdk_snap.ops.pipes import StreamDisk, spooled_raw
     from qemu_vmdk_snap.storage.pipes import PipeReader
 
