@@ -16,7 +16,7 @@ from qemu_vmdk_snap.ops.progress import OnProgress, Progress, ignore
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
 from qemu_vmdk_snap.storage.intent import pending_in
 from qemu_vmdk_snap.storage.locks import lock_image
-from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
+from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd_header import COWD_MAGIC, CowdHeader, legacy_descriptor, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, NO_PARENT, Descriptor, ExtentLine, is_descriptor
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, open_extent
@@ -323,7 +323,12 @@ class _Checker:
         if header.capacity < line.sectors:
             rule = f"must be at least the {line.sectors} sectors that the descriptor gives the extent"
             self._findings.corrupt(file.path, header.offset_of("capacity"), "capacity", header.capacity, rule)
-        return self._audit(file, header, total).end
+        end = self._audit(file, header, total).end
+        if byte_sectors(end) - header.free_sector >= header.grain_size:
+            rule = f"must lie behind everything in use, at sector {byte_sectors(end)}: the next writer goes on there"
+            at = header.offset_of("free_sector")
+            self._findings.corrupt(file.path, at, "free_sector", header.free_sector, rule)
+        return end
 
     def _audit(self, file: BlockFile, header: SparseExtentHeader | CowdHeader, total: int) -> TableAudit:
         unit = sector_bytes(header.grain_size)

@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from qemu_vmdk_snap.ops.findings import LISTED, Findings, Severity
+from qemu_vmdk_snap.ops.table_shape import TableShape, shape_of
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
-from qemu_vmdk_snap.vmdk.cowd_header import HEADER_BYTES, CowdHeader
-from qemu_vmdk_snap.vmdk.header import HeaderFlag, SparseExtentHeader
+from qemu_vmdk_snap.vmdk.cowd_header import CowdHeader
+from qemu_vmdk_snap.vmdk.header import SparseExtentHeader
 from qemu_vmdk_snap.vmdk.tables import GrainTables, read_directory
 
 _TABLES_AT_ONCE: Final = 2048
@@ -61,53 +62,6 @@ class TableAudit:
     """Sectors of grains that overlap the grain before them, as entries have them."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """What the audit must know of a header; places and sizes in sectors."""
-
-    capacity: int
-    grain_size: int
-    gtes_per_gt: int
-    gt_sectors: int
-    gd_entries: int
-    gd_offset: int
-    rgd_offset: int | None
-    fixed: tuple[tuple[int, int], ...]
-    """(sector, sectors) of the metadata that are no directories and tables."""
-    lowest: int
-    """The smallest table entry that is a place."""
-    on_demand: bool
-    """Whether tables may be missing."""
-    used: range
-    """Where what nothing names is lost; the first table, if it lies behind the beginning, moves that there."""
-
-
-def _shape_of(header: SparseExtentHeader | CowdHeader) -> _Shape:
-    if isinstance(header, CowdHeader):
-        fixed: tuple[tuple[int, int], ...] = ((0, byte_sectors(HEADER_BYTES)),)
-        entries, redundant, lowest = header.tables, None, 1
-        # ESXi makes the file longer in large steps: behind the sectors in use nothing is lost yet.
-        used = range(0, header.free_sector)
-    else:
-        fixed = ((0, 1), (header.descriptor_offset, header.descriptor_size))
-        entries, redundant = header.gd_entries, header.rgd_offset if header.redundant else None
-        lowest = 2 if header.flags & HeaderFlag.ZEROED_GRAINS else 1
-        used = range(header.overhead, 1 << 62)
-    return _Shape(
-        capacity=header.capacity,
-        grain_size=header.grain_size,
-        gtes_per_gt=header.gtes_per_gt,
-        gt_sectors=header.gt_sectors,
-        gd_entries=entries,
-        gd_offset=header.gd_offset,
-        rgd_offset=redundant,
-        fixed=fixed,
-        lowest=lowest,
-        on_demand=isinstance(header, CowdHeader),
-        used=used,
-    )
-
-
 def audit_tables(
     file: BlockFile,
     header: SparseExtentHeader | CowdHeader,
@@ -115,11 +69,11 @@ def audit_tables(
     on_grains: Callable[[int], None],
 ) -> TableAudit:
     """Add what is wrong with the tables to `findings`; `on_grains` hears how many grains each window had."""
-    return _Audit(file, _shape_of(header), findings).run(on_grains)
+    return _Audit(file, shape_of(header), findings).run(on_grains)
 
 
 class _Audit:
-    def __init__(self, file: BlockFile, header: _Shape, findings: Findings) -> None:
+    def __init__(self, file: BlockFile, header: TableShape, findings: Findings) -> None:
         self._file, self._path, self._header, self._findings = file, file.path, header, findings
         self._size = file.size()
         self._grains = -(-header.capacity // header.grain_size)

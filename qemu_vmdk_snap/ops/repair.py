@@ -20,11 +20,13 @@ from qemu_vmdk_snap.ops.check import CheckReport, check_image
 from qemu_vmdk_snap.ops.guard import guarded_intent
 from qemu_vmdk_snap.ops.progress import OnProgress, ignore
 from qemu_vmdk_snap.ops.repair_plan import Copied, ExtentPlan, ExtentRepair
+from qemu_vmdk_snap.ops.table_shape import shape_of
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
 from qemu_vmdk_snap.storage.durable import new_file
 from qemu_vmdk_snap.storage.intent import Intent
 from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, sector_bytes
+from qemu_vmdk_snap.vmdk.cowd_header import COWD_MAGIC, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, NO_PARENT, Descriptor, is_descriptor
 from qemu_vmdk_snap.vmdk.header import MAGIC, NEWLINE_PROBE, HeaderFlag, SparseExtentHeader, check_header
 
@@ -69,26 +71,27 @@ def repair(
     settle(path.parent, opener=opener)
     before = check_image(path, resolver=resolver, opener=opener, on_progress=on_progress)
     mend = not leaks_only and before.corruptions > 0
-    reclaim = before.leaks > 0 and (not leaks_only or not before.corruptions)
+    reclaim = mend or (before.leaks > 0 and not before.corruptions)  # what is mended may leave space that nothing names
     if not (mend or reclaim):
         return RepairReport(before, before, None)
     with contextlib.ExitStack() as stack:
-        plans, headers = _plans(path, resolver, opener, mend, reclaim, stack)
+        files = _files(path, resolver, opener, stack)
+        plans = [_plan(file, mend=mend, reclaim=reclaim) for file in files]
         if relink_cids:
             plans[0].patches += _relinked(plans[0].file, resolver, opener)
-        if not headers and not any(plan.changes for plan in plans):
+        if not any(plan.changes for plan in plans):
             return RepairReport(before, before, None)
         record = Path(undo) if undo is not None else path.with_name(path.name + ".undo")
-        _carry_out(path, plans, headers, record)
+        _carry_out(path, plans, record)
     return RepairReport(before, check_image(path, resolver=resolver, opener=opener, on_progress=on_progress), record)
 
 
-def _carry_out(path: Path, plans: list[ExtentPlan], headers: dict[Path, bytes], record: Path) -> None:
-    _write_undo(record, plans, headers)
+def _carry_out(path: Path, plans: list[ExtentPlan], record: Path) -> None:
+    _write_undo(record, plans)
     intent = guarded_intent(OPERATION, path, [plan.file.path for plan in plans], {"undo": str(record.resolve())})
     intent.begin()
     for plan in plans:
-        _apply(plan, headers.get(plan.file.path))
+        _apply(plan)
     intent.end()
 
 
@@ -136,28 +139,33 @@ def _opened(path: Path, opener: FileOpener) -> BlockFile:
     return file
 
 
-def _plans(
-    path: Path, resolver: Resolver, opener: FileOpener, mend: bool, reclaim: bool, stack: contextlib.ExitStack
-) -> tuple[list[ExtentPlan], dict[Path, bytes]]:
-    """Return the plan of every file, the descriptor's first, and the headers that change."""
-    plans: list[ExtentPlan] = []
-    headers: dict[Path, bytes] = {}
-    for file in _files(path, resolver, opener, stack):
-        raw = file.read_at(0, SECTOR_SIZE)
-        if raw[:4] != MAGIC:
-            plans.append(ExtentPlan(file, end=file.size()))
-            continue
-        header = SparseExtentHeader.parse(raw, path=file.path)
-        mended = replace(header, unclean_shutdown=0)
-        if header.flags & HeaderFlag.NEWLINE_TEST:
-            mended = replace(mended, newline_probe=NEWLINE_PROBE)
-        check_header(mended, file.path, file.size())
-        if header.compressed or header.flags & HeaderFlag.MARKERS:
-            raise Unsupported(file.path, "streamOptimized extents cannot be repaired: convert what can be read")
-        if mend and mended != header:
-            headers[file.path] = mended.serialise()
-        plans.append(ExtentRepair(file, mended).plan(mend=mend, reclaim=reclaim))
-    return plans, headers
+def _plan(file: BlockFile, *, mend: bool, reclaim: bool) -> ExtentPlan:
+    """Return what is to be written into one file: a descriptor, or an extent."""
+    raw = file.read_at(0, SECTOR_SIZE)
+    if raw[:4] == COWD_MAGIC:
+        return _plan_cowd(file, mend=mend, reclaim=reclaim)
+    if raw[:4] != MAGIC:
+        return ExtentPlan(file, end=file.size())
+    header = SparseExtentHeader.parse(raw, path=file.path)
+    mended = replace(header, unclean_shutdown=0)
+    if header.flags & HeaderFlag.NEWLINE_TEST:
+        mended = replace(mended, newline_probe=NEWLINE_PROBE)
+    check_header(mended, file.path, file.size(), tolerant=True)
+    if header.compressed or header.flags & HeaderFlag.MARKERS:
+        raise Unsupported(file.path, "streamOptimized extents cannot be repaired: convert what can be read")
+    plan = ExtentRepair(file, shape_of(mended)).plan(mend=mend, reclaim=reclaim)
+    mended = replace(mended, gd_offset=plan.gd_offset, rgd_offset=plan.rgd_offset or mended.rgd_offset)
+    if mend and mended != header:
+        plan.header = mended.serialise()
+    return plan
+
+
+def _plan_cowd(file: BlockFile, *, mend: bool, reclaim: bool) -> ExtentPlan:
+    header = read_cowd_header(file, file.path)
+    plan = ExtentRepair(file, shape_of(header)).plan(mend=mend, reclaim=reclaim)
+    if plan.used != header.free_sector:
+        plan.header = replace(header, free_sector=plan.used).serialise()
+    return plan
 
 
 def _files(path: Path, resolver: Resolver, opener: FileOpener, stack: contextlib.ExitStack) -> Iterator[BlockFile]:
@@ -167,7 +175,7 @@ def _files(path: Path, resolver: Resolver, opener: FileOpener, stack: contextlib
     if not is_descriptor(file.read_at(0, SECTOR_SIZE)):
         return
     for line in Descriptor.parse(file.read_at(0, MAX_BYTES), path=path).extents:
-        if line.file is not None and line.type == "SPARSE":
+        if line.file is not None and line.type in ("SPARSE", "VMFSSPARSE"):
             extent = _opened(resolver(path, line.file, "extent"), opener)
             stack.callback(extent.close)
             yield extent
@@ -201,14 +209,14 @@ def _descriptor(file: BlockFile) -> Descriptor:
     return Descriptor.parse(raw, path=file.path, base=base)
 
 
-def _write_undo(path: Path, plans: list[ExtentPlan], headers: dict[Path, bytes]) -> None:
+def _write_undo(path: Path, plans: list[ExtentPlan]) -> None:
     files: list[dict[str, Any]] = []
     sources: list[tuple[BlockFile, int, int]] = []
     for plan in plans:
         size = plan.file.size()
         ranges = [(at, min(len(data), size - at)) for at, data in plan.patches] + plan.kept
-        if plan.file.path in headers:
-            ranges.append((0, SECTOR_SIZE))
+        if plan.header is not None:
+            ranges.append((0, len(plan.header)))
         ranges = [(at, min(length, size - at)) for at, length in ranges if at < size]
         files.append({"path": str(plan.file.path.resolve()), "size": size, "ranges": ranges})
         sources += [(plan.file, at, length) for at, length in ranges]
@@ -222,7 +230,7 @@ def _write_undo(path: Path, plans: list[ExtentPlan], headers: dict[Path, bytes])
                 position += min(_STEP, length - skip)
 
 
-def _apply(plan: ExtentPlan, header: bytes | None) -> None:
+def _apply(plan: ExtentPlan) -> None:
     file = plan.file
     for copied in plan.copies:
         _copy(file, copied)
@@ -232,8 +240,8 @@ def _apply(plan: ExtentPlan, header: bytes | None) -> None:
     for at, data in plan.patches:
         file.write_at(at, data)
     file.flush()  # barrier: nothing names what is cut
-    if header is not None:
-        file.write_at(0, header)
+    if plan.header is not None:
+        file.write_at(0, plan.header)
     if plan.end != file.size():
         file.truncate(plan.end)
     file.flush()

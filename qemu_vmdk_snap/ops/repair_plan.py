@@ -1,10 +1,11 @@
-"""What has to be written to mend the tables of one hosted sparse extent; nothing is written here.
+"""What has to be written to mend the tables of one hosted sparse or COWD extent; nothing is written here.
 
-The good copy of a table entry wins; an entry that is good in neither copy becomes 0 (the parent, or zeros, answers). Of
-grains that share a place, the first in guest order keeps it and the others get copies. Grains at the end of the file
-move into gaps that nothing names, so that the end can be cut.
+The good copy of a table entry wins; an entry that is good in neither copy becomes 0 (the parent, or zeros, answers). A
+directory that lies outside the file is made anew, with its tables, from the other one. Of grains that share a place,
+the first in guest order keeps it and the others get copies. Grains at the end of the file move into gaps that nothing
+names, so that the end can be cut.
 
-Memory: some 30 bytes for each allocated grain, and the tables that change.
+Memory: some 60 bytes for each allocated grain, and the tables that change.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.ops.table_shape import TableShape
 from qemu_vmdk_snap.storage.blockfile import BlockFile
-from qemu_vmdk_snap.units import Sector, byte_sectors, round_up, sector_bytes
-from qemu_vmdk_snap.vmdk.header import HeaderFlag, SparseExtentHeader
+from qemu_vmdk_snap.units import byte_sectors, round_up, sector_bytes
+from qemu_vmdk_snap.vmdk.grains import MAX_FILE_SECTORS
 
 _TABLES_AT_ONCE: Final = 2048
 
+Bools = npt.NDArray[np.bool_]
 Int64s = npt.NDArray[np.int64]
 Entries = npt.NDArray[Any]
 
@@ -48,28 +52,84 @@ class ExtentPlan:
     """(byte, length) of what is named by no patch, and is to be brought back by an undo all the same."""
     end: int = 0
     """The length of the file afterwards."""
+    gd_offset: int = 0
+    """Sector of the primary directory afterwards."""
+    rgd_offset: int | None = None
+    used: int = 0
+    """Sectors of the file that are in use afterwards."""
+    header: bytes | None = None
+    """The header, if it changes: last of all."""
 
     @property
     def changes(self) -> bool:
         """Whether anything is to be written."""
-        return bool(self.copies or self.fresh or self.patches) or self.end != self.file.size()
+        tables = self.copies or self.fresh or self.patches
+        return bool(tables) or self.header is not None or self.end != self.file.size()
+
+
+def _overlap(start: int, length: int, other: int, others: int) -> bool:
+    return start < other + others and other < start + length
+
+
+def _near(places: Int64s, copy: _Copy, length: int, *, but_one: bool = False) -> Bools:
+    """Return which of `places`, so long, lie over a usable table of `copy`; over two, where one is the place itself."""
+    starts = np.sort(copy.directory[copy.usable])
+    found = np.searchsorted(starts, places + length, "left") - np.searchsorted(starts, places - length, "right")
+    return np.asarray(found > but_one)
+
+
+class _Made(NamedTuple):
+    """Tables made anew, one behind the other, behind their directory if that is new too; sectors."""
+
+    place: int
+    lead: int
+    """Of the directory; 0 where it stays."""
+    length: int
+    tables: Int64s
+
+    def content(self, entries: dict[int, Entries], shape: TableShape) -> tuple[int, bytes]:
+        """Return the byte where it begins, and all of it."""
+        places = self.place + self.lead + np.arange(len(self.tables)) * shape.gt_sectors
+        head = places.astype("<u4").tobytes() if self.lead else b""
+        size = sector_bytes(shape.gt_sectors)
+        rows = (entries[table].astype("<u4").tobytes().ljust(size, b"\0") for table in self.tables.tolist())
+        whole = head.ljust(sector_bytes(self.lead), b"\0") + b"".join(rows)
+        return sector_bytes(self.place), whole.ljust(sector_bytes(self.length), b"\0")
 
 
 class _Copy:
     """One of the two directories with its tables, and which of these can be used."""
 
-    def __init__(self, file: BlockFile, header: SparseExtentHeader, gd_offset: int) -> None:
-        self.file, self.header, self.gd_offset = file, header, gd_offset
-        raw = file.read_at(sector_bytes(gd_offset), header.gd_entries * 4)
-        self.directory = np.frombuffer(raw, "<u4").astype(np.int64)
-        inside = sector_bytes(1) * (self.directory + header.gt_sectors) <= file.size()
-        first = np.zeros(len(self.directory), bool)
-        first[np.unique(self.directory, return_index=True)[1]] = True  # of two entries with one table the first has it
-        self.usable = (self.directory > 0) & inside & first
+    def __init__(self, file: BlockFile, shape: TableShape, gd_offset: int) -> None:
+        self.file, self.shape, self.gd_offset = file, shape, gd_offset
+        size = file.size()
+        self.lost = not gd_offset or sector_bytes(gd_offset + shape.gd_sectors) > size
+        """Whether there is no directory where the header says."""
+        raw = b"" if self.lost else file.read_at(sector_bytes(gd_offset), shape.gd_entries * 4)
+        self.directory = np.frombuffer(raw.ljust(shape.gd_entries * 4, b"\0"), "<u4").astype(np.int64)
+        inside = sector_bytes(1) * (self.directory + shape.gt_sectors) <= size
+        self.usable: Bools = (self.directory > 0) & inside
+        for start, length in shape.fixed:
+            self.usable &= ~self.over(start, length)
+
+    def over(self, start: int, sectors: int) -> Bools:
+        """Return which tables lie over the stretch."""
+        return (self.directory < start + sectors) & (self.directory + self.shape.gt_sectors > start)
+
+    def give_up(self) -> None:
+        """Take the directory for lost: what the header names is something else."""
+        self.lost = True
+        self.directory[:] = 0
+        self.usable[:] = False
+
+    @property
+    def wanting(self) -> Bools:
+        """Which tables are to be made anew: in a kind that makes them on demand, those alone that an entry names."""
+        return ~self.usable & (self.directory > 0) if self.shape.on_demand else ~self.usable
 
     def read(self, first: int, last: int) -> Entries:
         """Return the entries of the tables [first, last), zeros for those that cannot be used; one row a table."""
-        per_table = self.header.gtes_per_gt
+        per_table = self.shape.gtes_per_gt
         found = np.zeros((last - first, per_table), "<u4")
         for table in (np.flatnonzero(self.usable[first:last]) + first).tolist():
             offset = sector_bytes(int(self.directory[table]))
@@ -81,44 +141,125 @@ class _Copy:
 class ExtentRepair:
     """Works out the plan of one extent."""
 
-    def __init__(self, file: BlockFile, header: SparseExtentHeader) -> None:
-        self._file, self._header = file, header
-        self._step = header.grain_size
-        self._lowest = 2 if header.flags & HeaderFlag.ZEROED_GRAINS else 1
-        self._primary = _Copy(file, header, header.gd_offset)
-        self._redundant = _Copy(file, header, header.rgd_offset) if header.redundant else None
+    def __init__(self, file: BlockFile, shape: TableShape) -> None:
+        self._file, self._shape = file, shape
+        self._step = shape.grain_size
+        self._lowest = shape.lowest
+        self._primary = _Copy(file, shape, shape.gd_offset)
+        self._redundant = None if shape.rgd_offset is None else _Copy(file, shape, shape.rgd_offset)
         self._copies = [copy for copy in (self._redundant, self._primary) if copy is not None]
+        self._doubt_directories()
+        self._set_aside_overlapping()
         self._size = byte_sectors(file.size())
         self._meta = self._metadata()
+        self._floor = self._first_use()
         self._tables: dict[int, Entries] = {}
-        self._next = byte_sectors(round_up(file.size(), sector_bytes(self._step)))
+        self._next = 0
         self._plan = ExtentPlan(file)
         self._gaps: list[tuple[int, int]] = []
         self._placed: list[tuple[int, int]] = []
+        self._made: list[_Made] = []
+        self._split_to: dict[int, int] = {}
 
     def plan(self, *, mend: bool, reclaim: bool) -> ExtentPlan:
-        """Return what to write: to `mend` what is wrong, to `reclaim` leaked space, or both."""
-        grains, sectors = self._choose(mend)
+        """Return what to write: to `mend` what is wrong, to `reclaim` leaked space, or both.
+
+        Raises:
+            Unsupported: what has to be copied would not fit into the file.
+        """
+        plan, grains, sectors = self._plan, *self._choose(mend)
+        last = int(sectors.max()) + self._step if len(sectors) else 0
+        used = max(int(self._meta[1][-1]), self._shape.used.start, last)
+        if self._shape.on_demand and not reclaim:
+            used = max(used, self._shape.used.stop)
         if mend:
             if reclaim:
                 self._gaps = self._free(sectors)
-                last = int(np.max(sectors, initial=0))
-                used = max(int(self._meta[1][-1]), self._header.overhead, last + self._step)
-                self._next = Sector(round_up(used, self._step))
+            whole = self._shape.on_demand or reclaim  # else nothing in the file is free
+            self._next = round_up(used if whole else max(used, self._size), self._step)
             sectors = self._split(grains, sectors)
             self._replace_tables()
-        self._plan.end = sector_bytes(self._next) if mend and self._next > self._size else self._file.size()
+        plan.end = max(self._file.size(), sector_bytes(self._next) if mend else 0)
         if reclaim:
             self._reclaim(grains, sectors)
         for table, entries in sorted(self._tables.items()):
             for copy in self._copies:
                 if copy.usable[table]:
-                    self._plan.patches.append(
-                        (sector_bytes(int(copy.directory[table])), entries.astype("<u4").tobytes())
-                    )
+                    plan.patches.append((sector_bytes(int(copy.directory[table])), entries.astype("<u4").tobytes()))
+        plan.fresh = [made.content(self._tables, self._shape) for made in self._made]
         if mend:
-            self._plan.kept = list(self._lost())
-        return self._plan
+            plan.kept = list(self._lost())
+        plan.gd_offset = self._primary.gd_offset
+        plan.rgd_offset = None if self._redundant is None else self._redundant.gd_offset
+        plan.used = byte_sectors(plan.end) if reclaim else max(used, *(sum(place) for place in self._filled()), 0)
+        return plan
+
+    def _filled(self) -> Iterator[tuple[int, int]]:
+        """Yield what is filled anew, as (sector, sectors)."""
+        yield from self._placed
+        yield from ((byte_sectors(copied.target), self._step) for copied in self._plan.copies)
+
+    def _doubt_directories(self) -> None:
+        """Find out whether the header names something else as a directory; of two the one with fewer tables is wrong.
+
+        Raises:
+            FormatError: it does so for each copy.
+        """
+        shape = self._shape
+        for copy in self._copies:
+            if any(_overlap(copy.gd_offset, shape.gd_sectors, *part) for part in shape.fixed):
+                copy.give_up()
+        *worse, better = sorted(self._copies, key=lambda copy: int(np.count_nonzero(copy.usable)))
+        for copy in worse:
+            over = _overlap(copy.gd_offset, shape.gd_sectors, better.gd_offset, shape.gd_sectors)
+            if not copy.usable.all():  # else it is a directory, and what lies over it is none of its tables
+                over |= bool((better.over(copy.gd_offset, shape.gd_sectors) & better.usable).any())
+            # In front of the grains a directory is where it was laid out, however little of it is left.
+            few = 2 * np.count_nonzero(copy.usable) < np.count_nonzero(better.usable)
+            if over or (few and copy.gd_offset >= shape.used.start):
+                copy.give_up()
+        if all(copy.lost for copy in self._copies):
+            rule = "must name a grain directory, and none of the header's copies does"
+            raise FormatError(self._file.path, 0, "gd_offset", self._primary.gd_offset, rule)
+
+    def _set_aside_overlapping(self) -> None:
+        """Let no table be used that lies over a directory or another table.
+
+        Of tables that lie over one another those go that have a twin in the other copy; else the first one stays. Where
+        the two copies clash, and one of them has more wrong with it, nothing of the other goes.
+        """
+        sectors = self._shape.gd_sectors
+        for copy in self._copies:
+            for other in self._copies:
+                if not other.lost:
+                    copy.usable &= ~copy.over(other.gd_offset, sectors)
+        aside = [
+            copy.usable & _near(copy.directory, copy, self._shape.gt_sectors, but_one=True) for copy in self._copies
+        ]
+        if len(self._copies) > 1:
+            trouble = [int(np.count_nonzero(~copy.usable | own)) for copy, own in zip(self._copies, aside, strict=True)]
+            clash = [
+                copy.usable & _near(copy.directory, other, self._shape.gt_sectors)
+                for copy, other in zip(self._copies, reversed(self._copies), strict=True)
+            ]
+            for number, own in enumerate(aside):
+                if trouble[number] >= trouble[1 - number]:
+                    own |= clash[number]
+        for copy, own in zip(self._copies, aside, strict=True):
+            copy.usable &= ~own
+        for number, (copy, own) in reversed(list(enumerate(zip(self._copies, aside, strict=True)))):
+            alone = own if len(self._copies) == 1 else own & ~self._copies[1 - number].usable
+            for table in np.flatnonzero(alone).tolist():
+                sector = int(copy.directory[table])
+                if not any((one.over(sector, self._shape.gt_sectors) & one.usable).any() for one in self._copies):
+                    copy.usable[table] = True
+
+    def _first_use(self) -> int:
+        """Return the sector before which nothing is lost, though nothing names it."""
+        if not self._shape.on_demand:
+            return self._shape.used.start
+        tables = self._primary.directory[self._primary.usable]
+        return int(tables.min(initial=self._shape.used.stop))  # a directory that has moved leaves its place before it
 
     def _lost(self) -> Iterator[tuple[int, int]]:
         """Yield what is overwritten or cut off, though nothing names it: it may be what a damaged entry has named."""
@@ -132,12 +273,12 @@ class ExtentRepair:
             at = hole
 
     def _metadata(self) -> tuple[Int64s, Int64s]:
-        header = self._header
-        gd_sectors = byte_sectors(header.gd_entries * 4)
-        parts = [(0, 1), (header.descriptor_offset, header.descriptor_size)]
-        parts += [(copy.gd_offset, gd_sectors) for copy in self._copies]
+        shape = self._shape
+        parts = list(shape.fixed)
         for copy in self._copies:
-            parts += [(int(sector), header.gt_sectors) for sector in copy.directory[copy.usable]]
+            if not copy.lost:
+                parts.append((copy.gd_offset, shape.gd_sectors))
+            parts += [(int(sector), shape.gt_sectors) for sector in copy.directory[copy.usable]]
         parts = sorted(part for part in parts if part[1])
         starts, lengths = np.array(parts, np.int64).T
         return starts, np.maximum.accumulate(starts + lengths)
@@ -154,7 +295,7 @@ class ExtentRepair:
         """Decide every entry; return the grains that are stored and their sectors, in guest order."""
         named = self._primary_sectors() if mend else np.zeros(0, np.int64)
         grains, sectors = [], []
-        count, per_table = self._header.gd_entries, self._header.gtes_per_gt
+        count, per_table = self._shape.gd_entries, self._shape.gtes_per_gt
         for first in range(0, count, _TABLES_AT_ONCE):
             last = min(count, first + _TABLES_AT_ONCE)
             primary = self._primary.read(first, last)
@@ -168,7 +309,7 @@ class ExtentRepair:
         return np.concatenate(grains), np.concatenate(sectors)
 
     def _better(self, primary: Entries, first: int, last: int, named: Int64s) -> Entries:
-        good = self._good(primary)
+        good = self._good(primary) & self._primary.usable[first:last, None]
         other = np.zeros_like(primary) if self._redundant is None else self._redundant.read(first, last)
         other = np.where(self._good(other), other, 0)
         # A primary 0 whose redundant twin names a grain that nobody else has: the writer died between the two.
@@ -183,8 +324,8 @@ class ExtentRepair:
 
     def _primary_sectors(self) -> Int64s:
         found = []
-        for first in range(0, self._header.gd_entries, _TABLES_AT_ONCE):
-            entries = self._primary.read(first, min(self._header.gd_entries, first + _TABLES_AT_ONCE)).reshape(-1)
+        for first in range(0, self._shape.gd_entries, _TABLES_AT_ONCE):
+            entries = self._primary.read(first, min(self._shape.gd_entries, first + _TABLES_AT_ONCE)).reshape(-1)
             stored = entries[(entries >= self._lowest) & self._good(entries)]
             found.append(stored.astype(np.int64))
         return np.sort(np.concatenate(found))
@@ -195,21 +336,24 @@ class ExtentRepair:
         if self._redundant is not None:
             wrong |= (self._redundant.read(first, last) != chosen).any(axis=1)
         for copy in self._copies:
-            wrong |= ~copy.usable[first:last]
+            wrong |= copy.wanting[first:last]
         for row in np.flatnonzero(wrong).tolist():
             self._tables[first + row] = chosen[row].copy()
 
     def _split(self, grains: Int64s, sectors: Int64s) -> Int64s:
         """Give every grain that lies over another one a copy of its own, behind the end of the file."""
         order = np.lexsort((grains, sectors))
+        over = np.zeros(len(order) + 1, bool)
+        over[1:-1] = np.diff(sectors[order]) < self._step
         reach = -1
         sectors = sectors.copy()
-        for index in order.tolist():
+        for index in order[over[:-1] | over[1:]].tolist():
             sector = int(sectors[index])
             if sector >= reach:
                 reach = sector + self._step
                 continue
             place = self._place(self._step)
+            self._split_to[sector_bytes(place)] = len(self._plan.copies)
             self._plan.copies.append(Copied(sector_bytes(sector), sector_bytes(place), sector_bytes(self._step)))
             self._set(int(grains[index]), place)
             sectors[index] = place
@@ -221,63 +365,78 @@ class ExtentRepair:
             if end - start >= length:
                 self._gaps[number] = (start + length, end)
                 return start
-        place = int(self._next)
-        self._next = Sector(place + length)
+        place = self._next
+        self._next += length
+        if self._next > MAX_FILE_SECTORS:
+            feature = (
+                f"its copies of grains and tables do not fit: a file holds at most {MAX_FILE_SECTORS} sectors (2 TiB)"
+            )
+            raise Unsupported(self._file.path, feature)
         return place
 
     def _free(self, sectors: Int64s) -> list[tuple[int, int]]:
-        """Return the stretches behind the overhead that nothing uses and that hold a grain; not the file's end."""
+        """Return the stretches of the part in use that nothing names and that hold a grain; not the file's end."""
         placed = np.array(self._placed, np.int64).reshape(-1, 2)
         starts = np.concatenate([self._meta[0], sectors, placed[:, 0]])
         ends = np.concatenate([self._meta[1], sectors + self._step, placed.sum(axis=1)])
         order = np.argsort(starts, kind="stable")
         starts, ends = starts[order], np.maximum.accumulate(ends[order])
-        after = np.maximum(ends, self._header.overhead)[:-1]
+        after = np.maximum(ends, self._floor)[:-1]
         wide = np.flatnonzero(starts[1:] - after >= self._step)
         return list(zip(after[wide].tolist(), starts[1:][wide].tolist(), strict=True))
 
     def _replace_tables(self) -> None:
-        """Put tables that cannot be used where nothing is, and name them in the directory."""
-        table_sectors = round_up(self._header.gt_sectors, self._step)
+        """Find room for tables that cannot be used, and for a directory that is lost, where nothing is."""
+        shape = self._shape
         for copy in self._copies:
-            for table in np.flatnonzero(~copy.usable).tolist():
-                entries = self._tables[table].astype("<u4").tobytes()
-                place = self._place(table_sectors)
-                self._placed.append((place, table_sectors))
-                self._plan.fresh.append((sector_bytes(place), entries.ljust(sector_bytes(table_sectors), b"\0")))
-                at = sector_bytes(copy.gd_offset) + 4 * table
-                self._plan.patches.append((at, place.to_bytes(4, "little")))
+            wanting = np.flatnonzero(copy.wanting)
+            lead = shape.gd_sectors if copy.lost else 0
+            length = round_up(lead + len(wanting) * shape.gt_sectors, self._step)
+            if not length:
+                continue
+            place = self._place(length)
+            self._placed.append((place, length))
+            self._made.append(_Made(place, lead, length, wanting))
+            if copy.lost:
+                copy.gd_offset = place
+                continue
+            at = sector_bytes(copy.gd_offset)
+            for index, table in enumerate(wanting.tolist()):
+                sector = place + index * shape.gt_sectors
+                self._plan.patches.append((at + 4 * table, sector.to_bytes(4, "little")))
 
     def _reclaim(self, grains: Int64s, sectors: Int64s) -> None:
         """Move grains from the end into gaps while that lets the file end sooner; then say where it ends."""
-        tail = [int(index) for index in np.argsort(sectors)]
-        moved_end = max(
-            int(self._meta[1][-1]), self._header.overhead, *(start + length for start, length in self._placed), 0
-        )
+        placed = max((start + length for start, length in self._placed), default=0)
+        end = max(int(self._meta[1][-1]), self._shape.used.start, placed)  # what cannot be moved ends here
+        order = np.argsort(sectors)
+        left = len(order)
         for place, start in self._free(sectors):
-            while start - place >= self._step and tail and int(sectors[tail[-1]]) > place:
-                index = tail.pop()
+            while left and start - place >= self._step:
+                index = int(order[left - 1])
+                if int(sectors[index]) + self._step <= max(end, place):
+                    break
                 self._move(int(grains[index]), int(sectors[index]), place)
-                sectors[index] = place
+                left -= 1
                 place += self._step
-                moved_end = max(moved_end, place)
-        last = max([moved_end, *(int(sectors[index]) + self._step for index in tail[-1:])])
-        self._plan.end = min(self._plan.end, round_up(sector_bytes(last), sector_bytes(self._step)))
+                end = max(end, place)
+        if left:
+            end = max(end, int(sectors[order[left - 1]]) + self._step)
+        self._plan.end = min(self._plan.end, round_up(sector_bytes(end), sector_bytes(self._step)))
 
     def _move(self, grain: int, sector: int, place: int) -> None:
         unit = sector_bytes(self._step)
         source = sector_bytes(sector)
-        for number, copied in enumerate(self._plan.copies):
-            if copied.target == source:  # it was to be a copy anyway: straight to its last place
-                self._plan.copies[number] = copied._replace(target=sector_bytes(place))
-                break
+        if source in self._split_to:  # it was to be a copy anyway: straight to its last place
+            number = self._split_to.pop(source)
+            self._plan.copies[number] = self._plan.copies[number]._replace(target=sector_bytes(place))
         else:
             self._plan.copies.append(Copied(source, sector_bytes(place), unit))
             self._plan.kept.append((source, unit))
         self._set(grain, place)
 
     def _set(self, grain: int, sector: int) -> None:
-        table, index = divmod(grain, self._header.gtes_per_gt)
+        table, index = divmod(grain, self._shape.gtes_per_gt)
         if table not in self._tables:
             self._tables[table] = self._primary.read(table, table + 1)[0]
         self._tables[table][index] = sector

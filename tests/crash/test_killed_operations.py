@@ -11,6 +11,7 @@ import functools
 import os
 import shutil
 import signal
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -30,6 +31,7 @@ from qemu_vmdk_snap.ops.remove import remove
 from qemu_vmdk_snap.ops.repair import repair
 from qemu_vmdk_snap.ops.resize import resize
 from qemu_vmdk_snap.storage.intent import Intent
+from tests.support.esxi import cowd
 from tests.support.tree import Tree, line
 
 SIZE: Final = (1 << 20) + 1536
@@ -213,15 +215,26 @@ def copy_of(tree: Tree, folder: Path, *, files: bool = True) -> Tree:
     return copy
 
 
-def test_killed_repair_is_taken_back_and_can_be_asked_for_again(tmp_path: Path) -> None:
-    (tmp_path / "origin").mkdir()
-    origin = Tree(tmp_path / "origin", SIZE)
-    line(origin, 2)
-    with origin.path("image-2").open("r+b") as file:
+def unclean_with_leaks(tree: Tree) -> None:
+    with tree.path("image-2").open("r+b") as file:
         file.seek(72)
         file.write(b"\1")  # not closed cleanly
         file.seek(0, os.SEEK_END)
         file.write(b"leaked" * 30000)
+
+
+def lost_directory(tree: Tree) -> None:
+    with tree.path("image-2").open("r+b") as file:
+        file.seek(56)
+        file.write(bytes([255]) * 8)
+
+
+@pytest.mark.parametrize("fault", [unclean_with_leaks, lost_directory])
+def test_killed_repair_is_taken_back_and_can_be_asked_for_again(tmp_path: Path, fault: Callable[[Tree], None]) -> None:
+    (tmp_path / "origin").mkdir()
+    origin = Tree(tmp_path / "origin", SIZE)
+    line(origin, 2)
+    fault(origin)
     number, lived = 0, False
     while not lived:
         tree = copy_of(origin, tmp_path / "run")
@@ -234,6 +247,36 @@ def test_killed_repair_is_taken_back_and_can_be_asked_for_again(tmp_path: Path) 
         repair(path, resolver=confined())
         path.with_name("image-2.vmdk.undo").unlink(missing_ok=True)
         assert reads_as(tree, tree)
+        assert check_image(path, resolver=confined()).findings == ()
+    assert number > 10
+
+
+def test_killed_repair_of_cowd(tmp_path: Path) -> None:
+    (tmp_path / "origin").mkdir()
+    grains = {grain: bytes([grain + 1]) * 512 for grain in (0, 1, 2, 50)}
+    cowd(tmp_path / "origin" / "disk.vmdk", 5000, grains)
+    with (tmp_path / "origin" / "disk.vmdk").open("r+b") as file:
+        file.seek(28)
+        (free,) = struct.unpack("<I", file.read(4))
+        file.seek(28)
+        file.write(struct.pack("<I", free - 2))
+        file.seek(5 * 512 + 7 * 4)
+        file.write(struct.pack("<I", free - 1))  # grain 7 where grain 50 is
+    model = bytearray(5000 * 512)
+    for grain, data in {**grains, 7: grains[50]}.items():
+        model[grain * 512 : grain * 512 + 512] = data
+    number, lived = 0, False
+    while not lived:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(tmp_path / "origin", tmp_path / "run")
+        path = tmp_path / "run" / "disk.vmdk"
+        lived = killed_at(number, functools.partial(repair, path, resolver=confined()))
+        number += 1
+        recover(path.parent)
+        path.with_name("disk.vmdk.undo").unlink(missing_ok=True)
+        repair(path, resolver=confined())
+        with open_chain(path) as chain:
+            assert chain.read_at(0, chain.capacity) == model
         assert check_image(path, resolver=confined()).findings == ()
     assert number > 10
 

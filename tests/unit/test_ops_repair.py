@@ -62,9 +62,9 @@ def mend(tree: Tree, *, leaks_only: bool = False) -> RepairReport:
     return repair(tree.path("image-1"), resolver=confined(), leaks_only=leaks_only)
 
 
-def forget_grain(tree: Tree, grain: int) -> None:
-    old = tree.model["image-1"]
-    tree.model["image-1"] = old[: grain * GRAIN] + bytes(GRAIN) + old[(grain + 1) * GRAIN :]
+def forget_grain(tree: Tree, grain: int, *, of: str = "image-1") -> None:
+    old = tree.model[of]
+    tree.model[of] = old[: grain * GRAIN] + bytes(GRAIN) + old[(grain + 1) * GRAIN :]
 
 
 def nothing(tree: Tree, tables: Tables) -> None:
@@ -116,6 +116,31 @@ def redundant_table_beyond(tree: Tree, tables: Tables) -> None:
     put(tables.path, tables.rgd, struct.pack("<I", 0xFFFF_FF00))
 
 
+def one_table_for_both_copies(tree: Tree, tables: Tables) -> None:
+    put(tables.path, tables.gd + 4, tables.raw[tables.rgd + 4 : tables.rgd + 8])
+
+
+def a_table_over_another(tree: Tree, tables: Tables) -> None:
+    """Its first entries are the last of the table before it: what they name is stored, and means something else."""
+    (first,) = struct.unpack_from("<I", tables.raw, tables.gd)
+    put(tables.path, tables.gd + 4, struct.pack("<I", first - 1))
+
+
+def a_table_over_the_header(tree: Tree, tables: Tables) -> None:
+    put(tables.path, tables.gd, bytes(4))
+    put(tables.path, tables.rgd, struct.pack("<I", 1))
+    for grain in (0, 1, 2, 5):
+        forget_grain(tree, grain)
+
+
+def lost_directory(tree: Tree, tables: Tables) -> None:
+    put(tables.path, 56, struct.pack("<Q", 1 << 40))
+
+
+def no_redundant_directory(tree: Tree, tables: Tables) -> None:
+    put(tables.path, 48, struct.pack("<Q", 1 << 20))
+
+
 def header(tree: Tree, tables: Tables) -> None:
     put(tables.path, 72, b"\1\n \n\n")
 
@@ -156,6 +181,11 @@ FAULTS = [
     no_table_at_all,
     one_table_for_two,
     redundant_table_beyond,
+    one_table_for_both_copies,
+    a_table_over_another,
+    a_table_over_the_header,
+    lost_directory,
+    no_redundant_directory,
     header,
     leaked,
 ]
@@ -181,6 +211,21 @@ def test_mended_and_taken_back(tree: Tree, fault: Callable[[Tree, Tables], None]
     assert mend(tree).undo is not None
     report.undo.unlink()
     assert path.read_bytes() == mended
+    tree.verify()
+
+
+def test_zeros_over_a_parent_are_told_from_the_copy_that_is_left(tmp_path: Path) -> None:
+    tree = Tree(tmp_path, SIZE)
+    top = tree.base()
+    tree.write(top, 0, b"below" * GRAIN)
+    top = tree.overlay(top, grain=GRAIN, zeroed=True)
+    tables = Tables(tree.path(top))
+    tables.set(1, 1)
+    forget_grain(tree, 1, of=top)
+    put(tree.path(top), tables.gd, bytes(4))
+    undo = repair(tree.path(top), resolver=confined()).undo
+    assert undo is not None
+    undo.unlink()
     tree.verify()
 
 
