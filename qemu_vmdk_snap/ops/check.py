@@ -324,8 +324,9 @@ class _Checker:
             rule = f"must be at least the {line.sectors} sectors that the descriptor gives the extent"
             self._findings.corrupt(file.path, header.offset_of("capacity"), "capacity", header.capacity, rule)
         end = self._audit(file, header, total).end
-        if byte_sectors(end) - header.free_sector >= header.grain_size:
-            rule = f"must lie behind everything in use, at sector {byte_sectors(end)}: the next writer goes on there"
+        used = byte_sectors(end)
+        if used - header.free_sector >= header.grain_size:
+            rule = f"must lie behind everything in use, at sector {used}: the next writer goes on there"
             at = header.offset_of("free_sector")
             self._findings.corrupt(file.path, at, "free_sector", header.free_sector, rule)
         return end

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,15 +19,14 @@ import numpy.typing as npt
 from qemu_vmdk_snap.ops.findings import LISTED, Findings, Severity
 from qemu_vmdk_snap.ops.table_shape import TableShape, shape_of
 from qemu_vmdk_snap.storage.blockfile import BlockFile
-from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
+from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd_header import CowdHeader
 from qemu_vmdk_snap.vmdk.header import SparseExtentHeader
-from qemu_vmdk_snap.vmdk.tables import GrainTables, read_directory
+from qemu_vmdk_snap.vmdk.runs import Int64s
+from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables, read_directory
 
 _TABLES_AT_ONCE: Final = 2048
 
-Int64s = npt.NDArray[np.int64]
-Entries = npt.NDArray[Any]
 _NONE: Final = np.zeros(0, np.int64)
 
 
@@ -170,11 +169,10 @@ class _Audit:
     def _metadata(self) -> tuple[Int64s, Int64s]:
         """Return the sorted stretches (sectors) that hold metadata; note those that lie over each other."""
         header = self._header
-        gd_sectors = byte_sectors(header.gd_entries * 4)
-        fixed = [*header.fixed, (header.gd_offset, gd_sectors)]
+        fixed = [*header.fixed, (header.gd_offset, header.gd_sectors)]
         tables = [self._tables.directory]
         if self._redundant is not None and header.rgd_offset is not None:
-            fixed.append((header.rgd_offset, gd_sectors))
+            fixed.append((header.rgd_offset, header.gd_sectors))
             tables.append(self._redundant.directory)
         fixed = [(start, length) for start, length in fixed if length]
         starts = np.concatenate([np.array([start for start, _ in fixed]), *(table[table > 0] for table in tables)])
@@ -264,10 +262,8 @@ class _Audit:
         order = np.argsort(starts, kind="stable")
         starts, ends = starts[order], np.maximum.accumulate(ends[order])
         stop = min(self._header.used.stop, self._size // SECTOR_SIZE)
-        floor = min(self._header.used.start, stop)
-        if self._header.on_demand:  # a directory that has moved leaves its place before the first table
-            tables = self._tables.directory
-            floor = max(floor, int(tables[tables > 0].min(initial=stop)))
+        tables = self._tables.directory
+        floor = min(self._header.first_use(tables[tables > 0]), stop)
         from_ = np.maximum(ends, floor)
         to = np.minimum(np.append(starts[1:], stop), stop)
         leaks = []

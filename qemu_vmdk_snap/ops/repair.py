@@ -25,7 +25,7 @@ from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
 from qemu_vmdk_snap.storage.durable import new_file
 from qemu_vmdk_snap.storage.intent import Intent
 from qemu_vmdk_snap.storage.locks import lock_image
-from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, sector_bytes
+from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd_header import COWD_MAGIC, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, NO_PARENT, Descriptor, is_descriptor
 from qemu_vmdk_snap.vmdk.header import MAGIC, NEWLINE_PROBE, HeaderFlag, SparseExtentHeader, check_header
@@ -71,12 +71,11 @@ def repair(
     settle(path.parent, opener=opener)
     before = check_image(path, resolver=resolver, opener=opener, on_progress=on_progress)
     mend = not leaks_only and before.corruptions > 0
-    reclaim = mend or (before.leaks > 0 and not before.corruptions)  # what is mended may leave space that nothing names
-    if not (mend or reclaim):
+    if not mend and (before.corruptions or not before.leaks):
         return RepairReport(before, before, None)
     with contextlib.ExitStack() as stack:
         files = _files(path, resolver, opener, stack)
-        plans = [_plan(file, mend=mend, reclaim=reclaim) for file in files]
+        plans = [_plan(file, mend=mend) for file in files]
         if relink_cids:
             plans[0].patches += _relinked(plans[0].file, resolver, opener)
         if not any(plan.changes for plan in plans):
@@ -139,11 +138,11 @@ def _opened(path: Path, opener: FileOpener) -> BlockFile:
     return file
 
 
-def _plan(file: BlockFile, *, mend: bool, reclaim: bool) -> ExtentPlan:
+def _plan(file: BlockFile, *, mend: bool) -> ExtentPlan:
     """Return what is to be written into one file: a descriptor, or an extent."""
     raw = file.read_at(0, SECTOR_SIZE)
     if raw[:4] == COWD_MAGIC:
-        return _plan_cowd(file, mend=mend, reclaim=reclaim)
+        return _plan_cowd(file, mend=mend)
     if raw[:4] != MAGIC:
         return ExtentPlan(file, end=file.size())
     header = SparseExtentHeader.parse(raw, path=file.path)
@@ -153,18 +152,19 @@ def _plan(file: BlockFile, *, mend: bool, reclaim: bool) -> ExtentPlan:
     check_header(mended, file.path, file.size(), tolerant=True)
     if header.compressed or header.flags & HeaderFlag.MARKERS:
         raise Unsupported(file.path, "streamOptimized extents cannot be repaired: convert what can be read")
-    plan = ExtentRepair(file, shape_of(mended)).plan(mend=mend, reclaim=reclaim)
+    plan = ExtentRepair(file, shape_of(mended)).plan(mend=mend)
     mended = replace(mended, gd_offset=plan.gd_offset, rgd_offset=plan.rgd_offset or mended.rgd_offset)
     if mend and mended != header:
         plan.header = mended.serialise()
     return plan
 
 
-def _plan_cowd(file: BlockFile, *, mend: bool, reclaim: bool) -> ExtentPlan:
+def _plan_cowd(file: BlockFile, *, mend: bool) -> ExtentPlan:
     header = read_cowd_header(file, file.path)
-    plan = ExtentRepair(file, shape_of(header)).plan(mend=mend, reclaim=reclaim)
-    if plan.used != header.free_sector:
-        plan.header = replace(header, free_sector=plan.used).serialise()
+    plan = ExtentRepair(file, shape_of(header)).plan(mend=mend)
+    used = byte_sectors(plan.end)
+    if used != header.free_sector:
+        plan.header = replace(header, free_sector=used).serialise()
     return plan
 
 

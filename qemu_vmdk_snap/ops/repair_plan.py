@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,12 @@ from qemu_vmdk_snap.ops.table_shape import TableShape
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import byte_sectors, round_up, sector_bytes
 from qemu_vmdk_snap.vmdk.grains import MAX_FILE_SECTORS
+from qemu_vmdk_snap.vmdk.runs import Int64s
+from qemu_vmdk_snap.vmdk.tables import Entries
 
 _TABLES_AT_ONCE: Final = 2048
 
 Bools = npt.NDArray[np.bool_]
-Int64s = npt.NDArray[np.int64]
-Entries = npt.NDArray[Any]
 
 
 class Copied(NamedTuple):
@@ -55,8 +55,6 @@ class ExtentPlan:
     gd_offset: int = 0
     """Sector of the primary directory afterwards."""
     rgd_offset: int | None = None
-    used: int = 0
-    """Sectors of the file that are in use afterwards."""
     header: bytes | None = None
     """The header, if it changes: last of all."""
 
@@ -69,13 +67,6 @@ class ExtentPlan:
 
 def _overlap(start: int, length: int, other: int, others: int) -> bool:
     return start < other + others and other < start + length
-
-
-def _near(places: Int64s, copy: _Copy, length: int, *, but_one: bool = False) -> Bools:
-    """Return which of `places`, so long, lie over a usable table of `copy`; over two, where one is the place itself."""
-    starts = np.sort(copy.directory[copy.usable])
-    found = np.searchsorted(starts, places + length, "left") - np.searchsorted(starts, places - length, "right")
-    return np.asarray(found > but_one)
 
 
 class _Made(NamedTuple):
@@ -109,12 +100,20 @@ class _Copy:
         self.directory = np.frombuffer(raw.ljust(shape.gd_entries * 4, b"\0"), "<u4").astype(np.int64)
         inside = sector_bytes(1) * (self.directory + shape.gt_sectors) <= size
         self.usable: Bools = (self.directory > 0) & inside
+        self.twin: _Copy | None = None
+        """The other copy."""
         for start, length in shape.fixed:
             self.usable &= ~self.over(start, length)
 
     def over(self, start: int, sectors: int) -> Bools:
         """Return which tables lie over the stretch."""
         return (self.directory < start + sectors) & (self.directory + self.shape.gt_sectors > start)
+
+    def tables_over(self, places: Int64s) -> Int64s:
+        """Return how many of the usable tables each table at `places` would lie over."""
+        starts = np.sort(self.directory[self.usable])
+        length = self.shape.gt_sectors
+        return np.searchsorted(starts, places + length, "left") - np.searchsorted(starts, places - length, "right")
 
     def give_up(self) -> None:
         """Take the directory for lost: what the header names is something else."""
@@ -147,57 +146,52 @@ class ExtentRepair:
         self._lowest = shape.lowest
         self._primary = _Copy(file, shape, shape.gd_offset)
         self._redundant = None if shape.rgd_offset is None else _Copy(file, shape, shape.rgd_offset)
-        self._copies = [copy for copy in (self._redundant, self._primary) if copy is not None]
+        self._copies = [self._primary]
+        if self._redundant is not None:
+            self._primary.twin, self._redundant.twin = self._redundant, self._primary
+            self._copies = [self._redundant, self._primary]
         self._doubt_directories()
         self._set_aside_overlapping()
         self._size = byte_sectors(file.size())
         self._meta = self._metadata()
-        self._floor = self._first_use()
+        self._floor = shape.first_use(self._primary.directory[self._primary.usable])
         self._tables: dict[int, Entries] = {}
         self._next = 0
         self._plan = ExtentPlan(file)
         self._gaps: list[tuple[int, int]] = []
-        self._placed: list[tuple[int, int]] = []
         self._made: list[_Made] = []
         self._split_to: dict[int, int] = {}
 
-    def plan(self, *, mend: bool, reclaim: bool) -> ExtentPlan:
-        """Return what to write: to `mend` what is wrong, to `reclaim` leaked space, or both.
+    def plan(self, *, mend: bool) -> ExtentPlan:
+        """Return what to write to give back leaked space, and, if `mend`, before that to mend what is wrong.
 
         Raises:
             Unsupported: what has to be copied would not fit into the file.
         """
         plan, grains, sectors = self._plan, *self._choose(mend)
-        last = int(sectors.max()) + self._step if len(sectors) else 0
-        used = max(int(self._meta[1][-1]), self._shape.used.start, last)
-        if self._shape.on_demand and not reclaim:
-            used = max(used, self._shape.used.stop)
         if mend:
-            if reclaim:
-                self._gaps = self._free(sectors)
-            whole = self._shape.on_demand or reclaim  # else nothing in the file is free
-            self._next = round_up(used if whole else max(used, self._size), self._step)
+            self._gaps = self._free(sectors)
+            last = int(sectors.max()) + self._step if len(sectors) else 0
+            self._next = round_up(max(self._fixed_end(), last), self._step)
             sectors = self._split(grains, sectors)
             self._replace_tables()
-        plan.end = max(self._file.size(), sector_bytes(self._next) if mend else 0)
-        if reclaim:
-            self._reclaim(grains, sectors)
+        plan.end = max(self._file.size(), sector_bytes(self._next))
+        self._reclaim(grains, sectors)
         for table, entries in sorted(self._tables.items()):
             for copy in self._copies:
                 if copy.usable[table]:
                     plan.patches.append((sector_bytes(int(copy.directory[table])), entries.astype("<u4").tobytes()))
         plan.fresh = [made.content(self._tables, self._shape) for made in self._made]
-        if mend:
-            plan.kept = list(self._lost())
+        # What leaks alone held is given up; of the grains that move the place may be cut off.
+        plan.kept = list(self._lost()) if mend else [(copied.source, copied.length) for copied in plan.copies]
         plan.gd_offset = self._primary.gd_offset
         plan.rgd_offset = None if self._redundant is None else self._redundant.gd_offset
-        plan.used = byte_sectors(plan.end) if reclaim else max(used, *(sum(place) for place in self._filled()), 0)
         return plan
 
-    def _filled(self) -> Iterator[tuple[int, int]]:
-        """Yield what is filled anew, as (sector, sectors)."""
-        yield from self._placed
-        yield from ((byte_sectors(copied.target), self._step) for copied in self._plan.copies)
+    def _fixed_end(self) -> int:
+        """Return the sector behind everything that is not moved: the metadata, and what was made anew."""
+        made = (one.place + one.length for one in self._made)
+        return max(int(self._meta[1][-1]), self._shape.used.start, *made)
 
     def _doubt_directories(self) -> None:
         """Find out whether the header names something else as a directory; of two the one with fewer tables is wrong.
@@ -228,38 +222,24 @@ class ExtentRepair:
         Of tables that lie over one another those go that have a twin in the other copy; else the first one stays. Where
         the two copies clash, and one of them has more wrong with it, nothing of the other goes.
         """
-        sectors = self._shape.gd_sectors
+        shape = self._shape
         for copy in self._copies:
             for other in self._copies:
                 if not other.lost:
-                    copy.usable &= ~copy.over(other.gd_offset, sectors)
-        aside = [
-            copy.usable & _near(copy.directory, copy, self._shape.gt_sectors, but_one=True) for copy in self._copies
-        ]
-        if len(self._copies) > 1:
-            trouble = [int(np.count_nonzero(~copy.usable | own)) for copy, own in zip(self._copies, aside, strict=True)]
-            clash = [
-                copy.usable & _near(copy.directory, other, self._shape.gt_sectors)
-                for copy, other in zip(self._copies, reversed(self._copies), strict=True)
-            ]
-            for number, own in enumerate(aside):
-                if trouble[number] >= trouble[1 - number]:
-                    own |= clash[number]
-        for copy, own in zip(self._copies, aside, strict=True):
-            copy.usable &= ~own
-        for number, (copy, own) in reversed(list(enumerate(zip(self._copies, aside, strict=True)))):
-            alone = own if len(self._copies) == 1 else own & ~self._copies[1 - number].usable
+                    copy.usable &= ~copy.over(other.gd_offset, shape.gd_sectors)
+        aside = {copy: copy.usable & (copy.tables_over(copy.directory) > 1) for copy in self._copies}
+        clash = {copy: copy.usable & (copy.twin.tables_over(copy.directory) > 0) for copy in self._copies if copy.twin}
+        trouble = {copy: int(np.count_nonzero(~copy.usable | aside[copy])) for copy in self._copies}
+        for copy in self._copies:
+            if copy.twin and trouble[copy] >= trouble[copy.twin]:
+                aside[copy] |= clash[copy]
+            copy.usable &= ~aside[copy]
+        for copy in reversed(self._copies):
+            alone = aside[copy] & ~copy.twin.usable if copy.twin else aside[copy]
             for table in np.flatnonzero(alone).tolist():
                 sector = int(copy.directory[table])
-                if not any((one.over(sector, self._shape.gt_sectors) & one.usable).any() for one in self._copies):
+                if not any((one.over(sector, shape.gt_sectors) & one.usable).any() for one in self._copies):
                     copy.usable[table] = True
-
-    def _first_use(self) -> int:
-        """Return the sector before which nothing is lost, though nothing names it."""
-        if not self._shape.on_demand:
-            return self._shape.used.start
-        tables = self._primary.directory[self._primary.usable]
-        return int(tables.min(initial=self._shape.used.stop))  # a directory that has moved leaves its place before it
 
     def _lost(self) -> Iterator[tuple[int, int]]:
         """Yield what is overwritten or cut off, though nothing names it: it may be what a damaged entry has named."""
@@ -376,9 +356,9 @@ class ExtentRepair:
 
     def _free(self, sectors: Int64s) -> list[tuple[int, int]]:
         """Return the stretches of the part in use that nothing names and that hold a grain; not the file's end."""
-        placed = np.array(self._placed, np.int64).reshape(-1, 2)
-        starts = np.concatenate([self._meta[0], sectors, placed[:, 0]])
-        ends = np.concatenate([self._meta[1], sectors + self._step, placed.sum(axis=1)])
+        made = np.array([(one.place, one.place + one.length) for one in self._made], np.int64).reshape(-1, 2)
+        starts = np.concatenate([self._meta[0], sectors, made[:, 0]])
+        ends = np.concatenate([self._meta[1], sectors + self._step, made[:, 1]])
         order = np.argsort(starts, kind="stable")
         starts, ends = starts[order], np.maximum.accumulate(ends[order])
         after = np.maximum(ends, self._floor)[:-1]
@@ -395,7 +375,6 @@ class ExtentRepair:
             if not length:
                 continue
             place = self._place(length)
-            self._placed.append((place, length))
             self._made.append(_Made(place, lead, length, wanting))
             if copy.lost:
                 copy.gd_offset = place
@@ -407,8 +386,7 @@ class ExtentRepair:
 
     def _reclaim(self, grains: Int64s, sectors: Int64s) -> None:
         """Move grains from the end into gaps while that lets the file end sooner; then say where it ends."""
-        placed = max((start + length for start, length in self._placed), default=0)
-        end = max(int(self._meta[1][-1]), self._shape.used.start, placed)  # what cannot be moved ends here
+        end = self._fixed_end()
         order = np.argsort(sectors)
         left = len(order)
         for place, start in self._free(sectors):
@@ -425,14 +403,12 @@ class ExtentRepair:
         self._plan.end = min(self._plan.end, round_up(sector_bytes(end), sector_bytes(self._step)))
 
     def _move(self, grain: int, sector: int, place: int) -> None:
-        unit = sector_bytes(self._step)
-        source = sector_bytes(sector)
+        source, target = sector_bytes(sector), sector_bytes(place)
         if source in self._split_to:  # it was to be a copy anyway: straight to its last place
             number = self._split_to.pop(source)
-            self._plan.copies[number] = self._plan.copies[number]._replace(target=sector_bytes(place))
+            self._plan.copies[number] = self._plan.copies[number]._replace(target=target)
         else:
-            self._plan.copies.append(Copied(source, sector_bytes(place), unit))
-            self._plan.kept.append((source, unit))
+            self._plan.copies.append(Copied(source, target, sector_bytes(self._step)))
         self._set(grain, place)
 
     def _set(self, grain: int, sector: int) -> None:

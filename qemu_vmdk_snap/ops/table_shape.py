@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from qemu_vmdk_snap.units import byte_sectors
 from qemu_vmdk_snap.vmdk.cowd_header import HEADER_BYTES, CowdHeader
 from qemu_vmdk_snap.vmdk.header import HeaderFlag, SparseExtentHeader
+from qemu_vmdk_snap.vmdk.runs import Int64s
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +29,18 @@ class TableShape:
     on_demand: bool
     """Whether tables may be missing."""
     used: range
-    """Where what nothing names is lost; the first table, if it lies behind the beginning, moves that there."""
+    """Where what nothing names is lost, but for what `first_use` leaves out."""
 
     @property
     def gd_sectors(self) -> int:
         """Sectors of one directory."""
         return byte_sectors(self.gd_entries * 4)
+
+    def first_use(self, tables: Int64s) -> int:
+        """Return the sector before which nothing is lost, though nothing names it; `tables` are the places of all."""
+        if not self.on_demand:
+            return self.used.start
+        return int(tables.min(initial=self.used.stop))  # a directory that has moved leaves its place before them
 
 
 def shape_of(header: SparseExtentHeader | CowdHeader) -> TableShape:

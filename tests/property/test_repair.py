@@ -90,8 +90,6 @@ def test_one_copy_is_enough(size: int, grain: int, zeroed: bool, copy: int, wher
         assert report.after.corruptions == 0
         with open_chain(overlay.path) as chain:
             assert chain.read_at(0, chain.capacity) == content
-        if (
-            report.undo is not None and report.before.corruptions
-        ):  # of leaks alone the undo does not keep what they held
+        if report.undo is not None and report.before.corruptions:  # what leaks alone held is not kept
             take_back(report.undo)
             assert overlay.path.read_bytes() == overlay.raw

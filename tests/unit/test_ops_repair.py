@@ -67,10 +67,6 @@ def forget_grain(tree: Tree, grain: int, *, of: str = "image-1") -> None:
     tree.model[of] = old[: grain * GRAIN] + bytes(GRAIN) + old[(grain + 1) * GRAIN :]
 
 
-def nothing(tree: Tree, tables: Tables) -> None:
-    pass
-
-
 def shared(tree: Tree, tables: Tables) -> None:
     tables.set(7, tables.sector(1))
     old = tree.model["image-1"]
