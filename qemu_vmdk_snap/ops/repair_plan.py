@@ -214,7 +214,7 @@ class ExtentRepair:
                 copy.give_up()
         if all(copy.lost for copy in self._copies):
             rule = "must name a grain directory, and none of the header's copies does"
-            raise FormatError(self._file.path, 0, "gd_offset", self._primary.gd_offset, rule)
+            raise FormatError(self._file.path, shape.gd_field, "gd_offset", self._primary.gd_offset, rule)
 
     def _set_aside_overlapping(self) -> None:
         """Let no table be used that lies over a directory or another table.

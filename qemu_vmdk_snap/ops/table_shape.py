@@ -20,6 +20,8 @@ class TableShape:
     gt_sectors: int
     gd_entries: int
     gd_offset: int
+    gd_field: int
+    """Byte of the header that holds `gd_offset`."""
     rgd_offset: int | None
     """None where there is no second copy of the tables."""
     fixed: tuple[tuple[int, int], ...]
@@ -62,6 +64,7 @@ def shape_of(header: SparseExtentHeader | CowdHeader) -> TableShape:
         gt_sectors=header.gt_sectors,
         gd_entries=entries,
         gd_offset=header.gd_offset,
+        gd_field=header.offset_of("gd_offset"),
         rgd_offset=redundant,
         fixed=fixed,
         lowest=lowest,

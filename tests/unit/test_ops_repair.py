@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import CidMismatch, LockBusy, open_chain
+from qemu_vmdk_snap import CidMismatch, FormatError, LockBusy, open_chain
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.ops.repair import RepairReport, repair, take_back
@@ -223,6 +223,14 @@ def test_zeros_over_a_parent_are_told_from_the_copy_that_is_left(tmp_path: Path)
     assert undo is not None
     undo.unlink()
     tree.verify()
+
+
+def test_what_names_no_directory_is_told_with_its_place(tree: Tree) -> None:
+    put(tree.path("image-1"), 48, struct.pack("<QQ", 1, 1))
+    before = tree.path("image-1").read_bytes()
+    with pytest.raises(FormatError, match="byte 0x38: gd_offset = 1: must name a grain directory"):
+        mend(tree)
+    assert tree.path("image-1").read_bytes() == before
 
 
 def test_everything_at_once(tree: Tree) -> None:
