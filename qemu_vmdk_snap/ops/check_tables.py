@@ -157,7 +157,7 @@ class _Audit:
             at = sector_bytes(gd_offset) + 4 * first
             rule = "must name a grain table: QEMU overwrites the header when it writes through an entry of 0"
             self._findings.corrupt(self._path, at, f"{name} {first}", 0, rule, absent)
-        beyond = directory > self._size // SECTOR_SIZE - header.gt_sectors
+        beyond = (directory > 0) & (directory > self._size // SECTOR_SIZE - header.gt_sectors)
         for index in np.flatnonzero(beyond)[:LISTED].tolist():
             at = sector_bytes(gd_offset) + 4 * index
             rule = f"must place the grain table inside the file of {self._size} bytes"
