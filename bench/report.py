@@ -18,13 +18,13 @@ NOTE = """## Where a target is missed
 - Whole processes include their start: on the machine above 12 ms for Python, 40 to 50 ms for the modules of the
   standard library and ours (a third of it `dataclasses` and `argparse`) and, for all but `create`, 60 to 80 ms for
   NumPy; qemu-img starts in 10 ms. So `create -b` as a process and a check of a small image cannot be as quick; as
-  library calls they are (0.4 ms, and 40 ms for the tables of 4 million grains).
+  library calls they are (0.4 to 0.7 ms, and 30 to 40 ms for the tables of 4 million grains).
 - `convert` waits until the copy is on the disk, which qemu-img's does not (its default is `-t unsafe`): to raw on ext4
   that is about half of the time. The rows with `-t unsafe` compare like with like.
 - Where extents are shared, a copy takes as long as its process takes to start, and little more. To raw, qemu-img's time
-  depends on how quickly the kernel finds memory for the page cache: in eleven runs on the machine above it took 2.3 to
-  5.5 seconds and ours 0.17 to 0.25, so the ratio was 0.035 to 0.096. The same holds for raw on ext4: 1.3 to 1.9 s
-  beside 2.5 to 6.9 s, since we store the copy behind ourselves and use the same pages again.
+  depends on how quickly the kernel finds memory for the page cache: in seven runs on the machine above it took 2.3 to
+  5.5 s and ours 0.17 to 0.25 s, so the ratio was 0.035 to 0.096. To raw on ext4 it was 0.25 to 0.58 in six runs: 1.3
+  to 1.9 s beside 2.5 to 6.9 s, since we store the copy behind ourselves and use the same pages again.
 """
 
 _WIDTH, _LEFT, _BAR = 640, 150, 400
