@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from qemu_vmdk_snap import create_image, create_overlay, open_chain
-from qemu_vmdk_snap.vmdk.header import SparseExtentHeader
+from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30

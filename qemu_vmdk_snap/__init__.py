@@ -30,23 +30,23 @@ if TYPE_CHECKING:
         Unsupported,
         VmdkSnapError,
     )
-    from qemu_vmdk_snap.ops.apply import apply_delta
-    from qemu_vmdk_snap.ops.check import check_image
-    from qemu_vmdk_snap.ops.commit import commit
-    from qemu_vmdk_snap.ops.compact import compact
-    from qemu_vmdk_snap.ops.compare import compare
-    from qemu_vmdk_snap.ops.convert import convert
-    from qemu_vmdk_snap.ops.create import ImageOptions, create_image, create_overlay
-    from qemu_vmdk_snap.ops.diff import changes, make_delta
+    from qemu_vmdk_snap.ops.check.check import check_image
+    from qemu_vmdk_snap.ops.check.repair import repair
+    from qemu_vmdk_snap.ops.copy.compare import compare
+    from qemu_vmdk_snap.ops.copy.convert import convert
+    from qemu_vmdk_snap.ops.copy.diff import changes, make_delta
+    from qemu_vmdk_snap.ops.copy.measure import measure
+    from qemu_vmdk_snap.ops.edit.apply import apply_delta
+    from qemu_vmdk_snap.ops.edit.commit import commit
+    from qemu_vmdk_snap.ops.edit.compact import compact
+    from qemu_vmdk_snap.ops.edit.rebase import rebase
+    from qemu_vmdk_snap.ops.edit.remove import remove
+    from qemu_vmdk_snap.ops.edit.renew import renew_overlay
+    from qemu_vmdk_snap.ops.edit.resize import resize
     from qemu_vmdk_snap.ops.info import chain_info, image_info
-    from qemu_vmdk_snap.ops.measure import measure
+    from qemu_vmdk_snap.ops.journal.recover import recover
+    from qemu_vmdk_snap.ops.make.create import ImageOptions, create_image, create_overlay
     from qemu_vmdk_snap.ops.progress import OnProgress, Progress, ignore
-    from qemu_vmdk_snap.ops.rebase import rebase
-    from qemu_vmdk_snap.ops.recover import recover
-    from qemu_vmdk_snap.ops.remove import remove
-    from qemu_vmdk_snap.ops.renew import renew_overlay
-    from qemu_vmdk_snap.ops.repair import repair
-    from qemu_vmdk_snap.ops.resize import resize
     from qemu_vmdk_snap.storage.blockfile import PosixFile, open_posix
     from qemu_vmdk_snap.storage.durable import replace_file
     from qemu_vmdk_snap.vmdk.descriptor import Descriptor
@@ -126,29 +126,29 @@ _HOMES: Final = {
     "read_facts": "chain.links",
     "read_links": "chain.links",
     "confined": "chain.resolver",
-    "apply_delta": "ops.apply",
-    "check_image": "ops.check",
-    "commit": "ops.commit",
-    "compact": "ops.compact",
-    "compare": "ops.compare",
-    "convert": "ops.convert",
-    "ImageOptions": "ops.create",
-    "create_image": "ops.create",
-    "create_overlay": "ops.create",
-    "changes": "ops.diff",
-    "make_delta": "ops.diff",
+    "apply_delta": "ops.edit.apply",
+    "check_image": "ops.check.check",
+    "commit": "ops.edit.commit",
+    "compact": "ops.edit.compact",
+    "compare": "ops.copy.compare",
+    "convert": "ops.copy.convert",
+    "ImageOptions": "ops.make.create",
+    "create_image": "ops.make.create",
+    "create_overlay": "ops.make.create",
+    "changes": "ops.copy.diff",
+    "make_delta": "ops.copy.diff",
     "chain_info": "ops.info",
     "image_info": "ops.info",
-    "measure": "ops.measure",
+    "measure": "ops.copy.measure",
     "OnProgress": "ops.progress",
     "Progress": "ops.progress",
     "ignore": "ops.progress",
-    "rebase": "ops.rebase",
-    "recover": "ops.recover",
-    "remove": "ops.remove",
-    "renew_overlay": "ops.renew",
-    "repair": "ops.repair",
-    "resize": "ops.resize",
+    "rebase": "ops.edit.rebase",
+    "recover": "ops.journal.recover",
+    "remove": "ops.edit.remove",
+    "renew_overlay": "ops.edit.renew",
+    "repair": "ops.check.repair",
+    "resize": "ops.edit.resize",
     "PosixFile": "storage.blockfile",
     "open_posix": "storage.blockfile",
     "replace_file": "storage.durable",

@@ -15,10 +15,10 @@ from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix_o
 from qemu_vmdk_snap.storage.limits import allow_open_files
 from qemu_vmdk_snap.storage.locks import keep_from_writers, lock_image
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
-from qemu_vmdk_snap.vmdk.cowd_header import COWD_MAGIC, legacy_descriptor, read_cowd_header
+from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, legacy_descriptor, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import HEAD_BYTES, MAX_BYTES, NO_PARENT, Descriptor, ExtentLine, is_descriptor
 from qemu_vmdk_snap.vmdk.extent import Extent, ExtentSpec, open_extent
-from qemu_vmdk_snap.vmdk.header import MAGIC, SparseExtentHeader, check_header
+from qemu_vmdk_snap.vmdk.sparse.header import MAGIC, SparseExtentHeader, check_header
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.vmdk.runs import RunTable

@@ -12,7 +12,7 @@ from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.domain.adopt import Settled
+    from qemu_vmdk_snap.domain.adopt.run import Settled
     from qemu_vmdk_snap.domain.doctor import Check
 
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     if args.domain is None:
         checks = [*_host(args.connect)]
     else:
-        from qemu_vmdk_snap.domain.adopt import settle_orphans
+        from qemu_vmdk_snap.domain.adopt.run import settle_orphans
         from qemu_vmdk_snap.domain.connect import connection
         from qemu_vmdk_snap.domain.doctor import check_domain
 

@@ -10,7 +10,7 @@ from qemu_vmdk_snap.cli.image.common import add_quiet
 from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.domain.recovery import Recovery as DomainRecovery
+    from qemu_vmdk_snap.domain.journal.recover import Recovery as DomainRecovery
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _recover_domains(uri: str | None) -> list[DomainRecovery]:
     from qemu_vmdk_snap.domain.connect import connection
-    from qemu_vmdk_snap.domain.recovery import recover
+    from qemu_vmdk_snap.domain.journal.recover import recover
 
     with connection(uri) as conn:
         return recover(conn)
@@ -48,7 +48,7 @@ def _domain_json(one: DomainRecovery) -> dict[str, object]:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Finish every interrupted operation and name it."""
-    from qemu_vmdk_snap.ops.recover import SWEEP, recover
+    from qemu_vmdk_snap.ops.journal.recover import SWEEP, recover
 
     with_domains = args.domains or args.connect is not None
     domains = _recover_domains(args.connect) if with_domains else []

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qemu_vmdk_snap import create_image, open_chain
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors, open_connection
+from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.registry import SnapshotInfo, list_snapshots
-from qemu_vmdk_snap.domain.snapshot import create_snapshot
 from qemu_vmdk_snap.errors import GuestError
 from qemu_vmdk_snap.harness import attach, boot, disk_image, pattern
 from qemu_vmdk_snap.harness.deadlines import scaled

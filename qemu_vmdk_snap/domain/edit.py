@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.domain import naming, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
-from qemu_vmdk_snap.domain.intent import Intent, IntentStore
-from qemu_vmdk_snap.domain.plan import find_snapshot
-from qemu_vmdk_snap.domain.recovery import make_current, recover_domain
+from qemu_vmdk_snap.domain.create.plan import find_snapshot
+from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
+from qemu_vmdk_snap.domain.journal.recover import make_current, recover_domain
 from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import CorruptChain
 from qemu_vmdk_snap.storage.blockfile import open_posix, open_posix_or_device
 from qemu_vmdk_snap.vmdk.grains import GrainExtent
-from qemu_vmdk_snap.vmdk.stream import StreamExtent
+from qemu_vmdk_snap.vmdk.stream.extent import StreamExtent
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Making a new extent: what every kind that can be made offers.
 
-To let a kind be made: write one module with `plan_extent`, and name it in a line of `ops.layout.KINDS`.
+To let a kind be made: write one module with `plan_extent`, and name it in a line of `ops.make.layout.KINDS`.
 """
 
 from __future__ import annotations

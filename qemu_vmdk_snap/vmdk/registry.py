@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Final
 
 MODULES: Final[dict[str, str]] = {
-    "SPARSE": "qemu_vmdk_snap.vmdk.sparse",
-    "FLAT": "qemu_vmdk_snap.vmdk.flat",
+    "SPARSE": "qemu_vmdk_snap.vmdk.sparse.extent",
+    "FLAT": "qemu_vmdk_snap.vmdk.flat.extent",
     "ZERO": "qemu_vmdk_snap.vmdk.zero",
-    "VMFS": "qemu_vmdk_snap.vmdk.flat",
-    "VMFSSPARSE": "qemu_vmdk_snap.vmdk.sparse",
-    "VMFSRDM": "qemu_vmdk_snap.vmdk.device",
-    "VMFSRAW": "qemu_vmdk_snap.vmdk.device",
+    "VMFS": "qemu_vmdk_snap.vmdk.flat.extent",
+    "VMFSSPARSE": "qemu_vmdk_snap.vmdk.sparse.extent",
+    "VMFSRDM": "qemu_vmdk_snap.vmdk.flat.device",
+    "VMFSRAW": "qemu_vmdk_snap.vmdk.flat.device",
     "SESPARSE": "qemu_vmdk_snap.vmdk.sesparse",
 }
 """Extent type of the descriptor -> the module whose `open_extent` opens it."""

@@ -22,18 +22,18 @@ import pytest
 
 from qemu_vmdk_snap import RunKind, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.chain.resolver import confined
-from qemu_vmdk_snap.ops.apply import apply_delta
-from qemu_vmdk_snap.ops.check import check_image
-from qemu_vmdk_snap.ops.commit import commit
-from qemu_vmdk_snap.ops.compact import compact
-from qemu_vmdk_snap.ops.convert import convert
-from qemu_vmdk_snap.ops.diff import make_delta
-from qemu_vmdk_snap.ops.rebase import rebase
-from qemu_vmdk_snap.ops.recover import SWEEP, recover
-from qemu_vmdk_snap.ops.remove import remove
-from qemu_vmdk_snap.ops.repair import repair
-from qemu_vmdk_snap.ops.resize import resize
-from qemu_vmdk_snap.vmdk.header import SparseExtentHeader
+from qemu_vmdk_snap.ops.check.check import check_image
+from qemu_vmdk_snap.ops.check.repair import repair
+from qemu_vmdk_snap.ops.copy.convert import convert
+from qemu_vmdk_snap.ops.copy.diff import make_delta
+from qemu_vmdk_snap.ops.edit.apply import apply_delta
+from qemu_vmdk_snap.ops.edit.commit import commit
+from qemu_vmdk_snap.ops.edit.compact import compact
+from qemu_vmdk_snap.ops.edit.rebase import rebase
+from qemu_vmdk_snap.ops.edit.remove import remove
+from qemu_vmdk_snap.ops.edit.resize import resize
+from qemu_vmdk_snap.ops.journal.recover import SWEEP, recover
+from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader
 
 SIZE: Final = int(os.environ.get("VMDK_KILL_SIZE", 64 << 20))
 POINTS: Final = int(os.environ.get("VMDK_KILL_POINTS", 3))

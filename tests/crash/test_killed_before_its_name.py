@@ -13,10 +13,10 @@ import pytest
 
 from qemu_vmdk_snap import create_image, create_overlay, open_chain, renew_overlay
 from qemu_vmdk_snap.cli.main import main
-from qemu_vmdk_snap.ops.convert import convert
-from qemu_vmdk_snap.ops.create import ImageOptions
+from qemu_vmdk_snap.ops.copy.convert import convert
+from qemu_vmdk_snap.ops.journal.recover import SWEEP, recover
+from qemu_vmdk_snap.ops.make.create import ImageOptions
 from qemu_vmdk_snap.ops.progress import Progress
-from qemu_vmdk_snap.ops.recover import SWEEP, recover
 from qemu_vmdk_snap.storage import durable
 from qemu_vmdk_snap.storage.durable import new_file, replace_file
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import pytest
 
 from qemu_vmdk_snap import CidMismatch, ImageOptions, create_image, create_overlay, open_chain
-from qemu_vmdk_snap.ops.commit import commit
-from qemu_vmdk_snap.ops.recover import recover
+from qemu_vmdk_snap.ops.edit.commit import commit
+from qemu_vmdk_snap.ops.journal.recover import recover
 from qemu_vmdk_snap.storage.intent import Intent
 from tests.support.recording import RecordingFile
 

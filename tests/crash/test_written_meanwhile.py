@@ -11,10 +11,10 @@ import pytest
 
 from qemu_vmdk_snap import CorruptChain, LockBusy, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.cli.main import main
-from qemu_vmdk_snap.ops import commit, move, resize
-from qemu_vmdk_snap.ops.rebase import rebase
-from qemu_vmdk_snap.ops.recover import recover
-from qemu_vmdk_snap.ops.remove import remove
+from qemu_vmdk_snap.ops.edit import commit, move, resize
+from qemu_vmdk_snap.ops.edit.rebase import rebase
+from qemu_vmdk_snap.ops.edit.remove import remove
+from qemu_vmdk_snap.ops.journal.recover import recover
 from qemu_vmdk_snap.storage.locks import lock_image
 
 pytestmark = pytest.mark.needs("qemu-io")

@@ -10,14 +10,14 @@ import pytest
 
 from qemu_vmdk_snap import DomainError, FormatError, create_overlay, open_chain
 from qemu_vmdk_snap.cli.main import main
-from qemu_vmdk_snap.domain import adopt as adoption
 from qemu_vmdk_snap.domain import xml
-from qemu_vmdk_snap.domain.adopt import adopt
-from qemu_vmdk_snap.domain.delete import delete
+from qemu_vmdk_snap.domain.adopt import run as adoption
+from qemu_vmdk_snap.domain.adopt.run import adopt
+from qemu_vmdk_snap.domain.adopt.vmsd import read_vmsd
+from qemu_vmdk_snap.domain.create.run import create_snapshot
+from qemu_vmdk_snap.domain.delete.run import delete
 from qemu_vmdk_snap.domain.registry import list_snapshots, tree_lines
-from qemu_vmdk_snap.domain.revert import revert
-from qemu_vmdk_snap.domain.snapshot import create_snapshot
-from qemu_vmdk_snap.domain.vmsd import read_vmsd
+from qemu_vmdk_snap.domain.revert.run import revert
 from tests.domain.lab import Lab, contents, xml_of
 from tests.domain.libvirtd import Daemon
 

@@ -10,8 +10,8 @@ import pytest
 
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.cli.snapshot.create import DiskSpec, parse_diskspec
-from qemu_vmdk_snap.domain import snapshot
-from qemu_vmdk_snap.domain.snapshot import create_snapshot
+from qemu_vmdk_snap.domain.create import run as snapshot
+from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.errors import InvalidRequest
 from tests.domain.lab import Lab, contents
 

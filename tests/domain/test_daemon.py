@@ -12,7 +12,7 @@ from qemu_vmdk_snap import DomainError, create_image
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import open_connection
-from qemu_vmdk_snap.domain.snapshot import create_snapshot
+from qemu_vmdk_snap.domain.create.run import create_snapshot
 from tests.domain.lab import MIB, Lab, xml_of
 from tests.domain.libvirtd import Daemon
 

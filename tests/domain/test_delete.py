@@ -13,13 +13,13 @@ import pytest
 
 from qemu_vmdk_snap import DomainError, open_chain
 from qemu_vmdk_snap.cli.main import main
-from qemu_vmdk_snap.domain import delete as delete_module
-from qemu_vmdk_snap.domain.delete import delete
-from qemu_vmdk_snap.domain.intent import IntentStore
-from qemu_vmdk_snap.domain.recovery import recover
+from qemu_vmdk_snap.domain.create.run import create_snapshot
+from qemu_vmdk_snap.domain.delete import run as delete_module
+from qemu_vmdk_snap.domain.delete.run import delete
+from qemu_vmdk_snap.domain.journal.record import IntentStore
+from qemu_vmdk_snap.domain.journal.recover import recover
 from qemu_vmdk_snap.domain.registry import list_snapshots
-from qemu_vmdk_snap.domain.revert import revert
-from qemu_vmdk_snap.domain.snapshot import create_snapshot
+from qemu_vmdk_snap.domain.revert.run import revert
 from qemu_vmdk_snap.domain.xml import list_disks
 from tests.domain.lab import Lab, contents, xml_of
 
@@ -212,7 +212,7 @@ def test_a_death_is_settled(
         return dies
 
     with monkeypatch.context() as patch:
-        from qemu_vmdk_snap.ops import commit, rebase
+        from qemu_vmdk_snap.ops.edit import commit, rebase
 
         homes: dict[str, list[tuple[object, str]]]
         homes = {"write": [(IntentStore, "write")], "engine": [(commit, "commit"), (rebase, "rebase")]}

@@ -13,13 +13,13 @@ import pytest
 from qemu_vmdk_snap import DomainError, LockBusy, create_overlay, open_chain
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.domain.connect import find_domain
-from qemu_vmdk_snap.domain.delete import delete
+from qemu_vmdk_snap.domain.create.run import create_snapshot
+from qemu_vmdk_snap.domain.delete.run import delete
 from qemu_vmdk_snap.domain.doctor import check_host
-from qemu_vmdk_snap.domain.kept import kept_branches
 from qemu_vmdk_snap.domain.orphans import find_orphans, remove_orphan
 from qemu_vmdk_snap.domain.registry import list_snapshots
-from qemu_vmdk_snap.domain.revert import revert
-from qemu_vmdk_snap.domain.snapshot import create_snapshot
+from qemu_vmdk_snap.domain.revert.run import revert
+from qemu_vmdk_snap.domain.xml.kept import kept_branches
 from tests.domain.lab import Lab, contents, xml_of
 
 pytestmark = pytest.mark.needs("libvirt", "qemu-system-x86_64")
@@ -186,7 +186,7 @@ def test_what_does_not_agree_is_told(
 
 
 def test_an_unfinished_snapshot_is_told(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qemu_vmdk_snap.domain.intent import Intent, IntentStore
+    from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 
     store = IntentStore.of(patient.lab.conn)
     uuid = patient.domain.UUIDString()

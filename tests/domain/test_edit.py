@@ -10,10 +10,10 @@ import pytest
 from qemu_vmdk_snap import DomainError, InvalidRequest
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.domain import edit
+from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.edit import describe, rename, set_current
-from qemu_vmdk_snap.domain.recovery import recover
+from qemu_vmdk_snap.domain.journal.recover import recover
 from qemu_vmdk_snap.domain.registry import list_snapshots, snapshot_info
-from qemu_vmdk_snap.domain.snapshot import create_snapshot
 from tests.domain.lab import Lab, contents, xml_of
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import pytest
 from qemu_vmdk_snap import InvalidRequest
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.domain import xml
-from qemu_vmdk_snap.domain.prune import Policy, decide, prune
+from qemu_vmdk_snap.domain.create.run import create_snapshot
+from qemu_vmdk_snap.domain.delete.prune import Policy, decide, prune
 from qemu_vmdk_snap.domain.registry import DiskState, SnapshotInfo, list_snapshots
-from qemu_vmdk_snap.domain.snapshot import create_snapshot
 from tests.domain.lab import Lab, contents, xml_of
 from tests.domain.test_delete import chain_in_xml_fits, seen, write
 

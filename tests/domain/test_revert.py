@@ -12,12 +12,12 @@ import pytest
 
 from qemu_vmdk_snap import DomainError, open_chain
 from qemu_vmdk_snap.cli.main import main
-from qemu_vmdk_snap.domain import revert as revert_module
-from qemu_vmdk_snap.domain.intent import IntentStore
-from qemu_vmdk_snap.domain.recovery import recover
+from qemu_vmdk_snap.domain.create.run import create_snapshot
+from qemu_vmdk_snap.domain.journal.record import IntentStore
+from qemu_vmdk_snap.domain.journal.recover import recover
 from qemu_vmdk_snap.domain.registry import list_snapshots
-from qemu_vmdk_snap.domain.revert import revert
-from qemu_vmdk_snap.domain.snapshot import create_snapshot
+from qemu_vmdk_snap.domain.revert import run as revert_module
+from qemu_vmdk_snap.domain.revert.run import revert
 from qemu_vmdk_snap.domain.xml import list_disks
 from tests.domain.lab import Lab, contents, xml_of
 

@@ -9,8 +9,8 @@ import pytest
 from qemu_vmdk_snap import ImageOptions, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.chain.disk import RawDisk
 from qemu_vmdk_snap.harness import boot, pattern, verify_image
-from qemu_vmdk_snap.ops.convert import convert
-from qemu_vmdk_snap.ops.layout import KINDS
+from qemu_vmdk_snap.ops.copy.convert import convert
+from qemu_vmdk_snap.ops.make.layout import KINDS
 from tests.support.esxi import descriptor, sesparse
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")

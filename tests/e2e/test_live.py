@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qemu_vmdk_snap import DomainError, create_image, open_chain
-from qemu_vmdk_snap.domain import live, snapshot
-from qemu_vmdk_snap.domain.delete import delete
-from qemu_vmdk_snap.domain.depth import max_links
-from qemu_vmdk_snap.domain.intent import IntentStore
-from qemu_vmdk_snap.domain.monitor import Monitor
-from qemu_vmdk_snap.domain.recovery import recover
+from qemu_vmdk_snap.domain.create import run as snapshot
+from qemu_vmdk_snap.domain.create.run import create_snapshot
+from qemu_vmdk_snap.domain.delete.run import delete
+from qemu_vmdk_snap.domain.journal.record import IntentStore
+from qemu_vmdk_snap.domain.journal.recover import recover
+from qemu_vmdk_snap.domain.qemu import switch as live
+from qemu_vmdk_snap.domain.qemu.depth import max_links
+from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.registry import list_snapshots, snapshot_info
-from qemu_vmdk_snap.domain.snapshot import create_snapshot
 from qemu_vmdk_snap.domain.xml import list_disks
 from qemu_vmdk_snap.harness import ProbeSession, verify_image
 from tests.domain.lab import contents, xml_of

@@ -12,12 +12,12 @@ import pytest
 
 from qemu_vmdk_snap import create_image, open_chain
 from qemu_vmdk_snap.cli.main import main
-from qemu_vmdk_snap.domain import live
 from qemu_vmdk_snap.domain.connect import open_connection
-from qemu_vmdk_snap.domain.delete import delete
-from qemu_vmdk_snap.domain.recovery import recover
-from qemu_vmdk_snap.domain.revert import revert
-from qemu_vmdk_snap.domain.snapshot import create_snapshot
+from qemu_vmdk_snap.domain.create.run import create_snapshot
+from qemu_vmdk_snap.domain.delete.run import delete
+from qemu_vmdk_snap.domain.journal.recover import recover
+from qemu_vmdk_snap.domain.qemu import switch as live
+from qemu_vmdk_snap.domain.revert.run import revert
 from qemu_vmdk_snap.harness import ProbeSession, attach
 from tests.domain.libvirtd import Daemon
 from tests.e2e.live_guest import MIB, REGION, STARTS, Progress, Writer, boot_disk, check_frozen, domain_xml, start
@@ -144,10 +144,11 @@ def test_the_daemon_dies_in_the_middle(guest: Guest, monkeypatch: pytest.MonkeyP
 
 VICTIM = """
 import os, signal, sys
-from qemu_vmdk_snap.domain import live, snapshot
+from qemu_vmdk_snap.domain.qemu import switch as live
+from qemu_vmdk_snap.domain.create import run as snapshot
 from qemu_vmdk_snap.domain.connect import open_connection
-from qemu_vmdk_snap.domain.intent import IntentStore
-from qemu_vmdk_snap.domain.monitor import Monitor
+from qemu_vmdk_snap.domain.journal.record import IntentStore
+from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 
 uri, domain, name, at = sys.argv[1:]
 homes = {"write": IntentStore, "remove": IntentStore, "make_overlay": snapshot, "_define": snapshot,

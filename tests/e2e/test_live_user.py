@@ -11,8 +11,8 @@ import pytest
 
 from qemu_vmdk_snap import DomainError, open_chain
 from qemu_vmdk_snap.domain.connect import open_connection
-from qemu_vmdk_snap.domain.monitor import Monitor
-from qemu_vmdk_snap.domain.snapshot import create_snapshot
+from qemu_vmdk_snap.domain.create.run import create_snapshot
+from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from tests.domain.libvirtd import Daemon
 from tests.e2e.live_guest import Progress, Writer, boot_disk, check_frozen, domain_xml, start
 

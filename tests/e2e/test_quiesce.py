@@ -29,12 +29,12 @@ from qemu_vmdk_snap import create_image, open_chain
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.domain import dropin
 from qemu_vmdk_snap.domain.connect import open_connection
-from qemu_vmdk_snap.domain.intent import IntentStore
-from qemu_vmdk_snap.domain.monitor import Monitor
-from qemu_vmdk_snap.domain.quiesce import _is_silence
-from qemu_vmdk_snap.domain.recovery import recover
-from qemu_vmdk_snap.domain.revert import revert
-from qemu_vmdk_snap.domain.snapshot import create_snapshot
+from qemu_vmdk_snap.domain.create.run import create_snapshot
+from qemu_vmdk_snap.domain.journal.record import IntentStore
+from qemu_vmdk_snap.domain.journal.recover import recover
+from qemu_vmdk_snap.domain.qemu.agent import _is_silence
+from qemu_vmdk_snap.domain.qemu.monitor import Monitor
+from qemu_vmdk_snap.domain.revert.run import revert
 from qemu_vmdk_snap.errors import DomainError
 from tests.domain.libvirtd import Daemon
 
@@ -386,7 +386,7 @@ def test_a_freeze_that_comes_too_late_is_thawed(
 ) -> None:
     """The agent's own hook takes longer than we wait: it freezes when nobody expects it any more."""
     guest.shell("echo '[ $1 = thaw ] || sleep 2' >>/run/hook")
-    monkeypatch.setattr("qemu_vmdk_snap.domain.quiesce.FREEZE_SECONDS", 1)
+    monkeypatch.setattr("qemu_vmdk_snap.domain.qemu.agent.FREEZE_SECONDS", 1)
     before = guest.state()
     with pytest.raises(DomainError, match="cannot be frozen") if quiesce == "require" else contextlib.nullcontext():
         report = create_snapshot(guest.conn, guest.name, name, quiesce=quiesce)
@@ -424,8 +424,8 @@ def test_the_freezing_example_freezes_this_guest(
 KILLED = """
 import os, signal, sys
 from qemu_vmdk_snap.domain.connect import open_connection
-from qemu_vmdk_snap.domain.monitor import Monitor
-from qemu_vmdk_snap.domain.snapshot import create_snapshot
+from qemu_vmdk_snap.domain.qemu.monitor import Monitor
+from qemu_vmdk_snap.domain.create.run import create_snapshot
 
 real = Monitor.execute
 Monitor.execute = lambda self, word, **more: (
@@ -463,7 +463,7 @@ def test_an_interruption_while_the_agent_freezes(guest: Guest, name: str) -> Non
 
 def test_what_cannot_be_thawed_is_told(guest: Guest, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The agent is killed while all is frozen; one that is started again thaws when it is asked to."""
-    monkeypatch.setattr("qemu_vmdk_snap.domain.quiesce.THAW_SECONDS", 1)
+    monkeypatch.setattr("qemu_vmdk_snap.domain.qemu.agent.THAW_SECONDS", 1)
     real = Monitor.execute
 
     def execute(self: Monitor, command: str, **arguments: Any) -> object:  # noqa: ANN401 # as the real one
@@ -515,7 +515,7 @@ def test_an_agent_that_is_dead(
     reason: str,
 ) -> None:
     """One that hangs is given up, which libvirt's own command never does."""
-    monkeypatch.setattr("qemu_vmdk_snap.domain.quiesce.PING_SECONDS", 1)
+    monkeypatch.setattr("qemu_vmdk_snap.domain.qemu.agent.PING_SECONDS", 1)
     guest.shell(f"killall -{death} qemu-ga")
     if death == "KILL":
         wait(lambda: not guest.agent_answers(), guest.console)

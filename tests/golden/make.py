@@ -19,7 +19,7 @@ from typing import Final
 from unittest.mock import patch
 
 from qemu_vmdk_snap import ImageOptions, RawDisk, convert, create_image, create_overlay, open_chain
-from qemu_vmdk_snap.ops.layout import KINDS
+from qemu_vmdk_snap.ops.make.layout import KINDS
 
 HERE: Final = Path(__file__).parent
 DATA: Final = HERE / "data"
@@ -89,8 +89,8 @@ def _repeatable(name: str) -> Iterator[None]:
 
     with (
         patch("os.urandom", urandom),
-        patch("qemu_vmdk_snap.ops.layout.SPLIT_SECTORS", _SPLIT_SECTORS),
-        patch("qemu_vmdk_snap.vmdk.stream_writer.deflated", _stored),
+        patch("qemu_vmdk_snap.ops.make.layout.SPLIT_SECTORS", _SPLIT_SECTORS),
+        patch("qemu_vmdk_snap.vmdk.stream.writer.deflated", _stored),
     ):
         yield
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qemu_vmdk_snap import check_image, confined, open_chain
-from qemu_vmdk_snap.ops.layout import KINDS
+from qemu_vmdk_snap.ops.make.layout import KINDS
 from tests.golden.make import DATA, GRAIN, OVERLAYS, SIZE, SUMS, base_content, make, overlay_content, sums
 from tests.support.qemu import content, qemu_content
 

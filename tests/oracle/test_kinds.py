@@ -12,11 +12,11 @@ import pytest
 from qemu_vmdk_snap import ImageOptions, InvalidRequest, Unsupported, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.chain.disk import RawDisk
 from qemu_vmdk_snap.chain.resolver import confined
-from qemu_vmdk_snap.ops.check import check_image
-from qemu_vmdk_snap.ops.commit import commit
-from qemu_vmdk_snap.ops.convert import convert
-from qemu_vmdk_snap.ops.layout import KINDS
-from qemu_vmdk_snap.ops.measure import measure
+from qemu_vmdk_snap.ops.check.check import check_image
+from qemu_vmdk_snap.ops.copy.convert import convert
+from qemu_vmdk_snap.ops.copy.measure import measure
+from qemu_vmdk_snap.ops.edit.commit import commit
+from qemu_vmdk_snap.ops.make.layout import KINDS
 from tests.support.qemu import assert_agree, content, qemu_content, qemu_img, qemu_io
 
 pytestmark = pytest.mark.needs("qemu-img", "qemu-io")

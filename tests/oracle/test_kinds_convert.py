@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qemu_vmdk_snap import ImageOptions, RunKind, convert, open_chain
-from qemu_vmdk_snap.ops.layout import KINDS
+from qemu_vmdk_snap.ops.make.layout import KINDS
 from tests.support.kinds import GRAIN, HOLE, SIZE, Sample, samples
 from tests.support.qemu import content, qemu_img
 

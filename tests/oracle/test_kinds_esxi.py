@@ -10,8 +10,8 @@ import pytest
 
 from qemu_vmdk_snap import CidMismatch, FormatError, Unsupported, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.cli.main import main
-from qemu_vmdk_snap.ops.compact import compact
-from qemu_vmdk_snap.ops.resize import resize
+from qemu_vmdk_snap.ops.edit.compact import compact
+from qemu_vmdk_snap.ops.edit.resize import resize
 from tests.support.esxi import cowd, descriptor, sesparse
 from tests.support.qemu import assert_agree, content, qemu_content, qemu_io
 

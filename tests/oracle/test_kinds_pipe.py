@@ -10,7 +10,7 @@ import pytest
 
 from qemu_vmdk_snap import FormatError, ImageOptions, open_chain
 from qemu_vmdk_snap.chain.disk import RawDisk
-from qemu_vmdk_snap.ops.convert import convert
+from qemu_vmdk_snap.ops.copy.convert import convert
 from tests.support.qemu import content, qemu_content, qemu_img
 
 pytestmark = pytest.mark.needs("qemu-img")

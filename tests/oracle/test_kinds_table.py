@@ -24,7 +24,7 @@ from qemu_vmdk_snap import (
     read_descriptor,
     read_facts,
 )
-from qemu_vmdk_snap.ops.layout import KINDS
+from qemu_vmdk_snap.ops.make.layout import KINDS
 from tests.support.esxi import descriptor
 from tests.support.kinds import GRAIN, HOLE, SECTORS, SIZE, Sample, content, patch_file, samples
 

@@ -10,16 +10,16 @@ import pytest
 
 from qemu_vmdk_snap import ImageOptions, open_chain
 from qemu_vmdk_snap.chain.resolver import confined
-from qemu_vmdk_snap.ops.apply import apply_delta
-from qemu_vmdk_snap.ops.check import check_image
-from qemu_vmdk_snap.ops.commit import commit
-from qemu_vmdk_snap.ops.compact import compact
-from qemu_vmdk_snap.ops.diff import make_delta
-from qemu_vmdk_snap.ops.measure import measure
-from qemu_vmdk_snap.ops.rebase import rebase
-from qemu_vmdk_snap.ops.remove import remove
-from qemu_vmdk_snap.ops.repair import repair
-from qemu_vmdk_snap.ops.resize import resize
+from qemu_vmdk_snap.ops.check.check import check_image
+from qemu_vmdk_snap.ops.check.repair import repair
+from qemu_vmdk_snap.ops.copy.diff import make_delta
+from qemu_vmdk_snap.ops.copy.measure import measure
+from qemu_vmdk_snap.ops.edit.apply import apply_delta
+from qemu_vmdk_snap.ops.edit.commit import commit
+from qemu_vmdk_snap.ops.edit.compact import compact
+from qemu_vmdk_snap.ops.edit.rebase import rebase
+from qemu_vmdk_snap.ops.edit.remove import remove
+from qemu_vmdk_snap.ops.edit.resize import resize
 from tests.support.tree import Tree
 
 pytestmark = [pytest.mark.needs("qemu-img", "qemu-io")]

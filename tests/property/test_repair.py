@@ -12,8 +12,8 @@ from hypothesis import given, settings
 
 from qemu_vmdk_snap import ImageOptions, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.chain.resolver import confined
-from qemu_vmdk_snap.ops.repair import repair, take_back
-from qemu_vmdk_snap.vmdk.header import SparseExtentHeader
+from qemu_vmdk_snap.ops.check.repair import repair, take_back
+from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader
 
 SIZES = [512 * 2048, 4 * (1 << 20) + 1536, 40 * (1 << 20)]
 

@@ -11,12 +11,12 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from qemu_vmdk_snap import InvalidRequest, open_chain
-from qemu_vmdk_snap.ops.apply import apply_delta
-from qemu_vmdk_snap.ops.commit import commit
-from qemu_vmdk_snap.ops.compact import compact
-from qemu_vmdk_snap.ops.diff import make_delta
-from qemu_vmdk_snap.ops.rebase import rebase
-from qemu_vmdk_snap.ops.remove import remove
+from qemu_vmdk_snap.ops.copy.diff import make_delta
+from qemu_vmdk_snap.ops.edit.apply import apply_delta
+from qemu_vmdk_snap.ops.edit.commit import commit
+from qemu_vmdk_snap.ops.edit.compact import compact
+from qemu_vmdk_snap.ops.edit.rebase import rebase
+from qemu_vmdk_snap.ops.edit.remove import remove
 from tests.support.tree import Tree
 
 SIZES = [4096 * 3 + 512, 131072, 300 * 512, 512 * 4096 + 1536]

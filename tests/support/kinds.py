@@ -64,7 +64,7 @@ def _converted(raw: Path, row: str, kind: str, create_type: str | None = None, *
 
     def make(folder: Path) -> Sample:
         path = folder / "a.vmdk"
-        with RawDisk(raw) as disk, patch("qemu_vmdk_snap.ops.layout.SPLIT_SECTORS", 1024):
+        with RawDisk(raw) as disk, patch("qemu_vmdk_snap.ops.make.layout.SPLIT_SECTORS", 1024):
             convert(disk, path, options=ImageOptions(subformat=kind, **options), sparse_size=4096, durable=False)  # type: ignore[arg-type]
         if create_type is not None:
             head = path.read_bytes()

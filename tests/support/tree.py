@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qemu_vmdk_snap import ImageOptions, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.chain.resolver import confined
-from qemu_vmdk_snap.ops.check import check_image
+from qemu_vmdk_snap.ops.check.check import check_image
 
 
 class Tree:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.ui import Ui
-from qemu_vmdk_snap.domain.policy import FOLDER
+from qemu_vmdk_snap.domain.hooks.policy import FOLDER
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.domain.policy import Policy
+    from qemu_vmdk_snap.domain.hooks.policy import Policy
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Wait, snapshot, prune; syslog hears of it, since nobody may be watching."""
-    from qemu_vmdk_snap.domain import hooks_run, policy
+    from qemu_vmdk_snap.domain.hooks import policy
+    from qemu_vmdk_snap.domain.hooks import run as hooks_run
     from qemu_vmdk_snap.errors import VmdkSnapError
 
     try:
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def _snapshot(args: argparse.Namespace, policy: Policy) -> dict[str, object]:
     from qemu_vmdk_snap.domain.connect import connection
-    from qemu_vmdk_snap.domain.hooks_after import prune_after_stop, snapshot_after_stop
+    from qemu_vmdk_snap.domain.hooks.after_stop import prune_after_stop, snapshot_after_stop
 
     run_id = args.id if args.id is not None and args.id >= 0 else None
     with connection(policy.connect) as conn:

@@ -16,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Install it, and say what is left to do."""
-    from qemu_vmdk_snap.domain import hooks
+    from qemu_vmdk_snap.domain.hooks import install as hooks
 
     path = hooks.install(args.dir.absolute(), args.policies.absolute())
     if ui.json_output:

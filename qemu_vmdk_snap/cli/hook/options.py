@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qemu_vmdk_snap.domain.hooks import FOLDER
-from qemu_vmdk_snap.domain.policy import FOLDER as POLICIES
+from qemu_vmdk_snap.domain.hooks.install import FOLDER
+from qemu_vmdk_snap.domain.hooks.policy import FOLDER as POLICIES
 
 
 def add_folder(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> int:
     """Show it; exit status 0 when the hook is installed and nothing is wrong, else 1."""
     from qemu_vmdk_snap import __version__
-    from qemu_vmdk_snap.domain import hooks
+    from qemu_vmdk_snap.domain.hooks import install as hooks
 
     state = hooks.status(args.dir.absolute(), args.policies)
     good = state.installed and state.problem is None and not any(policy.problem for policy in state.policies)

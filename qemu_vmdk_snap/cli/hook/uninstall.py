@@ -15,7 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Remove it; policies stay."""
-    from qemu_vmdk_snap.domain import hooks
+    from qemu_vmdk_snap.domain.hooks import install as hooks
 
     folder = args.dir.absolute()
     removed = hooks.uninstall(folder)

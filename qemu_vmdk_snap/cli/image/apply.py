@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Merge and say so."""
     from qemu_vmdk_snap.chain.resolver import confined
-    from qemu_vmdk_snap.ops.apply import apply_delta
+    from qemu_vmdk_snap.ops.edit.apply import apply_delta
 
     find = confined(args.allow_dir)
     report = apply_delta(args.delta, args.filename, force=args.force, resolver=find, on_progress=ui.progress)

@@ -11,7 +11,7 @@ from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.chain.resolver import Resolver
-    from qemu_vmdk_snap.ops.check import CheckReport
+    from qemu_vmdk_snap.ops.check.check import CheckReport
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,12 +40,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> int:
     """Check and show what was found; notes do not change the exit status."""
     from qemu_vmdk_snap.chain.resolver import confined
-    from qemu_vmdk_snap.ops.check import check_image
+    from qemu_vmdk_snap.ops.check.check import check_image
 
     need_vmdk(args.filename, args.format)
     resolver = confined(args.allow_dir)
     if args.take_back is not None:
-        from qemu_vmdk_snap.ops.repair import take_back
+        from qemu_vmdk_snap.ops.check.repair import take_back
 
         take_back(args.take_back)
     fixed = _repair(args, resolver, ui) if args.repair else None
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
 
 def _repair(args: argparse.Namespace, resolver: Resolver, ui: Ui) -> dict[str, object]:
     """Mend, tell what was mended in qemu-img's words, and return its JSON keys."""
-    from qemu_vmdk_snap.ops.repair import repair
+    from qemu_vmdk_snap.ops.check.repair import repair
 
     report = repair(
         args.filename,

@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Merge and say so, in qemu-img's words."""
     from qemu_vmdk_snap.chain.resolver import confined
-    from qemu_vmdk_snap.ops.commit import commit
+    from qemu_vmdk_snap.ops.edit.commit import commit
 
     need_vmdk(args.filename, args.format)
     report = commit(

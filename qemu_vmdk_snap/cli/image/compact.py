@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Compact and tell how much that gave."""
     from qemu_vmdk_snap.chain.resolver import confined
-    from qemu_vmdk_snap.ops.compact import compact
+    from qemu_vmdk_snap.ops.edit.compact import compact
 
     need_vmdk(args.filename, args.format)
     report = compact(args.filename, resolver=confined(args.allow_dir), on_progress=ui.progress)

@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> int:
     """Compare and say where they differ first, in qemu-img's words."""
-    from qemu_vmdk_snap.ops.compare import compare
+    from qemu_vmdk_snap.ops.copy.compare import compare
 
     with (
         open_disk(args.filename1, args.format, args) as one,

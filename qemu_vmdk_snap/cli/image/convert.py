@@ -22,8 +22,8 @@ from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.chain.disk import Disk
-    from qemu_vmdk_snap.ops.convert import ConvertReport
-    from qemu_vmdk_snap.ops.create import ImageOptions
+    from qemu_vmdk_snap.ops.copy.convert import ConvertReport
+    from qemu_vmdk_snap.ops.make.create import ImageOptions
 
 CACHE_MODES: Final = ("none", "writeback", "unsafe", "directsync", "writethrough")
 """qemu-img's; how a page cache is gone round is all the same to the result, so only `unsafe` means something here."""
@@ -76,7 +76,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Convert, silently as qemu-img does."""
-    from qemu_vmdk_snap.ops.convert import convert
+    from qemu_vmdk_snap.ops.copy.convert import convert
 
     if args.target_format not in ("vmdk", "raw"):
         raise Unsupported(args.output_filename, f"format {args.target_format!r} is not supported: vmdk and raw are")
@@ -116,7 +116,7 @@ def _open_source(args: argparse.Namespace) -> Disk:
         return open_disk(args.filename, args.format, args)
     import tempfile  # needed only for pipes, as these are
 
-    from qemu_vmdk_snap.ops.pipes import StreamDisk, spooled_raw
+    from qemu_vmdk_snap.ops.copy.pipes import StreamDisk, spooled_raw
     from qemu_vmdk_snap.storage.pipes import PipeReader
 
     pipe = PipeReader(sys.stdin.fileno(), Path("standard input"))
@@ -128,7 +128,7 @@ def _open_source(args: argparse.Namespace) -> Disk:
 
 
 def _to_pipe(source: Disk, args: argparse.Namespace, options: ImageOptions | None) -> ConvertReport:
-    from qemu_vmdk_snap.ops.convert import convert_to_pipe
+    from qemu_vmdk_snap.ops.copy.convert import convert_to_pipe
     from qemu_vmdk_snap.storage.pipes import PipeWriter
 
     if args.backing is not None:

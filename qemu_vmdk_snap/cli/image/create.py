@@ -10,8 +10,8 @@ from typing import Any, Final
 from qemu_vmdk_snap.cli.image.common import add_quiet, as_bool, as_seen_from, need_vmdk, size_argument, split_options
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
-from qemu_vmdk_snap.ops.create import ImageOptions, create_image, create_overlay, inherited_options
-from qemu_vmdk_snap.ops.layout import KINDS
+from qemu_vmdk_snap.ops.make.create import ImageOptions, create_image, create_overlay, inherited_options
+from qemu_vmdk_snap.ops.make.layout import KINDS
 from qemu_vmdk_snap.units import parse_size
 
 OPTION_HELP: Final = {

@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Show the changes, or write them down."""
     from qemu_vmdk_snap.chain.chain import open_chain
-    from qemu_vmdk_snap.ops.diff import changes, depth_of, make_delta
+    from qemu_vmdk_snap.ops.copy.diff import changes, depth_of, make_delta
 
     need_vmdk(args.top, args.format)
     kind = split_options(args.options).get("subformat", "streamOptimized")

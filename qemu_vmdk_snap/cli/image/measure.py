@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Show both sizes, with qemu-img's words or keys."""
     from qemu_vmdk_snap.cli.image.create import parse_options
-    from qemu_vmdk_snap.ops.measure import measure
+    from qemu_vmdk_snap.ops.copy.measure import measure
 
     if (args.filename is None) == (args.size is None):
         raise InvalidRequest("measure", "needs either an image or --size")

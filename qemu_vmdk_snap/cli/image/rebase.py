@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Rebase; silent on success, as qemu-img is."""
     from qemu_vmdk_snap.chain.resolver import confined
-    from qemu_vmdk_snap.ops.rebase import rebase
+    from qemu_vmdk_snap.ops.edit.rebase import rebase
 
     need_vmdk(args.filename, args.format)
     parent = as_seen_from(args.filename, args.backing) if args.backing else None

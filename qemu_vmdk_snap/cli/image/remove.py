@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Remove and tell where the children stand."""
     from qemu_vmdk_snap.chain.resolver import confined
-    from qemu_vmdk_snap.ops.remove import remove
+    from qemu_vmdk_snap.ops.edit.remove import remove
 
     report = remove(args.filename, children=args.child, resolver=confined(args.allow_dir), on_progress=ui.progress)
     if ui.json_output:

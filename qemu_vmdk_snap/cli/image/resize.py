@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Resize and say so, in qemu-img's words."""
     from qemu_vmdk_snap.chain.resolver import confined
-    from qemu_vmdk_snap.ops.resize import resize
+    from qemu_vmdk_snap.ops.edit.resize import resize
 
     need_vmdk(args.filename, args.format)
     report = resize(args.filename, _size(args), resolver=confined(args.allow_dir), on_progress=ui.progress)

@@ -11,7 +11,7 @@ from qemu_vmdk_snap.cli.snapshot.options import add_domain
 from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.domain.adopt import AdoptReport
+    from qemu_vmdk_snap.domain.adopt.run import AdoptReport
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Adopt, and say what."""
-    from qemu_vmdk_snap.domain.adopt import adopt
+    from qemu_vmdk_snap.domain.adopt.run import adopt
     from qemu_vmdk_snap.domain.connect import connection
 
     with connection(args.connect) as conn:

@@ -12,8 +12,8 @@ from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.domain.live import Pause
-    from qemu_vmdk_snap.domain.snapshot import SnapshotReport
+    from qemu_vmdk_snap.domain.create.run import SnapshotReport
+    from qemu_vmdk_snap.domain.qemu.switch import Pause
 
 
 class DiskSpec(NamedTuple):
@@ -60,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Take the snapshot and say what was done."""
     from qemu_vmdk_snap.domain.connect import connection
-    from qemu_vmdk_snap.domain.snapshot import create_snapshot
+    from qemu_vmdk_snap.domain.create.run import create_snapshot
 
     if args.name is not None and args.snapshotname not in (None, args.name):
         raise InvalidRequest(f"snapshot names {args.snapshotname!r} and {args.name!r}", "give one")

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     """Tell, or change, it."""
     from qemu_vmdk_snap.domain.connect import connection
     from qemu_vmdk_snap.domain.edit import set_current
-    from qemu_vmdk_snap.domain.recovery import recover_by_name
+    from qemu_vmdk_snap.domain.journal.recover import recover_by_name
     from qemu_vmdk_snap.domain.registry import snapshot_info
 
     with connection(args.connect) as conn:

@@ -12,7 +12,7 @@ from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.domain.delete_plan import Deleted
+    from qemu_vmdk_snap.domain.delete.plan import Deleted
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Delete, and say what was done."""
     from qemu_vmdk_snap.domain.connect import connection
-    from qemu_vmdk_snap.domain.delete import delete
+    from qemu_vmdk_snap.domain.delete.run import delete
     from qemu_vmdk_snap.domain.registry import snapshot_info
 
     if (args.snapshotname is None) is not args.current:

@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Show the snapshot."""
     from qemu_vmdk_snap.domain.connect import connection
-    from qemu_vmdk_snap.domain.recovery import recover_by_name
+    from qemu_vmdk_snap.domain.journal.recover import recover_by_name
     from qemu_vmdk_snap.domain.registry import snapshot_info
 
     if (args.snapshotname is None) is not args.current:

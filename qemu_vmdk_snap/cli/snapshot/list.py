@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Show the snapshots."""
     from qemu_vmdk_snap.domain.connect import connection
-    from qemu_vmdk_snap.domain.recovery import recover_by_name
+    from qemu_vmdk_snap.domain.journal.recover import recover_by_name
     from qemu_vmdk_snap.domain.registry import list_snapshots, tree_lines
 
     with connection(args.connect) as conn:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.domain.recovery import Recovery
+    from qemu_vmdk_snap.domain.journal.recover import Recovery
 
 
 def add_domain(parser: argparse.ArgumentParser) -> None:

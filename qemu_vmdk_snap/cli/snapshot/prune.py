@@ -11,7 +11,7 @@ from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
 from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.domain.prune import PruneReport
+    from qemu_vmdk_snap.domain.delete.prune import PruneReport
 
 _RULES = {
     "last": "the N youngest",
@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Prune, and say what was done."""
     from qemu_vmdk_snap.domain.connect import connection
-    from qemu_vmdk_snap.domain.prune import Policy, prune
+    from qemu_vmdk_snap.domain.delete.prune import Policy, prune
 
     policy = Policy(**{rule: getattr(args, f"keep_{rule}") for rule in _RULES})
     with connection(args.connect) as conn:

@@ -11,7 +11,7 @@ from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.domain.revert import RevertReport
+    from qemu_vmdk_snap.domain.revert.run import RevertReport
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     """Go back and say what was done."""
     from qemu_vmdk_snap.domain.connect import connection
     from qemu_vmdk_snap.domain.registry import snapshot_info
-    from qemu_vmdk_snap.domain.revert import revert
+    from qemu_vmdk_snap.domain.revert.run import revert
 
     if (args.snapshotname is None) is not args.current:
         raise InvalidRequest(f"domain {args.domain}", "name a snapshot, or say --current, one of them")

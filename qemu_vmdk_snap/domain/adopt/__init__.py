@@ -1,0 +1,1 @@
+"""Registering snapshots that others have made."""

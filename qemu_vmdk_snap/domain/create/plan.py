@@ -1,0 +1,251 @@
+"""What a snapshot will do, worked out and checked before anything is changed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import qemu_vmdk_snap as engine
+from qemu_vmdk_snap.domain import naming, xml
+from qemu_vmdk_snap.domain.connect import libvirt_errors
+from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay
+from qemu_vmdk_snap.domain.qemu.agent import check_quiesce
+from qemu_vmdk_snap.domain.qemu.depth import check_depth
+from qemu_vmdk_snap.domain.qemu.switch import Tops, check_disks
+from qemu_vmdk_snap.errors import DomainError
+
+if TYPE_CHECKING:
+    import libvirt
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for. Disks are named by target or by their file, as virsh allows."""
+
+    name: str | None = None
+    description: str | None = None
+    disks: Sequence[str] | None = None
+    """The disks that take part; None for every VMDK disk that can."""
+    required: Collection[str] = ()
+    """Disks that must be able to take part; naming one does not leave out the others."""
+    exclude: Collection[str] = ()
+    overlays: Mapping[str, Path] = field(default_factory=dict)
+    """Where the overlay of a disk goes; beside the disk if not said."""
+    quiesce: str = "no"
+    """Whether a running guest's file systems are frozen meanwhile: `no`, `auto` (where it can), `require`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedDisk:
+    """A disk that takes part."""
+
+    target: str
+    overlay: Path
+    chain: tuple[Path, ...]
+    """The files that are there now, the top first."""
+
+    @property
+    def frozen(self) -> Path:
+        """The top of today, the parent of the overlay."""
+        return self.chain[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A snapshot ready to be taken."""
+
+    snapshot: xml.SnapshotXml
+    disks: tuple[PlannedDisk, ...]
+    skipped: tuple[tuple[str, str], ...]
+    """(target, reason) of the disks that take no part."""
+    intent: Intent
+    quiesce: str = "no"
+    tops: Tops = field(default_factory=Tops)
+    """Of a running domain: what QEMU writes to."""
+
+
+def make_plan(
+    conn: libvirt.virConnect,
+    domain: libvirt.virDomain,
+    request: Request,
+    store: IntentStore,
+    held: contextlib.ExitStack,
+) -> Plan:
+    """Return the plan. The chains of a shut-off domain stay open in `held`, so that no guest writes to them meanwhile.
+
+    Raises:
+        DomainError: the domain is in no state for it, or no disk can take part.
+        InvalidRequest: the name or a path cannot be.
+        VmdkSnapError: a chain is broken or in use; see `open_chain`.
+    """
+    import libvirt
+
+    name = domain.name()
+    with libvirt_errors(name, "read its state"):
+        check_state(domain)
+        live = bool(domain.isActive())
+        running = live and domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+        old_xml = inactive_xml(domain)
+        snapshots = {snapshot.getName(): snapshot.getXMLDesc(0) for snapshot in domain.listAllSnapshots()}
+        parent = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
+    header = _header(name, request, snapshots, parent, live)
+    volume_path = volume_resolver(conn, name)
+    disks = xml.list_disks(old_xml, volume_path)
+    chosen, skipped = choose(name, disks, request)
+    check_quiesce(request.quiesce)
+    tops = check_disks(domain, chosen, volume_path) if live else Tops()
+    taken = set().union(*(xml.files_in(text) for text in (old_xml, *snapshots.values())), pending_overlays(store))
+    planned = []
+    for disk in chosen:
+        planned.append(_plan_disk(name, disk, request, taken, held, lock=not live))
+        check_depth(conn, name, disk.target, planned[-1].chain)
+        taken.add(planned[-1].overlay)
+    plan = _assemble(domain, header, old_xml, disks, tuple(planned), tuple(skipped))
+    intent = replace(plan.intent, live=live, resume=running, thaw=live and request.quiesce != "no")
+    return replace(plan, quiesce=request.quiesce, tops=tops, intent=intent)
+
+
+def check_state(domain: libvirt.virDomain) -> None:
+    """Accept a domain that is shut off, running or paused, and is defined.
+
+    Raises:
+        DomainError: it is transient, or would resume from saved memory that belongs to the disks as they are.
+    """
+    if not domain.isPersistent():
+        reason = "is transient: without a persistent XML nothing would name its overlays: virsh define it first"
+        raise DomainError(domain.name(), reason)
+    if domain.hasManagedSaveImage():
+        reason = "has a saved state, which would resume on the frozen disks: start it, or virsh managedsave-remove it"
+        raise DomainError(domain.name(), reason)
+
+
+def find_snapshot(domain: libvirt.virDomain, name: str) -> libvirt.virDomainSnapshot:
+    """Return the domain's snapshot of that name.
+
+    Raises:
+        DomainError: there is none.
+    """
+    for snapshot in domain.listAllSnapshots():
+        if snapshot.getName() == name:
+            return snapshot
+    raise DomainError(domain.name(), f"has no snapshot {name!r}")
+
+
+def inactive_xml(domain: libvirt.virDomain) -> str:
+    """Return the persistent XML with its secrets, as it must be to be defined again."""
+    import libvirt
+
+    text: str = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
+    return text
+
+
+def volume_resolver(conn: libvirt.virConnect, domain: str) -> xml.VolumePath:
+    """Return what finds the file of a storage volume on this connection."""
+
+    def resolve(pool: str, volume: str) -> Path:
+        with libvirt_errors(domain, f"find volume {volume!r} of pool {pool!r}"):
+            return Path(conn.storagePoolLookupByName(pool).storageVolLookupByName(volume).path())
+
+    return resolve
+
+
+def choose(domain: str, disks: Sequence[xml.Disk], request: Request) -> tuple[list[xml.Disk], list[tuple[str, str]]]:
+    """Return the disks that take part, and (target, reason) of the others.
+
+    Raises:
+        DomainError: a disk that was named is not there or cannot take part, or none is left.
+    """
+    known = {name for disk in disks for name in (disk.target, str(disk.path))}
+    asked = {*(request.disks or ()), *request.required, *request.overlays}
+    for wanted in (*asked, *request.exclude):
+        if wanted not in known:
+            raise DomainError(domain, f"has no disk {wanted!r}")
+    chosen, skipped = [], []
+    for disk in disks:
+        names = {disk.target, str(disk.path)}
+        named = bool(names & asked)
+        if disk.refusal and named:
+            raise DomainError(domain, f"disk {disk.target} {disk.refusal}: it cannot be snapshotted")
+        reason = disk.refusal
+        if names & set(request.exclude) or (request.disks is not None and not names & set(request.disks)):
+            reason = reason or "was left out"
+        elif disk.opted_out and not named:
+            reason = reason or "has snapshot='no' in the domain's XML"
+        if reason:
+            skipped.append((disk.target, reason))
+        else:
+            chosen.append(disk)
+    if not chosen:
+        why = "; ".join(f"{target} {reason}" for target, reason in skipped)
+        raise DomainError(domain, "has no VMDK disk to snapshot" + (f": {why}" if why else ""))
+    return chosen, skipped
+
+
+def _header(
+    domain: str, request: Request, snapshots: Collection[str], parent: str | None, live: bool
+) -> xml.SnapshotXml:
+    name = naming.default_snapshot_name(snapshots) if request.name is None else request.name
+    naming.check_snapshot_name(name)
+    naming.check_description(request.description or "")
+    if name in snapshots:  # libvirt would replace it without a word
+        raise DomainError(domain, f"has a snapshot {name!r} already")
+    created = int(naming.default_snapshot_name())
+    return xml.SnapshotXml(name, "disk-snapshot" if live else "shutoff", created, request.description, parent)
+
+
+def pending_overlays(store: IntentStore) -> set[Path]:
+    """Return the overlays that unfinished snapshots of other domains are about to make."""
+    paths = set()
+    for uuid in store.uuids():
+        with contextlib.suppress(DomainError):  # a damaged record is for `recover` to tell of, in its own domain
+            intent = store.read(uuid)
+            paths |= {Path(overlay.path) for overlay in intent.overlays} if intent else set()
+    return paths
+
+
+def _plan_disk(
+    domain: str, disk: xml.Disk, request: Request, taken: Collection[Path], held: contextlib.ExitStack, *, lock: bool
+) -> PlannedDisk:
+    if disk.path is None:
+        raise DomainError(domain, f"disk {disk.target} has no file")
+    # The domain's XML names these files, so QEMU opens them wherever they are.
+    trusted = sorted({path.parent for path in disk.backing})
+    chain = held.enter_context(engine.open_chain(disk.path, trusted_dirs=trusted, lock=lock))
+    wanted = request.overlays.get(disk.target) or request.overlays.get(str(disk.path))
+    overlay = naming.next_overlay(disk.path, taken) if wanted is None else Path(wanted).absolute()
+    if overlay in taken:
+        raise DomainError(domain, f"overlay {overlay} belongs to another disk or snapshot")
+    return PlannedDisk(disk.target, overlay, (disk.path, *(link.path for link in chain.links[1:])))
+
+
+def _assemble(
+    domain: libvirt.virDomain,
+    header: xml.SnapshotXml,
+    old_xml: str,
+    disks: Sequence[xml.Disk],
+    planned: tuple[PlannedDisk, ...],
+    skipped: tuple[tuple[str, str], ...],
+) -> Plan:
+    overlays = {disk.target: disk.overlay for disk in planned}
+    entries = tuple(
+        xml.SnapshotDisk(
+            disk.target, "external" if disk.target in overlays else "no", overlays.get(disk.target), disk.path
+        )
+        for disk in disks
+    )
+    snapshot = xml.SnapshotXml(
+        header.name, header.state, header.creation_time, header.description, header.parent, "no", entries
+    )
+    intent = Intent(
+        uuid=domain.UUIDString(),
+        domain=domain.name(),
+        snapshot=header.name,
+        overlays=tuple(Overlay(disk.target, str(disk.overlay), str(disk.frozen)) for disk in planned),
+        old_xml=old_xml,
+        new_xml=xml.stack(old_xml, {disk.target: xml.NewTop(disk.overlay, disk.chain) for disk in planned}),
+        snapshot_xml=xml.snapshot_xml(snapshot, old_xml),
+    )
+    return Plan(snapshot, planned, skipped, intent)

@@ -1,0 +1,152 @@
+"""Take a snapshot of a domain's VMDK disks: all of them, or nothing happens.
+
+The steps, each durable before the next, so that a crash between any two of them is settled by `recovery`:
+
+    1  the intent record
+    2  the overlays, complete, with the owner and mode of their bases; then the record that knows them by inode
+    3  the persistent XML, which now names the overlays and the whole chain below
+    4  the snapshot in libvirt's metadata, with the XML of before inside
+    5  only where the guest runs: QEMU goes over to the overlays, in one transaction
+    6  the record goes
+
+Shut off, the old tops are locked from before 1 until after 4 as QEMU locks what it reads: no guest can start and write
+them. Running, QEMU comes last: it alone cannot be taken back, and if it never hears of the overlays, they are empty,
+and whoever starts the guest from the XML finds on them what its old disks hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap.domain import dropin
+from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
+from qemu_vmdk_snap.domain.create.plan import Plan, PlannedDisk, Request, check_state, inactive_xml, make_plan
+from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
+from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain, register
+from qemu_vmdk_snap.domain.journal.recover import undo as _undo
+from qemu_vmdk_snap.domain.newfile import make_overlay, refresh_pools
+from qemu_vmdk_snap.domain.qemu.switch import Pause, switch
+from qemu_vmdk_snap.errors import DomainError
+
+if TYPE_CHECKING:
+    import libvirt
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotReport:
+    """What a snapshot did."""
+
+    domain: str
+    snapshot: str
+    creation_time: int
+    """Seconds since 1970."""
+    parent: str | None
+    disks: tuple[PlannedDisk, ...]
+    skipped: tuple[tuple[str, str], ...]
+    """(target, reason) of the disks that took no part."""
+    recovered: Recovery | None
+    """What became of an unfinished snapshot that was found first."""
+    pause: Pause | None = None
+    """How a running guest was held up; None for one that was shut off."""
+    notes: tuple[str, ...] = ()
+    """What did not go as wished and stood in nobody's way."""
+
+
+def create_snapshot(
+    conn: libvirt.virConnect,
+    domain_name: str,
+    name: str | None = None,
+    description: str | None = None,
+    *,
+    disks: Sequence[str] | None = None,
+    required: Collection[str] = (),
+    exclude: Collection[str] = (),
+    overlays: Mapping[str, Path] | None = None,
+    quiesce: str = "no",
+) -> SnapshotReport:
+    """Freeze the VMDK disks of a shut-off domain, let it go on in new overlays, and register the snapshot.
+
+    Without a `name` it is the second since 1970, as virsh has it. Disks are named by target or by file: `disks` are the
+    only ones that take part, those in `required` must be able to, those in `exclude` are left out, and `overlays` says
+    where the overlay of a disk goes, if not beside it. When it fails nothing has changed, unless the error says that
+    the rest is left to `recover`.
+
+    Raises:
+        DomainError: the domain does not allow it (it runs, has no VMDK disk, has such a snapshot), or libvirt refused.
+        InvalidRequest: the name cannot be.
+        CidMismatch, CorruptChain, FormatError, LockBusy: a chain is broken, or in use.
+        OSError: a file could not be made.
+    """
+    domain = find_domain(conn, domain_name)
+    request = Request(name, description, disks, required, exclude, overlays or {}, quiesce)
+    store = IntentStore.of(conn)
+    with store.locked(domain.UUIDString(), domain.name()), contextlib.ExitStack() as held:
+        recovered = recover_domain(conn, domain, store)
+        plan = make_plan(conn, domain, request, store, held)
+        with dropin.around("create", domain.name(), as_plan(plan), uri=conn.getURI()) as notes:
+            pause = _execute(conn, domain, store, plan)
+    refresh_pools(conn, [disk.overlay for disk in plan.disks])
+    return _report(plan, recovered, pause, notes)
+
+
+def _report(plan: Plan, recovered: Recovery | None, pause: Pause | None, notes: Sequence[str]) -> SnapshotReport:
+    header = plan.snapshot
+    return SnapshotReport(
+        plan.intent.domain,
+        header.name,
+        header.creation_time,
+        header.parent,
+        plan.disks,
+        plan.skipped,
+        recovered,
+        pause,
+        (*notes, *(pause.notes if pause else ())),
+    )
+
+
+def as_plan(plan: Plan) -> dict[str, object]:
+    """Return what the plan does, for drop-ins: types of JSON alone."""
+    return {
+        "snapshot": plan.snapshot.name,
+        "running": plan.intent.live,
+        "disks": [
+            {"target": disk.target, "frozen": str(disk.frozen), "overlay": str(disk.overlay)} for disk in plan.disks
+        ],
+        "skipped": dict(plan.skipped),
+    }
+
+
+def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, plan: Plan) -> Pause | None:
+    intent = plan.intent
+    pause = None
+    try:
+        store.write(intent)  # barrier: no file is made that nobody would know of after a crash
+        for disk in plan.disks:
+            intent = intent.made(str(disk.overlay), make_overlay(domain.name(), disk))
+        store.write(intent)
+        _define(conn, domain, intent)
+        with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):
+            register(domain, intent)
+        if intent.live:
+            pause = switch(domain, plan.disks, plan.quiesce, plan.tops)
+    except BaseException as error:
+        _undo(conn, domain, store, intent, error)
+        raise
+    # The snapshot is complete. A record that cannot be removed says nothing new: the next command drops it.
+    with contextlib.suppress(OSError):
+        store.remove(intent.uuid)
+    return pause
+
+
+def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
+    with libvirt_errors(domain.name(), "define it with its new disks"):
+        check_state(domain)
+        if bool(domain.isActive()) is not intent.live:
+            raise DomainError(domain.name(), "was started or stopped while the snapshot was prepared: try again")
+        if inactive_xml(domain) != intent.old_xml:
+            raise DomainError(domain.name(), "was edited while the snapshot was prepared: try again")
+        conn.defineXML(intent.new_xml)

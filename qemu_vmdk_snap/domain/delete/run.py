@@ -1,0 +1,250 @@
+"""Delete snapshots: whatever is not deleted keeps reading what it read, and the XML follows the files.
+
+A snapshot's state is a frozen file F of each disk. What happens to it, C being an image that stands on F:
+
+    merge   F has one child C            C's data goes down into F, which takes C's place; C is deleted
+    copy    F has several, or is smaller F's data goes up into each of them; they stand on F's parent; F is deleted
+    drop    nothing stands on F          F is deleted
+    keep    another snapshot has F too   nothing
+
+The steps, each durable before the next. All of them can be done again, and `finish` does, after a crash:
+
+    1  the intent record
+    2  merge: the data goes down; C is empty then, and everything reads through it as before
+    3  the children move; from here to 5 a domain that is started from its old XML finds CIDs that do not fit, and fails
+    4  what will be deleted is locked, and seen to be empty (merge) or without children (copy, drop)
+    5  the persistent XML; the snapshot itself is forgotten; then the XML of the snapshots that stay
+    6  the files are unlinked; then the record goes
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap import Link, OnProgress, confined, find_children, ignore, open_chain
+from qemu_vmdk_snap.domain import dropin, xml
+from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
+from qemu_vmdk_snap.domain.create.plan import inactive_xml
+from qemu_vmdk_snap.domain.delete.plan import (
+    Deleted,
+    Scope,
+    State,
+    Work,
+    change_of,
+    chosen,
+    make_intent,
+    open_one,
+    work_of,
+)
+from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
+from qemu_vmdk_snap.domain.journal.recover import Recovery, is_empty, recover_domain
+from qemu_vmdk_snap.domain.newfile import refresh_pools
+from qemu_vmdk_snap.domain.qemu.merge import merge_active
+from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
+
+if TYPE_CHECKING:
+    import libvirt
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteReport:
+    """What a delete did."""
+
+    domain: str
+    deleted: tuple[Deleted, ...]
+    recovered: Recovery | None
+    notes: tuple[str, ...] = ()
+
+
+def delete(
+    conn: libvirt.virConnect,
+    domain_name: str,
+    names: str | Sequence[str],
+    *,
+    scope: Scope = "one",
+    metadata: bool = False,
+    on_progress: OnProgress = ignore,
+) -> DeleteReport:
+    """Delete snapshots of a domain, the youngest first, each of them whole before the next.
+
+    `scope` takes in their descendants, or these alone. `metadata` makes libvirt forget them and touches no file.
+
+    Raises:
+        DomainError: there is no such snapshot; the guest runs on its files; or another domain uses them.
+        VmdkSnapError, OSError: an image is broken or in use, or there is no space: the snapshot is as before, or its
+            record stays and `recover` (or the next command) finishes it.
+    """
+    domain = find_domain(conn, domain_name)
+    store = IntentStore.of(conn)
+    notes: list[str] = []
+    deleted: list[Deleted] = []
+    with store.locked(domain.UUIDString(), domain.name()):
+        recovered = recover_domain(conn, domain, store)
+        for name in chosen(domain, [names] if isinstance(names, str) else names, scope):
+            intent = make_intent(State.read(conn, domain), name, metadata=metadata)
+            work = work_of(intent)
+            plan = {
+                "snapshot": name,
+                "metadata": metadata,
+                "operations": [line for one in work for line in one.lines()],
+            }
+            with dropin.around("delete", domain.name(), plan, uri=conn.getURI()) as said:
+                _execute(conn, domain, store, intent, on_progress)
+            notes += said
+            deleted.append(Deleted(name, work))
+    refresh_pools(conn, [Path(one.frozen) for snapshot in deleted for one in snapshot.work])
+    return DeleteReport(domain.name(), tuple(deleted), recovered, tuple(notes))
+
+
+def _execute(
+    conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, intent: Intent, on_progress: OnProgress
+) -> None:
+    store.write(intent)  # barrier: from here on `finish` knows what to do
+    try:
+        if intent.live:
+            _merge_live(conn, domain, intent)
+        else:
+            _merge_down(intent, on_progress)
+    except BaseException:
+        with contextlib.suppress(VmdkSnapError, OSError):
+            _settle(intent)
+            if not _names_merged(domain, intent):
+                store.remove(intent.uuid)  # whatever was merged, everything still reads what it read
+        raise
+    try:
+        finish(conn, domain, intent, on_progress=on_progress)
+    except (VmdkSnapError, OSError) as error:
+        reason = f"{error}; the delete of snapshot {intent.snapshot!r} is not finished: `recover` goes on with it"
+        raise DomainError(domain.name(), reason) from error
+    with contextlib.suppress(OSError):
+        store.remove(intent.uuid)
+
+
+def finish(
+    conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent, *, on_progress: OnProgress = ignore
+) -> None:
+    """Do every step that is not done yet.
+
+    Raises:
+        VmdkSnapError, OSError: a step cannot be done now; the record must stay.
+    """
+    _settle(intent)
+    if intent.live:
+        _merge_live(conn, domain, intent)
+    if not _names_merged(domain, intent):
+        _merge_down(intent, on_progress)
+    _move(intent, on_progress)
+    with contextlib.ExitStack() as held:
+        doomed = [link for one in work_of(intent) if (link := _hold(domain.name(), one, intent, held)) is not None]
+        with libvirt_errors(domain.name(), f"forget the snapshot {intent.snapshot!r}"):
+            _change_xml(conn, domain, intent)
+        for link in doomed:
+            for file in link.files:
+                file.path.unlink(missing_ok=True)
+
+
+def _settle(intent: Intent) -> None:
+    """Finish what was interrupted inside an operation on the images."""
+    from qemu_vmdk_snap import recover
+
+    for folder in {Path(one.frozen).parent for one in work_of(intent)}:
+        recover(folder)
+
+
+def _merge_live(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
+    """Let QEMU merge what the running guest writes to; then it, and the persistent XML, are on the lower files."""
+    merges = [(one.target, Path(one.child), Path(one.frozen)) for one in work_of(intent) if one.live and one.child]
+    if domain.isActive():
+        before = inactive_xml(domain)
+        merge_active(domain, merges, lambda: _define(conn, domain, intent), lambda: _restore(conn, domain, before))
+
+
+def _names_merged(domain: libvirt.virDomain, intent: Intent) -> bool:
+    """Return whether the XML follows a live merge already: what is left of the overlays is old then."""
+    files = xml.files_in(inactive_xml(domain))
+    return intent.live and not any(Path(one.child) in files for one in work_of(intent) if one.live and one.child)
+
+
+def _merge_down(intent: Intent, on_progress: OnProgress) -> None:
+    from qemu_vmdk_snap import commit
+
+    resolver = confined(_folders(intent))
+    for one in work_of(intent):
+        if one.mode != "merge" or one.child is None or not Path(one.child).exists():
+            continue
+        with open_one(Path(one.child), _folders(intent), lock=False) as link:
+            done = is_empty(link)
+        if not done:  # done already, its children may stand on the base by now: they must keep what they read
+            commit(one.child, base=one.frozen, keep_siblings=True, resolver=resolver, on_progress=on_progress)
+
+
+def _move(intent: Intent, on_progress: OnProgress) -> None:
+    from qemu_vmdk_snap import rebase
+
+    resolver = confined(_folders(intent))
+    for one in work_of(intent):
+        onto = Path(one.frozen) if one.mode == "merge" else None if one.parent is None else Path(one.parent)
+        if one.removed is None or not one.removed.exists():
+            continue
+        for image in map(Path, one.moving):
+            if _stands_on(image, one.removed, _folders(intent)):
+                rebase(image, onto, resolver=resolver, on_progress=on_progress)
+
+
+def _stands_on(image: Path, parent: Path, folders: Sequence[Path]) -> bool:
+    with open_chain(image, trusted_dirs=folders, lock=False) as chain:
+        return chain.depth > 1 and chain.links[1].path.resolve() == parent.resolve()
+
+
+def _hold(domain: str, work: Work, intent: Intent, held: contextlib.ExitStack) -> Link | None:
+    """Lock what will be deleted; None where it is gone already."""
+    if work.removed is None or not work.removed.exists():
+        return None
+    folders = _folders(intent)
+    link = held.enter_context(open_one(work.removed, folders, lock=True))
+    if work.mode == "merge" and not work.live and not is_empty(link):
+        raise DomainError(domain, f"disk {work.target}: {work.removed} was written to meanwhile")
+    left = [child.path for child in find_children(work.removed, link.cid, folders, confined(folders))]
+    if left:
+        raise DomainError(domain, f"disk {work.target}: {', '.join(map(str, left))} came to stand on {work.removed}")
+    return link
+
+
+def _change_xml(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
+    import libvirt
+
+    _define(conn, domain, intent)
+    there = {snapshot.getName(): snapshot for snapshot in domain.listAllSnapshots()}
+    # First, as libvirt takes it for a merge of its own kind: it writes other files into the XML of the descendants.
+    if intent.snapshot in there:
+        there.pop(intent.snapshot).delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
+    current = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
+    redefine = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
+    for name, text in intent.snapshots:
+        if name in there:
+            as_current = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT if name == current else 0
+            domain.snapshotCreateXML(text, redefine | as_current)
+
+
+def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
+    """Change the files in the persistent XML; what was edited meanwhile stays."""
+    now = inactive_xml(domain)
+    changed = xml.relink(now, change_of(work_of(intent)))
+    if changed != now and any(one.removed in xml.files_in(now) for one in work_of(intent)):
+        conn.defineXML(changed)
+
+
+def _restore(conn: libvirt.virConnect, domain: libvirt.virDomain, before: str) -> None:
+    if inactive_xml(domain) != before:
+        conn.defineXML(before)
+
+
+def _folders(intent: Intent) -> list[Path]:
+    """Return where the images lie: nothing else is opened, whatever the files say of their parents."""
+    named = [Path(name) for one in work_of(intent) for name in (one.frozen, one.child, one.parent, *one.moving) if name]
+    files = xml.files_in(intent.old_xml) | xml.files_in(intent.snapshot_xml) | set(named)
+    return sorted({file.parent for file in files})

@@ -1,0 +1,100 @@
+"""The snapshot after a guest's stop: in a process of its own, since the hook that starts it must not call libvirt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
+from qemu_vmdk_snap.domain.create.run import SnapshotReport, create_snapshot
+from qemu_vmdk_snap.domain.registry import SnapshotInfo, list_snapshots
+
+if TYPE_CHECKING:
+    import libvirt
+
+PREFIX: Final = "stop-"
+"""How the names of these snapshots begin."""
+
+_POLL: Final = 0.05
+
+
+def wait_until_off(domain: libvirt.virDomain, run: int | None, seconds: float) -> str | None:
+    """Return None when the domain is shut off after a run, or why it is not to be snapshotted now.
+
+    `run` is the id that the run had; None for whichever it was. The hook is called a moment before libvirt calls the
+    domain shut off.
+
+    Raises:
+        DomainError: libvirt cannot tell.
+    """
+    import libvirt
+
+    ended = {
+        libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN,
+        libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED,
+        libvirt.VIR_DOMAIN_SHUTOFF_CRASHED,
+        libvirt.VIR_DOMAIN_SHUTOFF_DAEMON,
+        libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN,  # the daemon was restarted since
+    }
+    deadline = time.monotonic() + seconds
+    with libvirt_errors(domain.name(), "wait until it is shut off"):
+        while domain.isActive():
+            if run is not None and domain.ID() not in (run, -1):
+                return "it was started again already"
+            if time.monotonic() > deadline:
+                return f"it still runs after {seconds:g} s"
+            time.sleep(_POLL)
+        if not domain.isPersistent():
+            return "it is transient"
+        reason = domain.state()[1]
+    return None if reason in ended else "it was not stopped by a shutdown: it was saved, moved, or never started"
+
+
+def snapshot_after_stop(
+    conn: libvirt.virConnect, domain_name: str, run: int | None = None, seconds: float = 60.0
+) -> SnapshotReport | str:
+    """Wait until the domain is shut off, then snapshot it; return the report, or why there is none.
+
+    Raises:
+        VmdkSnapError, OSError: see `create_snapshot`.
+    """
+    domain = find_domain(conn, domain_name)
+    why_not = wait_until_off(domain, run, seconds)
+    if why_not is not None:
+        return why_not
+    # Behind those that are there, also where two stops share a second: the names tell the order.
+    second = max([int(time.time()), *(snapshot.creation_time + 1 for snapshot in _ours(conn, domain_name))])
+    name = f"{PREFIX}{second}"
+    return create_snapshot(conn, domain_name, name, "taken after its guest had stopped")
+
+
+def prune_after_stop(conn: libvirt.virConnect, domain_name: str, keep: Sequence[tuple[str, int]]) -> list[str]:
+    """Delete those of the snapshots taken after a stop that no rule of `keep` keeps, and return their names.
+
+    Snapshots of other names are neither counted nor deleted.
+
+    Raises:
+        VmdkSnapError, OSError: see `delete`.
+    """
+    from qemu_vmdk_snap.domain.delete.prune import Policy, decide
+    from qemu_vmdk_snap.domain.delete.run import delete
+
+    if not keep:
+        return []
+    rules = {rule.removeprefix("keep-"): count for rule, count in keep}
+    ours = _ours(conn, domain_name)
+    going = [decision.name for decision in decide(ours, Policy(**rules)) if not decision.reasons]
+    if going:
+        delete(conn, domain_name, going)
+    return going
+
+
+def _ours(conn: libvirt.virConnect, domain_name: str) -> list[SnapshotInfo]:
+    """Return the snapshots taken after a stop, each dated by the second in its name."""
+    return [
+        replace(snapshot, creation_time=int(second))
+        for snapshot in list_snapshots(conn, domain_name)
+        if (second := snapshot.name.removeprefix(PREFIX)) != snapshot.name and second.isdecimal()
+    ]

@@ -1,0 +1,239 @@
+"""What the libvirt hook does for a domain with a policy. Imports are few and late: a guest's start waits for it.
+
+libvirt's rules (docs/hooks.html): the domain's XML comes on standard input; what is written to standard error is shown
+when the status is not 0; at `prepare begin` such a status refuses the start. A hook must never call libvirt back: it
+would wait for the hook. What needs libvirt is done by a process of its own, which outlives the hook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Final
+
+import qemu_vmdk_snap as engine
+from qemu_vmdk_snap.domain.hooks import policy as policies
+from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from qemu_vmdk_snap.domain.hooks.policy import Policy
+    from qemu_vmdk_snap.domain.xml import Disk
+
+PROGRAM: Final = "qemu-vmdk-snap"
+_PATIENCE: Final = 2.0
+"""Seconds from the deadline to the end of the process, for what does not listen to the first call."""
+
+_SYSLOG: Final = "/dev/log"
+_DAEMON, _ERR, _INFO = 3 << 3, 3, 6
+_LONGEST_LINE: Final = 8192
+
+_MAX_XML: Final = 16 << 20
+_LOOKED_AT: Final = ("is read-only", "is shared", "is transient")
+"""Disks that take no part in a snapshot for these reasons are checked all the same."""
+
+
+def main(argv: Sequence[str], stdin: IO[bytes], stderr: IO[str]) -> int:
+    """Do what the policy says for (POLICY, NAME, OPERATION, SUBOPERATION, ...) and return the exit status.
+
+    1, with one line on `stderr`, refuses a start. After a guest has stopped it is 0, whatever happens.
+    """
+    path, name, operation, sub, *_ = [*argv, "", "", "", ""]
+    if (operation, sub) == ("prepare", "begin"):
+        return _guarded(name, lambda: _prepare(Path(path), name, stdin), stderr, failed=1)
+    if (operation, sub) == ("release", "end"):
+        return _guarded(name, lambda: _release(Path(path), name, stdin), stderr, failed=0)
+    return 0
+
+
+def log(line: str, *, error: bool = False) -> None:
+    """Send one line to syslog and do not wait; a machine without one, or with one that is stuck, hears nothing.
+
+    Written as syslog(3) does (RFC 3164, local form), which itself waits for as long as the receiver does not read: a
+    guest's start would hang with it.
+    """
+    import socket
+    import time
+
+    priority = _DAEMON | (_ERR if error else _INFO)
+    text = f"<{priority}>{time.strftime('%b %e %H:%M:%S')} {PROGRAM}[{os.getpid()}]: {' '.join(line.split())}"
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.setblocking(False)
+        sender.connect(_SYSLOG)
+        sender.send(text.encode("utf-8", "backslashreplace")[:_LONGEST_LINE])
+
+
+def check_disks(disks: Sequence[Disk], policy: Policy, name: str) -> None:
+    """Accept chains that hold together and are what the XML spells out; with `deep`, tables that are sound too.
+
+    Raises:
+        VmdkSnapError, OSError: one does not.
+    """
+    for disk in disks:
+        if disk.path is None:
+            continue
+        trusted = _folders(disk, policy)
+        links = engine.read_links(disk.path, trusted_dirs=trusted)
+        # QEMU follows the XML, not the hints.
+        if disk.closed and [link.path.resolve() for link in links[1:]] != [path.resolve() for path in disk.backing]:
+            reason = f"disk {disk.target}: the chain in its XML is not that of its files: {_names(disk)}"
+            raise DomainError(name, reason)
+        if policy.verify == "deep":
+            _check_deep(disk, disk.path, trusted, name)
+
+
+def vmdk_disks(domain_xml: str, name: str) -> list[Disk]:
+    """Return the VMDK disks of the domain.
+
+    Raises:
+        DomainError: one of them is a volume of a pool, and only libvirt could tell where that is.
+    """
+    from qemu_vmdk_snap.domain.xml import list_disks
+
+    nowhere = Path()  # relative: refused for that, but only where it would be a VMDK disk
+    disks = list_disks(domain_xml, lambda _pool, _volume: nowhere)
+    for disk in disks:
+        if disk.path == nowhere and disk.refusal == "has a relative path":
+            reason = (
+                f"disk {disk.target} is a volume, and a hook cannot ask libvirt for its file: name the file instead"
+            )
+            raise DomainError(name, reason)
+    return [disk for disk in disks if disk.refusal is None or disk.refusal.startswith(_LOOKED_AT)]
+
+
+def _guarded(name: str, work: Callable[[], None], stderr: IO[str], *, failed: int) -> int:
+    """Run `work` and return 0; a failure is told in syslog and in one line on `stderr`, and returns `failed`."""
+    try:
+        work()
+    except (VmdkSnapError, OSError, _DeadlinePassed) as error:
+        line = " ".join(str(error).split())
+        reason = line if line.startswith("domain ") else f"domain {name}: {line}"
+    except Exception as error:  # a mistake of ours, or a broken installation: one line too, never a traceback
+        reason = f"domain {name}: {type(error).__name__}: {' '.join(str(error).split())}"
+    else:
+        return 0
+    log(reason, error=True)
+    if failed:
+        stderr.write(f"{PROGRAM}: {reason}\n")
+    return failed
+
+
+def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
+    with _deadline(policies.DEFAULT_DEADLINE) as extend:
+        policy = policies.load(path)
+        extend(policy.deadline)
+        disks = vmdk_disks(_read_xml(stdin), name)
+        if policy.verify != "no":
+            check_disks(disks, policy, name)
+        if policy.revert:
+            _revert(disks, policy, name)
+
+
+def _revert(disks: Sequence[Disk], policy: Policy, name: str) -> None:
+    chosen = {disk.target: disk for disk in disks if disk.refusal is None}
+    if not isinstance(policy.revert, bool):
+        missing = [target for target in policy.revert if target not in chosen]
+        if missing:
+            raise DomainError(name, f"{policy.path} says revert-on-start of {missing[0]}, which is no such disk")
+        chosen = {target: chosen[target] for target in policy.revert}
+    for disk in chosen.values():
+        if disk.path is not None:
+            engine.renew_overlay(disk.path, trusted_dirs=_folders(disk, policy))
+    log(f"domain {name}: reverted {', '.join(chosen)} for a clean start")
+
+
+def _release(path: Path, name: str, stdin: IO[bytes]) -> None:
+    with _deadline(policies.DEFAULT_DEADLINE):
+        policy = policies.load(path)
+        if not policy.snapshot_after_stop:
+            return
+        import re
+
+        # The id tells the run that has ended from a next one. Not worth a parser: libvirt writes it first of all.
+        found = re.search(r"<domain\b[^>]*\bid='(\d+)'", _read_xml(stdin)[:4096])
+        run = found[1] if found else "-1"
+    root = Path(__file__).resolve().parents[2]
+    code = f"import sys; sys.path.append({str(root)!r}); from qemu_vmdk_snap.cli.main import main; sys.exit(main())"
+    spawn_detached([sys.executable, "-I", "-c", code, "hook", "after-stop", name, "--policy", str(path), "--id", run])
+
+
+def spawn_detached(words: Sequence[str]) -> None:
+    """Start a process that outlives this one and holds none of its files, and do not wait for it."""
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    # In the child nothing may return to the caller, and libvirt waits until standard output and error are closed.
+    try:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.closerange(3, 1024)
+        os.execv(words[0], list(words))
+    finally:
+        os._exit(127)
+
+
+class _DeadlinePassed(Exception):
+    """The hook's time is over."""
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[Callable[[float], None]]:
+    """Raise _DeadlinePassed in the block when its time is over; what holds out against that ends the process.
+
+    The block gets a function that sets another time, counted from then on.
+    """
+    allowed = seconds
+    called = False
+
+    def ring(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal called
+        if called:
+            os.write(2, f"{PROGRAM}: the deadline of {allowed:g} s has passed\n".encode())
+            os._exit(1)
+        called = True
+        raise _DeadlinePassed(f"the deadline of {allowed:g} s has passed")
+
+    def extend(more: float) -> None:
+        nonlocal allowed
+        allowed = more
+        signal.setitimer(signal.ITIMER_REAL, more, _PATIENCE)
+
+    signal.signal(signal.SIGALRM, ring)
+    extend(seconds)
+    try:
+        yield extend
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _read_xml(stdin: IO[bytes]) -> str:
+    return stdin.read(_MAX_XML).decode("utf-8", "replace")
+
+
+def _folders(disk: Disk, policy: Policy) -> list[Path]:
+    """Return where the domain's own XML, and its policy, say that parts of the chain lie."""
+    return sorted({*(path.parent for path in disk.backing), *map(Path, policy.trusted)})
+
+
+def _names(disk: Disk) -> str:
+    return ", ".join(path.name for path in disk.backing) or "none"
+
+
+def _check_deep(disk: Disk, path: Path, trusted: Sequence[Path], name: str) -> None:
+    import site
+
+    site.main()  # the hook runs without it; NumPy is there
+    report = engine.check_image(path, resolver=engine.confined(trusted), whole_chain=True)
+    if report.corruptions:
+        raise DomainError(name, f"disk {disk.target}: {report.corruptions} errors in its chain: {report.findings[0]}")

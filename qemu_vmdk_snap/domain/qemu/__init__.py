@@ -1,0 +1,1 @@
+"""A running QEMU: its monitor, its guest agent, its block graph."""

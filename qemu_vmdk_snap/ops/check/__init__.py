@@ -1,0 +1,1 @@
+"""Checking images, and repairing them."""

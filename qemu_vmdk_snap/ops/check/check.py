@@ -1,0 +1,348 @@
+"""Check an image and the chain below it, reading only: everything that can be wrong short of the guest's own data."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from qemu_vmdk_snap.chain.resolver import Resolver
+from qemu_vmdk_snap.errors import CorruptChain, FormatError, Unsupported
+from qemu_vmdk_snap.ops.check.findings import Finding, Findings, Severity
+from qemu_vmdk_snap.ops.check.runs import audit_runs
+from qemu_vmdk_snap.ops.check.tables import GrainCounts, TableAudit, audit_tables
+from qemu_vmdk_snap.ops.progress import OnProgress, Progress, ignore
+from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
+from qemu_vmdk_snap.storage.intent import pending_in
+from qemu_vmdk_snap.storage.locks import lock_image
+from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
+from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, CowdHeader, legacy_descriptor, read_cowd_header
+from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, NO_PARENT, Descriptor, ExtentLine, is_descriptor
+from qemu_vmdk_snap.vmdk.extent import ExtentSpec, open_extent
+from qemu_vmdk_snap.vmdk.sparse.header import MAGIC, NEWLINE_PROBE, HeaderFlag, SparseExtentHeader, check_header
+
+MAX_DEPTH: Final = 256
+_LONG_ID_DIGITS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What a check found. Counts are of grains of the images whose tables were read."""
+
+    path: Path
+    corruptions: int
+    leaks: int
+    findings: tuple[Finding, ...]
+    """The first of each kind, worst first; the counts tell of all."""
+    total: int
+    allocated: int
+    fragmented: int
+    compressed: int
+    end: int
+    """Byte behind the last part of `path` that is in use."""
+    depth: int
+    """Links that were looked at."""
+
+
+@dataclass(slots=True)
+class _Image:
+    """One image as far as it can be read."""
+
+    path: Path
+    descriptor: Descriptor
+    header: SparseExtentHeader | None
+    """Of the extent that embeds the descriptor; None for a descriptor in a file of its own."""
+    files: list[BlockFile]
+
+
+def check_image(
+    path: Path | str,
+    *,
+    resolver: Resolver,
+    whole_chain: bool = False,
+    opener: FileOpener = open_posix,
+    lock: bool = True,
+    on_progress: OnProgress = ignore,
+) -> CheckReport:
+    """Check the tables of the image and how the links of its chain fit; `whole_chain` checks every link's tables.
+
+    What is broken becomes a finding; nothing is written. Parents and extents are opened where `resolver` allows it.
+
+    Raises:
+        FormatError: `path` is no VMDK at all, or its descriptor cannot be read.
+        Unsupported: an incompatible feature hides what the tables mean.
+        LockBusy: another process writes one of the images.
+        OSError: `path` cannot be read.
+    """
+    checker = _Checker(resolver, opener, lock, on_progress)
+    return checker.run(Path(path), whole_chain)
+
+
+class _Checker:
+    def __init__(self, resolver: Resolver, opener: FileOpener, lock: bool, on_progress: OnProgress) -> None:
+        self._resolver, self._opener, self._lock, self._on_progress = resolver, opener, lock, on_progress
+        self._findings = Findings()
+        self._counts = GrainCounts()
+        self._done = 0
+
+    def run(self, path: Path, whole_chain: bool) -> CheckReport:
+        image = self._open(path)
+        self._note_pending(path)
+        end = self._check_one(image, deep=True)
+        depth = self._follow(image, whole_chain)
+        worst = sorted(self._findings.listed, key=lambda finding: list(Severity).index(finding.severity))
+        return CheckReport(
+            path,
+            self._findings.count(Severity.CORRUPTION),
+            self._findings.count(Severity.LEAK),
+            tuple(worst),
+            self._counts.total,
+            self._counts.allocated,
+            self._counts.fragmented,
+            self._counts.compressed,
+            end,
+            depth,
+        )
+
+    def _note_pending(self, path: Path) -> None:
+        with contextlib.suppress(CorruptChain):  # another user's record says nothing about this image
+            for intent in pending_in(path.parent):
+                if intent.involves(path):
+                    rule = f"must be finished: run `recover {path.parent}`"
+                    self._findings.add(Severity.NOTE, path, 0, "interrupted operation", intent.operation, rule)
+
+    def _follow(self, image: _Image, whole_chain: bool) -> int:
+        """Check each parent and how it fits the link above; return how many links there are."""
+        seen = {image.path.resolve()}
+        depth = 1
+        while (parent := self._parent_of(image)) is not None:
+            real = parent.resolve()
+            if real in seen or depth == MAX_DEPTH:
+                loop = "must not come back to a link of the chain"
+                self._bad_hint(image, loop if real in seen else f"must end within {MAX_DEPTH} links")
+                break
+            seen.add(real)
+            depth += 1
+            try:
+                below = self._open(parent)
+            except FormatError as error:
+                self._findings.broken(error)
+                break
+            except (Unsupported, OSError) as error:
+                self._bad_hint(image, f"must name an image that can be read: {error}")
+                break
+            self._check_one(below, deep=whole_chain)
+            self._check_fit(image, below)
+            image = below
+        return depth
+
+    def _parent_of(self, image: _Image) -> Path | None:
+        descriptor = image.descriptor
+        try:
+            if descriptor.parent_cid == NO_PARENT:
+                return None
+        except FormatError:
+            return None  # noted when the descriptor was checked
+        if descriptor.parent_hint is None:
+            at = descriptor.offset_of("parentCID")
+            rule = "must be ffffffff, or parentFileNameHint must name the parent"
+            self._findings.corrupt(image.path, at, "parentCID", f"{descriptor.parent_cid:08x}", rule)
+            return None
+        try:
+            return self._resolver(image.path, descriptor.parent_hint, "parent")
+        except CorruptChain as error:
+            self._bad_hint(image, f"must name an image that may be opened: {error.reason}")
+            return None
+
+    def _bad_hint(self, image: _Image, rule: str) -> None:
+        descriptor = image.descriptor
+        at = descriptor.offset_of("parentFileNameHint")
+        self._findings.corrupt(image.path, at, "parentFileNameHint", descriptor.parent_hint, rule)
+
+    def _check_fit(self, image: _Image, parent: _Image) -> None:
+        mine, theirs = image.descriptor, parent.descriptor
+        try:
+            parent_cid, cid = mine.parent_cid, theirs.cid
+        except FormatError:
+            return  # noted when the descriptor was checked
+        if parent_cid != cid:
+            rule = f"must be the CID {cid:08x} of {parent.path}: the parent was modified after the overlay was made"
+            self._findings.corrupt(image.path, mine.offset_of("parentCID"), "parentCID", f"{parent_cid:08x}", rule)
+        if mine.sectors != theirs.sectors:
+            at = mine.extents[0].at if mine.extents else mine.base
+            rule = f"must be the {theirs.sectors} sectors of the parent {parent.path}"
+            if mine.sectors > theirs.sectors:
+                rule += ", say VMware's tools (QEMU reads zeros behind the parent's end)"
+            severity = Severity.CORRUPTION if mine.sectors < theirs.sectors else Severity.NOTE
+            self._findings.add(severity, image.path, at, "capacity", mine.sectors, rule)
+
+    def _open(self, path: Path) -> _Image:
+        """Read the descriptor of `path`; what a normal open refuses and a check can go on from becomes a finding."""
+        file = self._opened(path)
+        try:
+            return self._read_image(file)
+        except BaseException:
+            file.close()
+            raise
+
+    def _read_image(self, file: BlockFile) -> _Image:
+        path, head = file.path, file.read_at(0, SECTOR_SIZE)
+        if is_descriptor(head):
+            raw = file.read_at(0, min(file.size(), MAX_BYTES))
+            return _Image(path, Descriptor.parse(raw, path=path), None, [file])
+        if head[:4] == COWD_MAGIC:
+            return _Image(path, legacy_descriptor(read_cowd_header(file, path), path), None, [file])
+        if head[:4] != MAGIC:
+            raise FormatError(path, 0, "magic", head[:4], "must be b'KDMV', or the text '# Disk DescriptorFile'")
+        header = self._read_header(file)
+        if not header.descriptor_offset:
+            raise Unsupported(path, "has no descriptor: it is an extent; check the descriptor file that names it")
+        base = sector_bytes(header.descriptor_offset)
+        raw = file.read_at(base, min(sector_bytes(header.descriptor_size), MAX_BYTES))
+        return _Image(path, Descriptor.parse(raw, path=path, base=base), header if header.is_extent else None, [file])
+
+    def _opened(self, path: Path) -> BlockFile:
+        file = self._opener(path, False)
+        descriptor = file.fileno()
+        if self._lock and descriptor is not None:
+            try:
+                lock_image(descriptor, path, writable=False)
+            except BaseException:
+                file.close()
+                raise
+        return file
+
+    def _read_header(self, file: BlockFile) -> SparseExtentHeader:
+        """Return the header; raises FormatError for what leaves no table to look at."""
+        path = file.path
+        header = SparseExtentHeader.parse(file.read_at(0, SECTOR_SIZE), path=path)
+        if header.flags & HeaderFlag.NEWLINE_TEST and header.newline_probe != NEWLINE_PROBE:
+            rule = "must be b'\\n \\r\\n': the file was damaged by a text-mode transfer"
+            at = header.offset_of("newline_probe")
+            self._findings.corrupt(path, at, "newline_probe", header.newline_probe, rule)
+            header = replace(header, newline_probe=NEWLINE_PROBE)
+        if header.unclean_shutdown:
+            at, rule = header.offset_of("unclean_shutdown"), "must be 0: a writer did not close the image"
+            self._findings.corrupt(path, at, "unclean_shutdown", header.unclean_shutdown, rule)
+        try:
+            check_header(header, path, file.size())
+        except FormatError as error:
+            check_header(header, path, file.size(), tolerant=True)  # raises where neither directory is in the file
+            self._findings.broken(error)
+            good = header.rgd_offset if error.field == "gd_offset" else header.gd_offset
+            header = replace(header, gd_offset=good, rgd_offset=0)
+        return header
+
+    def _check_one(self, image: _Image, *, deep: bool) -> int:
+        """Check the descriptor and, if `deep`, the tables of every extent; return where the image's own file ends."""
+        try:
+            self._check_descriptor(image)
+            return self._check_extents(image) if deep else 0
+        finally:
+            for file in image.files:
+                file.close()
+
+    def _check_descriptor(self, image: _Image) -> None:
+        descriptor = image.descriptor
+        for key in ("cid", "parent_cid", "create_type"):
+            try:
+                getattr(descriptor, key)
+            except FormatError as error:
+                self._findings.broken(error)
+        if not descriptor.sectors:
+            rule = "must give the disk at least one sector"
+            self._findings.corrupt(image.path, descriptor.base, "extents", len(descriptor.extents), rule)
+        long_id = descriptor.get("ddb.longContentID")
+        cid = descriptor.values.get("cid")
+        if long_id is None or cid is None or len(long_id) < _LONG_ID_DIGITS:
+            return
+        if long_id[-_LONG_ID_DIGITS:].lower() != cid.text.lower().zfill(_LONG_ID_DIGITS):
+            # QEMU changes the CID alone, and reads on: nothing but VMware's own tools looks at the long one.
+            rule = f"must end in the CID {cid.text.zfill(_LONG_ID_DIGITS)}, as VMware keeps it"
+            at = descriptor.offset_of("ddb.longContentID")
+            self._findings.add(Severity.NOTE, image.path, at, "ddb.longContentID", long_id, rule)
+
+    def _check_extents(self, image: _Image) -> int:
+        if image.header is not None:
+            self._check_embedding(image, image.header)
+        total = sector_bytes(image.descriptor.sectors)
+        end = image.files[0].size()
+        self._done = 0
+        for line in image.descriptor.extents:
+            try:
+                extent_end = self._check_extent(image, line, total)
+            except FormatError as error:
+                self._findings.broken(error)
+                continue
+            if image.header is not None and extent_end is not None:
+                end = extent_end
+        return end
+
+    def _check_embedding(self, image: _Image, header: SparseExtentHeader) -> None:
+        descriptor = image.descriptor
+        lines = descriptor.extents
+        if len(lines) > 1:
+            rule = "must be the only extent of an embedded descriptor"
+            self._findings.corrupt(image.path, lines[1].at, "extent", lines[1].file, rule)
+        stream = (descriptor.get("createType") or "").lower() == "streamoptimized"
+        if stream != header.compressed:
+            rule = "must be streamOptimized exactly where the header's flags say that grains are compressed"
+            at = descriptor.offset_of("createType")
+            self._findings.corrupt(image.path, at, "createType", descriptor.get("createType"), rule)
+
+    def _check_extent(self, image: _Image, line: ExtentLine, total: int) -> int | None:
+        """Check one extent; return where its file ends, if its tables tell."""
+        if line.file is None or line.access == "NOACCESS":
+            self._advance(sector_bytes(line.sectors), total)
+            return None
+        header, file = image.header, image.files[0]
+        if header is None:
+            try:
+                path = self._resolver(image.path, line.file, "extent")
+                file = self._opened(path)
+            except (CorruptChain, OSError) as error:
+                rule = f"must name a file that can be opened: {error}"
+                self._findings.corrupt(image.path, line.at, "extent", line.file, rule)
+                return None
+            image.files.append(file)
+            cowd = file.read_at(0, 4) == COWD_MAGIC  # which may go under the word SPARSE too
+            if cowd and line.type in ("SPARSE", "VMFSSPARSE"):
+                return self._check_cowd(line, file, total)
+            header = self._read_header(file) if line.type == "SPARSE" else None
+        if header is None or header.compressed or header.flags & HeaderFlag.MARKERS:
+            return self._resolve_all(line, file, total)
+        if header.capacity != line.sectors:
+            rule = f"must be the {line.sectors} sectors that the descriptor gives the extent"
+            self._findings.corrupt(file.path, header.offset_of("capacity"), "capacity", header.capacity, rule)
+        audit = self._audit(file, header, total)
+        return audit.end
+
+    def _check_cowd(self, line: ExtentLine, file: BlockFile, total: int) -> int:
+        header = read_cowd_header(file, file.path)
+        if header.capacity < line.sectors:
+            rule = f"must be at least the {line.sectors} sectors that the descriptor gives the extent"
+            self._findings.corrupt(file.path, header.offset_of("capacity"), "capacity", header.capacity, rule)
+        end = self._audit(file, header, total).end
+        used = byte_sectors(end)
+        if used - header.free_sector >= header.grain_size:
+            rule = f"must lie behind everything in use, at sector {used}: the next writer goes on there"
+            at = header.offset_of("free_sector")
+            self._findings.corrupt(file.path, at, "free_sector", header.free_sector, rule)
+        return end
+
+    def _audit(self, file: BlockFile, header: SparseExtentHeader | CowdHeader, total: int) -> TableAudit:
+        unit = sector_bytes(header.grain_size)
+        audit = audit_tables(file, header, self._findings, lambda grains: self._advance(grains * unit, total))
+        self._counts.add(audit.counts)
+        return audit
+
+    def _resolve_all(self, line: ExtentLine, file: BlockFile, total: int) -> int | None:
+        """Check a kind without redundant tables by having its reader go through all of it."""
+        extent = open_extent(ExtentSpec(line, file.path, file, False))
+        self._counts.add(audit_runs(extent, file, self._findings, lambda length: self._advance(length, total)))
+        return None
+
+    def _advance(self, length: int, total: int) -> None:
+        self._done = min(total, self._done + length)
+        self._on_progress(Progress("check", self._done, total))

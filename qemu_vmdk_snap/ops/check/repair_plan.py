@@ -1,0 +1,418 @@
+"""What has to be written to mend the tables of one hosted sparse or COWD extent; nothing is written here.
+
+The good copy of a table entry wins; an entry that is good in neither copy becomes 0 (the parent, or zeros, answers). A
+directory that lies outside the file is made anew, with its tables, from the other one. Of grains that share a place,
+the first in guest order keeps it and the others get copies. Grains at the end of the file move into gaps that nothing
+names, so that the end can be cut.
+
+Memory: some 60 bytes for each allocated grain, and the tables that change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.ops.check.shape import TableShape
+from qemu_vmdk_snap.storage.blockfile import BlockFile
+from qemu_vmdk_snap.units import byte_sectors, round_up, sector_bytes
+from qemu_vmdk_snap.vmdk.grains import MAX_FILE_SECTORS
+from qemu_vmdk_snap.vmdk.runs import Int64s
+from qemu_vmdk_snap.vmdk.tables import Entries
+
+_TABLES_AT_ONCE: Final = 2048
+
+Bools = npt.NDArray[np.bool_]
+
+
+class Copied(NamedTuple):
+    """A grain that is copied inside the file, bytes."""
+
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(slots=True)
+class ExtentPlan:
+    """The writes, in the order of their fields; each group is durable before the next."""
+
+    file: BlockFile
+    copies: list[Copied] = field(default_factory=list)
+    fresh: list[tuple[int, bytes]] = field(default_factory=list)
+    """New tables in space that nothing names."""
+    patches: list[tuple[int, bytes]] = field(default_factory=list)
+    """What replaces something in use: tables, directories."""
+    kept: list[tuple[int, int]] = field(default_factory=list)
+    """(byte, length) of what is named by no patch, and is to be brought back by an undo all the same."""
+    end: int = 0
+    """The length of the file afterwards."""
+    gd_offset: int = 0
+    """Sector of the primary directory afterwards."""
+    rgd_offset: int | None = None
+    header: bytes | None = None
+    """The header, if it changes: last of all."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is to be written."""
+        tables = self.copies or self.fresh or self.patches
+        return bool(tables) or self.header is not None or self.end != self.file.size()
+
+
+def _overlap(start: int, length: int, other: int, others: int) -> bool:
+    return start < other + others and other < start + length
+
+
+class _Made(NamedTuple):
+    """Tables made anew, one behind the other, behind their directory if that is new too; sectors."""
+
+    place: int
+    lead: int
+    """Of the directory; 0 where it stays."""
+    length: int
+    tables: Int64s
+
+    def content(self, entries: dict[int, Entries], shape: TableShape) -> tuple[int, bytes]:
+        """Return the byte where it begins, and all of it."""
+        places = self.place + self.lead + np.arange(len(self.tables)) * shape.gt_sectors
+        head = places.astype("<u4").tobytes() if self.lead else b""
+        size = sector_bytes(shape.gt_sectors)
+        rows = (entries[table].astype("<u4").tobytes().ljust(size, b"\0") for table in self.tables.tolist())
+        whole = head.ljust(sector_bytes(self.lead), b"\0") + b"".join(rows)
+        return sector_bytes(self.place), whole.ljust(sector_bytes(self.length), b"\0")
+
+
+class _Copy:
+    """One of the two directories with its tables, and which of these can be used."""
+
+    def __init__(self, file: BlockFile, shape: TableShape, gd_offset: int) -> None:
+        self.file, self.shape, self.gd_offset = file, shape, gd_offset
+        size = file.size()
+        self.lost = not gd_offset or sector_bytes(gd_offset + shape.gd_sectors) > size
+        """Whether there is no directory where the header says."""
+        raw = b"" if self.lost else file.read_at(sector_bytes(gd_offset), shape.gd_entries * 4)
+        self.directory = np.frombuffer(raw.ljust(shape.gd_entries * 4, b"\0"), "<u4").astype(np.int64)
+        inside = sector_bytes(1) * (self.directory + shape.gt_sectors) <= size
+        self.usable: Bools = (self.directory > 0) & inside
+        self.twin: _Copy | None = None
+        """The other copy."""
+        for start, length in shape.fixed:
+            self.usable &= ~self.over(start, length)
+
+    def over(self, start: int, sectors: int) -> Bools:
+        """Return which tables lie over the stretch."""
+        return (self.directory < start + sectors) & (self.directory + self.shape.gt_sectors > start)
+
+    def tables_over(self, places: Int64s) -> Int64s:
+        """Return how many of the usable tables each table at `places` would lie over."""
+        starts = np.sort(self.directory[self.usable])
+        length = self.shape.gt_sectors
+        return np.searchsorted(starts, places + length, "left") - np.searchsorted(starts, places - length, "right")
+
+    def give_up(self) -> None:
+        """Take the directory for lost: what the header names is something else."""
+        self.lost = True
+        self.directory[:] = 0
+        self.usable[:] = False
+
+    @property
+    def wanting(self) -> Bools:
+        """Which tables are to be made anew: in a kind that makes them on demand, those alone that an entry names."""
+        return ~self.usable & (self.directory > 0) if self.shape.on_demand else ~self.usable
+
+    def read(self, first: int, last: int) -> Entries:
+        """Return the entries of the tables [first, last), zeros for those that cannot be used; one row a table."""
+        per_table = self.shape.gtes_per_gt
+        found = np.zeros((last - first, per_table), "<u4")
+        for table in (np.flatnonzero(self.usable[first:last]) + first).tolist():
+            offset = sector_bytes(int(self.directory[table]))
+            if self.file.next_data(offset) < offset + per_table * 4:
+                found[table - first] = np.frombuffer(self.file.read_at(offset, per_table * 4), "<u4")
+        return found
+
+
+class ExtentRepair:
+    """Works out the plan of one extent."""
+
+    def __init__(self, file: BlockFile, shape: TableShape) -> None:
+        self._file, self._shape = file, shape
+        self._step = shape.grain_size
+        self._lowest = shape.lowest
+        self._primary = _Copy(file, shape, shape.gd_offset)
+        self._redundant = None if shape.rgd_offset is None else _Copy(file, shape, shape.rgd_offset)
+        self._copies = [self._primary]
+        if self._redundant is not None:
+            self._primary.twin, self._redundant.twin = self._redundant, self._primary
+            self._copies = [self._redundant, self._primary]
+        self._doubt_directories()
+        self._set_aside_overlapping()
+        self._size = byte_sectors(file.size())
+        self._meta = self._metadata()
+        self._floor = shape.first_use(self._primary.directory[self._primary.usable])
+        self._tables: dict[int, Entries] = {}
+        self._next = 0
+        self._plan = ExtentPlan(file)
+        self._gaps: list[tuple[int, int]] = []
+        self._made: list[_Made] = []
+        self._split_to: dict[int, int] = {}
+
+    def plan(self, *, mend: bool) -> ExtentPlan:
+        """Return what to write to give back leaked space, and, if `mend`, before that to mend what is wrong.
+
+        Raises:
+            Unsupported: what has to be copied would not fit into the file.
+        """
+        plan, grains, sectors = self._plan, *self._choose(mend)
+        if mend:
+            self._gaps = self._free(sectors)
+            last = int(sectors.max()) + self._step if len(sectors) else 0
+            self._next = round_up(max(self._fixed_end(), last), self._step)
+            sectors = self._split(grains, sectors)
+            self._replace_tables()
+        plan.end = max(self._file.size(), sector_bytes(self._next))
+        self._reclaim(grains, sectors)
+        for table, entries in sorted(self._tables.items()):
+            for copy in self._copies:
+                if copy.usable[table]:
+                    plan.patches.append((sector_bytes(int(copy.directory[table])), entries.astype("<u4").tobytes()))
+        plan.fresh = [made.content(self._tables, self._shape) for made in self._made]
+        # What leaks alone held is given up; of the grains that move the place may be cut off.
+        plan.kept = list(self._lost()) if mend else [(copied.source, copied.length) for copied in plan.copies]
+        plan.gd_offset = self._primary.gd_offset
+        plan.rgd_offset = None if self._redundant is None else self._redundant.gd_offset
+        return plan
+
+    def _fixed_end(self) -> int:
+        """Return the sector behind everything that is not moved: the metadata, and what was made anew."""
+        made = (one.place + one.length for one in self._made)
+        return max(int(self._meta[1][-1]), self._shape.used.start, *made)
+
+    def _doubt_directories(self) -> None:
+        """Find out whether the header names something else as a directory; of two the one with fewer tables is wrong.
+
+        Raises:
+            FormatError: it does so for each copy.
+        """
+        shape = self._shape
+        for copy in self._copies:
+            if any(_overlap(copy.gd_offset, shape.gd_sectors, *part) for part in shape.fixed):
+                copy.give_up()
+        *worse, better = sorted(self._copies, key=lambda copy: int(np.count_nonzero(copy.usable)))
+        for copy in worse:
+            over = _overlap(copy.gd_offset, shape.gd_sectors, better.gd_offset, shape.gd_sectors)
+            if not copy.usable.all():  # else it is a directory, and what lies over it is none of its tables
+                over |= bool((better.over(copy.gd_offset, shape.gd_sectors) & better.usable).any())
+            # In front of the grains a directory is where it was laid out, however little of it is left.
+            few = 2 * np.count_nonzero(copy.usable) < np.count_nonzero(better.usable)
+            if over or (few and copy.gd_offset >= shape.used.start):
+                copy.give_up()
+        if all(copy.lost for copy in self._copies):
+            rule = "must name a grain directory, and none of the header's copies does"
+            raise FormatError(self._file.path, shape.gd_field, "gd_offset", self._primary.gd_offset, rule)
+
+    def _set_aside_overlapping(self) -> None:
+        """Let no table be used that lies over a directory or another table.
+
+        Of tables that lie over one another those go that have a twin in the other copy; else the first one stays. Where
+        the two copies clash, and one of them has more wrong with it, nothing of the other goes.
+        """
+        shape = self._shape
+        for copy in self._copies:
+            for other in self._copies:
+                if not other.lost:
+                    copy.usable &= ~copy.over(other.gd_offset, shape.gd_sectors)
+        aside = {copy: copy.usable & (copy.tables_over(copy.directory) > 1) for copy in self._copies}
+        clash = {copy: copy.usable & (copy.twin.tables_over(copy.directory) > 0) for copy in self._copies if copy.twin}
+        trouble = {copy: int(np.count_nonzero(~copy.usable | aside[copy])) for copy in self._copies}
+        for copy in self._copies:
+            if copy.twin and trouble[copy] >= trouble[copy.twin]:
+                aside[copy] |= clash[copy]
+            copy.usable &= ~aside[copy]
+        for copy in reversed(self._copies):
+            alone = aside[copy] & ~copy.twin.usable if copy.twin else aside[copy]
+            for table in np.flatnonzero(alone).tolist():
+                sector = int(copy.directory[table])
+                if not any((one.over(sector, shape.gt_sectors) & one.usable).any() for one in self._copies):
+                    copy.usable[table] = True
+
+    def _lost(self) -> Iterator[tuple[int, int]]:
+        """Yield what is overwritten or cut off, though nothing names it: it may be what a damaged entry has named."""
+        plan, size = self._plan, self._file.size()
+        yield from ((copied.target, copied.length) for copied in plan.copies)
+        yield from ((at, len(data)) for at, data in plan.fresh)
+        at = plan.end
+        while (at := self._file.next_data(at)) < size:
+            hole = min(size, self._file.next_hole(at))
+            yield at, hole - at
+            at = hole
+
+    def _metadata(self) -> tuple[Int64s, Int64s]:
+        shape = self._shape
+        parts = list(shape.fixed)
+        for copy in self._copies:
+            if not copy.lost:
+                parts.append((copy.gd_offset, shape.gd_sectors))
+            parts += [(int(sector), shape.gt_sectors) for sector in copy.directory[copy.usable]]
+        parts = sorted(part for part in parts if part[1])
+        starts, lengths = np.array(parts, np.int64).T
+        return starts, np.maximum.accumulate(starts + lengths)
+
+    def _good(self, entries: Entries) -> npt.NDArray[np.bool_]:
+        """Return which entries are 0, the mark of zeros, or a grain in the file that lies over no metadata."""
+        places = entries.astype(np.int64)
+        starts, ends = self._meta
+        before = np.searchsorted(starts, places + self._step, "left") - 1
+        clear = (before < 0) | (ends[before] <= places)
+        return np.asarray((places < self._lowest) | ((places < self._size) & clear))
+
+    def _choose(self, mend: bool) -> tuple[Int64s, Int64s]:
+        """Decide every entry; return the grains that are stored and their sectors, in guest order."""
+        named = self._primary_sectors() if mend else np.zeros(0, np.int64)
+        grains, sectors = [], []
+        count, per_table = self._shape.gd_entries, self._shape.gtes_per_gt
+        for first in range(0, count, _TABLES_AT_ONCE):
+            last = min(count, first + _TABLES_AT_ONCE)
+            primary = self._primary.read(first, last)
+            chosen = primary
+            if mend:
+                chosen = self._better(primary, first, last, named)
+                self._remember(first, last, primary, chosen)
+            where = np.flatnonzero(chosen.reshape(-1) >= self._lowest)
+            grains.append(where + first * per_table)
+            sectors.append(chosen.reshape(-1)[where].astype(np.int64))
+        return np.concatenate(grains), np.concatenate(sectors)
+
+    def _better(self, primary: Entries, first: int, last: int, named: Int64s) -> Entries:
+        good = self._good(primary) & self._primary.usable[first:last, None]
+        other = np.zeros_like(primary) if self._redundant is None else self._redundant.read(first, last)
+        other = np.where(self._good(other), other, 0)
+        # A primary 0 whose redundant twin names a grain that nobody else has: the writer died between the two.
+        near = np.searchsorted(named, other.astype(np.int64) - self._step, "right")
+        alone = np.ones(other.shape, bool)
+        if len(named):
+            alone = (near == len(named)) | (
+                named[np.minimum(near, len(named) - 1)] >= other.astype(np.int64) + self._step
+            )
+        newer = good & (primary == 0) & (other >= self._lowest) & alone
+        return np.where(good & ~newer, primary, other)
+
+    def _primary_sectors(self) -> Int64s:
+        found = []
+        for first in range(0, self._shape.gd_entries, _TABLES_AT_ONCE):
+            entries = self._primary.read(first, min(self._shape.gd_entries, first + _TABLES_AT_ONCE)).reshape(-1)
+            stored = entries[(entries >= self._lowest) & self._good(entries)]
+            found.append(stored.astype(np.int64))
+        return np.sort(np.concatenate(found))
+
+    def _remember(self, first: int, last: int, primary: Entries, chosen: Entries) -> None:
+        """Keep the tables that have to be written: in one of the copies they are not what they shall be."""
+        wrong = (primary != chosen).any(axis=1)
+        if self._redundant is not None:
+            wrong |= (self._redundant.read(first, last) != chosen).any(axis=1)
+        for copy in self._copies:
+            wrong |= copy.wanting[first:last]
+        for row in np.flatnonzero(wrong).tolist():
+            self._tables[first + row] = chosen[row].copy()
+
+    def _split(self, grains: Int64s, sectors: Int64s) -> Int64s:
+        """Give every grain that lies over another one a copy of its own, behind the end of the file."""
+        order = np.lexsort((grains, sectors))
+        over = np.zeros(len(order) + 1, bool)
+        over[1:-1] = np.diff(sectors[order]) < self._step
+        reach = -1
+        sectors = sectors.copy()
+        for index in order[over[:-1] | over[1:]].tolist():
+            sector = int(sectors[index])
+            if sector >= reach:
+                reach = sector + self._step
+                continue
+            place = self._place(self._step)
+            self._split_to[sector_bytes(place)] = len(self._plan.copies)
+            self._plan.copies.append(Copied(sector_bytes(sector), sector_bytes(place), sector_bytes(self._step)))
+            self._set(int(grains[index]), place)
+            sectors[index] = place
+        return sectors
+
+    def _place(self, length: int) -> int:
+        """Return where so many free sectors begin: in a gap if one is large enough, else behind the end."""
+        for number, (start, end) in enumerate(self._gaps):
+            if end - start >= length:
+                self._gaps[number] = (start + length, end)
+                return start
+        place = self._next
+        self._next += length
+        if self._next > MAX_FILE_SECTORS:
+            feature = (
+                f"its copies of grains and tables do not fit: a file holds at most {MAX_FILE_SECTORS} sectors (2 TiB)"
+            )
+            raise Unsupported(self._file.path, feature)
+        return place
+
+    def _free(self, sectors: Int64s) -> list[tuple[int, int]]:
+        """Return the stretches of the part in use that nothing names and that hold a grain; not the file's end."""
+        made = np.array([(one.place, one.place + one.length) for one in self._made], np.int64).reshape(-1, 2)
+        starts = np.concatenate([self._meta[0], sectors, made[:, 0]])
+        ends = np.concatenate([self._meta[1], sectors + self._step, made[:, 1]])
+        order = np.argsort(starts, kind="stable")
+        starts, ends = starts[order], np.maximum.accumulate(ends[order])
+        after = np.maximum(ends, self._floor)[:-1]
+        wide = np.flatnonzero(starts[1:] - after >= self._step)
+        return list(zip(after[wide].tolist(), starts[1:][wide].tolist(), strict=True))
+
+    def _replace_tables(self) -> None:
+        """Find room for tables that cannot be used, and for a directory that is lost, where nothing is."""
+        shape = self._shape
+        for copy in self._copies:
+            wanting = np.flatnonzero(copy.wanting)
+            lead = shape.gd_sectors if copy.lost else 0
+            length = round_up(lead + len(wanting) * shape.gt_sectors, self._step)
+            if not length:
+                continue
+            place = self._place(length)
+            self._made.append(_Made(place, lead, length, wanting))
+            if copy.lost:
+                copy.gd_offset = place
+                continue
+            at = sector_bytes(copy.gd_offset)
+            for index, table in enumerate(wanting.tolist()):
+                sector = place + index * shape.gt_sectors
+                self._plan.patches.append((at + 4 * table, sector.to_bytes(4, "little")))
+
+    def _reclaim(self, grains: Int64s, sectors: Int64s) -> None:
+        """Move grains from the end into gaps while that lets the file end sooner; then say where it ends."""
+        end = self._fixed_end()
+        order = np.argsort(sectors)
+        left = len(order)
+        for place, start in self._free(sectors):
+            while left and start - place >= self._step:
+                index = int(order[left - 1])
+                if int(sectors[index]) + self._step <= max(end, place):
+                    break
+                self._move(int(grains[index]), int(sectors[index]), place)
+                left -= 1
+                place += self._step
+                end = max(end, place)
+        if left:
+            end = max(end, int(sectors[order[left - 1]]) + self._step)
+        self._plan.end = min(self._plan.end, round_up(sector_bytes(end), sector_bytes(self._step)))
+
+    def _move(self, grain: int, sector: int, place: int) -> None:
+        source, target = sector_bytes(sector), sector_bytes(place)
+        if source in self._split_to:  # it was to be a copy anyway: straight to its last place
+            number = self._split_to.pop(source)
+            self._plan.copies[number] = self._plan.copies[number]._replace(target=target)
+        else:
+            self._plan.copies.append(Copied(source, target, sector_bytes(self._step)))
+        self._set(grain, place)
+
+    def _set(self, grain: int, sector: int) -> None:
+        table, index = divmod(grain, self._shape.gtes_per_gt)
+        if table not in self._tables:
+            self._tables[table] = self._primary.read(table, table + 1)[0]
+        self._tables[table][index] = sector

@@ -1,0 +1,280 @@
+"""Checks the grain tables of one hosted sparse or COWD extent, as whole arrays.
+
+Looked for: a directory entry that is 0 (normal in COWD), outside the file or inside something else; a grain table entry
+that lies beyond the end of the file, inside the metadata, or shares its grain with another; primary and redundant
+copies that differ; grains of the file that no entry names.
+
+Memory: one window of tables, and 16 bytes for each stretch of grains that follow one another in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qemu_vmdk_snap.ops.check.findings import LISTED, Findings, Severity
+from qemu_vmdk_snap.ops.check.shape import TableShape, shape_of
+from qemu_vmdk_snap.storage.blockfile import BlockFile
+from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
+from qemu_vmdk_snap.vmdk.cowd.header import CowdHeader
+from qemu_vmdk_snap.vmdk.runs import Int64s
+from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader
+from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables, read_directory
+
+_TABLES_AT_ONCE: Final = 2048
+
+_NONE: Final = np.zeros(0, np.int64)
+
+
+@dataclass(slots=True)
+class GrainCounts:
+    """What the tables of an extent add up to, in grains."""
+
+    total: int = 0
+    allocated: int = 0
+    fragmented: int = 0
+    """Allocated grains that do not follow the allocated grain before them in the file."""
+    compressed: int = 0
+
+    def add(self, other: GrainCounts) -> None:
+        """Add the counts of another extent."""
+        self.total += other.total
+        self.allocated += other.allocated
+        self.fragmented += other.fragmented
+        self.compressed += other.compressed
+
+
+@dataclass(frozen=True, slots=True)
+class TableAudit:
+    """What `audit_tables` read: what a repair needs again, so that nothing is worked out twice."""
+
+    counts: GrainCounts
+    end: int
+    """Byte behind the last grain or table that is in use."""
+    leaks: list[tuple[int, int]] = field(default_factory=list)
+    """(first sector, sectors) of each stretch that nothing refers to."""
+    shared: Int64s = field(default_factory=lambda: _NONE)
+    """Sectors of grains that overlap the grain before them, as entries have them."""
+
+
+def audit_tables(
+    file: BlockFile,
+    header: SparseExtentHeader | CowdHeader,
+    findings: Findings,
+    on_grains: Callable[[int], None],
+) -> TableAudit:
+    """Add what is wrong with the tables to `findings`; `on_grains` hears how many grains each window had."""
+    return _Audit(file, shape_of(header), findings).run(on_grains)
+
+
+class _Audit:
+    def __init__(self, file: BlockFile, header: TableShape, findings: Findings) -> None:
+        self._file, self._path, self._header, self._findings = file, file.path, header, findings
+        self._size = file.size()
+        self._grains = -(-header.capacity // header.grain_size)
+        self._lowest = header.lowest
+        self._tables = self._read_directory(header.gd_offset, "grain directory entry")
+        self._redundant = (
+            None
+            if header.rgd_offset is None
+            else self._read_directory(header.rgd_offset, "redundant grain directory entry")
+        )
+        self._meta_starts, self._meta_ends = self._metadata()
+        self._last = -1
+
+    def run(self, on_grains: Callable[[int], None]) -> TableAudit:
+        counts = GrainCounts(total=self._grains)
+        runs: list[tuple[Int64s, Int64s]] = []
+        for first, entries, copy in self._windows():
+            self._compare_copies(first, entries, copy)
+            stored = entries >= self._lowest
+            count = int(np.count_nonzero(stored))
+            if count:
+                counts.allocated += count
+                sectors = entries if count == len(entries) else entries[stored]
+                sectors = self._usable(first, stored, sectors)
+                runs.append(self._as_runs(sectors, counts))
+            on_grains(len(entries))
+        starts, ends = (np.concatenate(columns) for columns in zip(*runs, strict=True)) if runs else (_NONE, _NONE)
+        order = np.argsort(starts, kind="stable")
+        starts, ends = starts[order], ends[order]
+        shared = _NONE
+        if (starts[1:] < ends[:-1]).any():
+            shared = self._find_shared(starts, ends)
+        leaks = self._find_leaks(starts, ends)
+        end = sector_bytes(max(int(ends.max(initial=0)), int(self._meta_ends[-1])))
+        return TableAudit(counts, min(end, self._size), leaks, shared)
+
+    def _usable(self, first: int, stored: npt.NDArray[np.bool_], sectors: Entries) -> Entries:
+        """Return the sectors that lie in the file and over no metadata; the others are noted."""
+        clear = len(self._meta_ends) == 1 and int(sectors.min()) >= self._meta_ends[0]
+        if clear and (int(sectors.max()) + self._header.grain_size) * SECTOR_SIZE <= self._size:
+            return sectors
+        named = np.flatnonzero(stored)
+        good = self._inside_file(first, named, sectors) & self._outside_metadata(first, named, sectors)
+        return np.asarray(sectors[good])
+
+    def _as_runs(self, sectors: Entries, counts: GrainCounts) -> tuple[Int64s, Int64s]:
+        """Return where grains that follow one another in the file begin and end; count the jumps between."""
+        if not len(sectors):
+            return _NONE, _NONE
+        step = self._header.grain_size
+        jumps = np.flatnonzero(sectors[1:] - sectors[:-1] != step)  # 32 bits: a step back wraps, and is a jump too
+        starts = sectors[np.concatenate([[0], jumps + 1])].astype(np.int64)
+        ends = sectors[np.concatenate([jumps, [len(sectors) - 1]])].astype(np.int64) + step
+        counts.fragmented += len(jumps) + (self._last >= 0 and int(starts[0]) != self._last)
+        self._last = int(ends[-1])
+        return starts, ends
+
+    def _find_shared(self, starts: Int64s, ends: Int64s) -> Int64s:
+        """Return the sectors of the grains that lie over another one, having noted whose they are."""
+        step = self._header.grain_size
+        sectors = np.sort(np.concatenate([np.arange(a, b, step) for a, b in zip(starts, ends, strict=True)]))
+        over = sectors[1:][np.diff(sectors) < step]
+        shared = np.unique(over)
+        self._name_shared(shared, len(over))
+        return shared
+
+    def _windows(self) -> Iterator[tuple[int, Entries, Entries | None]]:
+        per_table = self._header.gtes_per_gt
+        window = _TABLES_AT_ONCE * per_table
+        for first in range(0, self._grains, window):
+            last = min(self._grains, first + window)
+            copy = None if self._redundant is None else self._redundant.entries(first, last)
+            yield first, self._tables.entries(first, last), copy
+
+    def _read_directory(self, gd_offset: int, name: str) -> GrainTables:
+        """Return the tables; entries that cannot be followed are noted and taken as absent."""
+        header = self._header
+        directory = read_directory(self._file, sector_bytes(gd_offset), header.gd_entries)
+        absent = len(directory) - int(np.count_nonzero(directory))
+        if absent and not header.on_demand:
+            first = int(np.argmin(directory))
+            at = sector_bytes(gd_offset) + 4 * first
+            rule = "must name a grain table: QEMU overwrites the header when it writes through an entry of 0"
+            self._findings.corrupt(self._path, at, f"{name} {first}", 0, rule, absent)
+        beyond = (directory > 0) & (directory > self._size // SECTOR_SIZE - header.gt_sectors)
+        for index in np.flatnonzero(beyond)[:LISTED].tolist():
+            at = sector_bytes(gd_offset) + 4 * index
+            rule = f"must place the grain table inside the file of {self._size} bytes"
+            self._findings.corrupt(self._path, at, f"{name} {index}", int(directory[index]), rule)
+        self._findings.corrupt_many(self._path, name, (), max(0, int(np.count_nonzero(beyond)) - LISTED))
+        directory[beyond] = 0
+        return GrainTables(self._file, self._path, directory, entries_per_table=header.gtes_per_gt)
+
+    def _metadata(self) -> tuple[Int64s, Int64s]:
+        """Return the sorted stretches (sectors) that hold metadata; note those that lie over each other."""
+        header = self._header
+        fixed = [*header.fixed, (header.gd_offset, header.gd_sectors)]
+        tables = [self._tables.directory]
+        if self._redundant is not None and header.rgd_offset is not None:
+            fixed.append((header.rgd_offset, header.gd_sectors))
+            tables.append(self._redundant.directory)
+        fixed = [(start, length) for start, length in fixed if length]
+        starts = np.concatenate([np.array([start for start, _ in fixed]), *(table[table > 0] for table in tables)])
+        lengths = np.full(len(starts), header.gt_sectors, np.int64)
+        lengths[: len(fixed)] = [length for _, length in fixed]
+        order = np.argsort(starts, kind="stable")
+        starts, ends = starts[order], (starts + lengths)[order]
+        reach = np.maximum.accumulate(ends)
+        overlapping = np.flatnonzero(starts[1:] < reach[:-1]) + 1
+        for index in overlapping[:LISTED].tolist():
+            rule = f"must not lie inside the metadata that reaches to sector {reach[index - 1]}"
+            at = sector_bytes(int(starts[index]))
+            self._findings.corrupt(self._path, at, "grain table", int(starts[index]), rule)
+        self._findings.corrupt_many(self._path, "grain table", (), max(0, len(overlapping) - LISTED))
+        opens = np.concatenate([[True], starts[1:] > reach[:-1]])
+        return starts[opens], reach[np.append(np.flatnonzero(opens)[1:] - 1, len(reach) - 1)]
+
+    def _compare_copies(self, first: int, entries: Entries, copy: Entries | None) -> None:
+        if copy is None or self._redundant is None or np.array_equal(entries, copy):
+            return
+        differing = np.flatnonzero(entries != copy)
+        redundant = self._redundant
+        items = (
+            (
+                self._entry_offset(redundant, first + int(i)),
+                int(copy[i]),
+                f"must equal the primary entry {entries[i]} of grain {first + i}",
+            )
+            for i in differing
+        )
+        self._findings.corrupt_many(self._path, "redundant grain table entry", items, len(differing))
+
+    def _inside_file(self, first: int, named: Int64s, sectors: Entries) -> npt.NDArray[np.bool_]:
+        starts = sectors.astype(np.int64) * SECTOR_SIZE
+        good = starts < self._size
+        if not good.all():
+            beyond = np.flatnonzero(~good)
+            self._bad_entries(first, named[beyond], sectors[beyond], f"inside the file of {self._size} bytes")
+        left = self._header.capacity - (first + named) * self._header.grain_size  # the disk may end within its last one
+        ends = starts + sector_bytes(1) * np.minimum(self._header.grain_size, left)
+        if (cut := np.flatnonzero(good & (ends > self._size))).size:
+            self._bad_entries(first, named[cut], sectors[cut], f"inside the file of {self._size} bytes, whole")
+        return np.asarray(good)
+
+    def _outside_metadata(self, first: int, named: Int64s, sectors: Entries) -> npt.NDArray[np.bool_]:
+        if len(self._meta_ends) == 1 and int(sectors.min()) >= self._meta_ends[0]:
+            return np.ones(len(sectors), np.bool_)
+        places = sectors.astype(np.int64)
+        before = np.searchsorted(self._meta_starts, places + self._header.grain_size, "left") - 1
+        good = (before < 0) | (self._meta_ends[before] <= places)
+        if not good.all():
+            inside = np.flatnonzero(~good)
+            self._bad_entries(first, named[inside], sectors[inside], "outside the metadata")
+        return np.asarray(good)
+
+    def _bad_entries(self, first: int, indices: Int64s, sectors: Entries, where: str) -> None:
+        items = (
+            (self._entry_offset(self._tables, first + int(i)), int(sector), f"must place grain {first + i} {where}")
+            for i, sector in zip(indices, sectors, strict=True)
+        )
+        self._findings.corrupt_many(self._path, "grain table entry", items, len(indices))
+
+    def _name_shared(self, shared: Entries, count: int) -> None:
+        """Find the entries whose grains overlap: a second pass over the tables, made only for a broken image."""
+        step = self._header.grain_size
+        items: list[tuple[int, object, str]] = []
+        for first, entries, _ in self._windows():
+            places = entries.astype(np.int64)
+            near = np.searchsorted(shared, np.maximum(places - step + 1, 0), "left")
+            hit = shared[np.minimum(near, len(shared) - 1)] < places + step
+            hit &= (near < len(shared)) & (entries >= self._lowest)
+            for index in np.flatnonzero(hit):
+                at = self._entry_offset(self._tables, first + int(index))
+                rule = f"must not share the place of grain {first + index} in the file with another entry"
+                items.append((at, int(entries[index]), rule))
+                if len(items) == LISTED:
+                    break
+            if len(items) == LISTED:
+                break
+        self._findings.corrupt_many(self._path, "shared grain table entry", items, count)
+
+    def _find_leaks(self, grain_starts: Int64s, grain_ends: Int64s) -> list[tuple[int, int]]:
+        """Return the stretches of the part in use that nothing names; whole grains only."""
+        step = self._header.grain_size
+        starts = np.concatenate([self._meta_starts, grain_starts])
+        ends = np.concatenate([self._meta_ends, grain_ends])
+        order = np.argsort(starts, kind="stable")
+        starts, ends = starts[order], np.maximum.accumulate(ends[order])
+        stop = min(self._header.used.stop, self._size // SECTOR_SIZE)
+        tables = self._tables.directory
+        floor = min(self._header.first_use(tables[tables > 0]), stop)
+        from_ = np.maximum(ends, floor)
+        to = np.minimum(np.append(starts[1:], stop), stop)
+        leaks = []
+        for index in np.flatnonzero(to - from_ >= step):
+            start, length = int(from_[index]), int(to[index] - from_[index])
+            leaks.append((start, length))
+            rule = "must be named by a grain table entry"
+            args = (self._path, sector_bytes(start), "grain", start, rule, length // step)
+            self._findings.add(Severity.LEAK, *args)
+        return leaks
+
+    def _entry_offset(self, tables: GrainTables, grain: int) -> int:
+        table, index = divmod(grain, self._header.gtes_per_gt)
+        return sector_bytes(tables.table_sector(table)) + 4 * index

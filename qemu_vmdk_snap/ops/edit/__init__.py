@@ -1,0 +1,1 @@
+"""Changing images in place: merging, moving, resizing, removing."""

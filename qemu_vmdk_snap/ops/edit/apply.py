@@ -1,0 +1,125 @@
+"""Merge a delta into a copy of what it was made against: the copy then is what the delta was made of, CID included."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from qemu_vmdk_snap.chain.chain import Chain, open_links
+from qemu_vmdk_snap.chain.children import find_children
+from qemu_vmdk_snap.chain.link import Link, open_link
+from qemu_vmdk_snap.chain.resolver import Resolver, confined
+from qemu_vmdk_snap.errors import CidMismatch, InvalidRequest
+from qemu_vmdk_snap.ops.copy.transfer import LinkWriter, View, upper_tables
+from qemu_vmdk_snap.ops.edit.trim import trim_link
+from qemu_vmdk_snap.ops.journal.guard import guarded_intent
+from qemu_vmdk_snap.ops.journal.relink import DescriptorChange, with_cid, with_fresh_cid
+from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
+from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
+from qemu_vmdk_snap.storage.intent import Intent
+
+OPERATION: Final = "apply"
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyReport:
+    """What an apply did."""
+
+    path: Path
+    delta: Path
+    cid: int
+    """The CID that the image now has: the delta's."""
+
+
+def apply_delta(
+    delta: Path | str,
+    path: Path | str,
+    *,
+    force: bool = False,
+    resolver: Resolver | None = None,
+    opener: FileOpener = open_posix,
+    on_progress: OnProgress = ignore,
+) -> ApplyReport:
+    """Merge `delta` into the image `path`, which must have the CID that the delta names as its parent's.
+
+    `force` merges it into an image with any other CID: for a copy that was made without keeping the CID. Ended before
+    its time, also by a callback that raises, the image is neither the one nor the other, has a CID of its own, and is
+    refused to every writer until `recover` has finished the work: the delta must be kept until then.
+
+    Raises:
+        CidMismatch: the image is not what the delta was made against, and `force` is not given.
+        InvalidRequest: other images stand on it, or its size is another.
+        Unsupported: the image is of a kind that takes no writes.
+        LockBusy: another process has one of the two open.
+    """
+    from qemu_vmdk_snap.ops.journal.recover import settle
+
+    delta, path = Path(delta), Path(path)
+    settle(path.parent, opener=opener)
+    find = resolver or confined()
+    with contextlib.ExitStack() as stack:
+        chain = stack.enter_context(open_links(path, writable_depths=[0], resolver=find, opener=opener))
+        source = open_link(delta, opener=opener, writable=False, resolver=find)
+        stack.callback(source.close)
+        _check(chain, source, force, find)
+        target = chain.links[0]
+        begin, finish = _cids(target, source)
+        details = {"begin": begin.as_detail(), "finish": finish.as_detail(), "delta": str(delta.resolve())}
+        intent = guarded_intent(OPERATION, path, [], details)
+        intent.begin()
+        begin.apply(target)
+        _merge(chain, source, on_progress)
+        finish.apply(target)
+        intent.end()
+        return ApplyReport(path, delta, target.cid)
+
+
+def finish_apply(intent: Intent, opener: FileOpener) -> None:
+    """Finish an apply that somebody else began."""
+    details = intent.details
+    delta = Path(details["delta"])
+    resolver = confined([intent.image.parent, delta.parent])
+    finish = DescriptorChange.from_detail(details["finish"])
+    DescriptorChange.from_detail(details["begin"]).redo(opener)
+    with open_links(intent.image, writable_depths=[0], resolver=resolver, opener=opener) as chain:
+        source = open_link(delta, opener=opener, writable=False, resolver=resolver)
+        try:
+            trim_link(chain.links[0])
+            _merge(chain, source, ignore)
+            finish.apply(chain.links[0])
+        finally:
+            source.close()
+
+
+def _check(chain: Chain, source: Link, force: bool, resolver: Resolver) -> None:
+    target = chain.links[0]
+    if source.parent_cid != target.cid and not force:
+        raise CidMismatch(source.path, target.path, source.parent_cid, target.cid)
+    if source.capacity != target.capacity:
+        reason = f"is {target.capacity} bytes large, the disk of {source.path} {source.capacity}"
+        raise InvalidRequest(target.path, reason)
+    children = find_children(target.path, target.cid, [target.path.parent], resolver)
+    others = [child.path for child in children if child.path.resolve() != source.path.resolve()]
+    if others:
+        names = ", ".join(map(str, others))
+        raise InvalidRequest(target.path, f"{names} stand on it and would no longer read the same")
+
+
+def _cids(target: Link, source: Link) -> tuple[DescriptorChange, DescriptorChange]:
+    """Return the change to a CID that nobody trusts, and the one from there to the delta's."""
+    begin = DescriptorChange.plan(target, with_fresh_cid(target.descriptor))
+    finish = DescriptorChange.plan(target, with_cid(target.descriptor, source.cid))
+    return begin, DescriptorChange(finish.path, finish.base, begin.new, finish.new)
+
+
+def _merge(chain: Chain, source: Link, on_progress: OnProgress) -> None:
+    total = chain.capacity
+    meter = Meter(OPERATION, total, on_progress)
+    writer = LinkWriter(chain.links[0], View(chain, 1), meter.step)
+    alone = Chain([source])
+    for table in upper_tables(alone, 1, 0, total):
+        writer.put_rows(table.rows(), alone)
+        meter.reach(table.end)
+    writer.finish()

@@ -1,0 +1,332 @@
+"""Merge a link, and those between, into a link below it; everything above keeps reading what it read.
+
+    before:  C -> T -> M -> B <- S          commit(T, base=B, delete=True), S kept by copying
+    after:   C -> B' <- S'                  B' reads what T read, S' what S read
+
+Order, so that T, and whatever is above it, reads the same whenever this stops:
+1. What others take from B and would lose is copied into them (`keep_siblings`), durably; they read what they read.
+2. The intent record is durable. B gets a new CID, and its children in the operation the matching parentCID.
+3. T's data goes into B: T hides every byte that changes. Data is durable before the tables that name it.
+4. The record says that the copy is done. The children of T move to B, one descriptor each; T is emptied or deleted.
+A torn descriptor is written again from the record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qemu_vmdk_snap.chain.chain import Chain, open_chain, open_links
+from qemu_vmdk_snap.chain.children import find_children
+from qemu_vmdk_snap.chain.link import Link, open_link
+from qemu_vmdk_snap.chain.resolver import Resolver, confined
+from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.ops.copy.transfer import Clearable, LinkWriter, View, restricted, upper_tables
+from qemu_vmdk_snap.ops.edit.move import delete_files, holding
+from qemu_vmdk_snap.ops.edit.trim import trim_link
+from qemu_vmdk_snap.ops.journal.guard import guarded_intent
+from qemu_vmdk_snap.ops.journal.relink import DescriptorChange, changing_child_of, on_parent, with_fresh_cid
+from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
+from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
+from qemu_vmdk_snap.storage.intent import Intent
+from qemu_vmdk_snap.vmdk.runs import HOLE, ZERO
+
+OPERATION = "commit"
+
+
+@dataclass(frozen=True, slots=True)
+class CommitReport:
+    """What a commit did."""
+
+    path: Path
+    base: Path
+    relinked: tuple[Path, ...]
+    """Images whose parent is now `base`."""
+    deleted: tuple[Path, ...]
+    """Images that are gone."""
+
+
+@dataclass(slots=True)
+class _Plan:
+    chain: Chain
+    depth: int
+    delete: bool
+    siblings: list[Link]
+    """Other children of the base, which must keep what they read."""
+    children: list[Link]
+    """Children of the top, which move to the base when the top goes."""
+    begin: list[DescriptorChange] = field(default_factory=list)
+    finish: list[DescriptorChange] = field(default_factory=list)
+
+    @property
+    def base(self) -> Link:
+        return self.chain.links[self.depth]
+
+    @property
+    def top(self) -> Link:
+        return self.chain.links[0]
+
+
+def commit(
+    path: Path | str,
+    *,
+    base: Path | str | None = None,
+    delete: bool = False,
+    keep_siblings: bool = False,
+    children: Sequence[Path | str] = (),
+    resolver: Resolver | None = None,
+    opener: FileOpener = open_posix,
+    on_progress: OnProgress = ignore,
+) -> CommitReport:
+    """Merge the image `path`, and every link between, into `base` (by default its parent).
+
+    The image is emptied and stays an overlay on `base`, reading what it read; so do links between. With `delete` it and
+    the links between are deleted, and its children become children of `base`. Children are those in `children`, and
+    those in the folders of the chain. Other children of a link that changes would read something else: that is refused,
+    or, with `keep_siblings`, what they would lose is first copied into them.
+
+    Cancelled by a callback that raises, everything above the base reads what it read; the base is half merged, under a
+    new CID.
+
+    Raises:
+        InvalidRequest: there is no parent, `base` is not below `path`, it is too small, or another image depends on it.
+        Unsupported: the base is of a kind that takes no writes, or the image of one that cannot be emptied.
+        LockBusy: another process has one of the images open.
+        CidMismatch, CorruptChain, FormatError, OSError: the chain cannot be opened.
+    """
+    from qemu_vmdk_snap.ops.journal.recover import settle
+
+    path = Path(path)
+    settle(path.parent, opener=opener)
+    find = resolver or confined()
+    depth = _depth_of(path, base, find, opener)
+    with contextlib.ExitStack() as stack:
+        chain = stack.enter_context(open_links(path, writable_depths=range(depth + 1), resolver=find, opener=opener))
+        _check_still(chain, depth, base)
+        plan = _make_plan(chain, depth, delete, [Path(child) for child in children], find, opener, stack)
+        others = _others(plan)
+        if others and not keep_siblings:
+            names = ", ".join(str(link.path) for link in others)
+            reason = f"{names} would no longer read the same: other children of a link that changes"
+            raise InvalidRequest(plan.base.path, reason)
+        for sibling in plan.siblings:
+            try:
+                _keep(plan, sibling, Meter("keep", chain.capacity, on_progress))
+            except BaseException:
+                trim_link(sibling)  # it reads what it read: what was copied in vain goes
+                raise
+        return _run(plan, on_progress)
+
+
+def _others(plan: _Plan) -> list[Link]:
+    """Return the siblings that are no links of the chain itself."""
+    return [link for link in plan.siblings if link not in plan.chain.links]
+
+
+def _depth_of(path: Path, base: Path | str | None, resolver: Resolver, opener: FileOpener) -> int:
+    """Return how far below `path` the base is; how many links to lock must be known before they are locked."""
+    with open_chain(path, resolver=resolver, opener=opener, lock=False) as chain:
+        if chain.depth == 1:
+            raise InvalidRequest(path, "has no parent to commit to")
+        depth = _place_of(chain, base)
+    if depth is None:
+        raise InvalidRequest(path, f"{base} is not below it in its backing chain")
+    return depth
+
+
+def _place_of(chain: Chain, base: Path | str | None) -> int | None:
+    if base is None:
+        return 1 if chain.depth > 1 else None
+    real = Path(base).resolve()
+    return next((depth for depth, link in enumerate(chain.links) if depth and link.path.resolve() == real), None)
+
+
+def _check_still(chain: Chain, depth: int, base: Path | str | None) -> None:
+    """Refuse a chain that another process has changed between the look at it and its locks."""
+    if _place_of(chain, base) != depth:
+        raise InvalidRequest(chain.path, "its backing chain was changed by another process just now: try again")
+
+
+def _make_plan(
+    chain: Chain,
+    depth: int,
+    delete: bool,
+    children: list[Path],
+    resolver: Resolver,
+    opener: FileOpener,
+    stack: contextlib.ExitStack,
+) -> _Plan:
+    plan = _Plan(chain, depth, delete, [], [])
+    top, base = plan.top, plan.base
+    if top.capacity > base.capacity:
+        reason = f"its {base.capacity} bytes cannot take the {top.capacity} of {top.path}: resize it first"
+        raise InvalidRequest(base.path, reason)
+    _check_takes(chain, depth)
+    if not delete:
+        _check_clearable(top)
+    folders = {link.path.parent for link in chain.links} | {child.parent for child in children}
+
+    def opened(found: Iterable[Path], parent: Link) -> list[Link]:
+        with changing_child_of(parent.path):
+            return [_opened(path, resolver, opener, stack) for path in found]
+
+    def others(number: int) -> list[Path]:
+        link = chain.links[number]
+        above = chain.links[number - 1].path.resolve()
+        found = find_children(link.path, link.cid, folders, resolver)
+        return [child.path for child in found if child.path.resolve() != above]
+
+    plan.siblings = opened(others(depth), base)
+    for number in range(1, depth):
+        if delete and (left := others(number)):
+            names = ", ".join(map(str, left))
+            raise InvalidRequest(chain.links[number].path, f"cannot be deleted: {names} depend on it")
+    if depth > 1 and not delete:
+        plan.siblings.append(chain.links[depth - 1])  # stays, with all that hangs on it, and must read what it read
+    if delete:
+        found = [child.path for child in find_children(top.path, top.cid, folders, resolver)]
+        plan.children = opened(found, top)
+        longer = [link.path for link in plan.children if link.capacity > top.capacity < base.capacity]
+        if longer:
+            reason = f"cannot be deleted: {longer[0]} reads zeros behind its end, and would read {base.path} there"
+            raise InvalidRequest(top.path, reason)
+    _plan_descriptors(plan)
+    return plan
+
+
+def _opened(path: Path, resolver: Resolver, opener: FileOpener, stack: contextlib.ExitStack) -> Link:
+    link = open_link(path, opener=opener, writable=True, resolver=resolver)
+    stack.callback(link.close)
+    return link
+
+
+def _check_takes(chain: Chain, depth: int) -> None:
+    """Refuse, before anything is written, data that would go where the base may not be written or has no storage."""
+    base, capacity = chain.links[depth], chain.links[0].capacity
+    for line, placed in zip(base.descriptor.extents, base.extents, strict=True):
+        if (line.access == "RW" and placed.extent.file is not None) or placed.start >= capacity:
+            continue
+        harmless = ZERO if placed.extent.file is None else HOLE
+        length = min(placed.extent.capacity, capacity - placed.start)
+        for table in upper_tables(chain, depth, placed.start, length):
+            stored = table.starts[table.kinds > harmless]
+            if len(stored):
+                feature = f"its extent {line.access} {line.type} cannot take what {chain.path} has at byte {stored[0]}"
+                raise Unsupported(base.path, f"byte {line.at:#x}: {feature}")
+
+
+def _check_clearable(link: Link) -> None:
+    for placed in link.extents:
+        if not isinstance(placed.extent, Clearable):
+            raise Unsupported(link.path, "an image of this kind cannot be emptied: delete it (-d)")
+
+
+def _plan_descriptors(plan: _Plan) -> None:
+    base = plan.base
+    fresh = with_fresh_cid(base.descriptor)
+    plan.begin = [DescriptorChange.plan(base, fresh)]
+    above = plan.chain.links[plan.depth - 1]
+    for link in [above, *_others(plan)]:
+        changed = link.descriptor.with_values({"parentCID": f"{fresh.cid:08x}"})
+        plan.begin.append(DescriptorChange.plan(link, changed))
+    moving = plan.children if plan.delete else [plan.top] if plan.depth > 1 else []
+    for link in moving:
+        changed = on_parent(link.descriptor, link.path, base.path, fresh.cid)
+        plan.finish.append(DescriptorChange.plan(link, changed))
+
+
+def _keep(plan: _Plan, sibling: Link, meter: Meter) -> None:
+    """Copy into a sibling what it takes from the base where the base is about to change."""
+    chain, depth = plan.chain, plan.depth
+    upper = depth - 1 if sibling in chain.links else depth
+    seen = View(chain, depth)
+    capacity = min(sibling.capacity, plan.top.capacity)
+    writer = LinkWriter(sibling, seen, meter.step, later=View(chain, 0))
+    for table in upper_tables(chain, upper, 0, capacity):
+        start = int(table.starts[0])
+        held = chain.resolve(start, table.end, depth)
+        writer.put_rows(restricted(held, (table, False), (sibling.resolve(start, table.end), True)), seen)
+        meter.reach(table.end)
+    writer.finish()
+
+
+def _run(plan: _Plan, on_progress: OnProgress) -> CommitReport:
+    chain, top, base = plan.chain, plan.top, plan.base
+    gone = list(chain.links[: plan.depth]) if plan.delete else []
+    unlinked = [str(file.path.resolve()) for link in gone for file in link.files]
+    details = {
+        "stage": "copy",
+        "depth": plan.depth,
+        "begin": [change.as_detail() for change in plan.begin],
+        "finish": [change.as_detail() for change in plan.finish],
+        "clear": not plan.delete,
+        "delete": unlinked,
+    }
+    written = [change.path for change in [*plan.begin, *plan.finish]]
+    intent = guarded_intent(
+        OPERATION, top.path, [link.path for link in chain.links[: plan.depth + 1]] + written, details
+    )
+    intent.begin()
+    links = {
+        link.path.parent.resolve() / link.path.name: link for link in [*chain.links, *plan.siblings, *plan.children]
+    }
+    for change in plan.begin:
+        change.apply(links[change.path])
+    try:
+        _copy(chain, plan.depth, on_progress)
+    except BaseException:
+        trim_link(base)  # all above reads what it read, and the CIDs fit: nothing is left to finish
+        intent.end()
+        raise
+    intent = intent.update(stage="finish")
+    for change in plan.finish:
+        change.apply(links[change.path])
+    if not plan.delete:
+        _clear(top)
+    delete_files(unlinked)
+    intent.end()
+    deleted = tuple(link.path for link in gone)
+    return CommitReport(top.path, base.path, tuple(change.path for change in plan.finish), deleted)
+
+
+def _copy(chain: Chain, depth: int, on_progress: OnProgress) -> None:
+    base, total = chain.links[depth], chain.capacity
+    meter = Meter("commit", total, on_progress)
+    writer = LinkWriter(base, View(chain, depth + 1), meter.step)
+    for table in upper_tables(chain, depth, 0, total):
+        writer.put_rows(table.rows(), chain)
+        meter.reach(table.end)
+    writer.finish()
+
+
+def _clear(link: Link) -> None:
+    for placed in link.extents:
+        if isinstance(placed.extent, Clearable):
+            placed.extent.clear()
+
+
+def finish_commit(intent: Intent, opener: FileOpener) -> None:
+    """Finish a commit that somebody else began."""
+    details = intent.details
+    depth = int(details["depth"])
+    resolver = confined([image.parent for image in intent.images])
+    if details["stage"] == "copy":
+        for change in _changes(details["begin"]):
+            change.redo(opener)
+        depths = range(depth + 1)
+        with open_links(intent.image, writable_depths=depths, resolver=resolver, opener=opener) as chain:
+            trim_link(chain.links[depth])
+            _copy(chain, depth, ignore)
+        intent.update(stage="finish")
+    with holding(details["delete"], opener), contextlib.ExitStack() as stack:
+        for change in _changes(details["finish"]):
+            change.redo(opener)
+        if details["clear"]:
+            _clear(_opened(intent.image, resolver, opener, stack))
+        delete_files(details["delete"])
+
+
+def _changes(details: Iterable[dict[str, object]]) -> Iterator[DescriptorChange]:
+    return map(DescriptorChange.from_detail, details)

@@ -1,0 +1,247 @@
+"""Putting images on another parent without changing what they read: what rebase, flatten and remove have in common.
+
+For each image: what it would see differently through the new parent is copied into it, durably; then one change of its
+descriptor moves it. It reads the same before, after and between, so a crash needs nothing but to be gone on from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qemu_vmdk_snap.chain.chain import Chain, open_chain, open_links
+from qemu_vmdk_snap.chain.link import Link
+from qemu_vmdk_snap.chain.resolver import Resolver, confined
+from qemu_vmdk_snap.chain.windows import windows
+from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.ops.copy.transfer import STEP, LinkWriter, View
+from qemu_vmdk_snap.ops.edit.trim import trim_link
+from qemu_vmdk_snap.ops.journal.guard import check_unwritten, guarded_intent
+from qemu_vmdk_snap.ops.journal.relink import DescriptorChange, on_parent
+from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
+from qemu_vmdk_snap.storage.blockfile import FileOpener
+from qemu_vmdk_snap.storage.durable import sync_folder
+from qemu_vmdk_snap.storage.intent import Intent
+from qemu_vmdk_snap.storage.locks import keep_from_writers, lock_image
+from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
+from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, NO_SOURCE, ZERO, Row, RunTable
+
+
+@dataclass(slots=True)
+class Move:
+    """One image that gets another parent; its chain is open, the image itself for writing."""
+
+    chain: Chain
+    target: Chain | None
+    """The chain of the new parent; None makes the image a base."""
+    change: DescriptorChange
+
+
+def open_move(
+    path: Path, parent: Path | None, resolver: Resolver, opener: FileOpener, stack: contextlib.ExitStack
+) -> Move:
+    """Open what it takes to put `path` on `parent`.
+
+    Raises:
+        InvalidRequest: `parent` itself stands on `path`.
+    """
+    target = None
+    if parent is not None:
+        with open_chain(parent, resolver=resolver, opener=opener, lock=False) as look:
+            if any(link.path.resolve() == path.resolve() for link in look.links):
+                raise InvalidRequest(path, f"cannot have {parent} as its parent, which stands on it")
+        target = stack.enter_context(open_chain(parent, resolver=resolver, opener=opener))
+    chain = stack.enter_context(open_links(path, writable_depths=[0], resolver=resolver, opener=opener))
+    link = chain.links[0]
+    cid = NO_PARENT if target is None else target.links[0].cid
+    changed = on_parent(link.descriptor, path, parent, cid)
+    return Move(chain, target, DescriptorChange.plan(link, changed))
+
+
+def run_moves(
+    operation: str, image: Path, moves: Sequence[Move], delete: Iterable[Path], on_progress: OnProgress
+) -> None:
+    """Move every image, then delete the files; durable after each step, and recorded so that it can be finished."""
+    unlinked = [str(path.resolve()) for path in delete]
+    details = {
+        "changes": [move.change.as_detail() for move in moves],
+        "targets": [None if move.target is None else str(move.target.path.resolve()) for move in moves],
+        "delete": unlinked,
+    }
+    intent = guarded_intent(operation, image, [move.change.path for move in moves], details)
+    intent.begin()
+    for move in moves:
+        try:
+            copy_differences(move.chain, move.target, on_progress)
+        except BaseException:
+            trim_link(move.chain.links[0])  # nobody reads anything else than before: nothing is left to finish
+            intent.end()
+            raise
+        move.change.apply(move.chain.links[0])
+    delete_files(unlinked)
+    intent.end()
+
+
+def finish_moves(intent: Intent, opener: FileOpener) -> None:
+    """Finish moves that somebody else began."""
+    details = intent.details
+    folders = {image.parent for image in intent.images} | {
+        Path(target).parent for target in details["targets"] if target
+    }
+    resolver = confined(sorted(folders))
+    with holding(details["delete"], opener):
+        check_unwritten(intent)  # nobody can write them any more
+        _finish_each(details, resolver, opener)
+        delete_files(details["delete"])
+
+
+def _finish_each(details: Mapping[str, Any], resolver: Resolver, opener: FileOpener) -> None:
+    for detail, target in zip(details["changes"], details["targets"], strict=True):
+        change = DescriptorChange.from_detail(detail)
+        if change.is_pending(opener):
+            with contextlib.ExitStack() as stack:
+                parent = None if target is None else Path(target)
+                move = open_move(change.path, parent, resolver, opener, stack)
+                trim_link(move.chain.links[0])
+                copy_differences(move.chain, move.target, ignore)
+        change.redo(opener)
+
+
+@contextlib.contextmanager
+def holding(paths: Iterable[str], opener: FileOpener) -> Iterator[None]:
+    """Keep everybody from writing the files that are about to be deleted; those that are gone already are passed over.
+
+    Raises:
+        LockBusy: somebody has one of them open.
+    """
+    with contextlib.ExitStack() as stack:
+        for path in map(Path, paths):
+            with contextlib.suppress(FileNotFoundError):
+                file = opener(path, True)
+                stack.callback(file.close)
+                descriptor = file.fileno()
+                if descriptor is not None:
+                    lock_image(descriptor, path, writable=True)
+                    keep_from_writers(descriptor)
+        yield
+
+
+def delete_files(paths: Iterable[str]) -> None:
+    """Delete files, durably; one that is gone already is no error."""
+    folders = set()
+    for path in map(Path, paths):
+        path.unlink(missing_ok=True)
+        folders.add(path.parent)
+    for folder in folders:
+        sync_folder(folder)
+
+
+def copy_differences(chain: Chain, target: Chain | None, on_progress: OnProgress) -> None:
+    """Store in the top of `chain`, durably, what it reads from its parent and would not read from `target`."""
+    top, total = chain.links[0], chain.capacity
+    old = View(chain, 1)
+    new = View(chain, chain.depth) if target is None else View(target, 0, total)
+    meter = Meter("rebase", total, on_progress)
+    writer = LinkWriter(top, old, meter.step, later=new)
+    places = _Places()
+    old_places, new_places = places.of(chain), places.of(target)
+    links = [*chain.links, *(target.links if target is not None else [])]
+    for start, stop in windows([link.extents for link in links], 0, total):
+        before, after = _whole(chain, 1, start, stop), _whole(target, 0, start, stop)
+        plain, doubtful = _differing(top.resolve(start, stop), before, old_places, after, new_places)
+        writer.put_rows(plain, old)
+        for row in doubtful:
+            _put_if_different(writer, row, old, new, top)
+            meter.step(row.length)
+        meter.reach(stop)
+    writer.finish()
+
+
+def _whole(chain: Chain | None, depth: int, start: int, stop: int) -> RunTable:
+    if chain is None or depth >= chain.depth:
+        return RunTable.single(start, stop, HOLE)
+    return chain.resolve(start, stop, depth)
+
+
+class _Places:
+    """Numbers the files of several chains, the same file always alike."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[object, int] = {}
+
+    def of(self, chain: Chain | None) -> npt.NDArray[np.int64]:
+        """Return the number of the file of each source; the last one (`NO_SOURCE`) is no file's."""
+        found = [] if chain is None else [self._number(source.placed.extent.file) for source in chain.sources]
+        return np.array([*found, -1], np.int64)
+
+    def _number(self, file: object) -> int:
+        descriptor = getattr(file, "fileno", lambda: None)()
+        key: object = getattr(file, "path", None)
+        if descriptor is not None:
+            facts = os.fstat(descriptor)
+            key = (facts.st_dev, facts.st_ino)
+        return self._numbers.setdefault(key, len(self._numbers))
+
+
+def _differing(
+    top: RunTable,
+    old: RunTable,
+    old_places: npt.NDArray[np.int64],
+    new: RunTable,
+    new_places: npt.NDArray[np.int64],
+) -> tuple[list[Row], list[Row]]:
+    """Return the rows of `old` under holes of `top` that differ from `new`, and those whose bytes must be compared."""
+    starts = np.unique(np.concatenate([top.starts, old.starts, new.starts]))
+    i = np.searchsorted(old.starts, starts, "right") - 1
+    j = np.searchsorted(new.starts, starts, "right") - 1
+    seen = top.kinds[np.searchsorted(top.starts, starts, "right") - 1] == HOLE
+    old_kinds, new_kinds = old.kinds[i], new.kinds[j]
+    old_at = old.file_offsets[i] + np.where(old_kinds == DATA, starts - old.starts[i], 0)
+    new_at = new.file_offsets[j] + np.where(new_kinds == DATA, starts - new.starts[j], 0)
+    same_place = (
+        (old_kinds == new_kinds) & (old_at == new_at) & (old_places[old.sources[i]] == new_places[new.sources[j]])
+    )
+    zeros, new_zeros = old_kinds <= ZERO, new_kinds <= ZERO
+    differs = seen & ~np.where(zeros | new_zeros, zeros & new_zeros, same_place)
+    kinds = np.where(zeros, ZERO, old_kinds)
+    sources = np.where(zeros, NO_SOURCE, old.sources[i])
+
+    def rows(wanted: npt.NDArray[np.bool_]) -> list[Row]:
+        table = RunTable(starts, np.where(wanted, kinds, HOLE).astype(np.uint8), sources, old_at, old.end)
+        return [row for row in table.coalesced().rows() if row.kind != HOLE]
+
+    return rows(differs & new_zeros), rows(differs & ~new_zeros)
+
+
+def _put_if_different(writer: LinkWriter, row: Row, old: View, new: View, top: Link) -> None:
+    unit = top.grain_bytes if top.grain_bytes <= STEP else STEP
+    end = row.offset + row.length
+    start = row.offset
+    while start < end:
+        stop = min(end, start - start % STEP + STEP)
+        mine = bytes(stop - start) if row.kind == ZERO else old.read_row(row, start - row.offset, stop - start)
+        theirs = new.read(start, stop - start)
+        if mine != theirs:
+            for first, last in _grains(start, stop, unit):
+                piece = mine[first - start : last - start]
+                if piece == theirs[first - start : last - start]:
+                    continue
+                if row.kind == ZERO:
+                    writer.put_zeros(first, last - first)
+                else:
+                    writer.put_bytes(first, piece)
+        start = stop
+
+
+def _grains(start: int, stop: int, unit: int) -> Iterator[tuple[int, int]]:
+    while start < stop:
+        end = min(stop, start - start % unit + unit)
+        yield start, end
+        start = end

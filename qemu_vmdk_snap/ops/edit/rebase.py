@@ -1,0 +1,91 @@
+"""Put an image on another parent, or on none: it reads what it read (unless the user says that it need not)."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu_vmdk_snap.chain.link import open_link
+from qemu_vmdk_snap.chain.links import stands_on
+from qemu_vmdk_snap.chain.resolver import Resolver, confined
+from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.ops.edit.move import open_move, run_moves
+from qemu_vmdk_snap.ops.journal.guard import guarded_intent
+from qemu_vmdk_snap.ops.journal.relink import DescriptorChange, on_parent
+from qemu_vmdk_snap.ops.progress import OnProgress, ignore
+from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
+from qemu_vmdk_snap.storage.intent import Intent
+from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
+
+OPERATION = "rebase"
+
+
+@dataclass(frozen=True, slots=True)
+class RebaseReport:
+    """What a rebase did."""
+
+    path: Path
+    parent: Path | None
+
+
+def rebase(
+    path: Path | str,
+    parent: Path | str | None,
+    *,
+    unsafe: bool = False,
+    resolver: Resolver | None = None,
+    opener: FileOpener = open_posix,
+    on_progress: OnProgress = ignore,
+) -> RebaseReport:
+    """Make `parent` the parent of the image; with None the image becomes a base that needs no other file (flatten).
+
+    The image reads what it read: what the new parent would show differently is copied into it first. Its CID stays, so
+    its children stay too. `unsafe` only writes the new parent and its CID into the descriptor: for a parent that was
+    moved, or is known to hold the same; the old parent need not be there.
+
+    Cancelled by a callback that raises, the image is still on its old parent.
+
+    Raises:
+        InvalidRequest: the new parent stands on the image itself.
+        Unsupported: the image is of a kind that takes no writes, or the descriptor has no room for the parent's name.
+        LockBusy: another process has the image open, or writes one of the parents.
+        CidMismatch, CorruptChain, FormatError, OSError: one of the chains cannot be opened.
+    """
+    from qemu_vmdk_snap.ops.journal.recover import settle
+
+    path, parent = Path(path), None if parent is None else Path(parent)
+    settle(path.parent, opener=opener)
+    find = resolver or confined([] if parent is None else [parent.parent])
+    if unsafe:
+        _relink(path, parent, find, opener)
+    else:
+        with contextlib.ExitStack() as stack:
+            move = open_move(path, parent, find, opener, stack)
+            run_moves(OPERATION, path, [move], [], on_progress)
+    return RebaseReport(path, parent)
+
+
+def _relink(path: Path, parent: Path | None, resolver: Resolver, opener: FileOpener) -> None:
+    cid = NO_PARENT
+    with contextlib.ExitStack() as stack:
+        if parent is not None:
+            if parent.resolve() == path.resolve():
+                raise InvalidRequest(path, "cannot be its own parent")
+            if stands_on(parent, path, resolver):
+                raise InvalidRequest(path, f"cannot have {parent} as its parent, which stands on it")
+            below = open_link(parent, opener=opener, writable=False, resolver=resolver)
+            stack.callback(below.close)  # nobody gives it another CID before it is written down
+            cid = below.cid
+        link = open_link(path, opener=opener, writable=True, resolver=resolver)
+        stack.callback(link.close)
+        change = DescriptorChange.plan(link, on_parent(link.descriptor, path, parent, cid))
+        intent = guarded_intent("relink", path, [], {"change": change.as_detail()})
+        intent.begin()
+        change.apply(link)
+        intent.end()
+
+
+def finish_relink(intent: Intent, opener: FileOpener) -> None:
+    """Finish an unsafe rebase that somebody else began."""
+    DescriptorChange.from_detail(intent.details["change"]).redo(opener)

@@ -1,0 +1,28 @@
+"""Giving back the space behind the last thing in use: what an operation that did not end has left."""
+
+from __future__ import annotations
+
+from qemu_vmdk_snap.chain.link import Link
+from qemu_vmdk_snap.ops.check.findings import Findings
+from qemu_vmdk_snap.ops.check.tables import audit_tables
+from qemu_vmdk_snap.units import round_up, sector_bytes
+from qemu_vmdk_snap.vmdk.sparse.extent import SparseExtent
+
+
+def trim_link(link: Link) -> int:
+    """Cut the extents of a link open for writing behind their last grain in use; return the bytes given back.
+
+    Tables that were changed in memory and not stored are not looked at: what only they name goes.
+    """
+    given = 0
+    for placed in link.extents:
+        extent = placed.extent
+        if not isinstance(extent, SparseExtent):
+            continue
+        header, file = extent.header, extent.file
+        audit = audit_tables(file, header, Findings(), lambda _: None)
+        end = max(round_up(audit.end, sector_bytes(header.grain_size)), sector_bytes(header.overhead))
+        if end < file.size():
+            given += file.size() - end
+            extent.cut(end)
+    return given

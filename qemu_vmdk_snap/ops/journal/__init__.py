@@ -1,0 +1,1 @@
+"""Interrupted operations: what their records hold, and how they are finished."""

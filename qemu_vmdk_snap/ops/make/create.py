@@ -1,0 +1,265 @@
+"""New images: an empty disk, and an overlay on another image."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from qemu_vmdk_snap.chain.link import new_cid, read_descriptor
+from qemu_vmdk_snap.chain.resolver import check_opened, confined
+from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest
+from qemu_vmdk_snap.ops.make.layout import (
+    DEFAULT_GRAIN,
+    ImageOptions,
+    Plan,
+    bulk_writer,
+    kind_of,
+    plan_image,
+    stream_writer,
+    write_image,
+)
+from qemu_vmdk_snap.storage.blockfile import BlockFile, PosixFile
+from qemu_vmdk_snap.storage.durable import NewFiles
+from qemu_vmdk_snap.storage.locks import lock_image
+from qemu_vmdk_snap.units import GIB, SECTOR_SIZE, TIB, byte_sectors
+from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor
+from qemu_vmdk_snap.vmdk.sparse.header import MAGIC, MAX_GRAIN_SECTORS, HeaderFlag, SparseExtentHeader
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.vmdk.bulk import BulkWriter
+
+__all__ = [
+    "ImageOptions",
+    "create_image",
+    "create_overlay",
+    "inherited_options",
+    "open_new_image",
+    "open_new_stream",
+]
+
+ADAPTER_TYPES: Final = ("ide", "buslogic", "lsilogic", "legacyESX")
+MIN_GRAIN: Final = 4 << 10
+MAX_CAPACITY: Final = 64 * TIB
+"""VMware's limit for any disk is 62 TiB; a larger one's tables would not fit QEMU's limits at the default grain."""
+
+_INHERITED: Final = ("adapterType", "geometry.cylinders", "geometry.heads", "geometry.sectors", "virtualHWVersion")
+
+
+def create_image(
+    path: Path | str,
+    size: int,
+    *,
+    kind: str | None = None,
+    options: ImageOptions | None = None,
+    durable: bool = True,
+    mode: int = 0o666,
+) -> None:
+    """Make `path` an empty image of `size` guest bytes (rounded up to a sector).
+
+    `kind` takes the place of `options.subformat`. Extents in files of their own are called after the image; all appear
+    together, or none. `durable=False` does not wait for the disk: for images that are thrown away anyway.
+
+    Raises:
+        FileExistsError: something bears the name, or that of an extent; it is untouched.
+        InvalidRequest: the size, the kind or an option cannot be.
+        Unsupported: the kind cannot hold so much.
+    """
+    path, options = Path(path), _with_kind(options or ImageOptions(), kind)
+    plan = plan_base(path, size, options)
+    with NewFiles(durable=durable) as files:
+        made = write_image(files, path, plan, mode)
+        if plan.kind.stream:
+            bulk_writer(plan, made).finish()
+
+
+def create_overlay(
+    path: Path | str,
+    base: Path | str,
+    *,
+    hint: str | None = None,
+    size: int | None = None,
+    kind: str | None = None,
+    options: ImageOptions | None = None,
+    durable: bool = True,
+    mode: int = 0o666,
+    name: str | None = None,
+) -> None:
+    """Make `path` an empty overlay on `base`: same size, grain, adapter, geometry and hardware version.
+
+    `base` may be open in a running QEMU: it is read as `qemu-img -U` reads it. `hint` is what the overlay calls its
+    parent; by default the way to `base` from the overlay's folder. `options` replaces what would be inherited; begin
+    with `inherited_options` to change a part of it. `kind` replaces its `subformat`. The geometry is the base's
+    unless the adapter is another. `name` is what the overlay will be called, where that is not `path` yet.
+
+    Raises:
+        FileExistsError: something bears the name; it is untouched.
+        FormatError: `base` is no VMDK, or breaks the format.
+        InvalidRequest: `size` is smaller than the base, an option cannot be, or the kind cannot have a parent.
+    """
+    path, base = Path(path), Path(base)
+    descriptor, inherited = _read_base(base)
+    chosen = _with_kind(options or inherited, kind)
+    _check_options(path, chosen)
+    sectors = descriptor.sectors if size is None else _checked_sectors(path, size)
+    if sectors < descriptor.sectors:
+        raise InvalidRequest(
+            path, f"size {sectors * SECTOR_SIZE} is less than the {descriptor.sectors * SECTOR_SIZE} of its base"
+        )
+    ddb = {key: value for key in _INHERITED if (value := descriptor.get(f"ddb.{key}")) is not None}
+    if options is not None or not ddb:
+        same = ddb if chosen.adapter_type == inherited.adapter_type else {}  # the geometry is the adapter's
+        ddb = {**_ddb(sectors, chosen), **same, "virtualHWVersion": chosen.hwversion}
+    cid = new_cid(avoid=descriptor.cid)
+    plan = plan_image(
+        path,
+        name or path.name,
+        sectors,
+        chosen,
+        cid=cid,
+        parent_cid=descriptor.cid,
+        hint=_hint(path, base) if hint is None else hint,
+        ddb={**ddb, "longContentID": _long_id(cid)},
+    )
+    with NewFiles(durable=durable) as files:
+        write_image(files, path, plan, mode)
+
+
+def inherited_options(base: Path | str) -> ImageOptions:
+    """Return what an overlay on `base` inherits, its kind aside; reads the base as `create_overlay` does."""
+    return _read_base(Path(base))[1]
+
+
+def open_new_image(files: NewFiles, path: Path, size: int, options: ImageOptions) -> BulkWriter:
+    """Return the writer that fills a new image, which appears as `path` with the other `files`.
+
+    Raises:
+        FileExistsError: something bears the name; it is untouched.
+        InvalidRequest: the size or an option cannot be.
+    """
+    plan = plan_base(path, size, options)
+    return bulk_writer(plan, write_image(files, path, plan))
+
+
+def open_new_stream(write: Callable[[bytes], object], path: Path, size: int, options: ImageOptions) -> BulkWriter:
+    """Return the writer of a streamOptimized image whose bytes go, front to end, to `write`; `path` names it.
+
+    Raises:
+        InvalidRequest: the size or an option cannot be.
+    """
+    return stream_writer(plan_base(path, size, replace(options, subformat="streamOptimized")), write)
+
+
+def plan_base(path: Path, size: int, options: ImageOptions) -> Plan:
+    """Return what a new image of `size` bytes that stands on no other is made of.
+
+    Raises:
+        InvalidRequest: the size or an option cannot be.
+    """
+    sectors = _checked_sectors(path, size)
+    _check_options(path, options)
+    ddb = _base_ddb(sectors, options)
+    for key, value in kind_of(path, options).ddb:
+        ddb.setdefault(key, value)
+    cid = new_cid()
+    ddb["longContentID"] = _long_id(cid)
+    return plan_image(path, path.name, sectors, options, cid=cid, parent_cid=NO_PARENT, hint=None, ddb=ddb)
+
+
+def _long_id(cid: int) -> str:
+    return f"{os.urandom(12).hex()}{cid:08x}"
+
+
+def _with_kind(options: ImageOptions, kind: str | None) -> ImageOptions:
+    return options if kind is None else replace(options, subformat=kind)
+
+
+def _read_base(base: Path) -> tuple[Descriptor, ImageOptions]:
+    """Return the descriptor of the base and what an overlay inherits from it."""
+    file = PosixFile.open(base)
+    try:
+        lock_image(file.fileno(), base, writable=False, share_writes=True)
+        descriptor, embedded = read_descriptor(file)
+        while (again := read_descriptor(file)[0]).raw != descriptor.raw:
+            descriptor = again  # a writer was just giving it another CID
+        return descriptor, _inherited_options(file, descriptor, embedded)
+    finally:
+        file.close()
+
+
+def _inherited_options(file: BlockFile, descriptor: Descriptor, embedded: bool) -> ImageOptions:
+    grain, zeroed = DEFAULT_GRAIN, False
+    header = _first_header(file, descriptor, embedded)
+    if header is not None:
+        grain = max(MIN_GRAIN, header.grain_size * SECTOR_SIZE)
+        zeroed = header.version == 2 and bool(header.flags & HeaderFlag.ZEROED_GRAINS)
+    return ImageOptions(
+        grain_size=grain,
+        adapter_type=descriptor.get("ddb.adapterType") or "ide",
+        hwversion=descriptor.get("ddb.virtualHWVersion") or "4",
+        zeroed_grain=zeroed,
+    )
+
+
+def _first_header(file: BlockFile, descriptor: Descriptor, embedded: bool) -> SparseExtentHeader | None:
+    """Return the header of the first hosted sparse extent, where there is one to be read."""
+    head = file.read_at(0, SECTOR_SIZE)
+    line = next((line for line in descriptor.extents if line.type == "SPARSE"), None)
+    if not embedded and line is not None and line.file is not None:
+        with contextlib.suppress(OSError, CorruptChain):
+            find = confined()
+            extent = PosixFile.open(find(file.path, line.file, "extent"))
+            try:
+                check_opened(find, file.path, extent, "extent")
+                head = extent.read_at(0, SECTOR_SIZE)
+            finally:
+                extent.close()
+    if head[:4] != MAGIC or len(head) != SECTOR_SIZE:
+        return None
+    return SparseExtentHeader.parse(head, path=file.path)
+
+
+def _hint(path: Path, base: Path) -> str:
+    """Return how `path` names `base`: relative where both are absolute in the end, as both may move together."""
+    way = os.path.relpath(base.parent.resolve() / base.name, path.parent.resolve())
+    # QEMU takes what stands before a colon for a protocol.
+    return f"./{way}" if ":" in way.split("/", 1)[0] else way
+
+
+def _checked_sectors(path: Path, size: int) -> int:
+    if not 0 < size <= MAX_CAPACITY:
+        raise InvalidRequest(path, f"size {size} must be from 1 to {MAX_CAPACITY} bytes")
+    return byte_sectors(size)
+
+
+def _check_options(path: Path, options: ImageOptions) -> None:
+    grain = options.grain_size
+    if not MIN_GRAIN <= grain <= MAX_GRAIN_SECTORS * SECTOR_SIZE or grain & (grain - 1):
+        raise InvalidRequest(path, f"grain_size {grain} must be a power of two from 4096 to {GIB}")
+
+
+def _base_ddb(sectors: int, options: ImageOptions) -> dict[str, str]:
+    if options.adapter_type not in ADAPTER_TYPES:
+        known = ", ".join(ADAPTER_TYPES)
+        raise InvalidRequest("adapter_type", f"{options.adapter_type!r} is not one of {known}")
+    random = os.urandom(13).hex(" ")
+    # VMware's own prefix 60 00 C2 9x, eight bytes, a dash, eight bytes.
+    uuid = f"60 00 C2 9{random[1:14]}-{random[15:]}"
+    return {**_ddb(sectors, options), "uuid": uuid}
+
+
+def _ddb(sectors: int, options: ImageOptions) -> dict[str, str]:
+    heads = 16 if options.adapter_type == "ide" else 255
+    ddb = {
+        "virtualHWVersion": options.hwversion,
+        "geometry.cylinders": str(min(sectors // (63 * heads), 65535)),
+        "geometry.heads": str(heads),
+        "geometry.sectors": "63",
+        "adapterType": options.adapter_type,
+    }
+    if options.toolsversion is not None:
+        ddb["toolsVersion"] = options.toolsversion
+    return {**ddb, **options.extra}

@@ -1,0 +1,1 @@
+"""COWD extents: ESXi's sparse deltas."""

@@ -1,0 +1,1 @@
+"""Flat extents: the bytes of the disk themselves, in a file or on a device."""

@@ -1,0 +1,1 @@
+"""Hosted sparse extents (`KDMV`): header, tables, grains."""

@@ -1,0 +1,203 @@
+"""The hosted sparse extent (`KDMV`): grains behind a directory and tables, each of the two kept twice.
+
+    | header | descriptor | RGD | redundant GTs | GD | GTs | pad | grain | grain | ...
+    sector 0   1..20        21                               overhead
+
+Where the primary directory or an entry cannot be followed and the redundant copy can, an extent that is only read is
+read by way of the copy, and `notes` tells of it. An extent that is written must be sound.
+
+Source: VMware Virtual Disk Format 5.0, "Hosted Sparse Extents".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.storage.blockfile import BlockFile
+from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
+from qemu_vmdk_snap.vmdk.extent import Extent, ExtentSpec
+from qemu_vmdk_snap.vmdk.grains import GTE_UNALLOCATED, GTE_ZEROED, MAX_FILE_SECTORS, Copy, GrainExtent
+from qemu_vmdk_snap.vmdk.sparse.header import HeaderFlag, SparseExtentHeader, check_header
+from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables, read_directory
+
+__all__ = ["GTE_UNALLOCATED", "GTE_ZEROED", "MAX_FILE_SECTORS", "SparseExtent", "open_extent", "read_header"]
+
+
+_MAX_NOTES: Final = 64
+_ENTRIES_AT_ONCE: Final = 1 << 18
+
+
+def read_header(file: BlockFile, path: Path, *, tolerant: bool = False) -> SparseExtentHeader:
+    """Return the checked header of the sparse extent in `file`; `tolerant` as in `check_header`."""
+    header = SparseExtentHeader.parse(file.read_at(0, SECTOR_SIZE), path=path)
+    check_header(header, path, file.size(), tolerant=tolerant)
+    return header
+
+
+def open_extent(spec: ExtentSpec) -> Extent:
+    """Open a hosted sparse extent: plain, or compressed (streamOptimized).
+
+    Raises:
+        FormatError: the header, or what it names, cannot be.
+        Unsupported: write access to version 3, or to a compressed extent.
+    """
+    file = spec.file
+    if file is None:
+        raise FormatError(spec.path, spec.line.at, "extent", spec.line.type, "must name a file")
+    if (
+        file.read_at(0, 4) == b"COWD"
+    ):  # QEMU takes a COWD file under the type SPARSE, and VMware's old products wrote so
+        from qemu_vmdk_snap.vmdk.cowd import extent as cowd
+
+        return cowd.open_extent(spec)
+    header = read_header(file, spec.path, tolerant=not spec.writable)
+    if header.compressed:
+        from qemu_vmdk_snap.vmdk.stream import extent as stream
+
+        return stream.open_stream(spec, file, header)
+    if spec.writable and header.version > 2:
+        raise Unsupported(
+            spec.path, f"version {header.version} extents are read-only: who else tracks their changes is unknown"
+        )
+    if header.capacity < spec.line.sectors:
+        rule = f"must be at least the {spec.line.sectors} sectors that the descriptor gives the extent"
+        raise FormatError(spec.path, header.offset_of("capacity"), "capacity", header.capacity, rule)
+    return SparseExtent(file, spec.path, header, sector_bytes(spec.line.sectors), writable=spec.writable)
+
+
+class SparseExtent(GrainExtent):
+    """One open hosted sparse extent."""
+
+    def __init__(
+        self, file: BlockFile, path: Path, header: SparseExtentHeader, capacity: int, *, writable: bool
+    ) -> None:
+        self.header = header
+        self._file, self._path, self._file_size, self._writable = file, path, file.size(), writable
+        super().__init__(
+            file,
+            path,
+            self._read_copies(),
+            capacity=capacity,
+            grain_bytes=sector_bytes(header.grain_size),
+            has_zeroed=bool(header.flags & HeaderFlag.ZEROED_GRAINS),
+            writable=writable,
+        )
+        self._prefer_good_tables()
+
+    def cut(self, end: int) -> None:
+        """Give back, durably, what is behind byte `end` of the file; the caller knows that nothing in use is there."""
+        self._file.truncate(end)
+        self._file.flush()
+        self._file_size = end
+
+    def clear(self) -> None:
+        """Forget every grain, durably, and give their space back: the parent answers everywhere."""
+        self.flush()
+        zeros = bytes(self.tables.table_bytes)
+        ends = [self.header.overhead]
+        for tables, _ in reversed(self._copies):
+            for table in np.flatnonzero(tables.directory).tolist():
+                sector = tables.table_sector(table)
+                ends.append(sector + self.header.gt_sectors)
+                if self._file.next_data(sector_bytes(sector)) < sector_bytes(sector) + len(zeros):
+                    self._file.write_at(sector_bytes(sector), zeros)
+        self._file.flush()  # barrier: no table names a grain any more when the space goes
+        self.cut(min(self._file_size, sector_bytes(max(ends))))
+        self._copies = self._read_copies()
+
+    def _read_copies(self) -> list[Copy]:
+        """Return both copies of the tables for those who write; who only reads needs one, and the other seldom."""
+        header = self.header
+        offsets = [("gd_offset", header.gd_offset)]
+        if header.redundant:
+            offsets.append(("rgd_offset", header.rgd_offset))
+        copies: list[Copy] = []
+        broken: FormatError | None = None
+        self._redundant_at = 0
+        for field, sector in offsets:
+            length, at = header.gd_entries * 4, sector_bytes(sector)
+            if not sector or at + length > self._file_size:
+                rule = f"must leave {length} bytes inside the file of {self._file_size} bytes"
+                broken = FormatError(self._path, header.offset_of(field), field, sector, rule)
+                continue
+            if copies:
+                self._redundant_at = at
+            if not copies or self._writable:
+                directory = read_directory(self._file, at, header.gd_entries)
+                tables = GrainTables(self._file, self._path, directory, entries_per_table=header.gtes_per_gt)
+                copies.append(Copy(tables, at))
+        if broken is not None and not copies:
+            raise broken
+        self._broken_directory = broken
+        return copies
+
+    def _prefer_good_tables(self) -> None:
+        """Read by way of the redundant copy what the primary directory cannot lead to."""
+        if self._broken_directory is not None:
+            self.notes.append(f"{self._broken_directory}; the other copy of the directory is used")
+        if not self._redundant_at:
+            return
+        primary, at = self._copies[0]
+        replaced = 0
+        for first in range(0, primary.count, _ENTRIES_AT_ONCE):
+            last = min(primary.count, first + _ENTRIES_AT_ONCE)
+            redundant = read_directory(self._file, self._redundant_at + 4 * first, last - first)
+            mine = primary.directory[first:last]
+            wrong = np.flatnonzero((~self._inside(mine) | (mine == 0)) & self._inside(redundant) & (redundant != 0))
+            nowhere = mine[wrong] == 0
+            wrong = wrong[~nowhere | self._hold_entries(redundant[wrong], nowhere)]
+            for index in wrong[: max(0, _MAX_NOTES - replaced)].tolist():
+                self._note_wrong(first + index, int(mine[index]), at)
+            replaced += len(wrong)
+            primary.place_tables(first + wrong, redundant[wrong])
+        if replaced > _MAX_NOTES:
+            self.notes.append(f"{self._path}: and {replaced - _MAX_NOTES} more such grain directory entries")
+
+    def _note_wrong(self, table: int, sector: int, directory_at: int) -> None:
+        rule = "names no grain table" if not sector else f"lies outside the file of {self._file_size} bytes"
+        where = directory_at + 4 * table
+        if self._writable:  # a new table would be stored over the good copy
+            rule += ", while the redundant directory leads to one: repair the image (check -r all) before it is written"
+            raise FormatError(self._path, where, f"grain directory entry {table}", sector, rule)
+        self.notes.append(
+            f"{self._path}: byte {where:#x}: grain directory entry {table} = {sector}: {rule}; "
+            "the redundant table is used"
+        )
+
+    def _hold_entries(self, sectors: Entries, wanted: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Return which of the tables at `sectors`, of those that are wanted, name any grain at all."""
+        found = np.zeros(len(sectors), bool)
+        places, which = np.unique(sectors[wanted], return_inverse=True)  # hostile directories name one table often
+        found[wanted] = np.array([self._is_used(int(sector)) for sector in places], bool)[which]
+        return found
+
+    def _is_used(self, sector: int) -> bool:
+        return bool(self._file.read_at(sector_bytes(sector), self.header.gtes_per_gt * 4).strip(b"\0"))
+
+    def _inside(self, directory: Entries) -> npt.NDArray[np.bool_]:
+        inside: npt.NDArray[np.bool_] = directory <= self._file_size // SECTOR_SIZE - self.header.gt_sectors
+        return inside
+
+    def _instead_of(self, grain: int, entry: int) -> int:
+        other = self._redundant_entry(grain)
+        if other > GTE_ZEROED and sector_bytes(other) < self._file_size:
+            if len(self.notes) < _MAX_NOTES:
+                note = f"{self._path}: grain table entry {entry} of grain {grain}: lies outside the file"
+                self.notes.append(f"{note}; the redundant entry {other} is used")
+            return other
+        return super()._instead_of(grain, entry)
+
+    def _redundant_entry(self, grain: int) -> int:
+        """Return the entry in the other copy, 0 where there is none; for those who write there is but one truth."""
+        if self._writable or not self._redundant_at:
+            return 0
+        table, index = divmod(grain, self.header.gtes_per_gt)
+        sector = int.from_bytes(self._file.read_at(self._redundant_at + 4 * table, 4), "little")
+        if not sector or not self._inside(np.array([sector]))[0]:
+            return 0
+        return int.from_bytes(self._file.read_at(sector_bytes(sector) + 4 * index, 4), "little")

@@ -1,0 +1,1 @@
+"""streamOptimized extents: compressed grains behind markers."""

@@ -1,0 +1,149 @@
+"""The compressed extent (streamOptimized): deflated grains between markers, written in one go and then only read.
+
+    | header | descriptor | grain record | pad | ... | GT marker | GT | ... | GD marker | GD | footer marker | footer |
+    end-of-stream marker |
+
+A grain record is its sector on the guest's disk (u64), the length of its data (u32) and a zlib stream, which may be
+longer than the grain. A header whose gdOffset is all ones was written before the tables: the footer has the last word.
+
+Source: VMware Virtual Disk Format 5.0, "Stream-Optimized Compressed Sparse Extents".
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.storage.blockfile import BlockFile
+from qemu_vmdk_snap.units import KIB, MIB, SECTOR_SIZE, sector_bytes
+from qemu_vmdk_snap.vmdk.extent import ExtentSpec, Place
+from qemu_vmdk_snap.vmdk.grains import Copy, GrainExtent
+from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, Int64s, Kinds
+from qemu_vmdk_snap.vmdk.sparse.header import GD_AT_END, MAGIC, HeaderFlag, SparseExtentHeader, check_header
+from qemu_vmdk_snap.vmdk.stream.compression import inflated
+from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables, read_directory
+
+MARKER: Final = struct.Struct("<QII")
+"""value, size, type; size != 0 makes it a grain record, whose data takes the place of the type."""
+
+GRAIN_RECORD: Final = struct.Struct("<QI")
+MARKER_EOS, MARKER_GT, MARKER_GD, MARKER_FOOTER = range(4)
+MAX_GRAIN_SECTORS: Final = (16 * MIB) // SECTOR_SIZE
+_FOOTER_SEARCH: Final = 64 * KIB
+
+
+def open_stream(spec: ExtentSpec, file: BlockFile, header: SparseExtentHeader) -> StreamExtent:
+    """Open a compressed extent; `header` is what its first sector holds.
+
+    Raises:
+        FormatError: neither header nor footer leads to the tables.
+        Unsupported: write access.
+    """
+    if spec.writable:
+        raise Unsupported(spec.path, "streamOptimized images are written once, from start to end: convert it to write")
+    notes: list[str] = []
+    check_grain(header, spec.path)
+    if header.gd_offset == GD_AT_END:
+        header = read_footer(file, spec.path, header, notes)
+    if header.capacity < spec.line.sectors:
+        rule = f"must be at least the {spec.line.sectors} sectors that the descriptor gives the extent"
+        raise FormatError(spec.path, header.offset_of("capacity"), "capacity", header.capacity, rule)
+    extent = StreamExtent(file, spec.path, header, sector_bytes(spec.line.sectors))
+    extent.notes += notes
+    return extent
+
+
+def check_grain(header: SparseExtentHeader, path: Path) -> None:
+    """Refuse grains that are too large to be held in memory a few at a time; all known writers have 64 KiB."""
+    if header.grain_size > MAX_GRAIN_SECTORS:
+        feature = f"byte 0x14: grain_size = {header.grain_size}: compressed grains above 16 MiB are not supported"
+        raise Unsupported(path, feature)
+
+
+def read_footer(file: BlockFile, path: Path, header: SparseExtentHeader, notes: list[str]) -> SparseExtentHeader:
+    """Return the header in the footer of a stream; what it says otherwise than `header` is added to `notes`.
+
+    The footer's place is 1024 bytes before the end; what writers or transfers have added behind it is passed over.
+    """
+    size = file.size()
+    start = max(0, size - size % SECTOR_SIZE - _FOOTER_SEARCH)
+    tail = file.read_at(start, size - start)
+    for at in range(len(tail) - len(tail) % SECTOR_SIZE - SECTOR_SIZE, SECTOR_SIZE - 1, -SECTOR_SIZE):
+        _, length, kind = MARKER.unpack_from(tail, at - SECTOR_SIZE)
+        if tail[at : at + 4] == MAGIC and length == 0 and kind == MARKER_FOOTER:
+            footer = SparseExtentHeader.parse(tail[at : at + SECTOR_SIZE], path=path, base=start + at)
+            break
+    else:
+        rule = "needs a footer in the last 64 KiB that gives its place: the stream was cut short"
+        raise FormatError(path, header.offset_of("gd_offset"), "gd_offset", header.gd_offset, rule)
+    check_header(footer, path, size)
+    check_grain(footer, path)
+    if footer.gd_offset == GD_AT_END:
+        rule = "must give the place of the grain directory"
+        raise FormatError(path, start + at + footer.offset_of("gd_offset"), "gd_offset", footer.gd_offset, rule)
+    for column in SparseExtentHeader.columns():
+        mine, theirs = getattr(header, column.name), getattr(footer, column.name)
+        if column.name in ("version", "flags", "capacity", "grain_size", "gtes_per_gt") and mine != theirs:
+            notes.append(f"{path}: byte {column.offset:#x}: {column.name} = {mine}: the footer's {theirs} is used")
+    return footer
+
+
+class StreamExtent(GrainExtent):
+    """One open compressed extent."""
+
+    def __init__(self, file: BlockFile, path: Path, header: SparseExtentHeader, capacity: int) -> None:
+        self.header = header
+        directory = read_directory(file, sector_bytes(header.gd_offset), header.gd_entries)
+        tables = GrainTables(file, path, directory, entries_per_table=header.gtes_per_gt)
+        super().__init__(
+            file,
+            path,
+            [Copy(tables, sector_bytes(header.gd_offset))],
+            capacity=capacity,
+            grain_bytes=sector_bytes(header.grain_size),
+            has_zeroed=bool(header.flags & HeaderFlag.ZEROED_GRAINS),
+        )
+        self._markers = bool(header.flags & HeaderFlag.MARKERS)
+
+    @property
+    def has_markers(self) -> bool:
+        """Whether each grain's record tells the sector of the disk that it belongs to."""
+        return self._markers
+
+    def lookup(self, offset: int) -> Place:
+        """Return where the byte at `offset` is; the record of its grain where it is stored."""
+        place = super().lookup(offset)
+        if place.kind != DATA:
+            return place
+        return Place(COMPRESSED, place.file_offset - offset % self._grain_bytes, place.length)
+
+    def _decoded(self, first: int, entries: Entries) -> tuple[Kinds, Int64s]:
+        kinds, file_offsets = super()._decoded(first, entries)
+        return np.where(kinds == DATA, np.uint8(COMPRESSED), kinds), file_offsets
+
+    def read_grain(self, file_offset: int) -> bytes:
+        """Return the inflated grain whose record is at `file_offset`, filled up with zeros. Safe from any thread.
+
+        Raises:
+            FormatError: the record or its data is damaged.
+        """
+        unit = self._grain_bytes
+        start, length = file_offset, 2 * unit
+        if self._markers:
+            head = self._file.read_at(file_offset, GRAIN_RECORD.size)
+            length = GRAIN_RECORD.unpack(head.ljust(GRAIN_RECORD.size, b"\0"))[1]
+            start += GRAIN_RECORD.size
+            if not 0 < length <= max_record(unit):
+                rule = f"must be from 1 to {max_record(unit)} bytes"
+                raise FormatError(self._path, file_offset + 8, "length of the compressed grain", length, rule)
+        data = inflated(self._file.read_at(start, length), unit, self._path, start)
+        return data if len(data) == unit else data + bytes(unit - len(data))
+
+
+def max_record(grain_bytes: int) -> int:
+    """Return the most bytes that a grain's data may take: QEMU's limit, and room for any deflate of a tiny grain."""
+    return 2 * grain_bytes + SECTOR_SIZE
