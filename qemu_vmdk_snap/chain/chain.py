@@ -20,13 +20,13 @@ from typing import Final, Literal, NamedTuple, Self, overload
 
 import numpy as np
 
-from qemu_vmdk_snap.chain.link import Link, PlacedExtent, open_link
+from qemu_vmdk_snap.chain.link import Link, open_link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.chain.windows import ROW_GRAINS, TABLE_GRAINS, windows
 from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, InvalidRequest, VmdkSnapError
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer, FileOpener, open_posix, open_posix_or_device
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
-from qemu_vmdk_snap.vmdk.extent import Below
+from qemu_vmdk_snap.vmdk.extent import Below, PlacedExtent
 from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, HOLE, NO_SOURCE, Row, RunTable
 
 MAX_DEPTH: Final = 256

@@ -6,7 +6,7 @@ import bisect
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.chain.resolver import Resolver, check_opened
 from qemu_vmdk_snap.chain.windows import windows
@@ -17,7 +17,7 @@ from qemu_vmdk_snap.storage.locks import keep_from_writers, lock_image
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, legacy_descriptor, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import HEAD_BYTES, MAX_BYTES, NO_PARENT, Descriptor, ExtentLine, is_descriptor
-from qemu_vmdk_snap.vmdk.extent import Extent, ExtentSpec, open_extent
+from qemu_vmdk_snap.vmdk.extent import ExtentSpec, PlacedExtent, open_extent
 from qemu_vmdk_snap.vmdk.sparse.header import MAGIC, SparseExtentHeader, check_header
 
 if TYPE_CHECKING:
@@ -27,14 +27,6 @@ _MIN_CID_DIGITS: Final = 5
 _MAX_SECTORS: Final = (1 << 63) // SECTOR_SIZE
 _MANY_FILES: Final = 100
 _DEVICE_TYPES: Final = ("VMFSRDM", "VMFSRAW")
-
-
-class PlacedExtent(NamedTuple):
-    """An extent, the byte of the guest's disk where it begins, and its number among the sources of the chain."""
-
-    start: int
-    extent: Extent
-    source: int
 
 
 class Link:

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from qemu_vmdk_snap.vmdk.extent import Extent
-
-if TYPE_CHECKING:
-    from qemu_vmdk_snap.chain.link import PlacedExtent
+from qemu_vmdk_snap.vmdk.extent import Extent, PlacedExtent
 
 TABLE_GRAINS: Final = 1 << 18
 """Grains of a window that is worked on as arrays: some tens of bytes each."""

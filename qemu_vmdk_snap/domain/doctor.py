@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Final, Literal
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, import_libvirt, libvirt_errors, open_connection
-from qemu_vmdk_snap.domain.create.plan import inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.hooks import install as hooks
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.orphans import Orphan, domain_files, find_orphans
 from qemu_vmdk_snap.domain.qemu.depth import max_links
+from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches
 from qemu_vmdk_snap.errors import VmdkSnapError
 from qemu_vmdk_snap.units import format_size

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.domain import naming, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
-from qemu_vmdk_snap.domain.create.plan import find_snapshot
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import make_current, recover_domain
+from qemu_vmdk_snap.domain.state import find_snapshot
 from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
@@ -80,11 +80,11 @@ def rename(conn: libvirt.virConnect, domain_name: str, snapshot: str, name: str)
             snapshots=((name, renamed), *((other, _moved(texts[other], snapshot, name)) for other in below)),
         )
         store.write(intent)
-        finish_rename(domain, intent)
+        finish_rename(conn, domain, intent)
         store.remove(intent.uuid)
 
 
-def finish_rename(domain: libvirt.virDomain, intent: Intent) -> None:
+def finish_rename(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
     """Do every step of a rename, whatever of it is done already.
 
     Raises:

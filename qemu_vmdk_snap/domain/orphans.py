@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
-from qemu_vmdk_snap.domain.create.plan import inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.journal.record import IntentStore
+from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:

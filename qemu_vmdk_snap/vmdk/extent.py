@@ -84,6 +84,14 @@ class Extent(Protocol):
         """Return when all writes are durable, data before the tables that name it."""
 
 
+class PlacedExtent(NamedTuple):
+    """An extent, the byte of the guest's disk where it begins, and its number among the sources of the chain."""
+
+    start: int
+    extent: Extent
+    source: int
+
+
 class ExtentModule(Protocol):
     """What the module of a kind has."""
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Final
 
 MODULES: Final[dict[str, str]] = {
-    "SPARSE": "qemu_vmdk_snap.vmdk.sparse.extent",
+    "SPARSE": "qemu_vmdk_snap.vmdk.by_magic",
     "FLAT": "qemu_vmdk_snap.vmdk.flat.extent",
     "ZERO": "qemu_vmdk_snap.vmdk.zero",
     "VMFS": "qemu_vmdk_snap.vmdk.flat.extent",
-    "VMFSSPARSE": "qemu_vmdk_snap.vmdk.sparse.extent",
+    "VMFSSPARSE": "qemu_vmdk_snap.vmdk.by_magic",
     "VMFSRDM": "qemu_vmdk_snap.vmdk.flat.device",
     "VMFSRAW": "qemu_vmdk_snap.vmdk.flat.device",
     "SESPARSE": "qemu_vmdk_snap.vmdk.sesparse",

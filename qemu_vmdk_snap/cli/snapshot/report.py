@@ -9,8 +9,8 @@ from qemu_vmdk_snap.cli.snapshot.options import tell_recovery
 from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.domain.create.plan import PlannedDisk
     from qemu_vmdk_snap.domain.journal.recover import Recovery
+    from qemu_vmdk_snap.domain.planned import PlannedDisk
 
 
 class Report(Protocol):

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import naming, xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
-from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay
+from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay, pending_overlays
+from qemu_vmdk_snap.domain.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.agent import check_quiesce
 from qemu_vmdk_snap.domain.qemu.depth import check_depth
 from qemu_vmdk_snap.domain.qemu.switch import Tops, check_disks
+from qemu_vmdk_snap.domain.state import check_state, inactive_xml, volume_resolver
 from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
@@ -36,21 +38,6 @@ class Request:
     """Where the overlay of a disk goes; beside the disk if not said."""
     quiesce: str = "no"
     """Whether a running guest's file systems are frozen meanwhile: `no`, `auto` (where it can), `require`."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedDisk:
-    """A disk that takes part."""
-
-    target: str
-    overlay: Path
-    chain: tuple[Path, ...]
-    """The files that are there now, the top first."""
-
-    @property
-    def frozen(self) -> Path:
-        """The top of today, the parent of the overlay."""
-        return self.chain[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,50 +95,6 @@ def make_plan(
     return replace(plan, quiesce=request.quiesce, tops=tops, intent=intent)
 
 
-def check_state(domain: libvirt.virDomain) -> None:
-    """Accept a domain that is shut off, running or paused, and is defined.
-
-    Raises:
-        DomainError: it is transient, or would resume from saved memory that belongs to the disks as they are.
-    """
-    if not domain.isPersistent():
-        reason = "is transient: without a persistent XML nothing would name its overlays: virsh define it first"
-        raise DomainError(domain.name(), reason)
-    if domain.hasManagedSaveImage():
-        reason = "has a saved state, which would resume on the frozen disks: start it, or virsh managedsave-remove it"
-        raise DomainError(domain.name(), reason)
-
-
-def find_snapshot(domain: libvirt.virDomain, name: str) -> libvirt.virDomainSnapshot:
-    """Return the domain's snapshot of that name.
-
-    Raises:
-        DomainError: there is none.
-    """
-    for snapshot in domain.listAllSnapshots():
-        if snapshot.getName() == name:
-            return snapshot
-    raise DomainError(domain.name(), f"has no snapshot {name!r}")
-
-
-def inactive_xml(domain: libvirt.virDomain) -> str:
-    """Return the persistent XML with its secrets, as it must be to be defined again."""
-    import libvirt
-
-    text: str = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
-    return text
-
-
-def volume_resolver(conn: libvirt.virConnect, domain: str) -> xml.VolumePath:
-    """Return what finds the file of a storage volume on this connection."""
-
-    def resolve(pool: str, volume: str) -> Path:
-        with libvirt_errors(domain, f"find volume {volume!r} of pool {pool!r}"):
-            return Path(conn.storagePoolLookupByName(pool).storageVolLookupByName(volume).path())
-
-    return resolve
-
-
 def choose(domain: str, disks: Sequence[xml.Disk], request: Request) -> tuple[list[xml.Disk], list[tuple[str, str]]]:
     """Return the disks that take part, and (target, reason) of the others.
 
@@ -194,16 +137,6 @@ def _header(
         raise DomainError(domain, f"has a snapshot {name!r} already")
     created = int(naming.default_snapshot_name())
     return xml.SnapshotXml(name, "disk-snapshot" if live else "shutoff", created, request.description, parent)
-
-
-def pending_overlays(store: IntentStore) -> set[Path]:
-    """Return the overlays that unfinished snapshots of other domains are about to make."""
-    paths = set()
-    for uuid in store.uuids():
-        with contextlib.suppress(DomainError):  # a damaged record is for `recover` to tell of, in its own domain
-            intent = store.read(uuid)
-            paths |= {Path(overlay.path) for overlay in intent.overlays} if intent else set()
-    return paths
 
 
 def _plan_disk(

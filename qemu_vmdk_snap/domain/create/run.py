@@ -24,12 +24,14 @@ from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.domain import dropin
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
-from qemu_vmdk_snap.domain.create.plan import Plan, PlannedDisk, Request, check_state, inactive_xml, make_plan
+from qemu_vmdk_snap.domain.create.plan import Plan, Request, make_plan
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain, register
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
 from qemu_vmdk_snap.domain.newfile import make_overlay, refresh_pools
+from qemu_vmdk_snap.domain.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.switch import Pause, switch
+from qemu_vmdk_snap.domain.state import check_state, inactive_xml
 from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:

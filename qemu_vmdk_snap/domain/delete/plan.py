@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 from qemu_vmdk_snap import Link, confined, find_children, open_chain, open_link, open_posix
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
-from qemu_vmdk_snap.domain.create.plan import inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.journal.record import Intent
 from qemu_vmdk_snap.domain.qemu.merge import node_of, written_here
+from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:

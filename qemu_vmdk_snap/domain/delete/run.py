@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING
 from qemu_vmdk_snap import Link, OnProgress, confined, find_children, ignore, open_chain
 from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
-from qemu_vmdk_snap.domain.create.plan import inactive_xml
 from qemu_vmdk_snap.domain.delete.plan import (
     Deleted,
     Scope,
@@ -44,6 +43,7 @@ from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, is_empty, recover_domain
 from qemu_vmdk_snap.domain.newfile import refresh_pools
 from qemu_vmdk_snap.domain.qemu.merge import merge_active
+from qemu_vmdk_snap.domain.state import inactive_xml
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:

@@ -196,6 +196,16 @@ class IntentStore:
             _sync(folder.parent)
 
 
+def pending_overlays(store: IntentStore) -> set[Path]:
+    """Return the overlays that unfinished snapshots of other domains are about to make."""
+    paths = set()
+    for uuid in store.uuids():
+        with contextlib.suppress(DomainError):  # a damaged record is for `recover` to tell of, in its own domain
+            intent = store.read(uuid)
+            paths |= {Path(overlay.path) for overlay in intent.overlays} if intent else set()
+    return paths
+
+
 def _sync(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

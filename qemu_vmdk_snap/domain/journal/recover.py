@@ -16,25 +16,36 @@ and only if it is the file that the snapshot made: nothing that was written can 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, cast
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap import HOLE, Link, confined, find_children, open_link, open_posix
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
-from qemu_vmdk_snap.domain.create.plan import find_snapshot, inactive_xml
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay
 from qemu_vmdk_snap.domain.qemu.agent import thaw_left
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.switch import follow_cid, written_files
+from qemu_vmdk_snap.domain.state import find_snapshot, inactive_xml
 from qemu_vmdk_snap.errors import DomainError, LockBusy, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
+
+
+Finisher = Callable[["libvirt.virConnect", "libvirt.virDomain", Intent], None]
+"""Does every step of a recorded operation that is not done yet; doing it twice does no harm."""
+
+FINISHERS: Final[dict[str, tuple[str, str]]] = {
+    "delete": ("qemu_vmdk_snap.domain.delete.run", "finish"),
+    "rename": ("qemu_vmdk_snap.domain.edit", "finish_rename"),
+}
+"""Operation -> module and function of its `Finisher`. One that is not here is settled by what the XML names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,20 +115,14 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
     if intent is None:
         return None
     name = domain.name()
-    if intent.operation == "delete":
-        from qemu_vmdk_snap.domain.delete.run import finish  # which itself begins by settling
-
+    if intent.operation in FINISHERS:
+        module, function = FINISHERS[intent.operation]
+        finish = cast(Finisher, getattr(importlib.import_module(module), function))
         finish(conn, domain, intent)
         if intent.live and intent.resume and domain.isActive():
             _resume(domain)
         store.remove(intent.uuid)
-        return Recovery(name, intent.snapshot, finished=True, operation="delete")
-    if intent.operation == "rename":
-        from qemu_vmdk_snap.domain.edit import finish_rename
-
-        finish_rename(domain, intent)
-        store.remove(intent.uuid)
-        return Recovery(name, intent.snapshot, finished=True, operation="rename")
+        return Recovery(name, intent.snapshot, finished=True, operation=intent.operation)
     with libvirt_errors(name, f"settle its unfinished snapshot {intent.snapshot!r}"):
         if intent.live and domain.isActive() and not _switched(domain, intent):
             _back_to_old(conn, domain, intent)

@@ -22,19 +22,13 @@ from typing import TYPE_CHECKING, Final, Literal
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import dropin, naming, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
-from qemu_vmdk_snap.domain.create.plan import (
-    PlannedDisk,
-    check_state,
-    find_snapshot,
-    inactive_xml,
-    pending_overlays,
-    volume_resolver,
-)
-from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay
+from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay, pending_overlays
 from qemu_vmdk_snap.domain.journal.recover import Recovery, make_current, recover_domain, unlink_discarded
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
 from qemu_vmdk_snap.domain.newfile import make_overlay, refresh_pools
+from qemu_vmdk_snap.domain.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.depth import check_depth
+from qemu_vmdk_snap.domain.state import check_state, find_snapshot, inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches, with_kept_branches
 from qemu_vmdk_snap.errors import DomainError
 

@@ -14,12 +14,12 @@ import numpy as np
 
 from qemu_vmdk_snap.chain.chain import Chain
 from qemu_vmdk_snap.chain.disk import Disk
-from qemu_vmdk_snap.chain.link import Link, PlacedExtent
+from qemu_vmdk_snap.chain.link import Link
 from qemu_vmdk_snap.chain.windows import windows
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.storage.copying import Copier
 from qemu_vmdk_snap.units import MIB
-from qemu_vmdk_snap.vmdk.extent import Below
+from qemu_vmdk_snap.vmdk.extent import Below, PlacedExtent
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, NO_SOURCE, ZERO, Row, RunTable
 
 STEP: Final = 4 * MIB

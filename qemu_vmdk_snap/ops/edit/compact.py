@@ -18,7 +18,6 @@ from typing import Final
 import numpy as np
 
 from qemu_vmdk_snap.chain.chain import Chain, open_links
-from qemu_vmdk_snap.chain.link import PlacedExtent
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.chain.windows import ROW_GRAINS, extent_windows
 from qemu_vmdk_snap.errors import Unsupported
@@ -32,6 +31,7 @@ from qemu_vmdk_snap.vmdk.bulk import BulkSparse
 from qemu_vmdk_snap.vmdk.cowd.extent import CowdExtent
 from qemu_vmdk_snap.vmdk.cowd.layout import lay_out_anew
 from qemu_vmdk_snap.vmdk.cowd.writer import BulkCowd
+from qemu_vmdk_snap.vmdk.extent import PlacedExtent
 from qemu_vmdk_snap.vmdk.runs import DATA, ZERO, Row
 from qemu_vmdk_snap.vmdk.sparse.extent import SparseExtent
 from qemu_vmdk_snap.vmdk.sparse.header import GTES_PER_GT, HeaderFlag

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import byte_sectors
 from qemu_vmdk_snap.vmdk.bulk import BulkSparse
-from qemu_vmdk_snap.vmdk.cowd.layout import CowdLayout
+from qemu_vmdk_snap.vmdk.cowd.header import CowdHeader
 
 
 class BulkCowd(BulkSparse):
     """Fills a COWD extent, whose header counts the sectors in use."""
 
-    def __init__(self, file: BlockFile, layout: CowdLayout) -> None:
-        super().__init__(file, layout)
-        self._cowd = layout.header
-
     def finish(self) -> None:
         """Store the last tables and the count of used sectors."""
         super().finish()
         used = byte_sectors(self.end)
-        self._file.write_at(self._cowd.offset_of("free_sector"), used.to_bytes(4, "little"))
+        self._file.write_at(CowdHeader.offset_of("free_sector"), used.to_bytes(4, "little"))

@@ -20,12 +20,12 @@ import numpy.typing as npt
 from qemu_vmdk_snap.errors import FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
-from qemu_vmdk_snap.vmdk.extent import Extent, ExtentSpec
+from qemu_vmdk_snap.vmdk.extent import ExtentSpec
 from qemu_vmdk_snap.vmdk.grains import GTE_UNALLOCATED, GTE_ZEROED, MAX_FILE_SECTORS, Copy, GrainExtent
 from qemu_vmdk_snap.vmdk.sparse.header import HeaderFlag, SparseExtentHeader, check_header
 from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables, read_directory
 
-__all__ = ["GTE_UNALLOCATED", "GTE_ZEROED", "MAX_FILE_SECTORS", "SparseExtent", "open_extent", "read_header"]
+__all__ = ["GTE_UNALLOCATED", "GTE_ZEROED", "MAX_FILE_SECTORS", "SparseExtent", "open_sparse", "read_header"]
 
 
 _MAX_NOTES: Final = 64
@@ -39,27 +39,13 @@ def read_header(file: BlockFile, path: Path, *, tolerant: bool = False) -> Spars
     return header
 
 
-def open_extent(spec: ExtentSpec) -> Extent:
-    """Open a hosted sparse extent: plain, or compressed (streamOptimized).
+def open_sparse(spec: ExtentSpec, file: BlockFile, header: SparseExtentHeader) -> SparseExtent:
+    """Open the plain hosted sparse extent in `file`.
 
     Raises:
         FormatError: the header, or what it names, cannot be.
-        Unsupported: write access to version 3, or to a compressed extent.
+        Unsupported: write access to version 3.
     """
-    file = spec.file
-    if file is None:
-        raise FormatError(spec.path, spec.line.at, "extent", spec.line.type, "must name a file")
-    if (
-        file.read_at(0, 4) == b"COWD"
-    ):  # QEMU takes a COWD file under the type SPARSE, and VMware's old products wrote so
-        from qemu_vmdk_snap.vmdk.cowd import extent as cowd
-
-        return cowd.open_extent(spec)
-    header = read_header(file, spec.path, tolerant=not spec.writable)
-    if header.compressed:
-        from qemu_vmdk_snap.vmdk.stream import extent as stream
-
-        return stream.open_stream(spec, file, header)
     if spec.writable and header.version > 2:
         raise Unsupported(
             spec.path, f"version {header.version} extents are read-only: who else tracks their changes is unknown"

@@ -12,7 +12,6 @@ from hypothesis import given
 
 from qemu_vmdk_snap import ImageOptions, RunKind, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.chain.chain import open_links
-from qemu_vmdk_snap.chain.link import PlacedExtent
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.chain.windows import ROW_GRAINS, extent_windows, windows
 from qemu_vmdk_snap.ops.check.check import check_image
@@ -20,7 +19,7 @@ from qemu_vmdk_snap.ops.copy.transfer import LinkWriter, View, upper_tables
 from qemu_vmdk_snap.ops.edit.commit import commit
 from qemu_vmdk_snap.ops.edit.rebase import rebase
 from qemu_vmdk_snap.vmdk import grains
-from qemu_vmdk_snap.vmdk.extent import Extent
+from qemu_vmdk_snap.vmdk.extent import Extent, PlacedExtent
 from qemu_vmdk_snap.vmdk.runs import RunTable
 from qemu_vmdk_snap.vmdk.sparse.extent import SparseExtent
 from qemu_vmdk_snap.vmdk.tables import GrainTables, read_directory
