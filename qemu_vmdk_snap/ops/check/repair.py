@@ -19,12 +19,12 @@ from qemu_vmdk_snap.errors import CorruptChain, FormatError, Unsupported
 from qemu_vmdk_snap.ops.check.check import CheckReport, check_image
 from qemu_vmdk_snap.ops.check.repair_plan import Copied, ExtentPlan, ExtentRepair
 from qemu_vmdk_snap.ops.check.shape import shape_of
-from qemu_vmdk_snap.ops.journal.guard import guarded_intent
+from qemu_vmdk_snap.ops.journal.guard import guarded_operation
 from qemu_vmdk_snap.ops.progress import OnProgress, ignore
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
 from qemu_vmdk_snap.storage.durable import new_file
-from qemu_vmdk_snap.storage.intent import Intent
 from qemu_vmdk_snap.storage.locks import lock_image
+from qemu_vmdk_snap.storage.record import Operation
 from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, NO_PARENT, Descriptor, is_descriptor
@@ -87,11 +87,12 @@ def repair(
 
 def _carry_out(path: Path, plans: list[ExtentPlan], record: Path) -> None:
     _write_undo(record, plans)
-    intent = guarded_intent(OPERATION, path, [plan.file.path for plan in plans], {"undo": str(record.resolve())})
-    intent.begin()
-    for plan in plans:
-        _apply(plan)
-    intent.end()
+    operation = guarded_operation(OPERATION, path, [plan.file.path for plan in plans], {"undo": record})
+    with operation.hold:
+        operation.begin()
+        for plan in plans:
+            _apply(plan)
+        operation.end()
 
 
 def take_back(undo: Path | str, *, opener: FileOpener = open_posix) -> None:
@@ -120,10 +121,10 @@ def take_back(undo: Path | str, *, opener: FileOpener = open_posix) -> None:
                 file.close()
 
 
-def finish_repair(intent: Intent, opener: FileOpener) -> None:
+def finish_repair(operation: Operation, opener: FileOpener) -> None:
     """Take back a repair that somebody else began: it can then be asked for again."""
-    take_back(intent.details["undo"], opener=opener)
-    Path(intent.details["undo"]).unlink(missing_ok=True)
+    take_back(operation.details["undo"], opener=opener)
+    Path(operation.details["undo"]).unlink(missing_ok=True)
 
 
 def _opened(path: Path, opener: FileOpener) -> BlockFile:
