@@ -23,7 +23,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import stat
@@ -125,8 +124,12 @@ class Operation:
         return any(real in (one, Path(os.path.realpath(one))) for one in self.images)
 
     def _pointers(self) -> list[Path]:
-        token = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]
         folders = {image.parent for image in self.images} - {self.image.parent}
+        if not folders:
+            return []
+        import hashlib  # seldom needed
+
+        token = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]
         return sorted(folder / f".{_stem(self.image)}.{token}{SUFFIX}" for folder in folders if folder.is_dir())
 
 
@@ -281,6 +284,8 @@ def _stem(image: Path) -> str:
     raw = os.fsencode(image.name)
     if len(raw) <= _MAX_STEM:
         return image.name
+    import hashlib  # seldom needed
+
     return f"{os.fsdecode(raw[: _MAX_STEM - 17])}~{hashlib.sha256(raw).hexdigest()[:16]}"
 
 

@@ -2,36 +2,37 @@
 
 In place, since QEMU does not look at the name again when it has the lock of an image: another file under the name would
 let it write into one that nobody finds again. A new CID is durable first, so that whoever was backed by the overlay
-learns of it; an operation record lets `recover` finish what was interrupted.
+learns of it; an operation record lets `recover` finish what was interrupted. NumPy is not needed: a hook at a guest's
+start cannot wait for it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-from qemu_vmdk_snap.chain.change import open_for_change
 from qemu_vmdk_snap.chain.dependents import Census, require_one_name, require_unneeded, search_folders
 from qemu_vmdk_snap.chain.identity import with_fresh_cid
-from qemu_vmdk_snap.chain.link import open_link
+from qemu_vmdk_snap.chain.links import LinkFacts, read_links
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
-from qemu_vmdk_snap.ops.copy.transfer import Clearable
-from qemu_vmdk_snap.ops.journal.guard import folders_of, guarded_operation
+from qemu_vmdk_snap.ops.journal.guard import guarded_operation
 from qemu_vmdk_snap.ops.journal.recover import settle
 from qemu_vmdk_snap.ops.journal.relink import DescriptorChange
-from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
+from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
+from qemu_vmdk_snap.storage.opening import open_locked
 from qemu_vmdk_snap.storage.record import Operation
+from qemu_vmdk_snap.units import SECTOR_SIZE
+from qemu_vmdk_snap.vmdk.sparse.clear import clear_extent
+from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader, check_header
 
 OPERATION: Final = "renew"
+_EMBEDDED: Final = "monolithicsparse"
 
 
-@dataclass(frozen=True, slots=True)
-class RenewReport:
+class RenewReport(NamedTuple):
     """What was renewed."""
 
     path: Path
@@ -55,46 +56,57 @@ def renew_overlay(
     Raises:
         InvalidRequest: it has no parent.
         StillNeeded: something else needs it, or may need it, and would lose its data.
-        Unsupported: it is of a kind that cannot be emptied.
+        Unsupported: it does not consist of one file.
         LockBusy: a guest, or another program, has it open.
         CorruptChain, CidMismatch, FormatError: its chain does not hold together.
         OSError: a file cannot be read or written.
     """
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(path))  # a link at the path stays one
     find = confined([path.parent, *trusted_dirs])
     settle(path.parent, opener=opener, resolver=find)
-    with contextlib.ExitStack() as stack:
-        chain = stack.enter_context(open_for_change(path, depths=[0], resolver=find, opener=opener))
-        top = chain.links[0]
-        if chain.depth == 1:
+    file = open_locked(path, opener, writable=True)  # nobody else, from before the look to the end
+    try:
+        links = read_links(path, trusted_dirs=trusted_dirs)
+        top = links[0]
+        if len(links) == 1:
             raise InvalidRequest(path, "has no parent to go back to: it is no overlay")
-        if not all(isinstance(placed.extent, Clearable) for placed in top.extents):
-            raise Unsupported(path, f"an overlay of type {top.descriptor.create_type} cannot be emptied")
-        files = [file.path for file in top.files]
-        census = Census.of(search_folders([link.path for link in chain.links], find))
+        if top.create_type.lower() != _EMBEDDED or top.files != (path,):
+            raise Unsupported(path, f"only an overlay in one file can be renewed, not one of type {top.create_type}")
+        census = Census.of(search_folders([link.path for link in links], find))
         given_up = [Path(one) for one in orphans]
-        require_unneeded(path, files, census, orphans=given_up)
-        require_one_name(path, files, census, orphans=given_up)
-        dropped = sum(os.stat(file).st_blocks * 512 for file in files)  # noqa: PTH116 - 512 bytes on every file system
-        change = DescriptorChange.plan(top, with_fresh_cid(top.descriptor))
-        record = guarded_operation(OPERATION, path, files, {"change": change.as_detail()})
-        with record.hold:
-            record.begin()
-            change.apply(top)
-            for placed in top.extents:
-                assert isinstance(placed.extent, Clearable)
-                placed.extent.clear()
-            record.end()
-        return RenewReport(path, chain.links[1].path, dropped)
+        require_unneeded(path, [path], census, orphans=given_up)
+        require_one_name(path, [path], census, orphans=given_up)
+        dropped = path.stat().st_blocks * 512  # 512 bytes on every file system
+        _run(file, top)
+        return RenewReport(path, links[1].path, dropped)
+    finally:
+        file.close()
 
 
 def finish_renew(record: Operation, opener: FileOpener) -> None:
     """Finish what somebody else began: the overlay is to be empty."""
-    DescriptorChange.from_detail(record.details["change"]).redo(opener)
-    link = open_link(record.image, opener=opener, writable=True, resolver=confined(folders_of(record)))
+    change = DescriptorChange.from_detail(record.details["change"])
+    file = open_locked(record.image, opener, writable=True)
     try:
-        for placed in link.extents:
-            if isinstance(placed.extent, Clearable):
-                placed.extent.clear()
+        change.write(file)
+        clear_extent(file, _header(file))
     finally:
-        link.close()
+        file.close()
+
+
+def _run(file: BlockFile, top: LinkFacts) -> None:
+    header = _header(file)  # refuses before anything is recorded
+    fresh = with_fresh_cid(top.descriptor)
+    change = DescriptorChange(top.path, fresh.base, top.descriptor.raw, fresh.raw)
+    record = guarded_operation(OPERATION, top.path, [], {"change": change.as_detail()})
+    with record.hold:
+        record.begin()
+        change.write(file)
+        clear_extent(file, header)
+        record.end()
+
+
+def _header(file: BlockFile) -> SparseExtentHeader:
+    header = SparseExtentHeader.parse(file.read_at(0, SECTOR_SIZE), path=file.path)
+    check_header(header, file.path, file.size())
+    return header
