@@ -203,6 +203,8 @@ def _backing(text: str, role: Role) -> list[Name]:
     if text.startswith("json:"):
         files = tuple(_filenames(json.loads(text.removeprefix("json:"))))
         return [Name(role, (file,)) for file in files]
+    if "://" in text:
+        return []  # served by a host, not a file here
     plain = text.removeprefix("file:")
     # What stands before a colon is a protocol to QEMU; it may be a file's name all the same.
     return [Name(role, tuple(dict.fromkeys((plain, text))))]

@@ -135,9 +135,7 @@ class Census:
         return any(self._identity_at(candidate) in wanted for candidate in _candidates(owner, name))
 
     def _exists(self, owner: Path, name: Name) -> bool:
-        """Return whether the name leads anywhere; a protocol's (nbd://...) is no file's."""
-        if all("://" in text for text in name.texts):
-            return True
+        """Return whether the name leads anywhere."""
         return any(isinstance(self._identity_at(candidate), Identity) for candidate in _candidates(owner, name))
 
     def _identity_at(self, candidate: str) -> Identity | None:
