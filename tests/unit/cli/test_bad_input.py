@@ -132,9 +132,9 @@ def test_a_table_beyond_the_file_is_named(base: Path, capsys: pytest.CaptureFixt
 def test_a_truncated_image(base: Path, length: int, capsys: pytest.CaptureFixture[str]) -> None:
     base.write_bytes(base.read_bytes()[:length])
     assert main(["image", "map", str(base)]) == 65
-    err = capsys.readouterr().err
-    assert err.startswith(f"qemu-vmdk-snap: {base}: byte 0x")
-    assert err.count("\n") == 1
+    *warnings, error = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"qemu-vmdk-snap: {base}: byte 0x")
+    assert all(line.startswith(f"qemu-vmdk-snap: warning: {base}: ") for line in warnings)
 
 
 def descriptor(path: Path, text: str) -> None:
@@ -154,7 +154,7 @@ DESCRIPTOR_DAMAGE = [
     (GOOD + "RW 8 SPARSE\n", "extent = 'RW 8 SPARSE': must name a file: its type is SPARSE"),
     (GOOD + 'RW 8000 SPARSE "a"\n', "capacity = 4800: must be at least the 8000 sectors that the descriptor gives"),
     (GOOD.replace("createType", "kind") + 'RW 8 SPARSE "a"\n', "createType = None: must be in the descriptor"),
-    ('encoding="EBCDIC"\n# ä\n'.join(GOOD.split("version=1\n")), "encoding = 'EBCDIC': must be UTF-8, windows-1250"),
+    ('encoding="EBCDIC"\n# ä\n'.join(GOOD.split("version=1\n")), "encoding = 'EBCDIC': must be UTF-8 or an encoding"),
 ]
 
 
