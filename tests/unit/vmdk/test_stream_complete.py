@@ -170,10 +170,10 @@ def test_zeros_in_place_of_the_footer(tmp_path: Path, data: dict[int, bytes], si
     raw = behind(data)
     for lost in (1024, 1536, 2048, 2560):
         damaged = raw[:-lost] + bytes(lost + size)
-        with pytest.raises(FormatError, match="must be there: the stream ends early|must be b.KDMV.$"):
+        with pytest.raises(FormatError, match=r"must be there: the stream ends early|must be b.KDMV.$"):
             from_pipe(tmp_path, damaged)
         assert not (tmp_path / "out.raw").exists()
-        with pytest.raises(FormatError, match="needs a footer at the end|must be b.KDMV.$"):
+        with pytest.raises(FormatError, match=r"needs a footer at the end|must be b.KDMV.$"):
             by_path(tmp_path, damaged)
 
 
