@@ -272,7 +272,7 @@ def test_nothing_is_overwritten(tmp_path: Path, base: Path, name: str, capsys: p
         (["create", "x.vmdk", "1M", "-o", "adapter_type=x"], 64, "adapter_type: 'x' is not one of ide, buslogic"),
         (["create", "-f", "qcow2", "x", "1M"], 63, "x: format 'qcow2' is not supported here: only vmdk is"),
         (["create", "-F", "raw", "-b", "x.raw", "x.vmdk"], 63, "x.raw: format 'raw' is not supported here"),
-        (["info", "-f", "raw", "x"], 63, "x: format 'raw' is not supported here"),
+        (["info", "-f", "qcow2", "x"], 63, "x: format 'qcow2' is not supported here"),
         (["convert", "-O", "qcow2", "x", "y"], 63, "y: format 'qcow2' is not supported: vmdk and raw are"),
         (["info", "missing.vmdk"], 74, "missing.vmdk: No such file or directory"),
     ],
