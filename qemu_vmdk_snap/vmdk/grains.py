@@ -104,7 +104,10 @@ class GrainExtent:
             return Place(ZERO, 0, left)
         if sector_bytes(entry) >= self._file_size:
             entry = self._instead_of(grain, entry)
-        return Place(DATA, sector_bytes(entry) + inside, left)
+        place = sector_bytes(entry)
+        if place + self._grain_bytes > self._file_size:
+            self._note_short(grain, np.array([DATA], np.uint8), np.array([place], np.int64))
+        return Place(DATA, place + inside, left)
 
     def resolve(self, start: int, end: int) -> RunTable:
         """Return the runs of [start, end)."""

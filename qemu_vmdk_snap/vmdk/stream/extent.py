@@ -82,6 +82,9 @@ class StreamExtent(GrainExtent):
         self._note_cut_record(file_offsets[kinds == DATA])
         return np.where(kinds == DATA, np.uint8(COMPRESSED), kinds), file_offsets
 
+    def _note_short(self, first: int, kinds: Kinds, file_offsets: Int64s) -> None:
+        """Do nothing: a record is as long as it says, not as long as a grain."""
+
     def _note_cut_record(self, places: Int64s) -> None:
         """Note it where the last of these records goes on past the end of the file; reading it is refused."""
         if not self._markers or not len(places) or (place := int(places.max())) in self._short:

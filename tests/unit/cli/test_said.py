@@ -220,6 +220,19 @@ def test_the_last_grain_of_a_disk_may_end_with_it(tmp_path: Path, capsys: pytest
     assert any("grain 1024: 1 bytes of it are past the end" in line for line in said(capsys, "map", path)[2])
 
 
+def test_a_read_of_a_few_bytes_notes_it_too(tmp_path: Path) -> None:
+    """Who serves a disk, or fills up a grain that is written in part, asks for single places."""
+    for kind, offset in ((grain_cut, SIZE - 1), (cowd_grain_cut, 5 * MIB)):
+        folder = tmp_path / kind.__name__
+        folder.mkdir()
+        path, words = kind(folder)
+        with open_chain(path) as chain:
+            for _ in range(2):
+                chain.read_at(offset, 1)
+            (note,) = chain.links[0].notes
+        assert re.search(words, note)
+
+
 @pytest.mark.parametrize("length", [5 * MIB, 20 * MIB])
 def test_100_gib_cut_to_a_few_mib(tmp_path: Path, capsys: pytest.CaptureFixture[str], length: int) -> None:
     """Cut inside the tables, or after them: neither info nor an overlay reads a grain."""
