@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
+
+
+def printable(text: str) -> str:
+    r"""Return `text` on one line: control characters, line separators and bytes that are no text are escaped.
+
+    Names come from untrusted files, and a message must not become two lines, nor move a terminal's cursor. Bytes of
+    a name that are no UTF-8 appear as `\xNN`.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python carries the byte of a file name that is no UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    # Spaces of other widths and private characters are harmless, and may be part of somebody's name.
+    if unicodedata.category(char) in ("Zs", "Co", "Cn"):
+        return char
+    return char.encode("unicode_escape").decode("ascii")
 
 
 class VmdkSnapError(Exception):
     """Anything that this package refuses or finds broken. Failures of the system itself stay `OSError`."""
+
+    def __str__(self) -> str:
+        """Return the one line that says what is wrong; see `printable`."""
+        return printable(self._sentence())
+
+    def _sentence(self) -> str:
+        """Return what is wrong, with names and values as they are."""
+        return super().__str__()
 
 
 class FormatError(VmdkSnapError):
@@ -16,7 +46,7 @@ class FormatError(VmdkSnapError):
         super().__init__(path, offset, field, value, rule)
         self.path, self.offset, self.field, self.value, self.rule = path, offset, field, value, rule
 
-    def __str__(self) -> str:
+    def _sentence(self) -> str:
         return f"{self.path}: byte {self.offset:#x}: {self.field} = {self.value!r}: {self.rule}"
 
 
@@ -27,7 +57,7 @@ class Unsupported(VmdkSnapError):
         super().__init__(path, feature)
         self.path, self.feature = path, feature
 
-    def __str__(self) -> str:
+    def _sentence(self) -> str:
         return f"{self.path}: {self.feature}"
 
 
@@ -38,7 +68,7 @@ class CorruptChain(VmdkSnapError):
         super().__init__(path, reason)
         self.path, self.reason = path, reason
 
-    def __str__(self) -> str:
+    def _sentence(self) -> str:
         return f"{self.path}: {self.reason}"
 
 
@@ -53,7 +83,7 @@ class CidMismatch(VmdkSnapError):
         super().__init__(overlay, parent, parent_cid, cid)
         self.overlay, self.parent, self.parent_cid, self.cid = overlay, parent, parent_cid, cid
 
-    def __str__(self) -> str:
+    def _sentence(self) -> str:
         return (
             f"{self.overlay}: parentCID = {self.parent_cid:08x}, but the CID of its parent {self.parent} is "
             f"{self.cid:08x}: the parent was modified after the overlay was made (`image check -r all --relink-cids "
@@ -64,11 +94,13 @@ class CidMismatch(VmdkSnapError):
 class LockBusy(VmdkSnapError):
     """Another process holds the image in a way that excludes what was asked."""
 
-    def __init__(self, path: Path, permission: str) -> None:
-        super().__init__(path, permission)
-        self.path, self.permission = path, permission
+    def __init__(self, path: Path, permission: str, holder: str | None = None) -> None:
+        super().__init__(path, permission, holder)
+        self.path, self.permission, self.holder = path, permission, holder
 
-    def __str__(self) -> str:
+    def _sentence(self) -> str:
+        if self.holder is not None:
+            return f"{self.path}: in use: {self.holder}"
         return f"{self.path}: failed to get the {self.permission!r} lock: is another process using the image?"
 
 
@@ -92,7 +124,7 @@ class InvalidRequest(VmdkSnapError):
         super().__init__(subject, reason)
         self.subject, self.reason = subject, reason
 
-    def __str__(self) -> str:
+    def _sentence(self) -> str:
         return f"{self.subject}: {self.reason}"
 
 
@@ -103,7 +135,7 @@ class DomainError(VmdkSnapError):
         super().__init__(domain, reason)
         self.domain, self.reason = domain, reason
 
-    def __str__(self) -> str:
+    def _sentence(self) -> str:
         return f"domain {self.domain}: {self.reason}"
 
 
@@ -114,7 +146,7 @@ class GuestError(VmdkSnapError):
         super().__init__(guest, reason)
         self.guest, self.reason = guest, reason
 
-    def __str__(self) -> str:
+    def _sentence(self) -> str:
         return f"guest {self.guest}: {self.reason}"
 
 
@@ -125,5 +157,5 @@ class PluginError(VmdkSnapError):
         super().__init__(plugin, reason)
         self.plugin, self.reason = plugin, reason
 
-    def __str__(self) -> str:
+    def _sentence(self) -> str:
         return f"{self.plugin}: {self.reason}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, Self
 
-from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile, PosixFile
 from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.units import SECTOR_SIZE, round_up
@@ -44,17 +44,20 @@ class Disk(Protocol):
 
 
 class RawDisk:
-    """A raw image: guest byte n is byte n of the file; a part of a sector at its end is filled up with zeros."""
+    """A raw image, or a block device: guest byte n is byte n of it; a part of a sector at its end is filled up."""
 
-    def __init__(self, path: Path, *, lock: bool = True) -> None:
-        """Open `path` for reading, locked as QEMU locks it unless `lock` is False.
+    def __init__(self, path: Path, *, lock: bool = True, devices: bool = False) -> None:
+        """Open `path` for reading, locked as QEMU locks it unless `lock` is False; `devices` allows a block device.
 
         Raises:
             OSError: it cannot be opened.
+            Unsupported: it is a block device, and `devices` does not allow one.
             LockBusy: another process writes it.
         """
         self.path = path
-        self._file = PosixFile.open(path)
+        if not devices and path.is_block_device():
+            raise Unsupported(path, "is a block device: opened only where that is allowed (--allow-devices)")
+        self._file = PosixFile.open(path, devices=devices)
         try:
             if lock:
                 lock_image(self._file.fileno(), path, writable=False)

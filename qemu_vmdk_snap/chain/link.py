@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from qemu_vmdk_snap.chain import notes, opening
 from qemu_vmdk_snap.chain.identity import with_fresh_cid
 from qemu_vmdk_snap.chain.resolver import Resolver, check_opened
 from qemu_vmdk_snap.chain.windows import windows
@@ -45,6 +46,8 @@ class Link:
         self.descriptor = descriptor
         self.extents = extents
         self.embedded = embedded
+        self.opened_notes: list[str] = []
+        """What was noticed when it was opened, beside what its extents tell."""
         self._files = files
         self._starts = [placed.start for placed in extents]
         self.capacity = sector_bytes(descriptor.sectors)
@@ -77,7 +80,7 @@ class Link:
     @property
     def notes(self) -> list[str]:
         """What was found wrong, one line each, and could be read all the same."""
-        return [note for placed in self.extents for note in placed.extent.notes]
+        return [*self.opened_notes, *(note for placed in self.extents for note in placed.extent.notes)]
 
     def at(self, offset: int) -> PlacedExtent:
         """Return the extent that holds the byte at `offset`, which must be below the capacity."""
@@ -152,7 +155,8 @@ class Link:
             placed.extent.flush()
 
     def close(self) -> None:
-        """Close the files, and with them let go of the locks."""
+        """Close the files, and with them let go of the locks; say what was found wrong with them (`chain.notes`)."""
+        notes.say(self.notes)
         for file in self._files:
             file.close()
 
@@ -195,6 +199,7 @@ def read_descriptor(file: BlockFile) -> tuple[Descriptor, bool]:
             raise FormatError(path, at, "descriptor_size", header.descriptor_size, rule)
         return Descriptor.parse(file.read_at(base, size), path=path, base=base), header.is_extent
     if head[:4] == COWD_MAGIC:
+        opening.refuse_delta(path)
         return legacy_descriptor(read_cowd_header(file, path), path), True
     if is_descriptor(file.read_at(0, HEAD_BYTES)):
         if file.size() > MAX_BYTES:
@@ -228,6 +233,7 @@ def open_link(
     try:
         file = files.open(path, writable)
         descriptor, embedded = read_descriptor(file)
+        noticed = opening.look_at(descriptor, writable=writable)
         _refuse_writing_legacy(file, embedded and writable)
         lines = _checked_extents(descriptor, embedded)
         if len(lines) > _MANY_FILES:
@@ -244,7 +250,9 @@ def open_link(
     except BaseException:
         files.close()
         raise
-    return Link(file, descriptor, extents, files.all, embedded)
+    link = Link(file, descriptor, extents, files.all, embedded)
+    link.opened_notes += noticed
+    return link
 
 
 class _OpenFiles:

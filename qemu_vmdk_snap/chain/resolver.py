@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qemu_vmdk_snap.errors import CorruptChain, MissingFile
 from qemu_vmdk_snap.storage.blockfile import BlockFile
+from qemu_vmdk_snap.vmdk.descriptor import spellings
 
 Resolver = Callable[[Path, str, str], Path]
 """(the file that names it, the name, what it is: "parent" or "extent") -> the path to open."""
@@ -71,13 +72,17 @@ def _neighbour(owner: Path, beside: Path, role: str) -> str:
     return f"; {beside} has its name: if that is the one, `{words}` makes it the parent"
 
 
-def _resolve(owner: Path, name: str, role: str, policy: Confined) -> Path:
-    """Try the name as it stands, as QEMU does, then its last part beside `owner`, as VMware and others do."""
-    home = owner.parent
+def _places(home: Path, name: str) -> list[Path]:
     plain = name.replace("\\", "/")
     if plain.startswith("file:") and not (home / plain).exists():
         plain = plain.removeprefix("file:")
-    candidates = [home / name, home / plain, home / plain.rsplit("/", 1)[-1]]
+    return [home / name, home / plain, home / plain.rsplit("/", 1)[-1]]
+
+
+def _resolve(owner: Path, name: str, role: str, policy: Confined) -> Path:
+    """Try the name as it stands, as QEMU does, then its last part beside `owner`, as VMware and others do."""
+    home = owner.parent
+    candidates = [place for spelling in spellings(name) for place in _places(home, spelling)]
     for candidate in candidates:
         if "\0" in name or not os.path.lexists(candidate):
             continue
@@ -85,6 +90,6 @@ def _resolve(owner: Path, name: str, role: str, policy: Confined) -> Path:
         try:
             policy.check(owner, real, role)
         except CorruptChain as error:
-            raise CorruptChain(owner, error.reason + _neighbour(owner, candidates[-1], role)) from None
+            raise CorruptChain(owner, error.reason + _neighbour(owner, candidates[2], role)) from None
         return candidate if candidate.parent == home else real
     raise MissingFile(owner, f"its {role} {name!r} does not exist")

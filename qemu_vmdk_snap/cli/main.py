@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol, cast
 
+from qemu_vmdk_snap.chain.notes import listening
 from qemu_vmdk_snap.cli import exit_status
 from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL, Command
 from qemu_vmdk_snap.cli.ui import Ui
-from qemu_vmdk_snap.errors import LockBusy, VmdkSnapError
+from qemu_vmdk_snap.errors import FormatError, LockBusy, Unsupported, VmdkSnapError, printable
 
 PROGRAM = "qemu-vmdk-snap"
 _HELP = frozenset({"-h", "--help"})
@@ -35,7 +36,7 @@ class CommandModule(Protocol):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"{self.prog}: {message} (try {self.prog} --help)\n")
+        sys.stderr.write(f"{self.prog}: {printable(message)} (try {self.prog} --help)\n")
         raise SystemExit(exit_status.USAGE)
 
 
@@ -113,14 +114,15 @@ def make_parser(
 
 def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
     try:
-        status = module.run(args, ui) or 0
+        with listening(ui.warn):
+            status = module.run(args, ui) or 0
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing to tell, and nothing more to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (VmdkSnapError, OSError) as error:
-        ui.error(_one_line(error) + _way_out(error, args) + (_half_done(args) if isinstance(error, OSError) else ""))
+        ui.error(_one_line(error) + _way_out(error, args))
         return getattr(args, "error_status", None) or exit_status.status_of(error)
     except KeyboardInterrupt:
         ui.error("cancelled" + _half_done(args))
@@ -144,14 +146,28 @@ def _half_done(args: argparse.Namespace) -> str:
 
 
 def _way_out(error: Exception, args: argparse.Namespace) -> str:
-    """Return what to add about an image in use where the command could read it all the same."""
+    """Return what to add to the error: what can be done, or what the file is that was given by mistake."""
+    if isinstance(error, OSError):
+        return _half_done(args)
+    if isinstance(error, FormatError) and (error.offset, error.field) == (0, "magic"):
+        return _instead_of(error.path)
+    if isinstance(error, Unsupported) and error.feature.startswith("has no descriptor"):
+        return _instead_of(error.path)
     reads = getattr(args, "force_share", True) is False and not getattr(args, "repair", None)
     return " (-U, --force-share, reads it all the same)" if isinstance(error, LockBusy) and reads else ""
 
 
+def _instead_of(path: Path) -> str:
+    """Return what to add about a file that is no image by itself."""
+    from qemu_vmdk_snap.chain.mistaken import instead_of
+
+    known = instead_of(path)
+    return "" if known is None else f"; {known}"
+
+
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        name = f"{error.filename}: " if error.filename else ""
+        name = f"{printable(os.fsdecode(error.filename))}: " if error.filename else ""
         return f"{name}{error.strerror}"
     return str(error)
 

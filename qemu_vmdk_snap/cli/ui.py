@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+from qemu_vmdk_snap.errors import printable
+
 if TYPE_CHECKING:
     from qemu_vmdk_snap.ops.progress import Progress
 
@@ -25,23 +27,31 @@ class Ui:
         self._started = time.monotonic()
         self._last_progress = 0.0
         self._progress_open = False
+        self._warned: dict[str, None] = {}  # in their order
 
     def text(self, line: str = "") -> None:
-        """Print one line of the answer."""
+        """Print one line of the answer; empty lines may be before and after it."""
         self._end_progress()
         if not self.quiet:
-            sys.stdout.write(line + "\n")
+            inner = line.strip("\n")
+            before, after = line.partition(inner)[::2] if inner else ("", line)
+            sys.stdout.write(f"{before}{printable(inner)}{after}\n")
 
     def json(self, value: object) -> None:
-        """Print `value` as the JSON answer, indented as qemu-img does."""
+        """Print `value` as the JSON answer, indented as qemu-img does.
+
+        An object also has what was warned about so far, as the list `warnings`.
+        """
         import json
 
         self._end_progress()
+        if self._warned and isinstance(value, dict) and "warnings" not in value:
+            value = {**value, "warnings": list(self._warned)}
         sys.stdout.write(json.dumps(value, indent=4, default=str) + "\n")
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Print `rows` in columns under `header`, as wide as their widest cell."""
-        cells = [[str(cell) for cell in row] for row in rows]
+        cells = [[printable(str(cell)) for cell in row] for row in rows]
         widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
         rule = "-" * (sum(widths) + 3 * (len(widths) - 1))
         for i, row in enumerate([list(header), [rule], *cells]):
@@ -60,14 +70,18 @@ class Ui:
         self._progress_open = True
 
     def warn(self, message: str) -> None:
-        """Print one line on standard error that does not end the command."""
+        """Print one line on standard error that does not end the command; the same line is printed once."""
+        line = printable(message)
+        if line in self._warned:
+            return
+        self._warned[line] = None
         self._end_progress()
-        sys.stderr.write(f"qemu-vmdk-snap: warning: {message}\n")
+        sys.stderr.write(f"qemu-vmdk-snap: warning: {line}\n")
 
     def error(self, message: object) -> None:
         """Print the one line that says why the command failed."""
         self._end_progress()
-        line = " ".join(str(message).split("\n"))
+        line = printable(" ".join(str(message).split("\n")))
         sys.stderr.write(f"qemu-vmdk-snap: {line}\n")
 
     def _end_progress(self) -> None:

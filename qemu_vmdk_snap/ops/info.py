@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from qemu_vmdk_snap.chain.chain import open_chain
-from qemu_vmdk_snap.chain.link import Link, open_link
+from qemu_vmdk_snap.chain.disk import RawDisk
+from qemu_vmdk_snap.chain.link import Link, open_link, read_descriptor
+from qemu_vmdk_snap.chain.look_over import look_over
 from qemu_vmdk_snap.chain.resolver import confined
-from qemu_vmdk_snap.errors import CorruptChain
-from qemu_vmdk_snap.storage.blockfile import open_posix, open_posix_or_device
+from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, VmdkSnapError
+from qemu_vmdk_snap.storage.blockfile import PosixFile, open_posix, open_posix_or_device
 from qemu_vmdk_snap.vmdk.grains import GrainExtent
 from qemu_vmdk_snap.vmdk.stream.extent import StreamExtent
 
@@ -46,13 +49,24 @@ class ImageInfo:
     """Where the hint leads, or None: there is no parent, it does not exist, or it may not be opened."""
     extents: tuple[ExtentInfo, ...]
     notes: tuple[str, ...]
-    """What was found wrong, and could be read all the same."""
+    """What was found wrong, one line each: with the image itself, or between it and its parent."""
+
+
+class RawInfo(NamedTuple):
+    """One raw image; sizes in bytes."""
+
+    path: Path
+    virtual_size: int
+    actual_size: int
+    """What it takes on disk."""
 
 
 def image_info(
     path: Path | str, *, trusted_dirs: Sequence[Path | str] = (), lock: bool = True, allow_devices: bool = False
 ) -> ImageInfo:
-    """Return what the image at `path` is; its parents are not opened, and need not exist.
+    """Return what the image at `path` is; its parents need not exist.
+
+    Its tables are read, so that a file that was cut short is seen, and the CID of its parent where there is one.
 
     Raises:
         FormatError, Unsupported, LockBusy, CorruptChain (an extent is missing), OSError: as `open_chain`.
@@ -61,7 +75,8 @@ def image_info(
     resolver = confined([*trusted_dirs, "/dev"] if allow_devices else trusted_dirs)
     link = open_link(Path(path), opener=opener, writable=False, resolver=resolver, lock=lock)
     try:
-        return _describe(link, trusted_dirs)
+        parent = _parent(link, trusted_dirs)
+        return _describe(link, parent, None if parent is None else _cid_of(parent))
     finally:
         link.close()
 
@@ -75,10 +90,26 @@ def chain_info(
         CorruptChain: a parent is missing, may not be opened, or the chain is a loop; and all that `image_info` raises.
     """
     with open_chain(path, trusted_dirs=trusted_dirs, lock=lock, check_cids=False, allow_devices=allow_devices) as chain:
-        return [_describe(link, trusted_dirs) for link in chain.links]
+        cids = [*(link.cid for link in chain.links[1:]), None]
+        return [_describe(link, _parent(link, trusted_dirs), cid) for link, cid in zip(chain.links, cids, strict=True)]
 
 
-def _describe(link: Link, trusted_dirs: Sequence[Path | str]) -> ImageInfo:
+def raw_info(path: Path | str, *, lock: bool = True, allow_devices: bool = False) -> RawInfo:
+    """Return what the raw image at `path` is, which may be a block device where these are allowed.
+
+    Raises:
+        LockBusy: another process writes it.
+        OSError: it cannot be opened.
+    """
+    with RawDisk(Path(path), lock=lock, devices=allow_devices) as disk:
+        return RawInfo(disk.path, disk.capacity, disk.path.stat().st_blocks * 512)
+
+
+def _describe(link: Link, parent: Path | None, parent_cid: int | None) -> ImageInfo:
+    refused = [note for placed in link.extents for note in look_over(placed.extent)]
+    notes = [*link.notes, *refused]
+    if parent is not None and parent_cid is not None and parent_cid != link.parent_cid:
+        notes.append(str(CidMismatch(link.path, parent, link.parent_cid, parent_cid)))
     extents = tuple(
         ExtentInfo(
             placed.extent.capacity,
@@ -99,9 +130,9 @@ def _describe(link: Link, trusted_dirs: Sequence[Path | str]) -> ImageInfo:
         cid=link.cid,
         parent_cid=link.parent_cid,
         hint=link.hint,
-        parent=_parent(link, trusted_dirs),
+        parent=parent,
         extents=extents,
-        notes=tuple(link.notes),
+        notes=tuple(notes),
     )
 
 
@@ -111,4 +142,16 @@ def _parent(link: Link, trusted_dirs: Sequence[Path | str]) -> Path | None:
     try:
         return confined(trusted_dirs)(link.path, link.hint, "parent")
     except CorruptChain:
+        return None
+
+
+def _cid_of(path: Path) -> int | None:
+    """Return the CID of the image, or None where it cannot be read."""
+    try:
+        file = PosixFile.open(path)
+        try:
+            return read_descriptor(file)[0].cid
+        finally:
+            file.close()
+    except (VmdkSnapError, OSError):
         return None

@@ -7,6 +7,7 @@ compressed.
 from __future__ import annotations
 
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.vmdk import shortfall
 from qemu_vmdk_snap.vmdk.extent import Extent, ExtentSpec
 
 
@@ -31,4 +32,6 @@ def open_extent(spec: ExtentSpec) -> Extent:
         from qemu_vmdk_snap.vmdk.stream import extent as stream
 
         return stream.open_stream(spec, file, header)
-    return open_sparse(spec, file, header)
+    extent = open_sparse(spec, file, header)
+    extent.notes += shortfall.of_sparse(spec.path, file.size(), header.overhead, header.offset_of("overhead"))
+    return extent

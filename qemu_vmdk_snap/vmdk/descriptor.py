@@ -10,6 +10,7 @@ Source: VMware Virtual Disk Format 5.0, "The Descriptor File"; QEMU 7.2 block/vm
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,15 +29,33 @@ HEAD_BYTES: Final = 4096
 """What has to be looked at to tell that a file is a descriptor: comments may come first."""
 
 ACCESS: Final = ("RW", "RDONLY", "NOACCESS")
+# By the names of iconv and ICU, in lower case with "-" for "_": VMware writes the one that its host has.
 _CODECS: Final = {
     "utf-8": "utf-8",
     "utf8": "utf-8",
+    **dict.fromkeys(("us-ascii", "ascii", "ansi-x3.4-1968", "646"), "ascii"),
     **{f"windows-125{page}": f"cp125{page}" for page in range(9)},  # the ANSI code page of a Windows host
+    **{f"{prefix}{page}": f"cp{page}" for prefix in ("windows-", "cp") for page in (874, 932, 936, 949, 950)},
+    **{f"cp125{page}": f"cp125{page}" for page in range(9)},
+    **{f"ibm{page}": f"cp{page}" for page in (437, 850, 852, 855, 857, 858, 860, 861, 862, 863, 865, 866, 869)},
+    **{f"iso-8859-{part}": f"iso8859_{part}" for part in (*range(1, 12), *range(13, 17))},
+    **{f"iso8859-{part}": f"iso8859_{part}" for part in (*range(1, 12), *range(13, 17))},
+    "latin1": "iso8859_1",
+    "tis-620": "tis_620",
+    "koi8-r": "koi8_r",
+    "koi8-u": "koi8_u",
+    "gb2312": "gb2312",
+    "euc-cn": "gb2312",
     "gbk": "gbk",
     "gb18030": "gb18030",
     "big5": "big5",
-    "shift_jis": "shift_jis",
+    "big5-hkscs": "big5hkscs",
+    **dict.fromkeys(("shift-jis", "sjis"), "shift_jis"),
+    "euc-jp": "euc_jp",
+    "eucjp": "euc_jp",
     "euc-kr": "euc_kr",
+    "euckr": "euc_kr",
+    "johab": "johab",
 }
 _KEY_LINE: Final = re.compile(rb"[ \t]*(?P<key>[A-Za-z_][\w.\-]*)[ \t]*=[ \t]*(?P<value>[^\r\n]*?)[ \t]*\r?\Z")
 # Of decoded text: the second byte of a character in Shift_JIS, Big5 or GBK may be a backslash.
@@ -49,6 +68,20 @@ _BOM: Final = b"\xef\xbb\xbf"
 _EXTENT_START: Final = re.compile(rb"[ \t]*(RW|RDONLY|NOACCESS)[ \t]", re.IGNORECASE)
 # VMware writes a quote, a bar and control characters inside a quoted value as a bar and two hex digits.
 _BAR_ESCAPE: Final = re.compile(r"\|(22|7[Cc]|0[0-9A-Fa-f]|1[0-9A-Fa-f])")
+
+
+class Name(str):
+    """A name of a descriptor in another encoding than UTF-8; `raw` are its very bytes, as Python spells a file name.
+
+    An archive that was made on Windows and unpacked on Linux has files under the bytes of the descriptor's encoding.
+    """
+
+    raw: str
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """Return what a file that a descriptor calls `name` may be called here, the likeliest first."""
+    return (name, name.raw) if isinstance(name, Name) else (name,)
 
 
 class ExtentLine(NamedTuple):
@@ -101,7 +134,7 @@ class Descriptor:
                 extents.append(_parse_extent(line, codec, path, base + at))
             elif not line.lstrip().startswith(b"#") and (found := _KEY_LINE.match(line)):
                 start, end = found.span("value")
-                text = _unquote(_decode(found["value"], codec, path, base + at))
+                text = _spelled(_unquote(_decode(found["value"], codec)), codec)
                 values.setdefault(found["key"].decode("ascii", "replace").lower(), _Value(at + start, at + end, text))
             at += len(line) + 1
         return cls(raw, path, base, values, tuple(extents), codec)
@@ -135,6 +168,13 @@ class Descriptor:
     def sectors(self) -> int:
         """Sectors of the guest's disk: the sum over the extents."""
         return sum(extent.sectors for extent in self.extents)
+
+    @property
+    def encryption(self) -> str | None:
+        """The key that says that VMware has encrypted the disk, or None."""
+        if self.get("encryptionKeys"):
+            return "encryptionKeys"
+        return "ddb.iofilters" if "crypt" in (self.get("ddb.iofilters") or "").lower() else None
 
     def offset_of(self, key: str) -> int:
         """Return the byte of the file at which the value of `key` begins."""
@@ -196,22 +236,27 @@ def _codec_of(raw: bytes, path: Path, base: int) -> str:
     if not found:
         return "utf-8"
     name = found[1].decode("ascii", "replace")
-    codec = _CODECS.get(name.lower())
+    codec = _CODECS.get(name.lower().replace("_", "-"))
     if codec is None and raw.isascii():
         return "ascii"  # QEMU and others never look at the name, and nothing here hangs on it
     if codec is None:
-        rule = "must be UTF-8, windows-1250 to -1258, GBK, Big5, Shift_JIS or EUC-KR"
+        rule = "must be UTF-8 or an encoding of Windows or Unix that iconv knows, such as windows-1252, GBK or KOI8-R"
         raise FormatError(path, base + found.start(1), "encoding", name, rule)
     return codec
 
 
-def _decode(value: bytes, codec: str, path: Path, at: int) -> str:
-    try:
-        return value.decode(codec)
-    except UnicodeDecodeError as error:
-        if codec == "utf-8":  # no encoding named: QEMU wrote the bytes of a file name as they were
-            return value.decode("utf-8", "surrogateescape")
-        raise FormatError(path, at, "descriptor line", value[:60], f"must be {codec} text") from error
+def _decode(value: bytes, codec: str) -> str:
+    # Bytes that are not in the encoding are kept as they are: QEMU, and who goes by it, never looks at `encoding`.
+    return value.decode(codec, "surrogateescape")
+
+
+def _spelled(text: str, codec: str) -> str:
+    """Return `text`, and with it the bytes that it was read from where these may be a file's name too."""
+    if codec == "utf-8" or text.isascii():
+        return text
+    name = Name(text)
+    name.raw = os.fsdecode(text.encode(codec, "surrogateescape"))
+    return name
 
 
 def _unquote(text: str) -> str:
@@ -232,13 +277,13 @@ def _quoted_text(text: str, codec: str, path: Path) -> bytes:
     if _BAR_ESCAPE.search(text):
         raise InvalidRequest(path, f"{text!r} cannot be written into a descriptor: readers take its bar for an escape")
     try:
-        return text.encode(codec, "surrogateescape" if codec == "utf-8" else "strict")
+        return text.encode(codec, "surrogateescape")
     except UnicodeEncodeError as error:
         raise InvalidRequest(path, f"{text!r} cannot be written in the descriptor's encoding {codec}") from error
 
 
 def _parse_extent(line: bytes, codec: str, path: Path, at: int) -> ExtentLine:
-    shown = _decode(line.rstrip(b"\r"), codec, path, at)
+    shown = _decode(line.rstrip(b"\r"), codec)
     found = _EXTENT_LINE.match(shown)
     if not found:
         raise FormatError(path, at, "extent", shown, 'must be ACCESS SECTORS TYPE ["FILE" [OFFSET]]')
@@ -252,7 +297,7 @@ def _parse_extent(line: bytes, codec: str, path: Path, at: int) -> ExtentLine:
     if not all(re.fullmatch("[0-9]{1,19}", number) for number in numbers):
         raise FormatError(path, at, "extent", shown, "must give sectors and offset as decimal numbers")
     sectors, offset = map(int, numbers)
-    file = None if name is None or kind == "ZERO" else _unescape(name)
+    file = None if name is None or kind == "ZERO" else _spelled(_unescape(name), codec)
     return ExtentLine(found["access"].upper(), sectors, kind, file, offset, at)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from qemu_vmdk_snap.errors import FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, byte_sectors, round_up, sector_bytes
+from qemu_vmdk_snap.vmdk import shortfall
 from qemu_vmdk_snap.vmdk.extent import Below, Place
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, ZERO, Int64s, Kinds, RunTable, from_entries
 from qemu_vmdk_snap.vmdk.tables import MAX_DIRTY_TABLES, Entries, GrainTables
@@ -30,6 +31,7 @@ GTE_ZEROED: Final = 1
 MAX_FILE_SECTORS: Final = 1 << 32
 """A GTE is 32 bits wide: no grain can begin at or behind this sector."""
 
+_MAX_SHORT: Final = 64
 _WRITE_BATCH: Final = 4 * MIB
 
 
@@ -64,6 +66,7 @@ class GrainExtent:
         self._file_size = file.size()
         self._unsynced = False
         self.notes: list[str] = []
+        self._short: set[int] = set()  # places of grains that `notes` tells of already
 
     @property
     def capacity(self) -> int:
@@ -101,7 +104,10 @@ class GrainExtent:
             return Place(ZERO, 0, left)
         if sector_bytes(entry) >= self._file_size:
             entry = self._instead_of(grain, entry)
-        return Place(DATA, sector_bytes(entry) + inside, left)
+        place = sector_bytes(entry)
+        if place + self._grain_bytes > self._file_size:
+            self._note_short(grain, np.array([DATA], np.uint8), np.array([place], np.int64))
+        return Place(DATA, place + inside, left)
 
     def resolve(self, start: int, end: int) -> RunTable:
         """Return the runs of [start, end)."""
@@ -111,6 +117,7 @@ class GrainExtent:
         if not entries.any():
             return RunTable.single(start, end, HOLE)
         kinds, file_offsets = self._decoded(first, entries)
+        self._note_short(first, kinds, file_offsets)
         return from_entries(kinds, file_offsets, unit, first * unit, last * unit).clipped(start, end)
 
     def _decoded(self, first: int, entries: Entries) -> tuple[Kinds, Int64s]:
@@ -121,6 +128,18 @@ class GrainExtent:
         for index in np.flatnonzero((kinds == DATA) & (file_offsets >= self._file_size)).tolist():
             file_offsets[index] = sector_bytes(self._instead_of(first + index, int(entries[index])))
         return kinds, file_offsets
+
+    def _note_short(self, first: int, kinds: Kinds, file_offsets: Int64s) -> None:
+        """Note the stored grains, of those from `first` on, whose end the file lacks."""
+        past = file_offsets + self._grain_bytes - self._file_size
+        for index in np.flatnonzero((past > 0) & (kinds == DATA)).tolist():
+            place = int(file_offsets[index])
+            # Of the last grain the disk may need a part only, and some writers store no more.
+            unused = max(0, (first + index + 1) * self._grain_bytes - self._capacity)
+            missing = int(past[index]) - unused
+            if missing > 0 and place not in self._short and len(self._short) < _MAX_SHORT:
+                self._short.add(place)
+                self.notes.append(shortfall.of_grain(self._path, self._file_size, place, first + index, missing))
 
     def read_grain(self, file_offset: int) -> bytes:
         """Never called: this kind has no compressed grains."""

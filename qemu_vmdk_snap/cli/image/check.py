@@ -83,7 +83,8 @@ def _repair(args: argparse.Namespace, resolver: Resolver, ui: Ui) -> dict[str, o
     corruptions = max(0, report.before.corruptions - report.after.corruptions)
     if not ui.json_output:
         ui.text("The following inconsistencies were found and repaired:\n")
-        ui.text(f"    {leaks} leaked clusters\n    {corruptions} corruptions\n")
+        ui.text(f"    {leaks} leaked clusters")
+        ui.text(f"    {corruptions} corruptions\n")
         ui.text(f"What was there before is in {report.undo} (--take-back).")
         ui.text("Double checking the fixed image now...")
     return {"corruptions-fixed": corruptions, "leaks-fixed": leaks, "undo-file": str(report.undo)}

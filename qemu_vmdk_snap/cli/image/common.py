@@ -23,7 +23,9 @@ def add_open_options(parser: argparse.ArgumentParser, *, raw: bool = False) -> N
         "-U", "--force-share", action="store_true", help="open the image even while another process writes it"
     )
     parser.add_argument(
-        "--allow-devices", action="store_true", help="open extents that are block devices of this machine"
+        "--allow-devices",
+        action="store_true",
+        help="open block devices of this machine: extents" + (", and raw images" if raw else ""),
     )
     add_quiet(parser)
     add_allow_dir(parser)
@@ -83,7 +85,7 @@ def open_disk(path: Path, image_format: str, args: argparse.Namespace) -> Disk:
     if image_format == "raw":
         from qemu_vmdk_snap.chain.disk import RawDisk
 
-        return RawDisk(path, lock=not args.force_share)
+        return RawDisk(path, lock=not args.force_share, devices=args.allow_devices)
     need_vmdk(path, image_format)
     from qemu_vmdk_snap.chain.chain import open_chain
 

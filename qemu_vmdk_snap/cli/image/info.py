@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image info`."""
-    add_open_options(parser)
+    add_open_options(parser, raw=True)
     parser.add_argument(
         "--backing-chain", action="store_true", help="tell about every image of the chain, the top first"
     )
@@ -27,12 +27,18 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     """Show what the image is, with qemu-img's words and JSON keys."""
     from qemu_vmdk_snap.ops.info import chain_info, image_info
 
+    if args.format == "raw":
+        _run_raw(args, ui)
+        return
     need_vmdk(args.filename, args.format)
     lock = not args.force_share
     if args.backing_chain:
         images = chain_info(args.filename, trusted_dirs=args.allow_dir, lock=lock, allow_devices=args.allow_devices)
     else:
         images = [image_info(args.filename, trusted_dirs=args.allow_dir, lock=lock, allow_devices=args.allow_devices)]
+    for image in images:
+        for note in image.notes:
+            ui.warn(note)
     if ui.json_output:
         values = [_as_json(image) for image in images]
         ui.json(values if args.backing_chain else values[0])
@@ -42,6 +48,26 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             ui.text()
         for line in _as_text(image):
             ui.text(line)
+
+
+def _run_raw(args: argparse.Namespace, ui: Ui) -> None:
+    from qemu_vmdk_snap.ops.info import raw_info
+
+    image = raw_info(args.filename, lock=not args.force_share, allow_devices=args.allow_devices)
+    if ui.json_output:
+        value = {
+            "virtual-size": image.virtual_size,
+            "filename": str(image.path),
+            "format": "raw",
+            "actual-size": image.actual_size,
+            "dirty-flag": False,
+        }
+        ui.json([value] if args.backing_chain else value)
+        return
+    ui.text(f"image: {image.path}")
+    ui.text("file format: raw")
+    ui.text(f"virtual size: {format_size(image.virtual_size)} ({image.virtual_size} bytes)")
+    ui.text(f"disk size: {format_size(image.actual_size)}")
 
 
 def _as_json(image: ImageInfo) -> dict[str, object]:
@@ -72,7 +98,7 @@ def _as_json(image: ImageInfo) -> dict[str, object]:
         "dirty-flag": False,
     }
     if image.notes:
-        value["notes"] = list(image.notes)
+        value["warnings"] = list(image.notes)
     if image.hint is not None:
         value["backing-filename"] = image.hint
         value["backing-filename-format"] = "vmdk"
@@ -109,5 +135,4 @@ def _as_text(image: ImageInfo) -> list[str]:
         if extent.grain_bytes:
             lines.append(f"            cluster size: {extent.grain_bytes}")
         lines.append(f"            format: {extent.type}")
-    lines += [f"note: {note}" for note in image.notes]
     return lines

@@ -6,19 +6,22 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.cli.image.common import add_open_options, open_disk, size_argument
 from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.chain.chain import Chain
+    from qemu_vmdk_snap.chain.disk import Disk
     from qemu_vmdk_snap.vmdk.runs import Row
+
+_HEADING: Final = f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image map`."""
-    add_open_options(parser)
+    add_open_options(parser, raw=True)
     parser.add_argument("-s", "--start-offset", type=size_argument, default=0, metavar="OFFSET", help="where to begin")
     parser.add_argument("-l", "--max-length", type=size_argument, metavar="LENGTH", help="how much to tell about")
     parser.add_argument("filename", type=Path)
@@ -27,27 +30,40 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Show the map with qemu-img's columns, or its JSON keys."""
     from qemu_vmdk_snap.chain.chain import Chain
-    from qemu_vmdk_snap.cli.image.common import need_vmdk
 
-    need_vmdk(args.filename, args.format)
-    with open_disk(args.filename, "vmdk", args) as chain:
-        assert isinstance(chain, Chain)
-        length = chain.capacity - args.start_offset
+    with open_disk(args.filename, args.format, args) as disk:
+        length = disk.capacity - args.start_offset
         if args.max_length is not None:
             length = min(length, args.max_length)
         if ui.json_output:
-            _write_json(chain, args.start_offset, length)
+            if isinstance(disk, Chain):
+                _write_json(_json_lines(disk, args.start_offset, length))
+            else:
+                _write_json(_raw_json_lines(disk, args.start_offset, length))
+        elif isinstance(disk, Chain):
+            _write_text(disk, args.start_offset, length, ui)
         else:
-            _write_text(chain, args.start_offset, length, ui)
+            _write_raw_text(disk, args.start_offset, length, ui)
 
 
-def _write_json(chain: Chain, offset: int, length: int) -> None:
+def _write_json(found: Iterable[list[str]]) -> None:
     """Write one object a line as qemu-img (from 8.2) does; straight from the rows, as there may be millions."""
     before = "["
-    for lines in _json_lines(chain, offset, length):
+    for lines in found:
         sys.stdout.write(before + ",\n".join(lines))
         before = ",\n"
     sys.stdout.write("]\n" if before != "[" else "[]\n")
+
+
+def _raw_json_lines(disk: Disk, offset: int, length: int) -> Iterator[list[str]]:
+    """Yield what qemu-img says of a raw image: a hole is stored as well, in its place."""
+    from qemu_vmdk_snap.vmdk.runs import DATA
+
+    for row in disk.rows(offset, length):
+        data = row.kind == DATA
+        zero, words = ("false", "true") if data else ("true", "false")
+        place = f'"depth": 0, "present": true, "zero": {zero}, "data": {words}, "compressed": false'
+        yield [f'{{ "start": {row.offset}, "length": {row.length}, {place}, "offset": {row.offset}}}']
 
 
 def _json_lines(chain: Chain, offset: int, length: int) -> Iterator[list[str]]:
@@ -99,11 +115,20 @@ def _joined(rows: Iterable[Row], compressed: int) -> Iterator[Row]:
 
 
 def _write_text(chain: Chain, offset: int, length: int, ui: Ui) -> None:
-    ui.text(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
+    ui.text(_HEADING)
     for run in chain.map(offset, length):
         if run.path is not None:
             where = "compressed" if run.compressed else f"{run.file_offset or 0:#x}"
             ui.text(f"{_hex(run.offset):<16}{_hex(run.length):<16}{where:<16}{run.path}")
+
+
+def _write_raw_text(disk: Disk, offset: int, length: int, ui: Ui) -> None:
+    from qemu_vmdk_snap.vmdk.runs import DATA
+
+    ui.text(_HEADING)
+    for row in disk.rows(offset, length):
+        if row.kind == DATA:
+            ui.text(f"{_hex(row.offset):<16}{_hex(row.length):<16}{_hex(row.offset):<16}{disk.path}")
 
 
 def _hex(value: int) -> str:

@@ -18,7 +18,8 @@ from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE
 from qemu_vmdk_snap.vmdk.extent import Extent
 from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, Int64s, RunTable
-from qemu_vmdk_snap.vmdk.stream.extent import GRAIN_RECORD, StreamExtent
+from qemu_vmdk_snap.vmdk.stream.extent import StreamExtent
+from qemu_vmdk_snap.vmdk.stream.footer import GRAIN_RECORD
 
 
 def audit_runs(extent: Extent, file: BlockFile, findings: Findings, on_bytes: Callable[[int], None]) -> GrainCounts:

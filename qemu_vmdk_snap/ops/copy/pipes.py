@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
+from qemu_vmdk_snap.chain import notes
 from qemu_vmdk_snap.chain.chain import Chain
 from qemu_vmdk_snap.chain.disk import Disk, RawDisk
+from qemu_vmdk_snap.chain.opening import refuse_encrypted
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.storage.pipes import PipeReader, PipeWriter
@@ -92,8 +94,11 @@ class StreamDisk:
             FormatError, Unsupported: it is no streamOptimized image.
         """
         self._reader = StreamReader(pipe)
+        refuse_encrypted(self._reader.descriptor)
         if self._reader.descriptor.parent_cid != NO_PARENT:
             raise Unsupported(pipe.path, "an image from a pipe cannot have a parent")
+        if len(self._reader.descriptor.extents) != 1:
+            raise Unsupported(pipe.path, "an image from a pipe must have one extent")
         self.path = pipe.path
         self.capacity = self._reader.capacity
         self._data: tuple[Row, bytes] | None = None
@@ -150,7 +155,8 @@ class StreamDisk:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Leave the pipe to its owner."""
+        """Leave the pipe to its owner; say what was found wrong with the stream (`chain.notes`)."""
+        notes.say(self._reader.notes)
 
 
 def spooled_raw(pipe: PipeReader, folder: Path) -> RawDisk:

@@ -9,10 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from qemu_vmdk_snap.chain import notes
 from qemu_vmdk_snap.chain.identity import hint_to, new_cid
 from qemu_vmdk_snap.chain.link import read_descriptor
+from qemu_vmdk_snap.chain.opening import look_at
 from qemu_vmdk_snap.chain.resolver import check_opened, confined
 from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest
+from qemu_vmdk_snap.ops.make.base_notes import base_notes
 from qemu_vmdk_snap.ops.make.layout import (
     DEFAULT_GRAIN,
     ImageOptions,
@@ -104,10 +107,10 @@ def create_overlay(
     """
     path, base = Path(path), Path(base)
     identity = identity_of(base)
-    descriptor, inherited = _read_base(base)
-    if descriptor.cid == NO_PARENT:
+    if _read_base(base)[0].cid == NO_PARENT:
         _give_cid(base)
-        descriptor, inherited = _read_base(base)
+    descriptor, inherited, said = _read_base(base, look=True)
+    notes.say(said)
     chosen = _with_kind(options or inherited, kind)
     _check_options(path, chosen)
     sectors = descriptor.sectors if size is None else _checked_sectors(path, size)
@@ -204,15 +207,18 @@ def _with_kind(options: ImageOptions, kind: str | None) -> ImageOptions:
     return options if kind is None else replace(options, subformat=kind)
 
 
-def _read_base(base: Path) -> tuple[Descriptor, ImageOptions]:
-    """Return the descriptor of the base and what an overlay inherits from it."""
+def _read_base(base: Path, *, look: bool = False) -> tuple[Descriptor, ImageOptions, list[str]]:
+    """Return the descriptor of the base, what an overlay inherits from it, and with `look` what is wrong with it."""
     file = PosixFile.open(base)
     try:
         lock_image(file.fileno(), base, writable=False, share_writes=True)
         descriptor, embedded = read_descriptor(file)
         while (again := read_descriptor(file)[0]).raw != descriptor.raw:
             descriptor = again  # a writer was just giving it another CID
-        return descriptor, _inherited_options(file, descriptor, embedded)
+        said = look_at(descriptor, writable=False)
+        if look:
+            said += base_notes(file, descriptor, embedded, confined())
+        return descriptor, _inherited_options(file, descriptor, embedded), said
     finally:
         file.close()
 

@@ -16,6 +16,7 @@ import numpy as np
 from qemu_vmdk_snap.errors import FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.units import KIB, sector_bytes
+from qemu_vmdk_snap.vmdk import shortfall
 from qemu_vmdk_snap.vmdk.extent import Below, ExtentSpec, Place
 from qemu_vmdk_snap.vmdk.runs import DATA, NO_SOURCE, ZERO, RunTable
 
@@ -40,10 +41,7 @@ class FlatExtent:
         self._start = start
         self._capacity = capacity
         self._writable = writable
-        self.notes: list[str] = []
-        if (size := file.size()) < start + capacity:
-            missing = start + capacity - size
-            self.notes.append(f"{path}: is {missing} bytes shorter than its extent: what is missing reads as zeros")
+        self.notes: list[str] = shortfall.of_flat(path, file.size(), start, capacity)
 
     @property
     def capacity(self) -> int:

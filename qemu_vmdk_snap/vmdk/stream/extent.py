@@ -11,29 +11,20 @@ Source: VMware Virtual Disk Format 5.0, "Stream-Optimized Compressed Sparse Exte
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 
 from qemu_vmdk_snap.errors import FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile
-from qemu_vmdk_snap.units import KIB, MIB, SECTOR_SIZE, sector_bytes
+from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, Place
 from qemu_vmdk_snap.vmdk.grains import Copy, GrainExtent
 from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, Int64s, Kinds
-from qemu_vmdk_snap.vmdk.sparse.header import GD_AT_END, MAGIC, HeaderFlag, SparseExtentHeader, check_header
+from qemu_vmdk_snap.vmdk.sparse.header import GD_AT_END, HeaderFlag, SparseExtentHeader
 from qemu_vmdk_snap.vmdk.stream.compression import inflated
+from qemu_vmdk_snap.vmdk.stream.footer import GRAIN_RECORD, check_grain, read_footer
 from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables, read_directory
-
-MARKER: Final = struct.Struct("<QII")
-"""value, size, type; size != 0 makes it a grain record, whose data takes the place of the type."""
-
-GRAIN_RECORD: Final = struct.Struct("<QI")
-MARKER_EOS, MARKER_GT, MARKER_GD, MARKER_FOOTER = range(4)
-MAX_GRAIN_SECTORS: Final = (16 * MIB) // SECTOR_SIZE
-_FOOTER_SEARCH: Final = 64 * KIB
 
 
 def open_stream(spec: ExtentSpec, file: BlockFile, header: SparseExtentHeader) -> StreamExtent:
@@ -55,41 +46,6 @@ def open_stream(spec: ExtentSpec, file: BlockFile, header: SparseExtentHeader) -
     extent = StreamExtent(file, spec.path, header, sector_bytes(spec.line.sectors))
     extent.notes += notes
     return extent
-
-
-def check_grain(header: SparseExtentHeader, path: Path) -> None:
-    """Refuse grains that are too large to be held in memory a few at a time; all known writers have 64 KiB."""
-    if header.grain_size > MAX_GRAIN_SECTORS:
-        feature = f"byte 0x14: grain_size = {header.grain_size}: compressed grains above 16 MiB are not supported"
-        raise Unsupported(path, feature)
-
-
-def read_footer(file: BlockFile, path: Path, header: SparseExtentHeader, notes: list[str]) -> SparseExtentHeader:
-    """Return the header in the footer of a stream; what it says otherwise than `header` is added to `notes`.
-
-    The footer's place is 1024 bytes before the end; what writers or transfers have added behind it is passed over.
-    """
-    size = file.size()
-    start = max(0, size - size % SECTOR_SIZE - _FOOTER_SEARCH)
-    tail = file.read_at(start, size - start)
-    for at in range(len(tail) - len(tail) % SECTOR_SIZE - SECTOR_SIZE, SECTOR_SIZE - 1, -SECTOR_SIZE):
-        _, length, kind = MARKER.unpack_from(tail, at - SECTOR_SIZE)
-        if tail[at : at + 4] == MAGIC and length == 0 and kind == MARKER_FOOTER:
-            footer = SparseExtentHeader.parse(tail[at : at + SECTOR_SIZE], path=path, base=start + at)
-            break
-    else:
-        rule = "needs a footer in the last 64 KiB that gives its place: the stream was cut short"
-        raise FormatError(path, header.offset_of("gd_offset"), "gd_offset", header.gd_offset, rule)
-    check_header(footer, path, size)
-    check_grain(footer, path)
-    if footer.gd_offset == GD_AT_END:
-        rule = "must give the place of the grain directory"
-        raise FormatError(path, start + at + footer.offset_of("gd_offset"), "gd_offset", footer.gd_offset, rule)
-    for column in SparseExtentHeader.columns():
-        mine, theirs = getattr(header, column.name), getattr(footer, column.name)
-        if column.name in ("version", "flags", "capacity", "grain_size", "gtes_per_gt") and mine != theirs:
-            notes.append(f"{path}: byte {column.offset:#x}: {column.name} = {mine}: the footer's {theirs} is used")
-    return footer
 
 
 class StreamExtent(GrainExtent):
@@ -123,7 +79,25 @@ class StreamExtent(GrainExtent):
 
     def _decoded(self, first: int, entries: Entries) -> tuple[Kinds, Int64s]:
         kinds, file_offsets = super()._decoded(first, entries)
+        self._note_cut_record(file_offsets[kinds == DATA])
         return np.where(kinds == DATA, np.uint8(COMPRESSED), kinds), file_offsets
+
+    def _note_short(self, first: int, kinds: Kinds, file_offsets: Int64s) -> None:
+        """Do nothing: a record is as long as it says, not as long as a grain."""
+
+    def _note_cut_record(self, places: Int64s) -> None:
+        """Note it where the last of these records goes on past the end of the file; reading it is refused."""
+        if not self._markers or not len(places) or (place := int(places.max())) in self._short:
+            return
+        head = self._file.read_at(place, GRAIN_RECORD.size)
+        length = GRAIN_RECORD.unpack(head.ljust(GRAIN_RECORD.size, b"\0"))[1]
+        missing = place + GRAIN_RECORD.size + length - self._file_size
+        if missing > 0:
+            self._short.add(place)
+            self.notes.append(
+                f"{self._path}: byte {place:#x}: grain record of {length} bytes: {missing} bytes of it are past the "
+                f"end of the file of {self._file_size} bytes: it was cut short, and the grain cannot be read"
+            )
 
     def read_grain(self, file_offset: int) -> bytes:
         """Return the inflated grain whose record is at `file_offset`, filled up with zeros. Safe from any thread.

@@ -35,7 +35,7 @@ from qemu_vmdk_snap.vmdk.sparse.header import (
 )
 from qemu_vmdk_snap.vmdk.sparse.layout import DESCRIPTOR_SECTORS
 from qemu_vmdk_snap.vmdk.stream.compression import deflated
-from qemu_vmdk_snap.vmdk.stream.extent import GRAIN_RECORD, MARKER, MARKER_EOS, MARKER_FOOTER, MARKER_GD, MARKER_GT
+from qemu_vmdk_snap.vmdk.stream.footer import GRAIN_RECORD, MARKER, MARKER_EOS, MARKER_FOOTER, MARKER_GD, MARKER_GT
 
 _MAX_SECTOR: Final = (1 << 32) - 1
 _STEP: Final = MIB

@@ -132,9 +132,9 @@ def test_a_table_beyond_the_file_is_named(base: Path, capsys: pytest.CaptureFixt
 def test_a_truncated_image(base: Path, length: int, capsys: pytest.CaptureFixture[str]) -> None:
     base.write_bytes(base.read_bytes()[:length])
     assert main(["image", "map", str(base)]) == 65
-    err = capsys.readouterr().err
-    assert err.startswith(f"qemu-vmdk-snap: {base}: byte 0x")
-    assert err.count("\n") == 1
+    *warnings, error = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"qemu-vmdk-snap: {base}: byte 0x")
+    assert all(line.startswith(f"qemu-vmdk-snap: warning: {base}: ") for line in warnings)
 
 
 def descriptor(path: Path, text: str) -> None:
@@ -154,7 +154,7 @@ DESCRIPTOR_DAMAGE = [
     (GOOD + "RW 8 SPARSE\n", "extent = 'RW 8 SPARSE': must name a file: its type is SPARSE"),
     (GOOD + 'RW 8000 SPARSE "a"\n', "capacity = 4800: must be at least the 8000 sectors that the descriptor gives"),
     (GOOD.replace("createType", "kind") + 'RW 8 SPARSE "a"\n', "createType = None: must be in the descriptor"),
-    ('encoding="EBCDIC"\n# ä\n'.join(GOOD.split("version=1\n")), "encoding = 'EBCDIC': must be UTF-8, windows-1250"),
+    ('encoding="EBCDIC"\n# ä\n'.join(GOOD.split("version=1\n")), "encoding = 'EBCDIC': must be UTF-8 or an encoding"),
 ]
 
 
@@ -272,7 +272,7 @@ def test_nothing_is_overwritten(tmp_path: Path, base: Path, name: str, capsys: p
         (["create", "x.vmdk", "1M", "-o", "adapter_type=x"], 64, "adapter_type: 'x' is not one of ide, buslogic"),
         (["create", "-f", "qcow2", "x", "1M"], 63, "x: format 'qcow2' is not supported here: only vmdk is"),
         (["create", "-F", "raw", "-b", "x.raw", "x.vmdk"], 63, "x.raw: format 'raw' is not supported here"),
-        (["info", "-f", "raw", "x"], 63, "x: format 'raw' is not supported here"),
+        (["info", "-f", "qcow2", "x"], 63, "x: format 'qcow2' is not supported here"),
         (["convert", "-O", "qcow2", "x", "y"], 63, "y: format 'qcow2' is not supported: vmdk and raw are"),
         (["info", "missing.vmdk"], 74, "missing.vmdk: No such file or directory"),
     ],

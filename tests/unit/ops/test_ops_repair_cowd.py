@@ -152,6 +152,7 @@ def test_nothing_is_wrong_where_nothing_is_stored(tmp_path: Path) -> None:
 def test_a_disk_from_before_descriptors(tmp_path: Path) -> None:
     delta = Delta(tmp_path, 0)
     shared(delta)
+    delta.path.unlink()  # a descriptor that names it would be the image to open
     delta.path = delta.extent
     assert repair(delta.path, resolver=confined()).undo == tmp_path / "disk-delta.vmdk.undo"
     delta.verify()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from qemu_vmdk_snap.errors import FormatError, InvalidRequest
-from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor, is_descriptor, make_descriptor
+from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor, is_descriptor, make_descriptor, spellings
 
 HERE = Path("d.vmdk")
 VMWARE = b"""# Disk DescriptorFile\r
@@ -108,8 +109,10 @@ def test_a_hint_counts_whatever_the_parent_cid() -> None:
 
 
 def test_an_encoding_that_the_bytes_are_not_in() -> None:
-    with pytest.raises(FormatError, match="must be gbk text"):
-        parse(b'version=1\nencoding="GBK"\nCID=1\nparentFileNameHint="\xff\xff"\n')
+    found = parse(b'version=1\nencoding="GBK"\nCID=1\nparentCID=2\ncreateType="x"\nparentFileNameHint="\xff\xff"\n')
+    assert found.parent_hint is not None
+    assert [os.fsencode(spelling) for spelling in spellings(found.parent_hint)] == [b"\xff\xff", b"\xff\xff"]
+    assert found.with_parent(9, found.parent_hint).raw == found.raw.replace(b"parentCID=2", b"parentCID=00000009")
 
 
 def test_bytes_that_are_no_utf8_survive_unnamed() -> None:

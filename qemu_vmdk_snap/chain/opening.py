@@ -1,0 +1,62 @@
+"""What is looked at when an image is opened, beside its own bytes being right: who else keeps something about it.
+
+A disk that VMware has encrypted cannot be read at all. One whose changes VMware tracks must not be written by anybody
+who does not write the tracking file: the next incremental backup would miss what was written. One that a VMware product
+has open is not written, and whoever reads it hears of that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qemu_vmdk_snap.chain.mistaken import descriptor_naming
+from qemu_vmdk_snap.chain.vmware_lock import refuse_vmware_lock, vmware_lock_note
+from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.vmdk.descriptor import Descriptor
+
+
+def look_at(descriptor: Descriptor, *, writable: bool) -> list[str]:
+    """Return what to say to whoever opens the image with this descriptor, one line each.
+
+    Raises:
+        Unsupported: it is encrypted; or, for writing, VMware tracks its changes.
+        LockBusy: for writing, a VMware product has it open.
+    """
+    refuse_encrypted(descriptor)
+    if writable:
+        refuse_tracked(descriptor)
+        refuse_vmware_lock(descriptor.path)
+        return []
+    note = vmware_lock_note(descriptor.path)
+    return [] if note is None else [note]
+
+
+def refuse_encrypted(descriptor: Descriptor) -> None:
+    """Refuse a disk that VMware has encrypted; raises Unsupported."""
+    if (key := descriptor.encryption) is not None:
+        feature = f"byte {descriptor.offset_of(key):#x}: {key}: the disk is encrypted: only VMware can decrypt it"
+        raise Unsupported(descriptor.path, feature)
+
+
+def refuse_tracked(descriptor: Descriptor) -> None:
+    """Refuse to write a disk whose changes VMware tracks; raises Unsupported."""
+    if name := descriptor.get("changeTrackPath"):
+        feature = (
+            f"byte {descriptor.offset_of('changeTrackPath'):#x}: changeTrackPath = {name!r}: VMware tracks its "
+            "changes, and the next incremental backup would miss what is written here: to write the disk, remove the "
+            "line from the descriptor and make a full backup next"
+        )
+        raise Unsupported(descriptor.path, feature)
+
+
+def refuse_delta(path: Path) -> None:
+    """Refuse a COWD extent that a descriptor beside it names: by itself it is not the disk, but what changed on it.
+
+    Disks of the time before there were descriptors are COWD files that nothing names.
+
+    Raises:
+        Unsupported: such a descriptor is there.
+    """
+    owner = descriptor_naming(path)
+    if owner is not None:
+        raise Unsupported(path, f"is an extent (COWD) of {owner}: open that descriptor instead")

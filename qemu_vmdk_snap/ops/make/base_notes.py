@@ -1,0 +1,108 @@
+"""What to say of an image on which an overlay is made: that it cannot be read whole, though nothing of it is read now.
+
+Overlays are made often and in a hurry, of images of any size: heads of files and the tables of plain sparse extents are
+looked at, without NumPy; the rarer kinds are opened.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterator
+from typing import Final
+
+from qemu_vmdk_snap.chain.resolver import Resolver, check_opened
+from qemu_vmdk_snap.errors import VmdkSnapError
+from qemu_vmdk_snap.storage.blockfile import BlockFile, PosixFile
+from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
+from qemu_vmdk_snap.vmdk import shortfall
+from qemu_vmdk_snap.vmdk.descriptor import Descriptor, ExtentLine
+from qemu_vmdk_snap.vmdk.sparse.header import MAGIC, SparseExtentHeader, check_header
+
+_FLAT: Final = ("FLAT", "VMFS")
+_MAX_TABLES: Final = 8192
+"""Of one extent: 256 GiB of grains of 64 KiB, a tenth of a second. `check` reads all."""
+
+
+def base_notes(file: BlockFile, descriptor: Descriptor, embedded: bool, find: Resolver) -> list[str]:
+    """Return what is wrong with the extents of the image in `file`, one line each; `find` leads to them."""
+    notes: list[str] = []
+    for line in descriptor.extents:
+        if not embedded and (line.file is None or line.access == "NOACCESS"):
+            continue
+        try:
+            if embedded:
+                notes += _of_extent(line, file)
+                continue
+            extent = PosixFile.open(find(file.path, line.file or "", "extent"))
+            try:
+                check_opened(find, file.path, extent, "extent")
+                notes += _of_extent(line, extent)
+            finally:
+                extent.close()
+        except VmdkSnapError as error:
+            notes.append(str(error))
+        except OSError as error:
+            notes.append(f"{error.filename}: {error.strerror}")
+    return notes
+
+
+def _of_extent(line: ExtentLine, file: BlockFile) -> list[str]:
+    if line.type in _FLAT:
+        start = sector_bytes(line.offset) if line.type == "FLAT" else 0
+        return shortfall.of_flat(file.path, file.size(), start, sector_bytes(line.sectors))
+    head = file.read_at(0, SECTOR_SIZE)
+    if head[:4] == MAGIC:
+        header = SparseExtentHeader.parse(head, path=file.path)
+        check_header(header, file.path, file.size(), tolerant=True)
+        if not header.compressed:
+            size = shortfall.of_sparse(file.path, file.size(), header.overhead, header.offset_of("overhead"))
+            return size + list(_of_tables(file, header, sector_bytes(line.sectors)))[:1]
+    return _of_rare_extent(line, file)
+
+
+def _of_rare_extent(line: ExtentLine, file: BlockFile) -> list[str]:
+    from qemu_vmdk_snap.chain.look_over import look_over  # NumPy
+    from qemu_vmdk_snap.vmdk.extent import ExtentSpec, open_extent
+
+    extent = open_extent(ExtentSpec(line, file.path, file, writable=False))
+    refused = look_over(extent)
+    return [*extent.notes, *refused]
+
+
+def _of_tables(file: BlockFile, header: SparseExtentHeader, capacity: int) -> Iterator[str]:
+    """Yield what is wrong with the tables of a plain sparse extent of `capacity` bytes: what leads out of the file."""
+    path, size = file.path, file.size()
+    directory_at, table_bytes = sector_bytes(header.gd_offset), header.gtes_per_gt * 4
+    if directory_at + header.gd_entries * 4 > size:
+        yield f"{path}: byte {header.offset_of('gd_offset'):#x}: gd_offset = {header.gd_offset}: lies outside the file"
+        return
+    unit = sector_bytes(header.grain_size)
+    for number, sector in enumerate(_entries(file.read_at(directory_at, min(header.gd_entries, _MAX_TABLES) * 4))):
+        at = sector_bytes(sector)
+        if at + table_bytes > size:
+            where = f"byte {directory_at + 4 * number:#x}: grain directory entry {number} = {sector}"
+            yield f"{path}: {where}: lies outside the file of {size} bytes"
+            return
+        if not sector or file.next_data(at) >= at + table_bytes:
+            continue
+        entries = _entries(file.read_at(at, table_bytes))
+        highest = max(entries)
+        place = sector_bytes(highest)
+        if place + unit <= size:
+            continue
+        index = entries.index(highest)
+        grain = number * header.gtes_per_gt + index
+        needed = min(unit, capacity - grain * unit)
+        if place >= size:
+            where = f"byte {at + 4 * index:#x}: grain table entry {highest} of grain {grain}"
+            yield f"{path}: {where}: lies outside the file of {size} bytes"
+        elif place + needed > size:
+            yield shortfall.of_grain(path, size, place, grain, place + needed - size)
+
+
+def _entries(raw: bytes) -> array[int]:
+    entries = array("I", raw)
+    if sys.byteorder == "big":
+        entries.byteswap()
+    return entries
