@@ -8,7 +8,7 @@ grain.
 Invariants of writing:
 - A grain is durable before any table names it: tables change in memory first, and `flush` stores them behind a barrier.
 - Every copy of a table is stored; a table that is new is durable in its zeros before a directory names it.
-- Grains are only ever added behind the end of the file; what a table names is never moved or reused.
+- Grains are only ever added past the end of the file; what a table names is never moved or reused.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class GrainExtent:
         self._file_size = file.size()
         self._unsynced = False
         self.notes: list[str] = []
+        self._cut_noted = False
 
     @property
     def capacity(self) -> int:
@@ -111,6 +112,9 @@ class GrainExtent:
         if not entries.any():
             return RunTable.single(start, end, HOLE)
         kinds, file_offsets = self._decoded(first, entries)
+        cut = np.flatnonzero((kinds == DATA) & (file_offsets > self._file_size - self._grain_bytes))
+        if len(cut):
+            self._note_cut(first + cut, file_offsets[cut])
         return from_entries(kinds, file_offsets, unit, first * unit, last * unit).clipped(start, end)
 
     def _decoded(self, first: int, entries: Entries) -> tuple[Kinds, Int64s]:
@@ -122,12 +126,22 @@ class GrainExtent:
             file_offsets[index] = sector_bytes(self._instead_of(first + index, int(entries[index])))
         return kinds, file_offsets
 
+    def _note_cut(self, grains: Int64s, file_offsets: Int64s) -> None:
+        """Note, once, that the file ends inside a stored grain; the last grain may end with the disk."""
+        ends = file_offsets + np.minimum(self._grain_bytes, self._capacity - grains * self._grain_bytes)
+        missing = int(ends.max()) - self._file_size
+        if missing > 0 and not self._cut_noted:
+            self._cut_noted = True
+            grain = int(grains[ends.argmax()])
+            text = f"{self._path}: ends {missing} bytes before its grain {grain} does: what is missing reads as zeros"
+            self.notes.append(text)
+
     def read_grain(self, file_offset: int) -> bytes:
         """Never called: this kind has no compressed grains."""
         raise NotImplementedError(f"{self._path}: no compressed grain at {file_offset:#x}")
 
     def write(self, offset: int, data: Buffer, below: Below) -> None:
-        """Write `data` at `offset`: stored grains in place, new grains whole behind the end of the file."""
+        """Write `data` at `offset`: stored grains in place, new grains whole past the end of the file."""
         if not self._writable:
             raise Unsupported(self._path, f"the extent is read-only: guest data at its byte {offset} cannot change")
         view = memoryview(data)
@@ -224,7 +238,7 @@ class GrainExtent:
         return bytes(whole)
 
     def _append(self, data: bytes, grain: int) -> int:
-        """Write whole grains behind the end of the file and return the sector of the first."""
+        """Write whole grains past the end of the file and return the sector of the first."""
         position = self._place_at_end(len(data), grain)
         self._file.write_at(position, data)
         self._file_size = position + len(data)
