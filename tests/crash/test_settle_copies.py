@@ -104,12 +104,14 @@ def test_a_power_cut_while_tables_are_emptied(tmp_path: Path) -> None:
     whole = made(tmp_path)
     disk = RecordingDisk({PATH.name: whole})
     file = disk.files[PATH.name]
-    file.truncate = lambda size: None  # type: ignore[method-assign]
+    waiting: list[int] = []
+    file.truncate = lambda size: waiting.append(len(file.pending))  # type: ignore[method-assign]
     link = open_link(PATH, opener=disk, writable=True, resolver=confined(), lock=False)
     extent = link.extents[0].extent
     assert isinstance(extent, SparseExtent)
     images = cuts(file, extent.clear)
     assert len(images) > 10
+    assert waiting == [0], "no table names a grain any more when the space goes"
     assert compare_copies(file, header_of(whole)) == CopiesReport()
     assert not any(struct.unpack_from("<I", file.content, at)[0] for at in entries_of(whole, 0))
     partly = 0

@@ -255,6 +255,7 @@ def test_an_open_extent_settles_and_reads_what_it_settled(image: Image) -> None:
         extent = placed.extent
         assert isinstance(extent, SparseExtent)
         assert extent.resolve(0, GRAIN).kinds.tolist() == [0]
+        assert extent.lookup(GRAIN).kind == 0
         assert extent.settle_copies() == len(STORED)
         assert extent.resolve(0, GRAIN).file_offsets.tolist() == [image.sector(0) * 512]
         assert extent.lookup(GRAIN).file_offset == image.sector(1) * 512
