@@ -52,8 +52,7 @@ class CidMismatch(VmdkSnapError):
     def __str__(self) -> str:
         return (
             f"{self.overlay}: parentCID = {self.parent_cid:08x}, but the CID of its parent {self.parent} is "
-            f"{self.cid:08x}: the parent was modified after the overlay was made "
-            f"(`image check -r all --relink-cids {self.overlay}` trusts it as it is)"
+            f"{self.cid:08x}: the parent was modified after the overlay was made"
         )
 
 
