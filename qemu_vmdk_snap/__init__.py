@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.chain.chain import Chain, Run, RunKind, WritableChain, open_chain
-    from qemu_vmdk_snap.chain.children import Child, find_children
+    from qemu_vmdk_snap.chain.dependents import Census, Dependent
     from qemu_vmdk_snap.chain.disk import RawDisk
     from qemu_vmdk_snap.chain.link import Link, open_link, read_descriptor
     from qemu_vmdk_snap.chain.links import LinkFacts, read_facts, read_links
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         InvalidRequest,
         LockBusy,
         PluginError,
+        StillNeeded,
         Unsupported,
         VmdkSnapError,
     )
@@ -56,10 +57,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "HOLE",
+    "Census",
     "Chain",
-    "Child",
     "CidMismatch",
     "CorruptChain",
+    "Dependent",
     "Descriptor",
     "DomainError",
     "FormatError",
@@ -76,6 +78,7 @@ __all__ = [
     "RawDisk",
     "Run",
     "RunKind",
+    "StillNeeded",
     "Unsupported",
     "VmdkSnapError",
     "WritableChain",
@@ -90,7 +93,6 @@ __all__ = [
     "convert",
     "create_image",
     "create_overlay",
-    "find_children",
     "ignore",
     "image_info",
     "make_delta",
@@ -116,8 +118,8 @@ _HOMES: Final = {
     "WritableChain": "chain.chain",
     "Run": "chain.chain",
     "RunKind": "chain.chain",
-    "Child": "chain.children",
-    "find_children": "chain.children",
+    "Census": "chain.dependents",
+    "Dependent": "chain.dependents",
     "RawDisk": "chain.disk",
     "Link": "chain.link",
     "open_link": "chain.link",

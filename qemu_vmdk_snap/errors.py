@@ -42,6 +42,10 @@ class CorruptChain(VmdkSnapError):
         return f"{self.path}: {self.reason}"
 
 
+class MissingFile(CorruptChain):
+    """A parent or an extent is not where the image says: it may be gone, moved, or not mounted."""
+
+
 class CidMismatch(VmdkSnapError):
     """The parent was written after the overlay was made: what the overlay leaves out is no longer there."""
 
@@ -52,7 +56,8 @@ class CidMismatch(VmdkSnapError):
     def __str__(self) -> str:
         return (
             f"{self.overlay}: parentCID = {self.parent_cid:08x}, but the CID of its parent {self.parent} is "
-            f"{self.cid:08x}: the parent was modified after the overlay was made"
+            f"{self.cid:08x}: the parent was modified after the overlay was made (`image check -r all --relink-cids "
+            f"{self.overlay}` makes it fit, if the change does not matter)"
         )
 
 
@@ -65,6 +70,19 @@ class LockBusy(VmdkSnapError):
 
     def __str__(self) -> str:
         return f"{self.path}: failed to get the {self.permission!r} lock: is another process using the image?"
+
+
+class StillNeeded(VmdkSnapError):
+    """Something else needs a file that was to be removed or changed, or may need it; nothing was changed."""
+
+    def __init__(self, path: Path, dependents: tuple[tuple[Path | str, str], ...]) -> None:
+        super().__init__(path, dependents)
+        self.path, self.dependents = path, dependents
+
+    def __str__(self) -> str:
+        (first, reason), *more = self.dependents
+        others = f", and {len(more)} more" if more else ""
+        return f"{self.path}: is still needed: {first} {reason}{others} (`--orphan FILE` gives a file up)"
 
 
 class InvalidRequest(VmdkSnapError):

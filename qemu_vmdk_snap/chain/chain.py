@@ -16,21 +16,18 @@ import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, Self, overload
+from typing import Literal, NamedTuple, Self, overload
 
 import numpy as np
 
 from qemu_vmdk_snap.chain.link import Link, open_link
+from qemu_vmdk_snap.chain.parent import MAX_DEPTH, find_parent
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.chain.windows import ROW_GRAINS, TABLE_GRAINS, windows
 from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, InvalidRequest, VmdkSnapError
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer, FileOpener, open_posix, open_posix_or_device
-from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 from qemu_vmdk_snap.vmdk.extent import Below, PlacedExtent
 from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, HOLE, NO_SOURCE, Row, RunTable
-
-MAX_DEPTH: Final = 256
-"""No chain is deeper; a deeper one is refused before it eats the file descriptors."""
 
 
 class RunKind(IntEnum):
@@ -352,7 +349,7 @@ def open_chain(
     try:
         _open_links(Path(path), links, find, opener, frozenset([0] if writable else []), lock, check_cids)
         if writable:
-            from qemu_vmdk_snap.storage.intent import refuse_pending  # JSON and digests: readers need none
+            from qemu_vmdk_snap.storage.record import refuse_pending  # JSON and digests: readers need none
 
             refuse_pending(links[0].path)
         return WritableChain(links) if writable else Chain(links)
@@ -408,13 +405,10 @@ def _open_links(
         sources += len(link.extents)
         if len(links) > 1 and check_cids and links[-2].parent_cid != link.cid:
             raise CidMismatch(links[-2].path, link.path, links[-2].parent_cid, link.cid)
-        if link.parent_cid == NO_PARENT:
+        parent = find_parent(link.descriptor, find)
+        if parent is None:
             return
-        if link.hint is None:
-            raise CorruptChain(
-                link.path, f"parentCID = {link.parent_cid:08x}, but no parentFileNameHint names the parent"
-            )
-        path = find(link.path, link.hint, "parent")
+        path = parent
 
 
 def _open_one(

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import bisect
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from qemu_vmdk_snap.chain.identity import with_fresh_cid
 from qemu_vmdk_snap.chain.resolver import Resolver, check_opened
 from qemu_vmdk_snap.chain.windows import windows
 from qemu_vmdk_snap.errors import FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix_or_device
 from qemu_vmdk_snap.storage.limits import allow_open_files
-from qemu_vmdk_snap.storage.locks import keep_from_writers, lock_image
+from qemu_vmdk_snap.storage.locks import keep_from_writers
+from qemu_vmdk_snap.storage.opening import open_locked
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, legacy_descriptor, read_cowd_header
-from qemu_vmdk_snap.vmdk.descriptor import HEAD_BYTES, MAX_BYTES, NO_PARENT, Descriptor, ExtentLine, is_descriptor
+from qemu_vmdk_snap.vmdk.descriptor import HEAD_BYTES, MAX_BYTES, Descriptor, ExtentLine, is_descriptor
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, PlacedExtent, open_extent
 from qemu_vmdk_snap.vmdk.sparse.header import MAGIC, SparseExtentHeader, check_header
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.vmdk.runs import RunTable
 
-_MIN_CID_DIGITS: Final = 5
 _MAX_SECTORS: Final = (1 << 63) // SECTOR_SIZE
 _MANY_FILES: Final = 100
 _DEVICE_TYPES: Final = ("VMFSRDM", "VMFSRAW")
@@ -109,19 +109,11 @@ class Link:
             yield self.resolve(start, end)
 
     def renew_cid(self) -> None:
-        """Give the link a new CID, durably, with longContentID in step.
+        """Give the link a new CID, durably, with all that is in step with it.
 
         Only the digits change, in place and as many as there were, so a power cut leaves the descriptor whole.
         """
-        old = self.descriptor
-        digits = old.values["cid"].end - old.values["cid"].start
-        width = digits if _MIN_CID_DIGITS <= digits <= 8 else 8
-        cid = new_cid(avoid=old.cid, digits=width)
-        changes = {"CID": f"{cid:0{width}x}"}
-        long_id = old.get("ddb.longContentID")
-        if long_id is not None and len(long_id) >= 8:
-            changes["ddb.longContentID"] = f"{long_id[:-8]}{cid:08x}"
-        self.write_descriptor(old.with_values(changes))
+        self.write_descriptor(with_fresh_cid(self.descriptor))
 
     def write_descriptor(self, new: Descriptor) -> None:
         """Store `new` over the descriptor of the link, durably; only the bytes that differ are written.
@@ -163,14 +155,6 @@ class Link:
         """Close the files, and with them let go of the locks."""
         for file in self._files:
             file.close()
-
-
-def new_cid(*, avoid: int = NO_PARENT, digits: int = 8) -> int:
-    """Return a random CID of so many digits that is neither `avoid` nor one of the values with a meaning."""
-    while True:
-        cid = int.from_bytes(os.urandom(4), "big") >> (32 - 4 * digits)
-        if cid not in (avoid, 0, NO_PARENT, NO_PARENT - 1):
-            return cid
 
 
 def _changes(old: bytes, new: bytes) -> list[tuple[int, int]]:
@@ -277,15 +261,14 @@ class _OpenFiles:
             key in self._by_place
         ):  # another extent in the same file: a second descriptor would be locked out by the first
             return self._by_place[key]
-        file = self._by_place[key] = self._opener(target, write)
+        opener = self._opener
+        file = open_locked(target, opener, writable=write) if self._lock else opener(target, write)
+        self._by_place[key] = file
         self.all.append(file)
         if target is not self._path:
             check_opened(self._resolver, self._path, file, "extent")
         elif self._owner is not None:
             check_opened(self._resolver, self._owner, file, "parent")
-        descriptor = file.fileno()
-        if self._lock and descriptor is not None:
-            lock_image(descriptor, target, writable=write)
         return file
 
     def close(self) -> None:

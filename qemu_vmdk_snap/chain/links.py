@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qemu_vmdk_snap.chain.link import read_descriptor
+from qemu_vmdk_snap.chain.parent import MAX_DEPTH, find_parent
 from qemu_vmdk_snap.chain.resolver import Resolver, check_opened, confined
 from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import PosixFile
 from qemu_vmdk_snap.units import ByteOffset, sector_bytes
-from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
-
-MAX_DEPTH = 256
-"""As deep as a chain may be that `open_chain` opens."""
+from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor
 
 
 class LinkFacts(NamedTuple):
@@ -34,11 +32,12 @@ class LinkFacts(NamedTuple):
     create_type: str
     files: tuple[Path, ...]
     """Every file of the link: that of the descriptor first."""
+    descriptor: Descriptor
 
     @property
     def is_base(self) -> bool:
-        """Whether it has no parent."""
-        return self.parent_cid == NO_PARENT
+        """Whether nothing says that it has a parent."""
+        return self.parent_cid == NO_PARENT and self.hint is None
 
 
 def read_facts(path: Path | str, resolver: Resolver | None = None, *, owner: Path | None = None) -> LinkFacts:
@@ -69,6 +68,7 @@ def read_facts(path: Path | str, resolver: Resolver | None = None, *, owner: Pat
         capacity=sector_bytes(descriptor.sectors),
         create_type=descriptor.create_type,
         files=(path, *(find(path, name, "extent") for name in names)),
+        descriptor=descriptor,
     )
 
 
@@ -76,29 +76,23 @@ def read_links(path: Path | str, *, trusted_dirs: Sequence[Path | str] = ()) -> 
     """Return the links of the chain, the top first, after checking that each fits the one above.
 
     Raises:
-        CorruptChain: a parent or extent is missing, is not allowed, in a loop, or smaller than it must be; or an
-            operation on a link has begun and not ended.
+        CorruptChain: a parent or extent is missing, is not allowed, or in a loop; or an operation on a link has begun
+            and not ended.
         CidMismatch: a parent was written after its overlay was made.
         FormatError, Unsupported, OSError: see `read_facts`.
     """
     find = confined(trusted_dirs)
     links = [read_facts(path, find)]
     seen = {links[0].path.resolve()}
-    while not links[-1].is_base:
+    while (place := find_parent(links[-1].descriptor, find)) is not None:
         child = links[-1]
-        if child.hint is None:
-            reason = f"parentCID = {child.parent_cid:08x}, but no parentFileNameHint names the parent"
-            raise CorruptChain(child.path, reason)
-        parent = read_facts(find(child.path, child.hint, "parent"), find, owner=child.path)
+        parent = read_facts(place, find, owner=child.path)
         if parent.path.resolve() in seen:
             raise CorruptChain(child.path, f"its parent {parent.path} is already in the chain: the chain is a loop")
         if len(links) == MAX_DEPTH:
             raise CorruptChain(links[0].path, f"the chain is deeper than {MAX_DEPTH} links")
         if parent.cid != child.parent_cid:
             raise CidMismatch(child.path, parent.path, child.parent_cid, parent.cid)
-        if parent.capacity > child.capacity:
-            reason = f"has {child.capacity} bytes, fewer than the {parent.capacity} of its parent {parent.path}"
-            raise CorruptChain(child.path, reason)
         seen.add(parent.path.resolve())
         links.append(parent)
     for link in links:
@@ -130,9 +124,10 @@ def stands_on(path: Path, image: Path, resolver: Resolver) -> bool:
                 descriptor = read_descriptor(file)[0]
             finally:
                 file.close()
-            if descriptor.parent_cid == NO_PARENT or descriptor.parent_hint is None:
+            parent = find_parent(descriptor, resolver)
+            if parent is None:
                 return False
-            owner, path = path, resolver(path, descriptor.parent_hint, "parent")
+            owner, path = path, parent
     return False
 
 
@@ -141,6 +136,6 @@ def _refuse_pending(image: Path) -> None:
         with os.scandir(image.parent) as entries:
             pending = any(entry.name.endswith(".intent") for entry in entries)
         if pending:
-            from qemu_vmdk_snap.storage.intent import refuse_pending  # JSON and more: seldom needed
+            from qemu_vmdk_snap.storage.record import refuse_pending  # JSON and more: seldom needed
 
             refuse_pending(image)

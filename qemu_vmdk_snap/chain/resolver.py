@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qemu_vmdk_snap.errors import CorruptChain
+from qemu_vmdk_snap.errors import CorruptChain, MissingFile
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 
 Resolver = Callable[[Path, str, str], Path]
@@ -21,7 +21,7 @@ class Confined:
     """The resolver that opens beside the naming file, and anywhere below `trusted_dirs`."""
 
     def __init__(self, trusted_dirs: Sequence[Path | str] = ()) -> None:
-        self._trusted = [Path(folder).resolve() for folder in trusted_dirs]
+        self.trusted = tuple(Path(folder).resolve() for folder in trusted_dirs)
 
     def __call__(self, owner: Path, name: str, role: str) -> Path:
         """Return the path to open.
@@ -33,7 +33,7 @@ class Confined:
 
     def check(self, owner: Path, real: Path, role: str) -> None:
         """Refuse `real`, a path without symbolic links, where `owner` may not name it."""
-        if real.parent == owner.parent.resolve() or any(real.is_relative_to(folder) for folder in self._trusted):
+        if real.parent == owner.parent.resolve() or any(real.is_relative_to(folder) for folder in self.trusted):
             return
         reason = f"its {role} {real} is outside its folder: allow {real.parent} (--allow-dir) to follow it"
         raise CorruptChain(owner, reason)
@@ -87,4 +87,4 @@ def _resolve(owner: Path, name: str, role: str, policy: Confined) -> Path:
         except CorruptChain as error:
             raise CorruptChain(owner, error.reason + _neighbour(owner, candidates[-1], role)) from None
         return candidate if candidate.parent == home else real
-    raise CorruptChain(owner, f"its {role} {name!r} does not exist")
+    raise MissingFile(owner, f"its {role} {name!r} does not exist")

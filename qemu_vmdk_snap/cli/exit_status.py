@@ -20,6 +20,7 @@ BY_CLASS: Final[dict[type[BaseException], int]] = {
     errors.FormatError: 65,
     errors.CorruptChain: 66,
     errors.CidMismatch: 67,
+    errors.StillNeeded: 68,
     errors.DomainError: 69,
     errors.PluginError: 70,
     errors.GuestError: 71,

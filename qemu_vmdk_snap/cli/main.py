@@ -133,12 +133,12 @@ def _half_done(args: argparse.Namespace) -> str:
     image = getattr(args, "filename", None)
     if not isinstance(image, Path):
         return ""
-    from qemu_vmdk_snap.storage.intent import pending_in
+    from qemu_vmdk_snap.storage.record import pending_in
 
     with contextlib.suppress(OSError, VmdkSnapError):
-        for intent in pending_in(image.parent, strict=False):
-            if intent.involves(image):
-                what = f"the {intent.operation} has begun"
+        for pending in pending_in(image.parent):
+            if pending.operation is not None and pending.involves(image):
+                what = f"the {pending.operation.name} has begun"
                 return f" ({what}: `recover {image.parent}`, or the next command there, finishes it or takes it back)"
     return ""
 

@@ -21,6 +21,7 @@ _STATUSES = (
     ("65", "A file breaks the format."),
     ("66", "The backing chain cannot be followed."),
     ("67", "A CID does not fit: a parent was modified."),
+    ("68", "Something else still needs a file that was to be removed or changed, or may need it."),
     ("69", "The libvirt domain does not allow it."),
     ("70", "Something from outside (a library, a tool, a drop-in) is missing or failed."),
     ("71", "A guest, or the QEMU around it, failed."),

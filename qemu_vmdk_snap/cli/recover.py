@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.cli.image.common import add_quiet
+from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_quiet
 from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
@@ -23,6 +23,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="settle the unfinished operations on snapshots of this libvirt connection's domains",
     )
     parser.add_argument("--domains", action="store_true", help="the same, of libvirt's default connection")
+    parser.add_argument(
+        "--abandon",
+        action="store_true",
+        help="show what is pending and forget it instead of finishing it; the images stay as they are",
+    )
+    add_allow_dir(parser)
     parser.add_argument(
         "path", type=Path, nargs="*", help="an image, or a folder of images (default: this folder, unless domains are)"
     )
@@ -48,18 +54,25 @@ def _domain_json(one: DomainRecovery) -> dict[str, object]:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Finish every interrupted operation and name it."""
-    from qemu_vmdk_snap.ops.journal.recover import SWEEP, recover
+    from qemu_vmdk_snap.ops.journal.recover import SWEEP, give_up, recover
 
     with_domains = args.domains or args.connect is not None
     domains = _recover_domains(args.connect) if with_domains else []
     paths = args.path or ([] if with_domains else [Path()])
-    found = [recovery for path in paths for recovery in recover(path)]
+    if args.abandon:
+        found = [one for path in paths for one in give_up(path)]
+    else:
+        found = [one for path in paths for one in recover(path, trusted_dirs=args.allow_dir)]
     if ui.json_output:
         images = [{"operation": one.operation, "image": str(one.image)} for one in found]
         ui.json(images + [_domain_json(one) for one in domains])
         return
     for one in found:
-        if one.operation == SWEEP:
+        if args.abandon:
+            ui.text(f"{one.image}: gave up the interrupted {one.operation}")
+            for path in one.images:
+                ui.text(f"  left as it is: {path}")
+        elif one.operation == SWEEP:
             ui.text(f"{one.image}: removed, a killed command has left it")
         else:
             ui.text(f"{one.image}: finished the interrupted {one.operation}")

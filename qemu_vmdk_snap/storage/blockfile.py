@@ -18,6 +18,8 @@ Buffer = bytes | bytearray | memoryview
 _SYNC_FILE_RANGE_WRITE: Final = 2
 _SYNC_FILE_RANGE_ALL: Final = 7
 """Wait for what is being written, write the rest, wait for that."""
+_KEEP_SIZE: Final = 1
+_PUNCH_HOLE: Final = 2
 _NOT_OFFERED: Final = (errno.ENOSYS, errno.ESPIPE, errno.EINVAL)
 """What a file system says that has no such call. Anything else is about the data."""
 
@@ -54,6 +56,12 @@ class BlockFile(Protocol):
         """Let the page cache forget the range, stored by then: what is copied once shall not push out what is in use.
 
         It is no durability: only `flush` gives that.
+        """
+
+    def discard_range(self, offset: int, length: int) -> bool:
+        """Make the range a hole that reads as zeros, the length of the file unchanged; False where there are no holes.
+
+        Not durable before `flush`. Where it returns False nothing has changed.
         """
 
     def next_data(self, offset: int) -> int:
@@ -94,6 +102,7 @@ class PosixFile:
         self._fd = fd
         self._path = path
         self._lazy = lazy
+        self._failed: OSError | None = None
 
     @classmethod
     def open(cls, path: Path, *, writable: bool = False, devices: bool = False) -> Self:
@@ -158,9 +167,21 @@ class PosixFile:
             os.ftruncate(self._fd, size)
 
     def flush(self) -> None:
-        """Return when everything written so far is durable."""
+        """Return when everything written so far is durable.
+
+        Raises:
+            OSError: it is not, now or in an earlier flush. The kernel reports a page that it could not store once, and
+                takes it for clean from then on: a later fdatasync would succeed over data that is lost.
+        """
+        if self._failed is not None:
+            reason = f"an earlier flush failed ({self._failed.strerror}): what was written before it may be lost"
+            raise OSError(self._failed.errno, reason, str(self._path))
         with naming(self._path):
-            os.fdatasync(self._fd)
+            try:
+                os.fdatasync(self._fd)
+            except OSError as error:
+                self._failed = error
+                raise
 
     def begin_flush(self, offset: int, length: int) -> None:
         """Let the kernel begin to write back the dirty pages of the range; one that will not is not waited for."""
@@ -180,8 +201,19 @@ class PosixFile:
             return
         if failed:
             with naming(self._path):
-                raise OSError(failed, os.strerror(failed))
+                self._failed = OSError(failed, os.strerror(failed))
+                raise self._failed
         os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+    def discard_range(self, offset: int, length: int) -> bool:
+        """Punch a hole; return False where the file system has none."""
+        failed = _fallocate_function()(self._fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length) if length else 0
+        if failed in _NOT_OFFERED or failed == errno.EOPNOTSUPP:
+            return False
+        if failed:
+            with naming(self._path):
+                raise OSError(failed, os.strerror(failed))
+        return True
 
     def next_data(self, offset: int) -> int:
         """Return the first offset from `offset` on that is not in a hole of the file (its size where there is none)."""
@@ -224,6 +256,15 @@ def _sync_function() -> Callable[[int, int, int, int], int]:
 
     function = ctypes.CDLL(None, use_errno=True).sync_file_range
     function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return lambda *arguments: ctypes.get_errno() if function(*arguments) else 0
+
+
+@functools.cache
+def _fallocate_function() -> Callable[[int, int, int, int], int]:
+    import ctypes
+
+    function = ctypes.CDLL(None, use_errno=True).fallocate
+    function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     return lambda *arguments: ctypes.get_errno() if function(*arguments) else 0
 
 

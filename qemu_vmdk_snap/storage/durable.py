@@ -258,19 +258,47 @@ def publish(temporary: Path, path: Path, *, durable: bool = True) -> None:
         sync_folder(path.parent)
 
 
-def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Make `path` hold `data`, durably and in one step: a reader sees the old content or the new, never a part."""
+class Replacement(PosixFile):
+    """A new file that takes the place of another when its block ends well, unless it is given up."""
+
+    given_up = False
+
+    def give_up(self) -> None:
+        """Leave the other file as it is."""
+        self.given_up = True
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: int = 0o600) -> Iterator[Replacement]:
+    """Give a new empty file that takes the name `path` in one step, durably: a reader sees the old content or the new.
+
+    When the block raises, or gives the file up, `path` is as it was. Killed at any point nothing half-written bears the
+    name; what is left under a hidden name is swept later.
+    """
     temporary = temporary_name(path)
     with working_in(path.parent):
         try:
-            file = PosixFile(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), temporary)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = Replacement(os.open(temporary, flags, mode), temporary)
             try:
-                file.write_at(0, data)
-                os.fsync(file.fileno())
+                yield file
+                if not file.given_up:
+                    os.fsync(file.fileno())  # barrier: the file is complete on disk before it takes the name
+                    temporary.replace(path)
             finally:
                 file.close()
-            temporary.replace(path)
-        except BaseException:
+            if file.given_up:
+                _discard(temporary)
+                return
+        except BaseException as error:
             _discard(temporary)
+            if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+                error.filename = str(path)  # the name that the user knows
             raise
     sync_folder(path.parent)
+
+
+def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Make `path` hold `data`, durably and in one step: a reader sees the old content or the new, never a part."""
+    with replacing(path, mode) as file:
+        file.write_at(0, data)

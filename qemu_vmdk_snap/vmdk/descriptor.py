@@ -128,8 +128,8 @@ class Descriptor:
 
     @property
     def parent_hint(self) -> str | None:
-        """Where the parent is, as the writer knew it, or None where there is no parent."""
-        return (self.get("parentFileNameHint") or None) if self.parent_cid != NO_PARENT else None
+        """What parentFileNameHint says, or None where it is missing or empty."""
+        return self.get("parentFileNameHint") or None
 
     @property
     def sectors(self) -> int:

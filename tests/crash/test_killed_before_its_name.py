@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import create_image, create_overlay, open_chain, renew_overlay
+from qemu_vmdk_snap import create_image, open_chain
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.ops.copy.convert import convert
 from qemu_vmdk_snap.ops.journal.recover import SWEEP, recover
@@ -199,23 +199,6 @@ def test_without_hard_links_a_name_comes_in_one_step(folder: Path, monkeypatch: 
         taken()
     assert (folder / "b").read_bytes() == b"old"
     assert names(folder) == {"a", "b"}
-
-
-def test_an_overlay_that_was_to_be_renewed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    create_image(folder / "base.vmdk", MIB, durable=False)
-    create_overlay(folder / "top.vmdk", folder / "base.vmdk", durable=False)
-    before = names(folder)
-
-    def work(stay: Callable[[], None]) -> None:
-        monkeypatch.setattr(Path, "replace", lambda self, target: stay())
-        renew_overlay(folder / "top.vmdk")
-
-    with process(work):
-        assert names(folder) == before | {".top.vmdk.renewed"}
-        assert recover(folder) == []
-    assert recover(folder / "base.vmdk") == []
-    assert [one.image for one in recover(folder)] == [folder / ".top.vmdk.renewed"]
-    assert names(folder) == before
 
 
 def test_a_file_that_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from qemu_vmdk_snap.ops.edit.rebase import rebase
 from qemu_vmdk_snap.ops.edit.remove import remove
 from qemu_vmdk_snap.ops.edit.resize import resize
 from qemu_vmdk_snap.ops.journal.recover import recover
-from qemu_vmdk_snap.storage.intent import Intent
+from qemu_vmdk_snap.storage.record import Operation
 from tests.support.esxi import cowd
 from tests.support.tree import Tree, line
 
@@ -283,6 +283,6 @@ def test_killed_repair_of_cowd(tmp_path: Path) -> None:
 
 def test_without_the_intent_record_the_kill_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: between the two CIDs of a commit, nothing but the record makes the chain readable again."""
-    monkeypatch.setattr(Intent, "begin", lambda self: None)
+    monkeypatch.setattr(Operation, "begin", lambda self: None)
     with pytest.raises(AssertionError, match="is mended by recover alone"):
         test_killed_before_every_change(CASES[0], tmp_path)

@@ -17,7 +17,7 @@ from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.ops.check.check import check_image
 from qemu_vmdk_snap.ops.check.repair import repair, take_back
 from qemu_vmdk_snap.ops.journal.recover import recover
-from qemu_vmdk_snap.storage.intent import Intent, pending_in
+from qemu_vmdk_snap.storage.record import Operation, pending_in
 from tests.crash.test_killed_operations import SIZE, killed_at, lost_directory, unclean_with_leaks
 from tests.support.tree import Tree, line
 
@@ -112,7 +112,7 @@ def _is_half(lab: Lab) -> bool:
 
 def test_without_the_record_a_killed_take_back_is_stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: the length of the image tells nothing between the first write and the last."""
-    monkeypatch.setattr(Intent, "begin", lambda self: None)
+    monkeypatch.setattr(Operation, "begin", lambda self: None)
     with pytest.raises((CorruptChain, AssertionError)):
         test_a_killed_take_back_ends(Lab(tmp_path / "lab", unclean_with_leaks), "recover")
 
@@ -125,8 +125,9 @@ def test_what_a_guest_wrote_after_a_killed_take_back_stays(lab: Lab, guarded: bo
     raw[at : at + 8] = b"0badcafe"  # as QEMU does before it writes
     lab.path.write_bytes(raw)
     if not guarded:  # as where the image could not be read when the repair began
-        [intent] = pending_in(lab.path.parent)
-        intent.update(cids={})
+        [pending] = pending_in(lab.path.parent)
+        assert pending.operation is not None
+        pending.operation.update(cids=[]).hold.close()
     for finish in (lambda: take_back(lab.undo), lambda: recover(lab.path.parent)):
         with pytest.raises(CorruptChain, match="CID 0badcafe"):
             finish()

@@ -15,7 +15,7 @@ import pytest
 from qemu_vmdk_snap import CidMismatch, ImageOptions, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.ops.edit.commit import commit
 from qemu_vmdk_snap.ops.journal.recover import recover
-from qemu_vmdk_snap.storage.intent import Intent
+from qemu_vmdk_snap.storage.record import Operation
 from tests.support.recording import RecordingFile
 
 CAPACITY = 96 << 10
@@ -40,6 +40,8 @@ def folder(tmp_path: Path) -> Path:
     with open_chain(tmp_path / "top.vmdk", writable=True) as chain:
         for offset in range(0, CAPACITY, 2 * GRAIN):
             chain.write_at(offset, NEW * GRAIN)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "top.vmdk").hardlink_to(tmp_path / "top.vmdk")
     return tmp_path
 
 
@@ -67,17 +69,24 @@ def states_of_a_commit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[St
 
     for file in files.values():
         file.write_at = watched(file.write_at)  # type: ignore[method-assign]
-    monkeypatch.setattr(Intent, "begin", watched(Intent.begin))
+    monkeypatch.setattr(Operation, "begin", watched(Operation.begin))
     commit(folder / "top.vmdk", delete=True, opener=lambda path, writable: files[path.name])
     capture(top=False)
     return list(seen)
 
 
 def put_back(folder: Path, state: State) -> None:
+    """Let the folder hold the state. The files stay the same inodes, by which the record knows them."""
     for path in folder.iterdir():
-        path.unlink()
+        if path.is_file() and path.name != "base.vmdk":
+            path.unlink()
     for name, content in state.images:
-        (folder / name).write_bytes(content)
+        path = folder / name
+        if not path.exists():
+            path.hardlink_to(folder / "kept" / name)
+        with path.open("r+b") as file:
+            file.write(content)
+            file.truncate()
     if state.record is not None:
         record = folder / ".top.vmdk.intent"
         record.write_bytes(state.record)

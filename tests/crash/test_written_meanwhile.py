@@ -93,8 +93,7 @@ def test_recover_takes_nothing_away_that_a_guest_wrote(tree: Path, name: str) ->
     with open_chain(tree / written, check_cids=False) as chain:
         assert chain.read_at(2 * MIB, PIECE) == b"\x57" * PIECE
     # The owner can decide to keep what is there.
-    for record in tree.glob(".*.intent"):
-        record.unlink()
+    assert main(["recover", "--abandon", str(tree)]) == 0
     write(tree / written, 3 * MIB, b"on")
 
 
@@ -115,7 +114,7 @@ def test_a_strange_record_holds_up_only_the_image_that_it_names(tree: Path) -> N
     write(tree / "s.vmdk", 0, b"1")
     assert set(Path("/proc/self/fd").iterdir()) == opened
     (tree / ".s.vmdk.intent").write_bytes(b"rubbish")
-    with pytest.raises(CorruptChain, match="the intent record cannot be read"):
+    with pytest.raises(CorruptChain, match="the operation record is damaged"):
         write(tree / "s.vmdk", 0, b"2")
 
 

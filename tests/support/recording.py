@@ -71,6 +71,11 @@ class RecordingFile:
     def drop_behind(self, offset: int, length: int) -> None:
         pass
 
+    def discard_range(self, offset: int, length: int) -> bool:
+        if length:
+            self.write_at(offset, bytes(min(length, max(0, self.size() - offset))))
+        return True
+
     def next_data(self, offset: int) -> int:
         return offset
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_progress, add_quiet
+from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_orphan, add_progress, add_quiet
 from qemu_vmdk_snap.cli.ui import Ui
 
 
@@ -15,6 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
     add_progress(parser)
     add_allow_dir(parser)
+    add_orphan(parser)
     parser.add_argument("delta", type=Path)
     parser.add_argument("filename", type=Path)
 
@@ -25,7 +26,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.ops.edit.apply import apply_delta
 
     find = confined(args.allow_dir)
-    report = apply_delta(args.delta, args.filename, force=args.force, resolver=find, on_progress=ui.progress)
+    report = apply_delta(
+        args.delta, args.filename, force=args.force, orphans=args.orphan, resolver=find, on_progress=ui.progress
+    )
     if ui.json_output:
         ui.json({"filename": str(report.path), "delta": str(report.delta), "cid": f"{report.cid:08x}"})
         return

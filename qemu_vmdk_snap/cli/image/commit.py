@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_progress, add_quiet, as_seen_from, need_vmdk
+from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_orphan, add_progress, add_quiet, as_seen_from, need_vmdk
 from qemu_vmdk_snap.cli.ui import Ui
 
 
@@ -37,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
     add_progress(parser)
     add_allow_dir(parser)
+    add_orphan(parser)
     parser.add_argument("filename", type=Path)
 
 
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         delete=args.delete,
         keep_siblings=args.keep_siblings,
         children=args.child,
+        orphans=args.orphan,
         resolver=confined(args.allow_dir),
         on_progress=ui.progress,
     )

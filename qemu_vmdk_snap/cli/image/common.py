@@ -41,6 +41,18 @@ def add_allow_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_orphan(parser: argparse.ArgumentParser) -> None:
+    """Add `--orphan`, which gives up a file that needs the image."""
+    parser.add_argument(
+        "--orphan",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="go on although FILE needs the image, or may need it: FILE is not touched, and loses it (may be repeated)",
+    )
+
+
 def add_quiet(parser: argparse.ArgumentParser) -> None:
     """Add `-q`."""
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")

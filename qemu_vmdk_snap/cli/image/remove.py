@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_progress, add_quiet
+from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_orphan, add_progress, add_quiet
 from qemu_vmdk_snap.cli.ui import Ui
 
 
@@ -17,6 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
     add_progress(parser)
     add_allow_dir(parser)
+    add_orphan(parser)
     parser.add_argument("filename", type=Path)
 
 
@@ -25,7 +26,13 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.chain.resolver import confined
     from qemu_vmdk_snap.ops.edit.remove import remove
 
-    report = remove(args.filename, children=args.child, resolver=confined(args.allow_dir), on_progress=ui.progress)
+    report = remove(
+        args.filename,
+        children=args.child,
+        orphans=args.orphan,
+        resolver=confined(args.allow_dir),
+        on_progress=ui.progress,
+    )
     if ui.json_output:
         parent = report.parent and str(report.parent)
         ui.json({"filename": str(report.path), "parent": parent, "moved": [str(path) for path in report.moved]})

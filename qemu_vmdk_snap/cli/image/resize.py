@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_progress, add_quiet, need_vmdk
+from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_orphan, add_progress, add_quiet, need_vmdk
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.units import parse_size
@@ -17,6 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
     add_progress(parser)
     add_allow_dir(parser)
+    add_orphan(parser)
     parser.add_argument("filename", type=Path)
     parser.add_argument("size", metavar="[+]SIZE", help="the new size, or with + how much is added")
 
@@ -27,7 +28,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.ops.edit.resize import resize
 
     need_vmdk(args.filename, args.format)
-    report = resize(args.filename, _size(args), resolver=confined(args.allow_dir), on_progress=ui.progress)
+    report = resize(
+        args.filename, _size(args), orphans=args.orphan, resolver=confined(args.allow_dir), on_progress=ui.progress
+    )
     if ui.json_output:
         ui.json({"filename": str(report.path), "before": report.before, "virtual-size": report.after})
         return

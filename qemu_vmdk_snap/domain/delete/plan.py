@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from qemu_vmdk_snap import Link, confined, find_children, open_chain, open_link, open_posix
+from qemu_vmdk_snap import Census, Link, confined, open_chain, open_link, open_posix
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.journal.record import Intent
@@ -147,9 +147,7 @@ class State:
 
     def children(self, image: Path, folders: Collection[Path]) -> list[Path]:
         """Return what stands on the image."""
-        with open_one(image, folders, lock=False) as link:
-            cid = link.cid
-        found = [child.path for child in find_children(image, cid, folders, confined(sorted(folders)))]
+        found = [one.path for one in Census.of(folders).dependents([image])]
         stay = [path for path in found if self.moved.get(path, image) == image and path not in self.gone]
         return stay + [path for path, onto in self.moved.items() if onto == image and path not in {*stay, *self.gone}]
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap import Link, OnProgress, confined, find_children, ignore, open_chain
+from qemu_vmdk_snap import Census, Link, OnProgress, confined, ignore, open_chain
 from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.delete.plan import (
@@ -208,7 +208,7 @@ def _hold(domain: str, work: Work, intent: Intent, held: contextlib.ExitStack) -
     link = held.enter_context(open_one(work.removed, folders, lock=True))
     if work.mode == "merge" and not work.live and not is_empty(link):
         raise DomainError(domain, f"disk {work.target}: {work.removed} was written to meanwhile")
-    left = [child.path for child in find_children(work.removed, link.cid, folders, confined(folders))]
+    left = [one.path for one in Census.of(folders).dependents([work.removed])]
     if left:
         raise DomainError(domain, f"disk {work.target}: {', '.join(map(str, left))} came to stand on {work.removed}")
     return link

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
 import qemu_vmdk_snap as engine
-from qemu_vmdk_snap import HOLE, Link, confined, find_children, open_link, open_posix
+from qemu_vmdk_snap import HOLE, Census, Link, confined, open_link, open_posix
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay
@@ -173,7 +173,7 @@ def unlink_discarded(conn: libvirt.virConnect, domain: libvirt.virDomain, intent
                 continue
             link = open_link(path, opener=open_posix, writable=True, resolver=confined(_folders(intent)))
             held.callback(link.close)
-            if not find_children(path, link.cid, {path.parent}, confined(_folders(intent))):
+            if not Census.of(_folders(intent)).dependents([path]):
                 for file in link.files:
                     file.path.unlink()
                 gone.append(path)

@@ -14,8 +14,8 @@ from qemu_vmdk_snap.ops.check.runs import audit_runs
 from qemu_vmdk_snap.ops.check.tables import GrainCounts, TableAudit, audit_tables
 from qemu_vmdk_snap.ops.progress import OnProgress, Progress, ignore
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
-from qemu_vmdk_snap.storage.intent import pending_in
 from qemu_vmdk_snap.storage.locks import lock_image
+from qemu_vmdk_snap.storage.record import pending_in
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, CowdHeader, legacy_descriptor, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, NO_PARENT, Descriptor, ExtentLine, is_descriptor
@@ -119,10 +119,11 @@ class _Checker:
 
     def _note_pending(self, path: Path) -> None:
         with contextlib.suppress(CorruptChain):  # another user's record says nothing about this image
-            for intent in pending_in(path.parent):
-                if intent.involves(path):
+            for pending in pending_in(path.parent):
+                if pending.involves(path):
                     rule = f"must be finished: run `recover {path.parent}`"
-                    self._findings.add(Severity.NOTE, path, 0, "interrupted operation", intent.operation, rule)
+                    name = pending.operation.name if pending.operation is not None else "unreadable"
+                    self._findings.add(Severity.NOTE, path, 0, "interrupted operation", name, rule)
 
     def _follow(self, image: _Image, whole_chain: bool) -> int:
         """Check each parent and how it fits the link above; return how many links there are."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qemu_vmdk_snap.errors import FormatError
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener
-from qemu_vmdk_snap.storage.locks import lock_image
+from qemu_vmdk_snap.storage.opening import open_locked
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, legacy_descriptor, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, Descriptor
@@ -20,15 +20,7 @@ def open_for_change(path: Path, opener: FileOpener, *, writable: bool = True) ->
         LockBusy: another process has it open.
         OSError: it cannot be opened.
     """
-    file = opener(path, writable)
-    descriptor = file.fileno()
-    if descriptor is not None:
-        try:
-            lock_image(descriptor, path, writable=writable)
-        except BaseException:
-            file.close()
-            raise
-    return file
+    return open_locked(path, opener, writable=writable)
 
 
 def descriptor_of(file: BlockFile) -> Descriptor:

@@ -1,7 +1,7 @@
 """Repair what a check finds, after everything that it replaces is durable in an undo file.
 
 A repair that does not end is taken back from that file (`ops.check.undo` has its layout); the user can do the same
-later. A repair, and its taking back, is an operation with an intent record: killed at any point, `recover` takes it
+later. A repair, and its taking back, is an operation with a record: killed at any point, `recover` takes it
 back, from the beginning, as often as it needs to.
 """
 
@@ -22,11 +22,11 @@ from qemu_vmdk_snap.ops.check.relink import plan_relinks
 from qemu_vmdk_snap.ops.check.repair_plan import Copied, ExtentPlan, ExtentRepair
 from qemu_vmdk_snap.ops.check.shape import shape_of
 from qemu_vmdk_snap.ops.check.undo import UndoFile, write_undo
-from qemu_vmdk_snap.ops.journal.guard import check_unwritten, guarded_intent
+from qemu_vmdk_snap.ops.journal.guard import check_unwritten, folders_of, guarded_operation
 from qemu_vmdk_snap.ops.progress import OnProgress, ignore
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
 from qemu_vmdk_snap.storage.durable import sync_folder
-from qemu_vmdk_snap.storage.intent import Intent, pending_in
+from qemu_vmdk_snap.storage.record import Operation, pending_in, taking_over
 from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, byte_sectors
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, Descriptor, is_descriptor
@@ -102,17 +102,12 @@ def repair(
 
 def _carry_out(path: Path, plans: list[ExtentPlan], record: Path) -> None:
     write_undo(record, plans)
-    intent = _intent(path, record, [plan.file.path for plan in plans])
-    intent.begin()
-    for plan in plans:
-        _apply(plan)
-    intent.end()
-
-
-def _intent(image: Path, undo: Path, images: Sequence[Path]) -> Intent:
-    """Return the intent of a repair, or of its taking back: both are finished by taking back."""
-    name = os.path.relpath(undo.parent.resolve() / undo.name, image.parent.resolve())
-    return guarded_intent(OPERATION, image, images, {"undo": name})
+    operation = guarded_operation(OPERATION, path, [plan.file.path for plan in plans], {"undo": record})
+    with operation.hold:
+        operation.begin()
+        for plan in plans:
+            _apply(plan)
+        operation.end()
 
 
 def take_back(undo: Path | str, *, trusted_dirs: Sequence[Path | str] = (), opener: FileOpener = open_posix) -> None:
@@ -127,66 +122,74 @@ def take_back(undo: Path | str, *, trusted_dirs: Sequence[Path | str] = (), open
         LockBusy: another process has one of the images open.
         OSError: the undo file or an image cannot be opened.
     """
-    with UndoFile.open(Path(undo)) as record, record.opened(opener, trusted_dirs) as files:
-        intent = _begun(record, [file.path for file in files])
-        if intent is None:
+    with (
+        UndoFile.open(Path(undo)) as record,
+        record.opened(opener, trusted_dirs) as files,
+        contextlib.ExitStack() as stack,
+    ):
+        images = [file.path for file in files]
+        operation = _begun(record, images, [*trusted_dirs, record.path.parent], stack)
+        if operation is None:
             record.check_unwritten(files)
-            intent = _intent(files[0].path, record.path, [file.path for file in files])
-            intent.begin()
+            operation = guarded_operation(OPERATION, images[0], images, {"undo": record.path})
+            stack.enter_context(operation.hold)
+            operation.begin()
         else:
-            check_unwritten(intent)
+            check_unwritten(operation)
             record.check_cids(files)
         record.restore(files)
-        intent.end()
+        operation.end()
 
 
-def _begun(undo: UndoFile, images: Sequence[Path]) -> Intent | None:
-    """Return the intent of a repair with this undo file, or of its taking back, that has begun and not ended.
+def _begun(
+    undo: UndoFile, images: Sequence[Path], allowed: Sequence[Path | str], stack: contextlib.ExitStack
+) -> Operation | None:
+    """Return the repair with this undo file, or its taking back, that has begun and not ended; `stack` holds it.
 
     Raises:
-        CorruptChain: another operation on one of the images has.
+        CorruptChain: another operation on one of the images has, or its record is not to be followed.
+        LockBusy: it is still running.
     """
-    found: Intent | None = None
+    found: Operation | None = None
+    seen: set[Path] = set()
     for folder in sorted({image.parent for image in images}):
-        for intent in pending_in(folder, strict=False):
-            if not any(intent.involves(image) for image in images):
+        for pending in pending_in(folder, allowed=allowed):
+            if pending.path in seen or not any(pending.involves(image) for image in images):
                 continue
-            name = intent.details.get("undo")
-            if intent.operation != OPERATION or not isinstance(name, str) or not _is_same(intent, name, undo.path):
-                reason = f"an interrupted {intent.operation} is not finished yet: run `recover {folder}` first"
-                raise CorruptChain(intent.image, reason)
-            found = intent
+            seen.add(pending.path)
+            operation = stack.enter_context(taking_over(pending, allowed=allowed))
+            if operation is None:
+                continue
+            if operation.name != OPERATION or not _is_same(operation.details.get("undo"), undo.path):
+                reason = f"an interrupted {operation.name} is not finished: run `recover {folder}` first"
+                raise CorruptChain(operation.image, reason)
+            found = operation
     return found
 
 
-def _is_same(intent: Intent, name: str, undo: Path) -> bool:
+def _is_same(one: object, undo: Path) -> bool:
     with contextlib.suppress(OSError):
-        return (intent.image.parent / name).samefile(undo)
+        return isinstance(one, Path) and one.samefile(undo)
     return False
 
 
-def finish_repair(intent: Intent, opener: FileOpener) -> None:
+def finish_repair(operation: Operation, opener: FileOpener) -> None:
     """Take back a repair that somebody else began: it can then be asked for again.
 
     An undo file that is gone says that all was taken back: it is removed last, before the record.
 
     Raises:
-        CorruptChain: the undo file is in another folder, or does not fit the images of the record.
+        CorruptChain: the undo file does not fit the images of the record, or one of them was written since.
     """
-    name = intent.details.get("undo")
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise CorruptChain(intent.path, "the intent record names no undo file")
-    if Path(name).name != name:
-        words = f"image check --take-back {intent.image.parent / name} {intent.image}"
-        raise CorruptChain(intent.image, f"its interrupted repair has an undo file in another folder: run `{words}`")
-    undo = intent.image.parent / name
+    undo = operation.details.get("undo")
+    if not isinstance(undo, Path):
+        raise CorruptChain(operation.path, "the operation record names no undo file: `recover --abandon` gives it up")
     if not os.path.lexists(undo):
         return
-    trusted = sorted({image.resolve().parent for image in intent.images})
-    with UndoFile.open(undo) as record, record.opened(opener, trusted) as files:
+    with UndoFile.open(undo) as record, record.opened(opener, folders_of(operation)) as files:
         for file in files:
-            if not intent.involves(file.path):
-                raise CorruptChain(intent.path, f"does not tell of {file.path}, which {undo} would change")
+            if not operation.involves(file.path):
+                raise CorruptChain(operation.path, f"does not tell of {file.path}, which {undo} would change")
         record.check_cids(files)
         record.restore(files)
     undo.unlink()

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from qemu_vmdk_snap.chain.chain import Chain, open_links
+from qemu_vmdk_snap.chain.identity import hint_to, with_cid
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.ops.copy.transfer import STEP, LinkWriter, View, upper_tables
-from qemu_vmdk_snap.ops.journal.relink import hint_to, with_cid
 from qemu_vmdk_snap.ops.make.create import create_overlay
 from qemu_vmdk_snap.ops.make.layout import ImageOptions
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from qemu_vmdk_snap.chain.chain import Chain, open_links
-from qemu_vmdk_snap.chain.children import find_children
+from qemu_vmdk_snap.chain.change import open_for_change
+from qemu_vmdk_snap.chain.dependents import Census, require_one_name, require_unneeded, search_folders
+from qemu_vmdk_snap.chain.identity import with_cid, with_fresh_cid
 from qemu_vmdk_snap.chain.link import Link, open_link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CidMismatch, InvalidRequest
 from qemu_vmdk_snap.ops.copy.transfer import LinkWriter, View, upper_tables
 from qemu_vmdk_snap.ops.edit.trim import trim_link
-from qemu_vmdk_snap.ops.journal.guard import guarded_intent
-from qemu_vmdk_snap.ops.journal.relink import DescriptorChange, with_cid, with_fresh_cid
+from qemu_vmdk_snap.ops.journal.guard import folders_of, guarded_operation
+from qemu_vmdk_snap.ops.journal.recover import settle
+from qemu_vmdk_snap.ops.journal.relink import DescriptorChange
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
-from qemu_vmdk_snap.storage.intent import Intent
+from qemu_vmdk_snap.storage.record import Operation
 
 OPERATION: Final = "apply"
 
@@ -38,6 +42,7 @@ def apply_delta(
     path: Path | str,
     *,
     force: bool = False,
+    orphans: Sequence[Path | str] = (),
     resolver: Resolver | None = None,
     opener: FileOpener = open_posix,
     on_progress: OnProgress = ignore,
@@ -46,44 +51,48 @@ def apply_delta(
 
     `force` merges it into an image with any other CID: for a copy that was made without keeping the CID. Ended before
     its time, also by a callback that raises, the image is neither the one nor the other, has a CID of its own, and is
-    refused to every writer until `recover` has finished the work: the delta must be kept until then.
+    refused to every writer until `recover` has finished the work: the delta must be kept until then. `orphans` are
+    files that need the image and are given up.
 
     Raises:
         CidMismatch: the image is not what the delta was made against, and `force` is not given.
-        InvalidRequest: other images stand on it, or its size is another.
+        InvalidRequest: its size is another than that of the delta's disk.
+        StillNeeded: something else needs the image, or may need it.
         Unsupported: the image is of a kind that takes no writes.
         LockBusy: another process has one of the two open.
     """
-    from qemu_vmdk_snap.ops.journal.recover import settle
-
     delta, path = Path(delta), Path(path)
-    settle(path.parent, opener=opener)
+    path = path.resolve() if path.is_symlink() else path
     find = resolver or confined()
+    settle(path.parent, opener=opener, resolver=find)
     with contextlib.ExitStack() as stack:
-        chain = stack.enter_context(open_links(path, writable_depths=[0], resolver=find, opener=opener))
+        chain = stack.enter_context(open_for_change(path, depths=[0], resolver=find, opener=opener))
         source = open_link(delta, opener=opener, writable=False, resolver=find)
         stack.callback(source.close)
-        _check(chain, source, force, find)
+        _check(chain, source, force)
+        _require_unneeded(chain.links[0], source, [Path(one) for one in orphans], find)
         target = chain.links[0]
         begin, finish = _cids(target, source)
-        details = {"begin": begin.as_detail(), "finish": finish.as_detail(), "delta": str(delta.resolve())}
-        intent = guarded_intent(OPERATION, path, [], details)
-        intent.begin()
-        begin.apply(target)
-        _merge(chain, source, on_progress)
-        finish.apply(target)
-        intent.end()
+        details = {"begin": begin.as_detail(), "finish": finish.as_detail(), "delta": source.path.resolve()}
+        details["links"] = [link.path for link in chain.links]
+        record = guarded_operation(OPERATION, path, [], details)
+        with record.hold:
+            record.begin()
+            begin.apply(target)
+            _merge(chain, source, on_progress)
+            finish.apply(target)
+            record.end()
         return ApplyReport(path, delta, target.cid)
 
 
-def finish_apply(intent: Intent, opener: FileOpener) -> None:
+def finish_apply(record: Operation, opener: FileOpener) -> None:
     """Finish an apply that somebody else began."""
-    details = intent.details
-    delta = Path(details["delta"])
-    resolver = confined([intent.image.parent, delta.parent])
+    details = record.details
+    delta: Path = details["delta"]
+    resolver = confined(folders_of(record))
     finish = DescriptorChange.from_detail(details["finish"])
     DescriptorChange.from_detail(details["begin"]).redo(opener)
-    with open_links(intent.image, writable_depths=[0], resolver=resolver, opener=opener) as chain:
+    with open_links(record.image, writable_depths=[0], resolver=resolver, opener=opener) as chain:
         source = open_link(delta, opener=opener, writable=False, resolver=resolver)
         try:
             trim_link(chain.links[0])
@@ -93,18 +102,20 @@ def finish_apply(intent: Intent, opener: FileOpener) -> None:
             source.close()
 
 
-def _check(chain: Chain, source: Link, force: bool, resolver: Resolver) -> None:
+def _check(chain: Chain, source: Link, force: bool) -> None:
     target = chain.links[0]
     if source.parent_cid != target.cid and not force:
         raise CidMismatch(source.path, target.path, source.parent_cid, target.cid)
     if source.capacity != target.capacity:
         reason = f"is {target.capacity} bytes large, the disk of {source.path} {source.capacity}"
         raise InvalidRequest(target.path, reason)
-    children = find_children(target.path, target.cid, [target.path.parent], resolver)
-    others = [child.path for child in children if child.path.resolve() != source.path.resolve()]
-    if others:
-        names = ", ".join(map(str, others))
-        raise InvalidRequest(target.path, f"{names} stand on it and would no longer read the same")
+
+
+def _require_unneeded(target: Link, source: Link, orphans: list[Path], resolver: Resolver) -> None:
+    files = [file.path for file in target.files]
+    census = Census.of(search_folders(files, resolver))
+    require_unneeded(target.path, files, census, handled=[source.path], orphans=orphans)
+    require_one_name(target.path, files, census, orphans=orphans)
 
 
 def _cids(target: Link, source: Link) -> tuple[DescriptorChange, DescriptorChange]:

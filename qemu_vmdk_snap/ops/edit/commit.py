@@ -17,20 +17,33 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from qemu_vmdk_snap.chain.chain import Chain, open_chain, open_links
-from qemu_vmdk_snap.chain.children import find_children
+from qemu_vmdk_snap.chain.change import open_for_change, open_link_for_change
+from qemu_vmdk_snap.chain.dependents import (
+    Census,
+    children_of,
+    require_fit,
+    require_one_name,
+    require_unneeded,
+    require_unshared,
+    search_folders,
+)
+from qemu_vmdk_snap.chain.identity import on_parent, with_fresh_cid
 from qemu_vmdk_snap.chain.link import Link, open_link
+from qemu_vmdk_snap.chain.own import own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
-from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.errors import InvalidRequest, StillNeeded, Unsupported
 from qemu_vmdk_snap.ops.copy.transfer import Clearable, LinkWriter, View, restricted, upper_tables
 from qemu_vmdk_snap.ops.edit.move import delete_files, holding
 from qemu_vmdk_snap.ops.edit.trim import trim_link
-from qemu_vmdk_snap.ops.journal.guard import guarded_intent
-from qemu_vmdk_snap.ops.journal.relink import DescriptorChange, changing_child_of, on_parent, with_fresh_cid
+from qemu_vmdk_snap.ops.journal.guard import folders_of, guarded_operation
+from qemu_vmdk_snap.ops.journal.recover import settle
+from qemu_vmdk_snap.ops.journal.relink import DescriptorChange, changing_child_of
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
-from qemu_vmdk_snap.storage.intent import Intent
+from qemu_vmdk_snap.storage.record import Operation
 from qemu_vmdk_snap.vmdk.runs import HOLE, ZERO
 
 OPERATION = "commit"
@@ -57,6 +70,8 @@ class _Plan:
     """Other children of the base, which must keep what they read."""
     children: list[Link]
     """Children of the top, which move to the base when the top goes."""
+    doomed: list[Path]
+    """Files that are deleted in the end."""
     begin: list[DescriptorChange] = field(default_factory=list)
     finish: list[DescriptorChange] = field(default_factory=list)
 
@@ -76,6 +91,7 @@ def commit(
     delete: bool = False,
     keep_siblings: bool = False,
     children: Sequence[Path | str] = (),
+    orphans: Sequence[Path | str] = (),
     resolver: Resolver | None = None,
     opener: FileOpener = open_posix,
     on_progress: OnProgress = ignore,
@@ -84,33 +100,34 @@ def commit(
 
     The image is emptied and stays an overlay on `base`, reading what it read; so do links between. With `delete` it and
     the links between are deleted, and its children become children of `base`. Children are those in `children`, and
-    those in the folders of the chain. Other children of a link that changes would read something else: that is refused,
-    or, with `keep_siblings`, what they would lose is first copied into them.
+    those in the folders of the chain and in those that `resolver` allows. Other children of a link that changes would
+    read something else: that is refused, or, with `keep_siblings`, what they would lose is first copied into them.
+    `orphans` are files that need a link that changes and are given up: they are not touched, and lose it.
 
     Cancelled by a callback that raises, everything above the base reads what it read; the base is half merged, under a
     new CID.
 
     Raises:
-        InvalidRequest: there is no parent, `base` is not below `path`, it is too small, or another image depends on it.
+        InvalidRequest: there is no parent, `base` is not below `path`, or it is too small.
+        StillNeeded: something else needs a link that changes or is deleted, or may need it.
         Unsupported: the base is of a kind that takes no writes, or the image of one that cannot be emptied.
         LockBusy: another process has one of the images open.
         CidMismatch, CorruptChain, FormatError, OSError: the chain cannot be opened.
     """
-    from qemu_vmdk_snap.ops.journal.recover import settle
-
     path = Path(path)
-    settle(path.parent, opener=opener)
+    path = path.resolve() if path.is_symlink() else path
     find = resolver or confined()
+    settle(path.parent, opener=opener, resolver=find)
     depth = _depth_of(path, base, find, opener)
     with contextlib.ExitStack() as stack:
-        chain = stack.enter_context(open_links(path, writable_depths=range(depth + 1), resolver=find, opener=opener))
+        chain = stack.enter_context(open_for_change(path, depths=range(depth + 1), resolver=find, opener=opener))
         _check_still(chain, depth, base)
-        plan = _make_plan(chain, depth, delete, [Path(child) for child in children], find, opener, stack)
+        needs = _Needs.of(chain, depth, [Path(child) for child in children], [Path(one) for one in orphans], find)
+        plan = _make_plan(chain, depth, delete, needs, find, opener, stack)
         others = _others(plan)
         if others and not keep_siblings:
-            names = ", ".join(str(link.path) for link in others)
-            reason = f"{names} would no longer read the same: other children of a link that changes"
-            raise InvalidRequest(plan.base.path, reason)
+            reason = "would no longer read the same (--keep-siblings copies into it what it would lose)"
+            raise StillNeeded(plan.base.path, tuple((link.path, reason) for link in others))
         for sibling in plan.siblings:
             try:
                 _keep(plan, sibling, Meter("keep", chain.capacity, on_progress))
@@ -118,6 +135,52 @@ def commit(
                 trim_link(sibling)  # it reads what it read: what was copied in vain goes
                 raise
         return _run(plan, on_progress)
+
+
+class _Needs(NamedTuple):
+    """Who needs the links of a chain: asked once, of every folder in question."""
+
+    chain: Chain
+    census: Census
+    named: list[Path]
+    orphans: list[Path]
+
+    @classmethod
+    def of(cls, chain: Chain, depth: int, children: list[Path], orphans: list[Path], resolver: Resolver) -> _Needs:
+        paths = [file.path for link in chain.links[: depth + 1] for file in link.files]
+        known = [*children, *(link.path for link in chain.links)]
+        return cls(chain, Census.of(search_folders([*paths, *children], resolver)), known, orphans)
+
+    def children(self, number: int) -> list[Path]:
+        """Return the overlays on the link that can be moved; raises for whatever else needs it."""
+        link = self.chain.links[number]
+        found = children_of(link.path, self._files(link), self.census, named=self.named, orphans=self.orphans)
+        require_fit(link.path, link.cid, found)
+        return [one.path for one in found]
+
+    def others(self, number: int) -> list[Path]:
+        """Return the overlays on the link but the next one of the chain."""
+        above = self.chain.links[number - 1].path.resolve()
+        return [path for path in self.children(number) if path.resolve() != above]
+
+    def require_none(self, number: int) -> None:
+        """Refuse the deletion of a link between the top and the base that something else needs."""
+        link, above = self.chain.links[number], self.chain.links[number - 1]
+        require_unneeded(link.path, self._files(link), self.census, handled=[above.path], orphans=self.orphans)
+
+    def require_only_children(self, number: int) -> None:
+        """Refuse to empty a link whose extents somebody else uses too; overlays on it go on reading what they read."""
+        link = self.chain.links[number]
+        require_unshared(link.path, self._files(link), self.census, orphans=self.orphans)
+
+    def require_one_name(self, depth: int) -> None:
+        """Refuse to write into files of the base that have other names: whoever uses these would see it."""
+        base = self.chain.links[depth]
+        require_one_name(base.path, self._files(base), self.census, orphans=self.orphans)
+
+    @staticmethod
+    def _files(link: Link) -> list[Path]:
+        return [file.path for file in link.files]
 
 
 def _others(plan: _Plan) -> list[Link]:
@@ -153,12 +216,12 @@ def _make_plan(
     chain: Chain,
     depth: int,
     delete: bool,
-    children: list[Path],
+    needs: _Needs,
     resolver: Resolver,
     opener: FileOpener,
     stack: contextlib.ExitStack,
 ) -> _Plan:
-    plan = _Plan(chain, depth, delete, [], [])
+    plan = _Plan(chain, depth, delete, [], [], [])
     top, base = plan.top, plan.base
     if top.capacity > base.capacity:
         reason = f"its {base.capacity} bytes cannot take the {top.capacity} of {top.path}: resize it first"
@@ -166,40 +229,29 @@ def _make_plan(
     _check_takes(chain, depth)
     if not delete:
         _check_clearable(top)
-    folders = {link.path.parent for link in chain.links} | {child.parent for child in children}
+        needs.require_only_children(0)
+    needs.require_one_name(depth)
 
-    def opened(found: Iterable[Path], parent: Link) -> list[Link]:
+    def opened(paths: Iterable[Path], parent: Link) -> list[Link]:
         with changing_child_of(parent.path):
-            return [_opened(path, resolver, opener, stack) for path in found]
+            return [
+                open_link_for_change(path, resolver=resolver, opener=opener, stack=stack, owner=None) for path in paths
+            ]
 
-    def others(number: int) -> list[Path]:
-        link = chain.links[number]
-        above = chain.links[number - 1].path.resolve()
-        found = find_children(link.path, link.cid, folders, resolver)
-        return [child.path for child in found if child.path.resolve() != above]
-
-    plan.siblings = opened(others(depth), base)
-    for number in range(1, depth):
-        if delete and (left := others(number)):
-            names = ", ".join(map(str, left))
-            raise InvalidRequest(chain.links[number].path, f"cannot be deleted: {names} depend on it")
+    plan.siblings = opened(needs.others(depth), base)
+    for number in range(1, depth) if delete else ():
+        needs.require_none(number)
     if depth > 1 and not delete:
         plan.siblings.append(chain.links[depth - 1])  # stays, with all that hangs on it, and must read what it read
     if delete:
-        found = [child.path for child in find_children(top.path, top.cid, folders, resolver)]
-        plan.children = opened(found, top)
+        plan.children = opened(needs.children(0), top)
         longer = [link.path for link in plan.children if link.capacity > top.capacity < base.capacity]
         if longer:
-            reason = f"cannot be deleted: {longer[0]} reads zeros behind its end, and would read {base.path} there"
+            reason = f"cannot be deleted: {longer[0]} reads zeros past its end, and would read {base.path} there"
             raise InvalidRequest(top.path, reason)
+        plan.doomed = [path for link in chain.links[:depth] for path in own_files(link)]
     _plan_descriptors(plan)
     return plan
-
-
-def _opened(path: Path, resolver: Resolver, opener: FileOpener, stack: contextlib.ExitStack) -> Link:
-    link = open_link(path, opener=opener, writable=True, resolver=resolver)
-    stack.callback(link.close)
-    return link
 
 
 def _check_takes(chain: Chain, depth: int) -> None:
@@ -254,40 +306,39 @@ def _keep(plan: _Plan, sibling: Link, meter: Meter) -> None:
 
 def _run(plan: _Plan, on_progress: OnProgress) -> CommitReport:
     chain, top, base = plan.chain, plan.top, plan.base
-    gone = list(chain.links[: plan.depth]) if plan.delete else []
-    unlinked = [str(file.path.resolve()) for link in gone for file in link.files]
     details = {
         "stage": "copy",
         "depth": plan.depth,
         "begin": [change.as_detail() for change in plan.begin],
         "finish": [change.as_detail() for change in plan.finish],
         "clear": not plan.delete,
-        "delete": unlinked,
+        "delete": plan.doomed,
+        "links": [link.path for link in chain.links],
     }
     written = [change.path for change in [*plan.begin, *plan.finish]]
-    intent = guarded_intent(
-        OPERATION, top.path, [link.path for link in chain.links[: plan.depth + 1]] + written, details
-    )
-    intent.begin()
+    images = [*(link.path for link in chain.links[: plan.depth + 1]), *written, *plan.doomed]
+    record = guarded_operation(OPERATION, top.path, images, details)
     links = {
         link.path.parent.resolve() / link.path.name: link for link in [*chain.links, *plan.siblings, *plan.children]
     }
-    for change in plan.begin:
-        change.apply(links[change.path])
-    try:
-        _copy(chain, plan.depth, on_progress)
-    except BaseException:
-        trim_link(base)  # all above reads what it read, and the CIDs fit: nothing is left to finish
-        intent.end()
-        raise
-    intent = intent.update(stage="finish")
-    for change in plan.finish:
-        change.apply(links[change.path])
-    if not plan.delete:
-        _clear(top)
-    delete_files(unlinked)
-    intent.end()
-    deleted = tuple(link.path for link in gone)
+    with record.hold:
+        record.begin()
+        for change in plan.begin:
+            change.apply(links[change.path])
+        try:
+            _copy(chain, plan.depth, on_progress)
+        except BaseException:
+            trim_link(base)  # all above reads what it read, and the CIDs fit: nothing is left to finish
+            record.end()
+            raise
+        record = record.update(stage="finish")
+        for change in plan.finish:
+            change.apply(links[change.path])
+        if not plan.delete:
+            _clear(top)
+        delete_files(plan.doomed)
+        record.end()
+    deleted = tuple(link.path for link in chain.links[: plan.depth]) if plan.delete else ()
     return CommitReport(top.path, base.path, tuple(change.path for change in plan.finish), deleted)
 
 
@@ -307,24 +358,28 @@ def _clear(link: Link) -> None:
             placed.extent.clear()
 
 
-def finish_commit(intent: Intent, opener: FileOpener) -> None:
+def finish_commit(record: Operation, opener: FileOpener) -> None:
     """Finish a commit that somebody else began."""
-    details = intent.details
+    details = record.details
     depth = int(details["depth"])
-    resolver = confined([image.parent for image in intent.images])
+    resolver = confined(folders_of(record))
     if details["stage"] == "copy":
         for change in _changes(details["begin"]):
             change.redo(opener)
         depths = range(depth + 1)
-        with open_links(intent.image, writable_depths=depths, resolver=resolver, opener=opener) as chain:
+        with open_links(record.image, writable_depths=depths, resolver=resolver, opener=opener) as chain:
             trim_link(chain.links[depth])
             _copy(chain, depth, ignore)
-        intent.update(stage="finish")
-    with holding(details["delete"], opener), contextlib.ExitStack() as stack:
+        record = record.update(stage="finish")
+    with holding(details["delete"], opener):
         for change in _changes(details["finish"]):
             change.redo(opener)
         if details["clear"]:
-            _clear(_opened(intent.image, resolver, opener, stack))
+            link = open_link(record.image, opener=opener, writable=True, resolver=resolver)
+            try:
+                _clear(link)
+            finally:
+                link.close()
         delete_files(details["delete"])
 
 

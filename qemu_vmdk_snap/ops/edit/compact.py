@@ -1,13 +1,12 @@
-"""Make the file of an image as small as its data: without leaked grains, and without grains that hold but zeros.
+"""Make the file of an image as small as its data: without leaked grains, and without grains that contain only zeros.
 
-The extent is written anew beside the old one and takes its name in one step; until then nothing has changed. The
+The extent is written again beside the old one and takes its name in one step; until then nothing has changed. The
 content, the CID and the parent stay, so that everything above keeps reading what it read. It needs space for the new
 file; on a file system with reflinks it needs nearly none.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -17,15 +16,18 @@ from typing import Final
 
 import numpy as np
 
-from qemu_vmdk_snap.chain.chain import Chain, open_links
+from qemu_vmdk_snap.chain.chain import Chain
+from qemu_vmdk_snap.chain.change import open_for_change
+from qemu_vmdk_snap.chain.dependents import Census, require_one_name, search_folders
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.chain.windows import ROW_GRAINS, extent_windows
 from qemu_vmdk_snap.errors import Unsupported
 from qemu_vmdk_snap.ops.copy.transfer import STEP, View
+from qemu_vmdk_snap.ops.journal.recover import settle
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
-from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, PosixFile, open_posix
-from qemu_vmdk_snap.storage.durable import sync_folder
-from qemu_vmdk_snap.storage.intent import Intent, make_intent
+from qemu_vmdk_snap.storage.attributes import copy_attributes
+from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
+from qemu_vmdk_snap.storage.durable import replacing
 from qemu_vmdk_snap.units import sector_bytes
 from qemu_vmdk_snap.vmdk.bulk import BulkSparse
 from qemu_vmdk_snap.vmdk.cowd.extent import CowdExtent
@@ -67,33 +69,21 @@ def compact(
         LockBusy: another process has the image open, or writes one of its parents.
         CidMismatch, CorruptChain, FormatError, OSError: the chain cannot be opened.
     """
-    from qemu_vmdk_snap.ops.journal.recover import settle
-
     path = Path(path)
-    settle(path.parent, opener=opener)
+    path = path.resolve() if path.is_symlink() else path
     find = resolver or confined()
-    with open_links(path, writable_depths=[0], resolver=find, opener=opener) as chain:
+    settle(path.parent, opener=opener, resolver=find)
+    with open_for_change(path, depths=[0], resolver=find, opener=opener) as chain:
         top = chain.links[0]
         before = sum(file.size() for file in top.files)
         pairs = [(placed, _compactable(path, placed)) for placed in top.extents if placed.extent.file is not None]
-        temporaries = {extent.file.path: _temporary(extent.file.path) for _, extent in pairs}
-        details = {"temporaries": [str(temporary.resolve()) for temporary in temporaries.values()]}
-        intent = make_intent(OPERATION, path, list(temporaries), details)
-        intent.begin()
+        files = [file.path for file in top.files]
+        require_one_name(path, files, Census.of(search_folders(files, find)))
         after = before
-        try:
-            meter = Meter(OPERATION, chain.capacity, on_progress)
-            for placed, extent in pairs:
-                after -= _rewrite(chain, placed, extent, temporaries[extent.file.path], meter)
-        finally:
-            _discard(details["temporaries"])
-            intent.end()
+        meter = Meter(OPERATION, chain.capacity, on_progress)
+        for placed, extent in pairs:
+            after -= _rewrite(chain, placed, extent, meter)
         return CompactReport(path, before, after)
-
-
-def undo_compact(intent: Intent, opener: FileOpener) -> None:
-    """Take back a compacting that somebody else began: what has its name already is complete."""
-    _discard(intent.details["temporaries"])
 
 
 def _compactable(path: Path, placed: PlacedExtent) -> Compactable:
@@ -105,33 +95,23 @@ def _compactable(path: Path, placed: PlacedExtent) -> Compactable:
     return extent
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name[:200]}.compact.tmp")
-
-
-def _discard(paths: list[str]) -> None:
-    for path in paths:
-        Path(path).unlink(missing_ok=True)
-
-
-def _rewrite(chain: Chain, placed: PlacedExtent, extent: Compactable, temporary: Path, meter: Meter) -> int:
-    """Write the extent anew and let it take the old one's place, if it is smaller; return by how many bytes."""
-    temporary.unlink(missing_ok=True)
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    new = PosixFile(fd, temporary)
+def _rewrite(chain: Chain, placed: PlacedExtent, extent: Compactable, meter: Meter) -> int:
+    """Write the extent again and let it take the old one's place, if it is smaller; return by how many bytes."""
     old = extent.file
-    try:
+    path, descriptor = Path(os.path.realpath(old.path)), old.fileno()
+    with replacing(path) as new:
         _fill(chain, placed, extent, new, meter)
         saved = old.size() - new.size()
         if saved <= 0:
+            new.give_up()
             return 0
-        _take_attributes(old, fd)
-        os.fsync(fd)  # barrier: the file is complete on disk before it takes the name
-        temporary.replace(old.path)
-        sync_folder(temporary.parent)
-        return saved
-    finally:
-        new.close()
+        if descriptor is not None:
+            copy_attributes(descriptor, new.fileno())
+    # Who has opened the old file and waits for its lock finds nothing in it: what is written to a file without a name
+    # would be lost, and QEMU does not look at the name again.
+    if descriptor is not None and os.fstat(descriptor).st_nlink == 0:
+        old.truncate(0)
+    return saved
 
 
 def _fill(chain: Chain, placed: PlacedExtent, extent: Compactable, new: BlockFile, meter: Meter) -> None:
@@ -199,18 +179,3 @@ def _grains_of(extent: Compactable, row: Row) -> Iterator[tuple[Row, bool]]:
             pending = part, bool(zeros[first])
     if pending is not None:
         yield pending
-
-
-def _take_attributes(old: BlockFile, fd: int) -> None:
-    """Give the new file the owner, the mode and the extended attributes (labels, access lists) of the old one."""
-    source = old.fileno()
-    if source is None:
-        return
-    facts = os.fstat(source)
-    with contextlib.suppress(PermissionError):
-        os.fchown(fd, facts.st_uid, facts.st_gid)
-    os.fchmod(fd, facts.st_mode & 0o7777)
-    with contextlib.suppress(OSError):
-        for name in os.listxattr(source):
-            with contextlib.suppress(OSError):
-                os.setxattr(fd, name, os.getxattr(source, name))

@@ -17,19 +17,22 @@ import numpy as np
 import numpy.typing as npt
 
 from qemu_vmdk_snap.chain.chain import Chain, open_chain, open_links
+from qemu_vmdk_snap.chain.change import open_for_change
+from qemu_vmdk_snap.chain.identity import on_parent
 from qemu_vmdk_snap.chain.link import Link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.chain.windows import windows
 from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.ops.copy.transfer import STEP, LinkWriter, View
 from qemu_vmdk_snap.ops.edit.trim import trim_link
-from qemu_vmdk_snap.ops.journal.guard import check_unwritten, guarded_intent
-from qemu_vmdk_snap.ops.journal.relink import DescriptorChange, on_parent
+from qemu_vmdk_snap.ops.journal.guard import check_unwritten, folders_of, guarded_operation
+from qemu_vmdk_snap.ops.journal.relink import DescriptorChange
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.storage.blockfile import FileOpener
 from qemu_vmdk_snap.storage.durable import sync_folder
-from qemu_vmdk_snap.storage.intent import Intent
-from qemu_vmdk_snap.storage.locks import keep_from_writers, lock_image
+from qemu_vmdk_snap.storage.locks import keep_from_writers
+from qemu_vmdk_snap.storage.opening import open_locked
+from qemu_vmdk_snap.storage.record import Operation
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, NO_SOURCE, ZERO, Row, RunTable
 
@@ -43,22 +46,38 @@ class Move:
     """The chain of the new parent; None makes the image a base."""
     change: DescriptorChange
 
+    @property
+    def links(self) -> list[Link]:
+        """Every link that is read."""
+        return [*self.chain.links, *(self.target.links if self.target is not None else ())]
+
 
 def open_move(
-    path: Path, parent: Path | None, resolver: Resolver, opener: FileOpener, stack: contextlib.ExitStack
+    path: Path,
+    parent: Path | None,
+    resolver: Resolver,
+    opener: FileOpener,
+    stack: contextlib.ExitStack,
+    *,
+    begun: bool = False,
 ) -> Move:
-    """Open what it takes to put `path` on `parent`.
+    """Open what it takes to put `path` on `parent`; `begun` where a record of it lies beside the image already.
 
     Raises:
         InvalidRequest: `parent` itself stands on `path`.
     """
+    if path.is_symlink():
+        path = path.resolve()
     target = None
     if parent is not None:
         with open_chain(parent, resolver=resolver, opener=opener, lock=False) as look:
             if any(link.path.resolve() == path.resolve() for link in look.links):
-                raise InvalidRequest(path, f"cannot have {parent} as its parent, which stands on it")
+                raise InvalidRequest(path, f"cannot have {parent} as its parent, which is backed by it")
         target = stack.enter_context(open_chain(parent, resolver=resolver, opener=opener))
-    chain = stack.enter_context(open_links(path, writable_depths=[0], resolver=resolver, opener=opener))
+    if begun:
+        chain = stack.enter_context(open_links(path, writable_depths=[0], resolver=resolver, opener=opener))
+    else:
+        chain = stack.enter_context(open_for_change(path, depths=[0], resolver=resolver, opener=opener))
     link = chain.links[0]
     cid = NO_PARENT if target is None else target.links[0].cid
     changed = on_parent(link.descriptor, path, parent, cid)
@@ -69,35 +88,34 @@ def run_moves(
     operation: str, image: Path, moves: Sequence[Move], delete: Iterable[Path], on_progress: OnProgress
 ) -> None:
     """Move every image, then delete the files; durable after each step, and recorded so that it can be finished."""
-    unlinked = [str(path.resolve()) for path in delete]
+    unlinked = list(delete)
     details = {
         "changes": [move.change.as_detail() for move in moves],
-        "targets": [None if move.target is None else str(move.target.path.resolve()) for move in moves],
+        "targets": [None if move.target is None else move.target.path for move in moves],
+        "links": sorted({link.path for move in moves for link in move.links}),
         "delete": unlinked,
     }
-    intent = guarded_intent(operation, image, [move.change.path for move in moves], details)
-    intent.begin()
-    for move in moves:
-        try:
-            copy_differences(move.chain, move.target, on_progress)
-        except BaseException:
-            trim_link(move.chain.links[0])  # nobody reads anything else than before: nothing is left to finish
-            intent.end()
-            raise
-        move.change.apply(move.chain.links[0])
-    delete_files(unlinked)
-    intent.end()
+    record = guarded_operation(operation, image, [*(move.change.path for move in moves), *unlinked], details)
+    with record.hold:
+        record.begin()
+        for move in moves:
+            try:
+                copy_differences(move.chain, move.target, on_progress)
+            except BaseException:
+                trim_link(move.chain.links[0])  # nobody reads anything else than before: nothing is left to finish
+                record.end()
+                raise
+            move.change.apply(move.chain.links[0])
+        delete_files(unlinked)
+        record.end()
 
 
-def finish_moves(intent: Intent, opener: FileOpener) -> None:
+def finish_moves(record: Operation, opener: FileOpener) -> None:
     """Finish moves that somebody else began."""
-    details = intent.details
-    folders = {image.parent for image in intent.images} | {
-        Path(target).parent for target in details["targets"] if target
-    }
-    resolver = confined(sorted(folders))
+    details = record.details
+    resolver = confined(folders_of(record))
     with holding(details["delete"], opener):
-        check_unwritten(intent)  # nobody can write them any more
+        check_unwritten(record)  # nobody can write them any more
         _finish_each(details, resolver, opener)
         delete_files(details["delete"])
 
@@ -107,36 +125,34 @@ def _finish_each(details: Mapping[str, Any], resolver: Resolver, opener: FileOpe
         change = DescriptorChange.from_detail(detail)
         if change.is_pending(opener):
             with contextlib.ExitStack() as stack:
-                parent = None if target is None else Path(target)
-                move = open_move(change.path, parent, resolver, opener, stack)
+                move = open_move(change.path, target, resolver, opener, stack, begun=True)
                 trim_link(move.chain.links[0])
                 copy_differences(move.chain, move.target, ignore)
         change.redo(opener)
 
 
 @contextlib.contextmanager
-def holding(paths: Iterable[str], opener: FileOpener) -> Iterator[None]:
+def holding(paths: Iterable[Path], opener: FileOpener) -> Iterator[None]:
     """Keep everybody from writing the files that are about to be deleted; those that are gone already are passed over.
 
     Raises:
         LockBusy: somebody has one of them open.
     """
     with contextlib.ExitStack() as stack:
-        for path in map(Path, paths):
+        for path in paths:
             with contextlib.suppress(FileNotFoundError):
-                file = opener(path, True)
+                file = open_locked(path, opener, writable=True)
                 stack.callback(file.close)
                 descriptor = file.fileno()
                 if descriptor is not None:
-                    lock_image(descriptor, path, writable=True)
                     keep_from_writers(descriptor)
         yield
 
 
-def delete_files(paths: Iterable[str]) -> None:
-    """Delete files, durably; one that is gone already is no error."""
+def delete_files(paths: Iterable[Path]) -> None:
+    """Delete files, durably; one that is gone already is no error. Symbolic links are not followed."""
     folders = set()
-    for path in map(Path, paths):
+    for path in paths:
         path.unlink(missing_ok=True)
         folders.add(path.parent)
     for folder in folders:

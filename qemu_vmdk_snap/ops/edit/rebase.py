@@ -6,16 +6,19 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from qemu_vmdk_snap.chain.change import open_link_for_change
+from qemu_vmdk_snap.chain.identity import on_parent
 from qemu_vmdk_snap.chain.link import open_link
 from qemu_vmdk_snap.chain.links import stands_on
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.ops.edit.move import open_move, run_moves
-from qemu_vmdk_snap.ops.journal.guard import guarded_intent
-from qemu_vmdk_snap.ops.journal.relink import DescriptorChange, on_parent
+from qemu_vmdk_snap.ops.journal.guard import guarded_operation
+from qemu_vmdk_snap.ops.journal.recover import settle
+from qemu_vmdk_snap.ops.journal.relink import DescriptorChange
 from qemu_vmdk_snap.ops.progress import OnProgress, ignore
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
-from qemu_vmdk_snap.storage.intent import Intent
+from qemu_vmdk_snap.storage.record import Operation
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 
 OPERATION = "rebase"
@@ -47,16 +50,15 @@ def rebase(
     Cancelled by a callback that raises, the image is still on its old parent.
 
     Raises:
-        InvalidRequest: the new parent stands on the image itself.
+        InvalidRequest: the new parent is backed by the image itself.
         Unsupported: the image is of a kind that takes no writes, or the descriptor has no room for the parent's name.
         LockBusy: another process has the image open, or writes one of the parents.
         CidMismatch, CorruptChain, FormatError, OSError: one of the chains cannot be opened.
     """
-    from qemu_vmdk_snap.ops.journal.recover import settle
-
     path, parent = Path(path), None if parent is None else Path(parent)
-    settle(path.parent, opener=opener)
+    path = path.resolve() if path.is_symlink() else path
     find = resolver or confined([] if parent is None else [parent.parent])
+    settle(path.parent, opener=opener, resolver=find)
     if unsafe:
         _relink(path, parent, find, opener)
     else:
@@ -73,19 +75,19 @@ def _relink(path: Path, parent: Path | None, resolver: Resolver, opener: FileOpe
             if parent.resolve() == path.resolve():
                 raise InvalidRequest(path, "cannot be its own parent")
             if stands_on(parent, path, resolver):
-                raise InvalidRequest(path, f"cannot have {parent} as its parent, which stands on it")
+                raise InvalidRequest(path, f"cannot have {parent} as its parent, which is backed by it")
             below = open_link(parent, opener=opener, writable=False, resolver=resolver)
             stack.callback(below.close)  # nobody gives it another CID before it is written down
             cid = below.cid
-        link = open_link(path, opener=opener, writable=True, resolver=resolver)
-        stack.callback(link.close)
+        link = open_link_for_change(path, resolver=resolver, opener=opener, stack=stack)
         change = DescriptorChange.plan(link, on_parent(link.descriptor, path, parent, cid))
-        intent = guarded_intent("relink", path, [], {"change": change.as_detail()})
-        intent.begin()
-        change.apply(link)
-        intent.end()
+        record = guarded_operation("relink", path, [], {"change": change.as_detail()})
+        with record.hold:
+            record.begin()
+            change.apply(link)
+            record.end()
 
 
-def finish_relink(intent: Intent, opener: FileOpener) -> None:
+def finish_relink(record: Operation, opener: FileOpener) -> None:
     """Finish an unsafe rebase that somebody else began."""
-    DescriptorChange.from_detail(intent.details["change"]).redo(opener)
+    DescriptorChange.from_detail(record.details["change"]).redo(opener)

@@ -1,147 +1,112 @@
-"""Make an overlay empty again, at the same path: its chain then shows what the parent holds.
+"""Make an overlay empty again, in place: its chain then shows what the parent holds.
 
-The new overlay is made complete under a hidden name and renamed over the old one, so that whoever opens the path gets
-the one or the other. Owner, mode, ACLs and security labels are those of the old one: the same program is to open it.
+In place, since QEMU does not look at the name again when it has the lock of an image: another file under the name would
+let it write into one that nobody finds again. A new CID is durable first, so that whoever was backed by the overlay
+learns of it; an operation record lets `recover` finish what was interrupted. NumPy is not needed: a hook at a guest's
+start cannot wait for it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-from qemu_vmdk_snap.chain.children import find_children
+from qemu_vmdk_snap.chain.dependents import Census, require_one_name, require_unneeded, search_folders
+from qemu_vmdk_snap.chain.identity import with_fresh_cid
 from qemu_vmdk_snap.chain.links import LinkFacts, read_links
 from qemu_vmdk_snap.chain.resolver import confined
-from qemu_vmdk_snap.errors import InvalidRequest, LockBusy, Unsupported
-from qemu_vmdk_snap.ops.make.create import create_overlay
-from qemu_vmdk_snap.storage.blockfile import PosixFile
-from qemu_vmdk_snap.storage.durable import sync_folder
-from qemu_vmdk_snap.storage.locks import lock_image
+from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.ops.journal.guard import guarded_operation
+from qemu_vmdk_snap.ops.journal.recover import settle
+from qemu_vmdk_snap.ops.journal.relink import DescriptorChange
+from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
+from qemu_vmdk_snap.storage.opening import open_locked
+from qemu_vmdk_snap.storage.record import Operation
+from qemu_vmdk_snap.units import SECTOR_SIZE
+from qemu_vmdk_snap.vmdk.sparse.clear import clear_extent
+from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader, check_header
 
+OPERATION: Final = "renew"
 _EMBEDDED: Final = "monolithicsparse"
-_DRAFT: Final = ".renewed"
 
 
-@dataclass(frozen=True, slots=True)
-class RenewReport:
+class RenewReport(NamedTuple):
     """What was renewed."""
 
     path: Path
     parent: Path
     dropped_bytes: int
-    """What the old overlay took up on its file system."""
+    """What the overlay took up on its file system before."""
 
 
-def renew_overlay(path: Path | str, *, trusted_dirs: Sequence[Path | str] = ()) -> RenewReport:
-    """Replace the overlay `path` by an empty one of the same size on the same parent.
+def renew_overlay(
+    path: Path | str,
+    *,
+    trusted_dirs: Sequence[Path | str] = (),
+    orphans: Sequence[Path | str] = (),
+    opener: FileOpener = open_posix,
+) -> RenewReport:
+    """Empty the overlay `path`: it stores nothing any more and reads as its parent does.
 
-    When it fails, the overlay is as it was.
-
-    No image tells of its children. They are looked for where they may be opened from without a further word: in the
-    folders of the chain, and in `trusted_dirs` themselves (not below). One elsewhere is not known of; the new overlay
-    has another CID, so whoever opens such a child gets CidMismatch, and never wrong bytes.
+    Its dependents are looked for beside the links of the chain and in `trusted_dirs` themselves (not below); `orphans`
+    are given up.
 
     Raises:
-        InvalidRequest: it has no parent, or it is itself the parent of other images, which would lose their data.
+        InvalidRequest: it has no parent.
+        StillNeeded: something else needs it, or may need it, and would lose its data.
         Unsupported: it does not consist of one file.
         LockBusy: a guest, or another program, has it open.
-        CorruptChain, CidMismatch, FormatError: its chain does not hold together; see `read_links`.
-        OSError: a file cannot be read or made.
+        CorruptChain, CidMismatch, FormatError: its chain does not hold together.
+        OSError: a file cannot be read or written.
     """
     path = Path(os.path.realpath(path))  # a link at the path stays one
-    file = PosixFile.open(path, writable=True)
+    find = confined([path.parent, *trusted_dirs])
+    settle(path.parent, opener=opener, resolver=find)
+    file = open_locked(path, opener, writable=True)  # nobody else, from before the look to the end
     try:
-        lock_image(file.fileno(), path, writable=True)  # nobody else, from before the look to after the rename
         links = read_links(path, trusted_dirs=trusted_dirs)
         top = links[0]
-        if top.is_base:
+        if len(links) == 1:
             raise InvalidRequest(path, "has no parent to go back to: it is no overlay")
         if top.create_type.lower() != _EMBEDDED or top.files != (path,):
             raise Unsupported(path, f"only an overlay in one file can be renewed, not one of type {top.create_type}")
-        resolver = confined([path.parent, *trusted_dirs])
-        children = find_children(path, top.cid, _folders(links, trusted_dirs), resolver)
-        if children:
-            raise InvalidRequest(path, f"is the parent of {children[0].path}, which would lose its data")
-        _replace(path, links[1].path, top.hint, top.capacity, file)
-        return RenewReport(path, links[1].path, os.fstat(file.fileno()).st_blocks * 512)
+        census = Census.of(search_folders([link.path for link in links], find))
+        given_up = [Path(one) for one in orphans]
+        require_unneeded(path, [path], census, orphans=given_up)
+        require_one_name(path, [path], census, orphans=given_up)
+        dropped = path.stat().st_blocks * 512  # 512 bytes on every file system
+        _run(file, top)
+        return RenewReport(path, links[1].path, dropped)
     finally:
         file.close()
 
 
-def _folders(links: Sequence[LinkFacts], trusted_dirs: Sequence[Path | str]) -> set[Path]:
-    folders = {link.path.resolve().parent for link in links} | {Path(folder) for folder in trusted_dirs}
-    return {folder for folder in folders if folder.is_dir()}
-
-
-def _replace(path: Path, parent: Path, hint: str | None, capacity: int, old: PosixFile) -> None:
-    # A fixed name, since the lock keeps others out: what a killed run leaves is swept by the next, and cannot pile up.
-    temporary = path.with_name(f".{path.name[:200]}{_DRAFT}")
-    _sweep(temporary)
+def finish_renew(record: Operation, opener: FileOpener) -> None:
+    """Finish what somebody else began: the overlay is to be empty."""
+    change = DescriptorChange.from_detail(record.details["change"])
+    file = open_locked(record.image, opener, writable=True)
     try:
-        # Made durable below, once, when its attributes are right too.
-        create_overlay(temporary, parent, hint=hint, size=capacity, durable=False, mode=0o600, name=path.name)
-        fd = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            _copy_attributes(old.fileno(), fd)
-            os.fsync(fd)  # barrier: a power cut must not leave the name with half a file
-        finally:
-            os.close(fd)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+        change.write(file)
+        clear_extent(file, _header(file))
+    finally:
+        file.close()
 
 
-def sweep_drafts(folder: Path, about: Path | None = None) -> list[Path]:
-    """Remove the overlays that killed runs of this user have not put in place, of the image `about` or of all.
-
-    Return which. Whoever renews an image holds its lock meanwhile, so nothing of a living run is taken.
-    """
-    swept = []
-    for draft in sorted(folder.glob(f".*{_DRAFT}")):
-        image = draft.with_name(draft.name[1 : -len(_DRAFT)])
-        if about is not None and image.name != about.name:
-            continue
-        with contextlib.suppress(OSError, LockBusy), contextlib.ExitStack() as stack:
-            facts = draft.lstat()
-            if stat.S_ISREG(facts.st_mode) and facts.st_uid == os.geteuid():
-                file = PosixFile.open(image)
-                stack.callback(file.close)
-                lock_image(file.fileno(), image, writable=True)
-                draft.unlink()
-                swept.append(draft)
-    return swept
+def _run(file: BlockFile, top: LinkFacts) -> None:
+    header = _header(file)  # refuses before anything is recorded
+    fresh = with_fresh_cid(top.descriptor)
+    change = DescriptorChange(top.path, fresh.base, top.descriptor.raw, fresh.raw)
+    record = guarded_operation(OPERATION, top.path, [], {"change": change.as_detail()})
+    with record.hold:
+        record.begin()
+        change.write(file)
+        clear_extent(file, header)
+        record.end()
 
 
-def _sweep(temporary: Path) -> None:
-    """Remove what a killed run has left: the new overlay, or the hidden file that was to become it."""
-    with os.scandir(temporary.parent) as entries:
-        names = [entry.name for entry in entries if entry.name.startswith((temporary.name, f".{temporary.name}."))]
-    for name in names:
-        temporary.with_name(name).unlink(missing_ok=True)
-
-
-def _copy_attributes(old: int, new: int) -> None:
-    """Give the new file owner, mode, ACLs and labels of the old one."""
-    was, now = os.fstat(old), os.fstat(new)
-    if (was.st_uid, was.st_gid) != (now.st_uid, now.st_gid):
-        os.fchown(new, was.st_uid, was.st_gid)
-    os.fchmod(new, stat.S_IMODE(was.st_mode))
-    try:
-        names = os.listxattr(old)
-    except OSError:  # a file system without them
-        return
-    for name in names:
-        value = os.getxattr(old, name)
-        try:
-            same = os.getxattr(new, name) == value
-        except OSError:
-            same = False
-        if not same:
-            os.setxattr(new, name, value)
+def _header(file: BlockFile) -> SparseExtentHeader:
+    header = SparseExtentHeader.parse(file.read_at(0, SECTOR_SIZE), path=file.path)
+    check_header(header, file.path, file.size())
+    return header

@@ -6,22 +6,28 @@ tables stay where they are and the new directories name them too. The first sect
 
 from __future__ import annotations
 
+import contextlib
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from qemu_vmdk_snap.chain.children import find_children
-from qemu_vmdk_snap.chain.link import Link, open_link
+from qemu_vmdk_snap.chain.change import open_link_for_change
+from qemu_vmdk_snap.chain.dependents import Census, require_one_name, require_unneeded, search_folders
+from qemu_vmdk_snap.chain.identity import with_fresh_cid
+from qemu_vmdk_snap.chain.link import Link
+from qemu_vmdk_snap.chain.own import own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import FormatError, InvalidRequest, Unsupported
-from qemu_vmdk_snap.ops.journal.guard import guarded_intent
-from qemu_vmdk_snap.ops.journal.relink import DescriptorChange, with_fresh_cid
+from qemu_vmdk_snap.ops.journal.guard import guarded_operation
+from qemu_vmdk_snap.ops.journal.recover import settle
+from qemu_vmdk_snap.ops.journal.relink import DescriptorChange
 from qemu_vmdk_snap.ops.progress import OnProgress, Progress, ignore
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
-from qemu_vmdk_snap.storage.intent import Intent, from_text, to_text
-from qemu_vmdk_snap.storage.locks import lock_image
+from qemu_vmdk_snap.storage.opening import open_locked
+from qemu_vmdk_snap.storage.record import Operation, from_text, to_text
 from qemu_vmdk_snap.units import SECTOR_SIZE, Sector, byte_sectors, round_up, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.extent import CowdExtent
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, HEADER_BYTES, CowdHeader
@@ -49,39 +55,40 @@ def resize(
     path: Path | str,
     size: int,
     *,
+    orphans: Sequence[Path | str] = (),
     resolver: Resolver | None = None,
     opener: FileOpener = open_posix,
     on_progress: OnProgress = ignore,
 ) -> ResizeReport:
     """Make the disk `size` bytes large (rounded up to a sector); what is added reads as zeros. It gets a new CID.
 
-    An overlay may become larger than its parent. An image on which others stand may not be resized.
+    An overlay may become larger than its parent. An image that something else needs is not resized; `orphans` are files
+    that the user gives up.
 
     Raises:
-        InvalidRequest: the disk would shrink, or other images stand on it.
+        InvalidRequest: the disk would shrink, or its last extent is not its own.
+        StillNeeded: something else needs the image, or may need it.
         Unsupported: the kind of the image, or of its last extent, cannot grow so far.
         LockBusy: another process has the image open.
     """
-    from qemu_vmdk_snap.ops.journal.recover import settle
-
     path = Path(path)
-    settle(path.parent, opener=opener)
+    path = path.resolve() if path.is_symlink() else path
     find = resolver or confined()
-    link = open_link(path, opener=opener, writable=True, resolver=find)
-    try:
+    settle(path.parent, opener=opener, resolver=find)
+    with contextlib.ExitStack() as stack:
+        link = open_link_for_change(path, resolver=find, opener=opener, stack=stack)
         before, sectors = link.capacity, byte_sectors(size)
         if sectors < link.descriptor.sectors:
             raise InvalidRequest(path, f"cannot shrink from {before} to {size} bytes: data would be lost")
         if sectors > link.descriptor.sectors:
-            children = find_children(path, link.cid, [path.parent], find)
-            if children:
-                names = ", ".join(str(child.path) for child in children)
-                raise InvalidRequest(path, f"cannot be resized: {names} stand on it and would be shorter")
+            files = own_files(link)
+            census = Census.of(search_folders(files, find))
+            given_up = [Path(one) for one in orphans]
+            require_unneeded(path, files, census, orphans=given_up)
+            require_one_name(path, files, census, orphans=given_up)
             _grow(link, sectors)
         on_progress(Progress(OPERATION, sector_bytes(sectors), sector_bytes(sectors)))
         return ResizeReport(path, before, sector_bytes(sectors))
-    finally:
-        link.close()
 
 
 def _grow(link: Link, sectors: int) -> None:
@@ -102,7 +109,7 @@ def _grow(link: Link, sectors: int) -> None:
     change = DescriptorChange.plan(link, changed)
     details = {
         "change": change.as_detail(),
-        "file": str(file.path.resolve()),
+        "file": file.path,
         "size": file.size(),
         "header": to_text(file.read_at(0, HEADER_BYTES)) if tables else None,
         "sectors": extent_sectors,
@@ -111,29 +118,28 @@ def _grow(link: Link, sectors: int) -> None:
     }
     if isinstance(extent, SparseExtent | CowdExtent):
         _plan_tables(extent.header, file, extent_sectors, file.size())  # refuses before anything is recorded
-    intent = guarded_intent(OPERATION, link.path, [file.path], details)
-    intent.begin()
-    _grow_file(file, intent)
-    change.apply(link)
-    intent.end()
+    record = guarded_operation(OPERATION, link.path, [file.path], details)
+    with record.hold:
+        record.begin()
+        _grow_file(file, record)
+        change.apply(link)
+        record.end()
 
 
-def finish_resize(intent: Intent, opener: FileOpener) -> None:
+def finish_resize(record: Operation, opener: FileOpener) -> None:
     """Finish a resize that somebody else began."""
-    file = opener(Path(intent.details["file"]), True)
+    change = DescriptorChange.from_detail(record.details["change"])
+    file = open_locked(record.details["file"], opener, writable=True)
     try:
-        descriptor = file.fileno()
-        if descriptor is not None:
-            lock_image(descriptor, file.path, writable=True)
-        _grow_file(file, intent)
+        _grow_file(file, record)
     finally:
         file.close()
-    DescriptorChange.from_detail(intent.details["change"]).redo(opener)
+    change.redo(opener)
 
 
-def _grow_file(file: BlockFile, intent: Intent) -> None:
+def _grow_file(file: BlockFile, record: Operation) -> None:
     """Make the extent's file fit; doing it again does no harm."""
-    details = intent.details
+    details = record.details
     if details["header"] is None:
         start = sector_bytes(details["offset"])
         file.truncate(max(file.size(), start + sector_bytes(details["sectors"])))

@@ -1,4 +1,4 @@
-"""Finish what a killed operation has left half done: found by the intent records beside the images."""
+"""Finish what a killed operation has left half done: found by the operation records beside the images."""
 
 from __future__ import annotations
 
@@ -6,79 +6,136 @@ import contextlib
 import errno
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
-from qemu_vmdk_snap.errors import CorruptChain, LockBusy
-from qemu_vmdk_snap.ops.edit.renew import sweep_drafts
-from qemu_vmdk_snap.ops.journal.guard import WrittenMeanwhile, check_unwritten
+from qemu_vmdk_snap.chain.resolver import Confined, Resolver
+from qemu_vmdk_snap.errors import CorruptChain, LockBusy, VmdkSnapError
+from qemu_vmdk_snap.ops.journal.guard import check_unwritten
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
 from qemu_vmdk_snap.storage.durable import sweep_temporaries
-from qemu_vmdk_snap.storage.intent import Intent, pending_in, sweep
+from qemu_vmdk_snap.storage.record import Operation, Pending, abandon, pending_in, sweep, taking_over
 
 FINISHERS: Final[dict[str, tuple[str, str]]] = {
     "commit": ("qemu_vmdk_snap.ops.edit.commit", "finish_commit"),
     "rebase": ("qemu_vmdk_snap.ops.edit.move", "finish_moves"),
     "remove": ("qemu_vmdk_snap.ops.edit.move", "finish_moves"),
-    "compact": ("qemu_vmdk_snap.ops.edit.compact", "undo_compact"),
     "resize": ("qemu_vmdk_snap.ops.edit.resize", "finish_resize"),
     "apply": ("qemu_vmdk_snap.ops.edit.apply", "finish_apply"),
     "repair": ("qemu_vmdk_snap.ops.check.repair", "finish_repair"),
     "relink": ("qemu_vmdk_snap.ops.edit.rebase", "finish_relink"),
+    "renew": ("qemu_vmdk_snap.ops.edit.renew", "finish_renew"),
 }
-"""Operation -> module and function (intent, opener) that finishes it; running it twice does no harm."""
+"""Operation -> module and function (operation, opener) that finishes it; running it twice does no harm."""
 
 
 SWEEP: Final = "sweep"
 """What removing a temporary file is called among the operations; the image is that file."""
 
+_MALFORMED: Final = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+"""What a finisher raises where a record that can be read does not hold what its operation writes."""
+
 
 @dataclass(frozen=True, slots=True)
-class Recovery:
-    """One operation that was finished, or one temporary file that was removed."""
+class Recovered:
+    """One operation that was finished or given up, or one temporary file that was removed."""
 
     operation: str
     image: Path
+    images: tuple[Path, ...] = ()
+    """Of an operation that was given up: every image that it was about to change."""
 
 
-def recover(folder: Path | str, *, opener: FileOpener = open_posix) -> list[Recovery]:
+def recover(
+    folder: Path | str, *, trusted_dirs: Sequence[Path | str] = (), opener: FileOpener = open_posix
+) -> list[Recovered]:
     """Finish every interrupted operation on the images in `folder` (or on the one image that is named), and tell which.
 
-    Temporary files that killed commands have left there are removed, unless another process works in the folder.
+    Files in other folders are written only where these are among `trusted_dirs`. Temporary files that killed commands
+    have left there are removed, unless another process works in the folder. One operation that cannot be finished does
+    not keep the others from it; the first such error is raised in the end.
 
     Raises:
         LockBusy: an operation is still running, or another process has one of its images open.
-        CorruptChain: a record cannot be read or is another user's, or an image was written since.
+        CorruptChain: a record cannot be followed, or an image was written since.
         OSError: the system refused; the record stays, and so may be tried again.
     """
-    folder = Path(folder)
-    image = None if folder.is_dir() else folder
-    if image is not None and not image.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
-    home = folder if image is None else folder.parent
-    found = pending_in(home)
+    home, image = _place(Path(folder))
+    found = pending_in(home, allowed=trusted_dirs)
     sweep(home)
-    wanted = [intent for intent in found if image is None or intent.involves(image)]
-    for intent in wanted:
-        _finish(intent, opener)
-    swept = sweep_temporaries(home, image) + sweep_drafts(home, image)
-    return [Recovery(intent.operation, intent.image) for intent in wanted] + [Recovery(SWEEP, path) for path in swept]
+    done: list[Recovered] = []
+    failure: Exception | None = None
+    for pending in found:
+        if image is not None and not pending.involves(image):
+            continue
+        try:
+            operation = _finish(pending, opener, trusted_dirs)
+        except (VmdkSnapError, OSError) as error:
+            failure = failure or error
+        else:
+            done += [Recovered(operation.name, operation.image)] if operation is not None else []
+    swept = sweep_temporaries(home, image)
+    if failure is not None:
+        raise failure
+    return done + [Recovered(SWEEP, path) for path in swept]
 
 
-def settle(folder: Path, *, opener: FileOpener = open_posix) -> None:
-    """Finish what was interrupted in `folder` before something new begins there; what is still running is let alone."""
-    for intent in pending_in(folder, strict=False):
-        with contextlib.suppress(LockBusy, WrittenMeanwhile):  # its images stay refused to writers; others go on
-            _finish(intent, opener)
+def give_up(folder: Path | str) -> list[Recovered]:
+    """Forget every interrupted operation on the images in `folder` (or on the one image), and tell which.
+
+    The images stay as they are, half done or not: for one that cannot be finished.
+
+    Raises:
+        LockBusy: an operation is still running; those before it are forgotten.
+    """
+    home, image = _place(Path(folder))
+    gone: list[Recovered] = []
+    for pending in pending_in(home):
+        if image is None or pending.involves(image) or image in (pending.path, pending.found_as):
+            abandon(pending)
+            name = pending.operation.name if pending.operation is not None else "unreadable"
+            images = pending.operation.images if pending.operation is not None else ()
+            gone.append(Recovered(name, pending.path if pending.operation is None else pending.operation.image, images))
+    return gone
 
 
-def _finish(intent: Intent, opener: FileOpener) -> None:
-    if intent.operation not in FINISHERS:
-        raise CorruptChain(intent.path, f"operation {intent.operation!r} is not known: a later version began it")
-    module, name = FINISHERS[intent.operation]
-    finisher = cast(Callable[[Intent, FileOpener], None], getattr(importlib.import_module(module), name))
-    check_unwritten(intent)
-    finisher(intent, opener)
-    intent.end()
+def settle(folder: Path, *, opener: FileOpener = open_posix, resolver: Resolver | None = None) -> None:
+    """Finish what was interrupted in `folder` before something new begins there.
+
+    What is still running, or cannot be finished, is let alone: its images stay refused to writers, others are free.
+    """
+    allowed = resolver.trusted if isinstance(resolver, Confined) else ()
+    for pending in pending_in(folder, allowed=allowed):
+        with contextlib.suppress(LockBusy, CorruptChain):
+            _finish(pending, opener, allowed)
+
+
+def _place(folder: Path) -> tuple[Path, Path | None]:
+    """Return the folder to look through, and the image if it is one that was named."""
+    if folder.is_dir():
+        return folder, None
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    return folder.parent, folder
+
+
+def _finish(pending: Pending, opener: FileOpener, allowed: Sequence[Path | str]) -> Operation | None:
+    """Finish one operation and return it; None where somebody else has, meanwhile."""
+    with taking_over(pending, allowed=allowed) as operation:
+        if operation is None:
+            return None
+        if operation.name not in FINISHERS:
+            raise CorruptChain(pending.path, f"operation {operation.name!r} is not known: a later version began it")
+        module, name = FINISHERS[operation.name]
+        finisher = cast(Callable[[Operation, FileOpener], None], getattr(importlib.import_module(module), name))
+        try:
+            check_unwritten(operation)
+            finisher(operation, opener)
+        except _MALFORMED as error:
+            what = type(error).__name__
+            reason = f"the operation record is damaged ({what}): `recover --abandon` gives it up"
+            raise CorruptChain(pending.path, reason) from error
+        operation.end()
+        return operation

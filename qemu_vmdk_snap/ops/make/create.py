@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qemu_vmdk_snap.chain.link import new_cid, read_descriptor
+from qemu_vmdk_snap.chain.identity import hint_to, new_cid
+from qemu_vmdk_snap.chain.link import read_descriptor
 from qemu_vmdk_snap.chain.resolver import check_opened, confined
 from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest
 from qemu_vmdk_snap.ops.make.layout import (
@@ -22,8 +23,9 @@ from qemu_vmdk_snap.ops.make.layout import (
     stream_writer,
     write_image,
 )
-from qemu_vmdk_snap.storage.blockfile import BlockFile, PosixFile
+from qemu_vmdk_snap.storage.blockfile import BlockFile, PosixFile, open_posix
 from qemu_vmdk_snap.storage.durable import NewFiles
+from qemu_vmdk_snap.storage.identity import identity_of
 from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.units import GIB, SECTOR_SIZE, TIB, byte_sectors
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor
@@ -101,7 +103,11 @@ def create_overlay(
         InvalidRequest: `size` is smaller than the base, an option cannot be, or the kind cannot have a parent.
     """
     path, base = Path(path), Path(base)
+    identity = identity_of(base)
     descriptor, inherited = _read_base(base)
+    if descriptor.cid == NO_PARENT:
+        _give_cid(base)
+        descriptor, inherited = _read_base(base)
     chosen = _with_kind(options or inherited, kind)
     _check_options(path, chosen)
     sectors = descriptor.sectors if size is None else _checked_sectors(path, size)
@@ -121,11 +127,32 @@ def create_overlay(
         chosen,
         cid=cid,
         parent_cid=descriptor.cid,
-        hint=_hint(path, base) if hint is None else hint,
+        hint=hint_to(path, base) if hint is None else hint,
         ddb={**ddb, "longContentID": _long_id(cid)},
     )
     with NewFiles(durable=durable) as files:
         write_image(files, path, plan, mode)
+        if identity_of(base) != identity:
+            raise CorruptChain(base, "was removed or replaced while an overlay on it was made")
+
+
+def _give_cid(base: Path) -> None:
+    """Give a base another CID than ffffffff, which means "no parent" in the parentCID of an overlay.
+
+    Raises:
+        StillNeeded: something is backed by it already.
+        Unsupported, LockBusy, OSError: it cannot be written.
+    """
+    # NumPy and more: seldom needed.
+    from qemu_vmdk_snap.chain.change import open_link_for_change
+    from qemu_vmdk_snap.chain.dependents import Census, require_unneeded, search_folders
+
+    find = confined()
+    with contextlib.ExitStack() as stack:
+        link = open_link_for_change(base, resolver=find, opener=open_posix, stack=stack)
+        files = [file.path for file in link.files]
+        require_unneeded(base, files, Census.of(search_folders(files, find)))
+        link.renew_cid()
 
 
 def inherited_options(base: Path | str) -> ImageOptions:
@@ -220,13 +247,6 @@ def _first_header(file: BlockFile, descriptor: Descriptor, embedded: bool) -> Sp
     if head[:4] != MAGIC or len(head) != SECTOR_SIZE:
         return None
     return SparseExtentHeader.parse(head, path=file.path)
-
-
-def _hint(path: Path, base: Path) -> str:
-    """Return how `path` names `base`: relative where both are absolute in the end, as both may move together."""
-    way = os.path.relpath(base.parent.resolve() / base.name, path.parent.resolve())
-    # QEMU takes what stands before a colon for a protocol.
-    return f"./{way}" if ":" in way.split("/", 1)[0] else way
 
 
 def _checked_sectors(path: Path, size: int) -> int:

@@ -16,7 +16,7 @@ from qemu_vmdk_snap import (
     create_overlay,
     open_chain,
 )
-from qemu_vmdk_snap.chain.chain import MAX_DEPTH
+from qemu_vmdk_snap.chain.parent import MAX_DEPTH
 from qemu_vmdk_snap.units import SECTOR_SIZE
 from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import InvalidRequest, LockBusy, open_chain
+from qemu_vmdk_snap import InvalidRequest, LockBusy, StillNeeded, open_chain
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.ops.edit.commit import commit
 from qemu_vmdk_snap.ops.edit.rebase import rebase
@@ -81,7 +81,7 @@ def test_sibling_is_refused_or_kept(tree: Tree) -> None:
     sibling = tree.overlay("image-2", grain=16384)
     tree.scribble(sibling)
     before = {path: path.read_bytes() for path in tree.folder.iterdir()}
-    with pytest.raises(InvalidRequest, match=f"{sibling}.vmdk would no longer read the same"):
+    with pytest.raises(StillNeeded, match=f"{sibling}.vmdk would no longer read the same"):
         commit(tree.path("image-3"))
     assert before == {path: path.read_bytes() for path in tree.folder.iterdir()}
     commit(tree.path("image-3"), keep_siblings=True, delete=True)
@@ -108,7 +108,7 @@ def test_cancelled_while_a_sibling_is_kept(tree: Tree) -> None:
 
 def test_link_between_with_another_child_is_not_deleted(tree: Tree) -> None:
     other = tree.overlay("image-3")
-    with pytest.raises(InvalidRequest, match=f"cannot be deleted: .*{other}.vmdk depend on it"):
+    with pytest.raises(StillNeeded, match=f"is still needed: .*{other}.vmdk names it as its parent"):
         commit(tree.path("image-4"), base=tree.path("image-1"), delete=True)
     tree.verify()
 

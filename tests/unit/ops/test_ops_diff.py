@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import CidMismatch, CorruptChain, InvalidRequest, open_chain
+from qemu_vmdk_snap import CidMismatch, CorruptChain, InvalidRequest, StillNeeded, open_chain
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.ops.check.check import check_image
@@ -93,7 +93,7 @@ def test_force(tree: Tree, tmp_path: Path) -> None:
 
 def test_refusals(tree: Tree, tmp_path: Path) -> None:
     path = delta(tree, "image-2", "image-4", tmp_path / "delta.vmdk")
-    with pytest.raises(InvalidRequest, match=r"image-3\.vmdk stand on it"):
+    with pytest.raises(StillNeeded, match=r"image-3\.vmdk names it as its parent"):
         apply_delta(path, tree.path("image-2"))
     with pytest.raises(FileExistsError):
         delta(tree, "image-2", "image-4", path)
@@ -135,7 +135,7 @@ def test_cancelled_apply_is_finished_by_recover(tree: Tree, tmp_path: Path) -> N
 
     with pytest.raises(Cancelled):
         apply_delta(path, copy, on_progress=cancel)
-    with pytest.raises(CorruptChain, match="an interrupted apply is not finished yet: run `recover"):
+    with pytest.raises(CorruptChain, match="an interrupted apply is not finished: run `recover"):
         open_chain(copy, writable=True)
     notes = [str(finding) for finding in check_image(copy, resolver=confined()).findings]
     assert f"{copy}: byte 0x0: interrupted operation = 'apply': must be finished: run `recover {tmp_path}`" in notes

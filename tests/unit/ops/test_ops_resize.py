@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import ImageOptions, InvalidRequest, LockBusy, create_image, create_overlay, open_chain
+from qemu_vmdk_snap import ImageOptions, InvalidRequest, LockBusy, StillNeeded, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.ops.check.check import check_image
@@ -116,7 +116,7 @@ def test_refusals(tmp_path: Path) -> None:
     line(tree, 2)
     with pytest.raises(InvalidRequest, match="cannot shrink from 1048576 to 1024 bytes"):
         resize(tree.path("image-2"), 1024)
-    with pytest.raises(InvalidRequest, match=r"image-2\.vmdk stand on it"):
+    with pytest.raises(StillNeeded, match=r"image-2\.vmdk names it as its parent"):
         resize(tree.path("image-1"), 2 * MIB)
     with open_chain(tree.path("image-2")), pytest.raises(LockBusy):
         resize(tree.path("image-2"), 2 * MIB)

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import CorruptChain, LockBusy, VmdkSnapError, create_image, create_overlay, open_chain
+from qemu_vmdk_snap import CorruptChain, LockBusy, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.ops.check.repair import finish_repair, repair, take_back
 from qemu_vmdk_snap.ops.journal.recover import recover
 from qemu_vmdk_snap.storage.blockfile import open_posix
-from qemu_vmdk_snap.storage.intent import Intent, make_intent, pending_in
 from qemu_vmdk_snap.storage.locks import lock_image
+from qemu_vmdk_snap.storage.record import Operation, make_operation, pending_in
 
 SIZE = 4 << 20
 
@@ -198,45 +198,54 @@ def test_while_the_image_is_in_use(repaired: Repaired) -> None:
 
 
 def test_while_another_operation_is_pending(repaired: Repaired) -> None:
-    intent = make_intent("commit", repaired.path, [repaired.path], {})
-    intent.begin()
-    with pytest.raises(CorruptChain, match="an interrupted commit is not finished yet"):
+    operation = make_operation("commit", repaired.path, [repaired.path], {})
+    with operation.hold:
+        operation.begin()
+    with pytest.raises(CorruptChain, match="an interrupted commit is not finished"):
         take_back(repaired.undo)
     assert repaired.path.read_bytes() == repaired.after
 
 
-def begun(repaired: Repaired, name: object) -> Intent:
-    intent = make_intent("repair", repaired.path, [repaired.path], {"undo": name})
-    intent.begin()
-    return intent
+def begun(repaired: Repaired, undo: object) -> Operation:
+    operation = make_operation("repair", repaired.path, [repaired.path], {"undo": undo})
+    with operation.hold:
+        operation.begin()
+    return operation
 
 
 def test_a_record_without_its_undo_file_was_taken_back(repaired: Repaired) -> None:
     """As a kill leaves it between the last two steps of taking back."""
-    begun(repaired, repaired.undo.name)
+    begun(repaired, repaired.undo)
     repaired.undo.unlink()
     assert [one.operation for one in recover(repaired.path.parent)] == ["repair"]
     assert repaired.path.read_bytes() == repaired.after
     assert pending_in(repaired.path.parent) == []
 
 
-@pytest.mark.parametrize("name", ["../x.undo", "/etc/passwd", "a\0b", "", 5, None, ["x"]])
-def test_a_record_is_followed_to_no_other_folder(repaired: Repaired, tmp_path: Path, name: object) -> None:
+def test_a_record_is_followed_to_no_other_folder(repaired: Repaired, tmp_path: Path) -> None:
     planted = tmp_path / "x.undo"
     shutil.copyfile(repaired.undo, planted)
-    intent = begun(repaired, name)
-    with pytest.raises(VmdkSnapError) as caught:
-        finish_repair(intent, lambda *_: pytest.fail("opened"))
-    assert "\n" not in str(caught.value)
+    begun(repaired, planted)
+    with pytest.raises(CorruptChain, match="outside its folder"):
+        recover(repaired.path.parent)
     assert planted.exists()
+    assert repaired.path.read_bytes() == repaired.after
+
+
+@pytest.mark.parametrize("undo", ["disk.vmdk.undo", "", 5, None, ["x"]])
+def test_a_record_that_names_no_undo_file(repaired: Repaired, undo: object) -> None:
+    begun(repaired, undo)
+    with pytest.raises(CorruptChain, match="the operation record names no undo file"):
+        recover(repaired.path.parent)
+    assert repaired.path.read_bytes() == repaired.after
 
 
 def test_a_record_of_other_images_is_not_followed(repaired: Repaired) -> None:
     other = repaired.path.with_name("other.vmdk")
     create_image(other, SIZE, durable=False)
-    intent = make_intent("repair", other, [other], {"undo": repaired.undo.name})
+    operation = make_operation("repair", other, [other], {"undo": repaired.undo})
     with pytest.raises(CorruptChain, match=r"does not tell of .*disk.vmdk"):
-        finish_repair(intent, open_posix)
+        finish_repair(operation, open_posix)
     assert repaired.path.read_bytes() == repaired.after
     assert repaired.undo.exists()
 

@@ -102,8 +102,9 @@ def test_a_comment_is_no_value_and_the_first_of_two_counts() -> None:
     assert found.cid == 2
 
 
-def test_a_base_has_no_hint_whatever_is_written() -> None:
-    assert parse(b'# Disk DescriptorFile\nparentCID=ffffffff\nparentFileNameHint="x"\n').parent_hint is None
+def test_a_hint_counts_whatever_the_parent_cid() -> None:
+    assert parse(b'# Disk DescriptorFile\nparentCID=ffffffff\nparentFileNameHint="x"\n').parent_hint == "x"
+    assert parse(b'# Disk DescriptorFile\nparentCID=ffffffff\nparentFileNameHint=""\n').parent_hint is None
 
 
 def test_an_encoding_that_the_bytes_are_not_in() -> None:
