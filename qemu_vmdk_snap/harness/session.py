@@ -48,6 +48,10 @@ class _NoAnswer(GuestError):
     """Nothing came in time; the machine may still be there."""
 
 
+class _LineClosed(GuestError):
+    """The other end of the line is gone."""
+
+
 class ProbeError(GuestError):
     """The probe is well, and says that it cannot do what it was told; `answer` is what it says: `bios 0c`."""
 
@@ -104,7 +108,8 @@ class ProbeSession:
 
     def power_off(self, status: int = 0) -> None:
         """Switch the machine off; QEMU's exit status is `2 * status + 1` where it has an isa-debug-exit device."""
-        self.command(f"off {status:x}")
+        with contextlib.suppress(_LineClosed):  # QEMU may be gone before its last answer has left
+            self.command(f"off {status:x}")
 
     def command(self, words: str, *, moving: int = 0) -> str:
         """Send one command of the protocol and return its answer; `moving` bytes of disk give it more time.
@@ -164,7 +169,7 @@ class ProbeSession:
         try:
             self._over.expect(_LINE, timeout=max(0.01, deadline - time.monotonic()))
         except (pexpect.EOF, OSError) as error:  # a socket is reset, not closed, when QEMU dies with our words unread
-            raise GuestError(self._name, f"waiting for {waiting_for}: {self._explain()}") from error
+            raise _LineClosed(self._name, f"waiting for {waiting_for}: {self._explain()}") from error
         except pexpect.TIMEOUT as error:
             raise _NoAnswer(self._name, f"waiting for {waiting_for}: no answer in time") from error
         line: bytes = self._over.match[1]

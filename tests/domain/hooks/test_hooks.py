@@ -270,7 +270,6 @@ def test_no_numpy_no_site_in_a_start(host: Host) -> None:
         "logging",
         "urllib.request",
         "secrets",
-        "json",
     }
 
 
