@@ -8,7 +8,7 @@ grain.
 Invariants of writing:
 - A grain is durable before any table names it: tables change in memory first, and `flush` stores them behind a barrier.
 - Every copy of a table is stored; a table that is new is durable in its zeros before a directory names it.
-- Grains are only ever added behind the end of the file; what a table names is never moved or reused.
+- Grains are only ever added past the end of the file; what a table names is never moved or reused.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class GrainExtent:
         raise NotImplementedError(f"{self._path}: no compressed grain at {file_offset:#x}")
 
     def write(self, offset: int, data: Buffer, below: Below) -> None:
-        """Write `data` at `offset`: stored grains in place, new grains whole behind the end of the file."""
+        """Write `data` at `offset`: stored grains in place, new grains whole past the end of the file."""
         if not self._writable:
             raise Unsupported(self._path, f"the extent is read-only: guest data at its byte {offset} cannot change")
         view = memoryview(data)
@@ -243,7 +243,7 @@ class GrainExtent:
         return bytes(whole)
 
     def _append(self, data: bytes, grain: int) -> int:
-        """Write whole grains behind the end of the file and return the sector of the first."""
+        """Write whole grains past the end of the file and return the sector of the first."""
         position = self._place_at_end(len(data), grain)
         self._file.write_at(position, data)
         self._file_size = position + len(data)

@@ -27,6 +27,8 @@ from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 
 _CACHED_BYTES: Final = 8 << 20
 MAX_DIRTY_TABLES: Final = 2048
+_ENTRIES_AT_ONCE: Final = 1 << 18
+_CLEARED_BYTES: Final = 1 << 20
 
 Entries = npt.NDArray[Any]
 
@@ -46,6 +48,71 @@ def read_directory(file: BlockFile, offset: int, count: int) -> Entries:
         file.read_into(at, view[at - offset : hole - offset])
         at = hole
     return directory
+
+
+def used_entries(directory: Entries) -> npt.NDArray[np.int64]:
+    """Return the numbers of the entries that are not 0; a directory that is a hole of its file takes no memory."""
+    parts = [
+        np.flatnonzero(directory[first : first + _ENTRIES_AT_ONCE]) + first
+        for first in range(0, len(directory), _ENTRIES_AT_ONCE)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def read_tables(file: BlockFile, sectors: Entries, per_table: int) -> Entries | None:
+    """Return the entries (32 bits) of the tables at `sectors`, one row a table; None where all are holes of the file.
+
+    A sector of 0 is a table that does not exist. Only what is stored is read, and what the file lacks is 0.
+    """
+    found: Entries | None = None
+    places, size = sectors.astype(np.int64), per_table * 4
+    rows = np.flatnonzero(places)
+    step, rest = divmod(size, SECTOR_SIZE)
+    apart = (np.diff(rows) != 1) | (np.diff(places[rows]) != step)
+    breaks = np.arange(1, len(rows)) if rest else np.flatnonzero(apart) + 1
+    for group in np.split(rows, breaks):
+        if not len(group):
+            continue
+        start: int = sector_bytes(int(places[group[0]]))
+        end = start + len(group) * size
+        at = start
+        while (at := file.next_data(at)) < end:
+            hole = min(end, file.next_hole(at))
+            if hole <= at:
+                break
+            if found is None:
+                found = np.zeros((len(sectors), per_table), "<u4")
+            whole = found[group[0] : group[0] + len(group)].view(np.uint8).reshape(-1).data
+            file.read_into(at, whole[at - start : hole - start])
+            at = hole
+    return found
+
+
+def clear_tables(file: BlockFile, tables: GrainTables) -> None:
+    """Make every entry of every table 0; what can be a hole of the file afterwards is one. Not durable by itself."""
+    for table, count in tables.stretches(0, tables.count):
+        zero_range(file, sector_bytes(tables.table_sector(table)), count * tables.table_bytes)
+
+
+def zero_range(file: BlockFile, offset: int, length: int) -> None:
+    """Make the range read as zeros; what can be a hole of the file afterwards is one. Not durable by itself."""
+    at, end = offset, offset + length
+    while (at := file.next_data(at)) < end:
+        hole = min(end, file.next_hole(at))
+        if hole <= at:
+            break
+        _discard(file, at, hole - at)
+        at = hole
+
+
+def _discard(file: BlockFile, offset: int, length: int) -> None:
+    discard = getattr(file, "discard_range", None)
+    if discard is not None and discard(offset, length):
+        return
+    for at in range(offset, offset + length, _CLEARED_BYTES):
+        size = min(_CLEARED_BYTES, offset + length - at)
+        if file.read_at(at, size).strip(b"\0"):  # what reads as zeros may be a hole that nobody tells of
+            file.write_at(at, bytes(size))
 
 
 class GrainTables:
@@ -134,7 +201,7 @@ class GrainTables:
         per_table = self.entries_per_table
         t0, t1 = first // per_table, -(-last // per_table)
         found = np.zeros((t1 - t0, per_table), self._dtype)
-        for table, count in self._contiguous(t0, t1):
+        for table, count in self.stretches(t0, t1):
             offset = sector_bytes(int(self._directory[table]))
             length = count * self.table_bytes
             if self._file.next_data(offset) >= offset + length:
@@ -148,15 +215,15 @@ class GrainTables:
                 found[table - t0] = np.frombuffer(changed, self._dtype)
         return found.reshape(-1)[first - t0 * per_table : last - t0 * per_table]
 
-    def _contiguous(self, t0: int, t1: int) -> Iterator[tuple[int, int]]:
-        """Yield (first table, count) of the stretches of [t0, t1) whose tables lie one behind the other in the file."""
+    def stretches(self, t0: int, t1: int) -> Iterator[tuple[int, int]]:
+        """Yield (first table, count) of the stretches of [t0, t1) whose tables lie one after the other in the file."""
         sectors = self._directory[t0:t1].astype(np.int64)
         present = np.flatnonzero(sectors)
         if not len(present):
             return
         step, rest = divmod(self.table_bytes, SECTOR_SIZE)
         apart = (np.diff(present) != 1) | (np.diff(sectors[present]) != step)
-        # A table that fills no whole sectors is padded: no two of them lie one behind the other.
+        # A table that fills no whole sectors is padded: no two of them lie one after the other.
         breaks = np.arange(1, len(present)) if rest else np.flatnonzero(apart) + 1
         for group in np.split(present, breaks):
             yield t0 + int(group[0]), len(group)

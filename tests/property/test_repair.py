@@ -12,7 +12,10 @@ from hypothesis import given, settings
 
 from qemu_vmdk_snap import ImageOptions, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.chain.resolver import confined
+from qemu_vmdk_snap.ops.check.check import check_image
 from qemu_vmdk_snap.ops.check.repair import repair, take_back
+from qemu_vmdk_snap.storage.blockfile import PosixFile
+from qemu_vmdk_snap.vmdk.sparse.copies import settle_copies
 from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader
 
 SIZES = [512 * 2048, 4 * (1 << 20) + 1536, 40 * (1 << 20)]
@@ -65,8 +68,45 @@ class Overlay:
         elif where == "directory":
             values = [0, *wrong, self.u32(self.table(copy, 0))]
             self.put(self.table(copy, self.random.randrange(self.tables)), self.random.choice(values))
+        elif where == "forgotten":  # as by a power cut between the copies, or as tables that were zeroed
+            for table in range(self.tables) if self.random.random() < 0.3 else []:
+                at = self.entry(copy, table * 512)
+                self.raw[at : at + 2048] = bytes(2048)
+            for grain in self.random.choices(range(self.grains), k=60):
+                self.put(self.entry(copy, grain), 0)
         else:
             self.put(self.entry(copy, self.random.randrange(self.grains)), self.random.choice(wrong))
+
+
+@settings(max_examples=60)
+@given(
+    size=st.sampled_from(SIZES),
+    grain=st.sampled_from([4096, 65536]),
+    zeroed=st.booleans(),
+    copy=st.sampled_from([0, 1]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_settling_brings_back_what_a_repair_does(size: int, grain: int, zeroed: bool, copy: int, seed: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="vmdk-settle-") as folder:
+        overlay = Overlay(Path(folder), size, grain, zeroed, seed)
+        whole = bytes(overlay.raw)
+        overlay.path.write_bytes(whole)
+        with open_chain(overlay.path) as chain:
+            content = chain.read_at(0, chain.capacity)
+        overlay.damage(copy, "forgotten")
+        overlay.path.write_bytes(overlay.raw)
+        header = SparseExtentHeader.parse(whole[:512], path=overlay.path)
+        file = PosixFile.open(overlay.path, writable=True)
+        try:
+            settle_copies(file, header)
+        finally:
+            file.close()
+        assert overlay.path.read_bytes() == whole
+        overlay.path.write_bytes(overlay.raw)
+        assert check_image(overlay.path, resolver=confined()).corruptions == 0
+        assert repair(overlay.path, resolver=confined()).after.findings == ()
+        with open_chain(overlay.path) as chain:
+            assert chain.read_at(0, chain.capacity) == content
 
 
 @settings(max_examples=100)
@@ -75,7 +115,7 @@ class Overlay:
     grain=st.sampled_from([4096, 65536]),
     zeroed=st.booleans(),
     copy=st.sampled_from([0, 1]),
-    where=st.sampled_from(["header", "directory", "table"]),
+    where=st.sampled_from(["header", "directory", "table", "forgotten"]),
     seed=st.integers(0, 1 << 30),
 )
 def test_one_copy_is_enough(size: int, grain: int, zeroed: bool, copy: int, where: str, seed: int) -> None:
@@ -90,6 +130,8 @@ def test_one_copy_is_enough(size: int, grain: int, zeroed: bool, copy: int, wher
         assert report.after.corruptions == 0
         with open_chain(overlay.path) as chain:
             assert chain.read_at(0, chain.capacity) == content
-        if report.undo is not None and report.before.corruptions:  # what leaks alone held is not kept
+        if (
+            report.undo is not None and report.before.corruptions + report.before.repairable
+        ):  # what leaks alone held is not kept
             take_back(report.undo)
             assert overlay.path.read_bytes() == overlay.raw

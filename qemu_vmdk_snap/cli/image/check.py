@@ -1,4 +1,7 @@
-"""`image check`: exit status 0 where nothing is wrong, 2 for corruptions, 3 for leaked grains alone, 1 on an error."""
+"""`image check`: exit status 0 where nothing is wrong, 2 for corruptions, 3 for leaked grains alone.
+
+1 says that something could not be checked, and that nothing is known to be corrupt.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-r",
         "--repair",
         choices=("leaks", "all"),
-        help="give back leaked grains, or mend all that can be, undo file first",
+        help="give back leaked grains, or repair all that can be, undo file first",
     )
     parser.add_argument("--undo-file", type=Path, metavar="FILE", help="the undo file of -r (default: FILENAME.undo)")
     parser.add_argument(
-        "--relink-cids", action="store_true", help="with -r all: trust the parent as it is, though its CID is another"
+        "--relink-cids",
+        action="store_true",
+        help="with -r all: trust each parent of the chain as it is, though its CID is another",
     )
     parser.add_argument("--take-back", type=Path, metavar="FILE", help="undo a repair from its undo file, then check")
     parser.add_argument("-T", "--src-cache", help=argparse.SUPPRESS)
@@ -47,7 +52,9 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     if args.take_back is not None:
         from qemu_vmdk_snap.ops.check.repair import take_back
 
-        take_back(args.take_back)
+        take_back(args.take_back, trusted_dirs=[*args.allow_dir, args.filename.resolve().parent])
+    if args.relink_cids and args.repair != "all":
+        ui.warn("--relink-cids is ignored: it changes images, and needs -r all")
     fixed = _repair(args, resolver, ui) if args.repair else None
     report = check_image(
         args.filename,
@@ -62,21 +69,25 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
         _show(report, ui)
     if report.corruptions:
         return 2
+    if report.check_errors:
+        return 1
     return 3 if report.leaks else 0
 
 
 def _repair(args: argparse.Namespace, resolver: Resolver, ui: Ui) -> dict[str, object]:
-    """Mend, tell what was mended in qemu-img's words, and return its JSON keys."""
+    """Repair, show what was repaired in qemu-img's words, and return its JSON keys."""
     from qemu_vmdk_snap.ops.check.repair import repair
 
     report = repair(
         args.filename,
         resolver=resolver,
         leaks_only=args.repair == "leaks",
-        relink_cids=args.relink_cids,
+        relink_cids=args.relink_cids and args.repair == "all",
         undo=args.undo_file,
         on_progress=ui.progress,
     )
+    if args.relink_cids and args.repair == "all" and not report.relinked:
+        ui.warn("--relink-cids is ignored: the parentCID of every link is the CID of its parent")
     if report.undo is None:
         return {"corruptions-fixed": 0, "leaks-fixed": 0}
     leaks = max(0, report.before.leaks - report.after.leaks)
@@ -84,15 +95,26 @@ def _repair(args: argparse.Namespace, resolver: Resolver, ui: Ui) -> dict[str, o
     if not ui.json_output:
         ui.text("The following inconsistencies were found and repaired:\n")
         ui.text(f"    {leaks} leaked clusters")
-        ui.text(f"    {corruptions} corruptions\n")
+        ui.text(f"    {corruptions} corruptions")
+        if settled := max(0, report.before.repairable - report.after.repairable):
+            ui.text(f"    {settled} values that an interrupted writer left, or that QEMU does not keep")
+        ui.text()
+        for link in report.relinked:
+            ui.text(f"{link}: parentCID is now the CID of its parent.")
         ui.text(f"What was there before is in {report.undo} (--take-back).")
         ui.text("Double checking the fixed image now...")
-    return {"corruptions-fixed": corruptions, "leaks-fixed": leaks, "undo-file": str(report.undo)}
+    return {"corruptions-fixed": corruptions, "leaks-fixed": leaks, "undo-file": str(report.undo)} | (
+        {"relinked": [str(link) for link in report.relinked]} if report.relinked else {}
+    )
 
 
 def _as_json(report: CheckReport) -> dict[str, object]:
     """Return qemu-img's keys (these two only where they are not 0, as there), and our findings."""
-    answer: dict[str, object] = {"image-end-offset": report.end, "total-clusters": report.total, "check-errors": 0}
+    answer: dict[str, object] = {
+        "image-end-offset": report.end,
+        "total-clusters": report.total,
+        "check-errors": report.check_errors,
+    }
     if report.corruptions:
         answer["corruptions"] = report.corruptions
     if report.leaks:
@@ -110,7 +132,7 @@ def _as_json(report: CheckReport) -> dict[str, object]:
 
 
 def _show(report: CheckReport, ui: Ui) -> None:
-    words = {"corruption": "ERROR", "leak": "Leaked", "note": "Note"}
+    words = {"corruption": "ERROR", "error": "Not checked", "leak": "Leaked", "note": "Note"}
     for finding in report.findings:
         ui.text(f"{words[finding.severity]} {finding}")
     if report.corruptions:
@@ -119,7 +141,9 @@ def _show(report: CheckReport, ui: Ui) -> None:
     if report.leaks:
         ui.text(f"\n{report.leaks} leaked clusters were found on the image.")
         ui.text("This means waste of disk space, but no harm to data.")
-    if not report.corruptions and not report.leaks:
+    if report.check_errors:
+        ui.text(f"\n{report.check_errors} internal errors have occurred during the check.")
+    if not report.corruptions and not report.leaks and not report.check_errors:
         ui.text("No errors were found on the image.")
     if report.total and report.allocated:
         share = 100.0 * report.allocated / report.total

@@ -235,5 +235,5 @@ def _check_deep(disk: Disk, path: Path, trusted: Sequence[Path], name: str) -> N
 
     site.main()  # the hook runs without it; NumPy is there
     report = engine.check_image(path, resolver=engine.confined(trusted), whole_chain=True)
-    if report.corruptions:
-        raise DomainError(name, f"disk {disk.target}: {report.corruptions} errors in its chain: {report.findings[0]}")
+    if errors := report.corruptions + report.check_errors:
+        raise DomainError(name, f"disk {disk.target}: {errors} errors in its chain: {report.findings[0]}")

@@ -20,10 +20,16 @@ from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, CowdHeader, legacy_descriptor, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, NO_PARENT, Descriptor, ExtentLine, is_descriptor
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, open_extent
-from qemu_vmdk_snap.vmdk.sparse.header import MAGIC, NEWLINE_PROBE, HeaderFlag, SparseExtentHeader, check_header
+from qemu_vmdk_snap.vmdk.sparse.header import (
+    MAGIC,
+    NEWLINE_PROBE,
+    HeaderFlag,
+    SparseExtentHeader,
+    check_header,
+    refuse_moved,
+)
 
 MAX_DEPTH: Final = 256
-_LONG_ID_DIGITS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +46,13 @@ class CheckReport:
     fragmented: int
     compressed: int
     end: int
-    """Byte behind the last part of `path` that is in use."""
+    """Byte past the last part of `path` that is in use."""
     depth: int
     """Links that were looked at."""
+    check_errors: int = 0
+    """What could not be checked: a file that cannot be opened or read, a parent that is missing or not allowed."""
+    repairable: int = 0
+    """Notes on what a repair puts in order, though nothing is wrong with the data."""
 
 
 @dataclass(slots=True)
@@ -103,6 +113,8 @@ class _Checker:
             self._counts.compressed,
             end,
             depth,
+            self._findings.count(Severity.ERROR),
+            self._findings.repairable,
         )
 
     def _note_pending(self, path: Path) -> None:
@@ -120,8 +132,10 @@ class _Checker:
         while (parent := self._parent_of(image)) is not None:
             real = parent.resolve()
             if real in seen or depth == MAX_DEPTH:
-                loop = "must not come back to a link of the chain"
-                self._bad_hint(image, loop if real in seen else f"must end within {MAX_DEPTH} links")
+                if real in seen:
+                    self._bad_hint(image, "must not come back to a link of the chain")
+                else:
+                    self._bad_hint(image, f"must end within {MAX_DEPTH} links", Severity.ERROR)
                 break
             seen.add(real)
             depth += 1
@@ -131,9 +145,13 @@ class _Checker:
                 self._findings.broken(error)
                 break
             except (Unsupported, OSError) as error:
-                self._bad_hint(image, f"must name an image that can be read: {error}")
+                self._bad_hint(image, f"must name an image that can be read: {_reason(error)}", Severity.ERROR)
                 break
-            self._check_one(below, deep=whole_chain)
+            try:
+                self._check_one(below, deep=whole_chain)
+            except Unsupported as error:
+                self._bad_hint(image, f"must name an image that can be read: {error}", Severity.ERROR)
+                break
             self._check_fit(image, below)
             image = below
         return depth
@@ -153,13 +171,13 @@ class _Checker:
         try:
             return self._resolver(image.path, descriptor.parent_hint, "parent")
         except CorruptChain as error:
-            self._bad_hint(image, f"must name an image that may be opened: {error.reason}")
+            self._bad_hint(image, f"must name an image that may be opened: {error.reason}", Severity.ERROR)
             return None
 
-    def _bad_hint(self, image: _Image, rule: str) -> None:
+    def _bad_hint(self, image: _Image, rule: str, severity: Severity = Severity.CORRUPTION) -> None:
         descriptor = image.descriptor
         at = descriptor.offset_of("parentFileNameHint")
-        self._findings.corrupt(image.path, at, "parentFileNameHint", descriptor.parent_hint, rule)
+        self._findings.add(severity, image.path, at, "parentFileNameHint", descriptor.parent_hint, rule)
 
     def _check_fit(self, image: _Image, parent: _Image) -> None:
         mine, theirs = image.descriptor, parent.descriptor
@@ -169,13 +187,14 @@ class _Checker:
             return  # noted when the descriptor was checked
         if parent_cid != cid:
             rule = f"must be the CID {cid:08x} of {parent.path}: the parent was modified after the overlay was made"
+            rule += " (`image check -r all --relink-cids` trusts it as it is)"
             self._findings.corrupt(image.path, mine.offset_of("parentCID"), "parentCID", f"{parent_cid:08x}", rule)
         if mine.sectors != theirs.sectors:
             at = mine.extents[0].at if mine.extents else mine.base
-            rule = f"must be the {theirs.sectors} sectors of the parent {parent.path}"
-            if mine.sectors > theirs.sectors:
-                rule += ", say VMware's tools (QEMU reads zeros behind the parent's end)"
-            severity = Severity.CORRUPTION if mine.sectors < theirs.sectors else Severity.NOTE
+            rule = f"must be the {theirs.sectors} sectors of the parent {parent.path}, for VMware's tools"
+            larger = mine.sectors > theirs.sectors
+            rule += " (QEMU reads zeros past the parent's end)" if larger else " (QEMU makes smaller overlays, too)"
+            severity = Severity.NOTE if larger else Severity.ERROR
             self._findings.add(severity, image.path, at, "capacity", mine.sectors, rule)
 
     def _open(self, path: Path) -> _Image:
@@ -254,15 +273,7 @@ class _Checker:
         if not descriptor.sectors:
             rule = "must give the disk at least one sector"
             self._findings.corrupt(image.path, descriptor.base, "extents", len(descriptor.extents), rule)
-        long_id = descriptor.get("ddb.longContentID")
-        cid = descriptor.values.get("cid")
-        if long_id is None or cid is None or len(long_id) < _LONG_ID_DIGITS:
-            return
-        if long_id[-_LONG_ID_DIGITS:].lower() != cid.text.lower().zfill(_LONG_ID_DIGITS):
-            # QEMU changes the CID alone, and reads on: nothing but VMware's own tools looks at the long one.
-            rule = f"must end in the CID {cid.text.zfill(_LONG_ID_DIGITS)}, as VMware keeps it"
-            at = descriptor.offset_of("ddb.longContentID")
-            self._findings.add(Severity.NOTE, image.path, at, "ddb.longContentID", long_id, rule)
+        # A ddb.longContentID out of step says nothing: QEMU changes the CID alone.
 
     def _check_extents(self, image: _Image) -> int:
         if image.header is not None:
@@ -275,6 +286,10 @@ class _Checker:
                 extent_end = self._check_extent(image, line, total)
             except FormatError as error:
                 self._findings.broken(error)
+                continue
+            except OSError as error:
+                rule = f"must be readable: {_reason(error)}"
+                self._findings.unchecked(image.path, line.at, "extent", line.file, rule)
                 continue
             if image.header is not None and extent_end is not None:
                 end = extent_end
@@ -303,21 +318,31 @@ class _Checker:
                 path = self._resolver(image.path, line.file, "extent")
                 file = self._opened(path)
             except (CorruptChain, OSError) as error:
-                rule = f"must name a file that can be opened: {error}"
-                self._findings.corrupt(image.path, line.at, "extent", line.file, rule)
+                rule = f"must name a file that can be opened: {_reason(error)}"
+                self._findings.unchecked(image.path, line.at, "extent", line.file, rule)
                 return None
             image.files.append(file)
             cowd = file.read_at(0, 4) == COWD_MAGIC  # which may go under the word SPARSE too
             if cowd and line.type in ("SPARSE", "VMFSSPARSE"):
                 return self._check_cowd(line, file, total)
             header = self._read_header(file) if line.type == "SPARSE" else None
+        if line.type in ("FLAT", "VMFS"):
+            self._check_length(image, line, file)
         if header is None or header.compressed or header.flags & HeaderFlag.MARKERS:
             return self._resolve_all(line, file, total)
         if header.capacity != line.sectors:
             rule = f"must be the {line.sectors} sectors that the descriptor gives the extent"
             self._findings.corrupt(file.path, header.offset_of("capacity"), "capacity", header.capacity, rule)
+        refuse_moved(header, file)
         audit = self._audit(file, header, total)
         return audit.end
+
+    def _check_length(self, image: _Image, line: ExtentLine, file: BlockFile) -> None:
+        start = line.offset if line.type == "FLAT" else 0
+        needed, size = sector_bytes(start + line.sectors), file.size()
+        if size < needed:
+            rule = f"must be at least {needed}, for the extent of {image.path}: the file was cut short"
+            self._findings.corrupt(file.path, size, "length", size, rule)
 
     def _check_cowd(self, line: ExtentLine, file: BlockFile, total: int) -> int:
         header = read_cowd_header(file, file.path)
@@ -327,9 +352,10 @@ class _Checker:
         end = self._audit(file, header, total).end
         used = byte_sectors(end)
         if used - header.free_sector >= header.grain_size:
-            rule = f"must lie behind everything in use, at sector {used}: the next writer goes on there"
-            at = header.offset_of("free_sector")
-            self._findings.corrupt(file.path, at, "free_sector", header.free_sector, rule)
+            # QEMU appends grains and leaves it: every reader, QEMU and our writer take the end of the file.
+            rule = f"must be past everything in use, at sector {used}, before ESXi writes to the extent"
+            items = [(header.offset_of("free_sector"), header.free_sector, rule)]
+            self._findings.repairable_many(file.path, "free_sector", items, 1)
         return end
 
     def _audit(self, file: BlockFile, header: SparseExtentHeader | CowdHeader, total: int) -> TableAudit:
@@ -347,3 +373,10 @@ class _Checker:
     def _advance(self, length: int, total: int) -> None:
         self._done = min(total, self._done + length)
         self._on_progress(Progress("check", self._done, total))
+
+
+def _reason(error: Exception) -> str:
+    """Return what to say of an error beside the name that the finding has already."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return error.reason if isinstance(error, CorruptChain) else str(error)

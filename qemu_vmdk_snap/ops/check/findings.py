@@ -21,6 +21,8 @@ class Severity(StrEnum):
 
     CORRUPTION = "corruption"
     """What the guest reads is wrong or in doubt, or a later write may destroy data."""
+    ERROR = "error"
+    """Something could not be checked: it says nothing about the data."""
     LEAK = "leak"
     """Space that nothing refers to: waste, no harm."""
     NOTE = "note"
@@ -65,6 +67,8 @@ class Findings:
         self.listed: list[Finding] = []
         self._counts: Counter[Severity] = Counter()
         self._per_field: Counter[tuple[Path, str]] = Counter()
+        self.repairable = 0
+        """How many notes tell of what a repair puts in order, though nothing is wrong with the data."""
 
     def add(
         self, severity: Severity, path: Path, offset: int, field: str, value: object, rule: str, count: int = 1
@@ -84,13 +88,27 @@ class Findings:
         """Note what the parser refused."""
         self.corrupt(error.path, error.offset, error.field, error.value, error.rule)
 
+    def unchecked(self, path: Path, offset: int, field: str, value: object, rule: str) -> None:
+        """Note what could not be checked."""
+        self.add(Severity.ERROR, path, offset, field, value, rule)
+
     def corrupt_many(self, path: Path, field: str, items: Iterable[tuple[int, object, str]], count: int) -> None:
         """Note `count` corruptions; of `items` (byte, value, rule) only as many are worked out as are still listed."""
+        self._add_many(Severity.CORRUPTION, path, field, items, count)
+
+    def repairable_many(self, path: Path, field: str, items: Iterable[tuple[int, object, str]], count: int) -> None:
+        """Note `count` values that are no damage, and that a repair or the next writer puts in order."""
+        self._add_many(Severity.NOTE, path, field, items, count)
+        self.repairable += count
+
+    def _add_many(
+        self, severity: Severity, path: Path, field: str, items: Iterable[tuple[int, object, str]], count: int
+    ) -> None:
         room = max(0, LISTED - self._per_field[path, field])
         for offset, value, rule in itertools.islice(items, room):
-            self.listed.append(Finding(Severity.CORRUPTION, path, offset, field, value, rule))
+            self.listed.append(Finding(severity, path, offset, field, value, rule))
         self._per_field[path, field] += count
-        self._counts[Severity.CORRUPTION] += count
+        self._counts[severity] += count
 
     def count(self, severity: Severity) -> int:
         """Return how many findings of the severity there were, listed or not."""

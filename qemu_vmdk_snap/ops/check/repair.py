@@ -1,34 +1,44 @@
-"""Mend what a check finds, after everything that it replaces is durable in an undo file.
+"""Repair what a check finds, after everything that it replaces is durable in an undo file.
 
-    undo file:  one line of JSON (which file, how long it was, which ranges follow), then the bytes of the ranges
-
-A repair that does not end is taken back from that file; the user can do the same later.
+A repair that does not end is taken back from that file (`ops.check.undo` has its layout); the user can do the same
+later. A repair, and its taking back, is an operation with a record: killed at any point, `recover` takes it
+back, from the beginning, as often as it needs to.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from qemu_vmdk_snap.chain.resolver import Resolver
-from qemu_vmdk_snap.errors import CorruptChain, FormatError, Unsupported
+from qemu_vmdk_snap.errors import CorruptChain, Unsupported
 from qemu_vmdk_snap.ops.check.check import CheckReport, check_image
+from qemu_vmdk_snap.ops.check.opening import open_for_change
+from qemu_vmdk_snap.ops.check.relink import plan_relinks
 from qemu_vmdk_snap.ops.check.repair_plan import Copied, ExtentPlan, ExtentRepair
 from qemu_vmdk_snap.ops.check.shape import shape_of
-from qemu_vmdk_snap.ops.journal.guard import guarded_operation
+from qemu_vmdk_snap.ops.check.undo import UndoFile, write_undo
+from qemu_vmdk_snap.ops.journal.guard import check_unwritten, folders_of, guarded_operation
 from qemu_vmdk_snap.ops.progress import OnProgress, ignore
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
-from qemu_vmdk_snap.storage.durable import new_file
-from qemu_vmdk_snap.storage.locks import lock_image
-from qemu_vmdk_snap.storage.record import Operation
-from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, byte_sectors, sector_bytes
+from qemu_vmdk_snap.storage.durable import sync_folder
+from qemu_vmdk_snap.storage.record import Operation, pending_in, taking_over
+from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, byte_sectors
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, read_cowd_header
-from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, NO_PARENT, Descriptor, is_descriptor
-from qemu_vmdk_snap.vmdk.sparse.header import MAGIC, NEWLINE_PROBE, HeaderFlag, SparseExtentHeader, check_header
+from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, Descriptor, is_descriptor
+from qemu_vmdk_snap.vmdk.sparse.header import (
+    MAGIC,
+    NEWLINE_PROBE,
+    HeaderFlag,
+    SparseExtentHeader,
+    check_header,
+    refuse_moved,
+)
+from qemu_vmdk_snap.vmdk.tables import zero_range
 
 OPERATION: Final = "repair"
 _STEP: Final = 4 * MIB
@@ -42,6 +52,8 @@ class RepairReport:
     after: CheckReport
     undo: Path | None
     """The undo file; None where nothing was to be done."""
+    relinked: tuple[Path, ...] = ()
+    """The links whose parentCID was made the CID of their parent, the top first."""
 
 
 def repair(
@@ -54,15 +66,16 @@ def repair(
     opener: FileOpener = open_posix,
     on_progress: OnProgress = ignore,
 ) -> RepairReport:
-    """Mend the tables of the image, and tell what a check says before and after.
+    """Repair the tables of the image, and return what a check says before and after.
 
-    `leaks_only` gives back leaked space and changes nothing else; it does nothing while there are corruptions.
-    `relink_cids` also writes the parent's CID into the image: only the user can know that the parent holds what it did.
-    `undo` is where the undo file goes: by default beside the image, NAME.undo.
+    `leaks_only` gives back leaked space and changes nothing else; it does nothing while there are corruptions. (Entries
+    that one copy of the tables lacks are added in any case.) `relink_cids` also makes the parentCID of each link of the
+    chain the CID of its parent: only the user can know that the parents hold what they did. `undo` is where the undo
+    file goes: by default beside the image, NAME.undo.
 
     Raises:
         FileExistsError: the undo file is there already; nothing was changed.
-        FormatError, Unsupported: the image cannot be read so far that it could be mended.
+        FormatError, Unsupported: the image cannot be read so far that it could be repaired.
         LockBusy: another process has the image open.
     """
     from qemu_vmdk_snap.ops.journal.recover import settle
@@ -70,23 +83,25 @@ def repair(
     path = Path(path)
     settle(path.parent, opener=opener)
     before = check_image(path, resolver=resolver, opener=opener, on_progress=on_progress)
-    mend = not leaks_only and before.corruptions > 0
-    if not mend and (before.corruptions or not before.leaks):
+    # Space that one copy of the tables alone names is in use: where entries are missing, they are added first.
+    repairing = before.repairable > 0 if leaks_only else before.corruptions + before.repairable > 0
+    if (leaks_only and (before.corruptions or not before.leaks)) or not (repairing or before.leaks):
         return RepairReport(before, before, None)
+    relinked: tuple[Path, ...] = ()
     with contextlib.ExitStack() as stack:
-        files = _files(path, resolver, opener, stack)
-        plans = [_plan(file, mend=mend) for file in files]
+        plans = [_plan(file, repairing=repairing) for file in _files(path, resolver, opener, stack)]
         if relink_cids:
-            plans[0].patches += _relinked(plans[0].file, resolver, opener)
+            relinked = plan_relinks(plans, resolver, opener, stack)
         if not any(plan.changes for plan in plans):
             return RepairReport(before, before, None)
         record = Path(undo) if undo is not None else path.with_name(path.name + ".undo")
         _carry_out(path, plans, record)
-    return RepairReport(before, check_image(path, resolver=resolver, opener=opener, on_progress=on_progress), record)
+    after = check_image(path, resolver=resolver, opener=opener, on_progress=on_progress)
+    return RepairReport(before, after, record, relinked)
 
 
 def _carry_out(path: Path, plans: list[ExtentPlan], record: Path) -> None:
-    _write_undo(record, plans)
+    write_undo(record, plans)
     operation = guarded_operation(OPERATION, path, [plan.file.path for plan in plans], {"undo": record})
     with operation.hold:
         operation.begin()
@@ -95,74 +110,117 @@ def _carry_out(path: Path, plans: list[ExtentPlan], record: Path) -> None:
         operation.end()
 
 
-def take_back(undo: Path | str, *, opener: FileOpener = open_posix) -> None:
+def take_back(undo: Path | str, *, trusted_dirs: Sequence[Path | str] = (), opener: FileOpener = open_posix) -> None:
     """Put everything back that a repair replaced, from its undo file.
 
+    Everything is checked, and every image locked, before the first write. Images outside the undo file's folder are
+    written in `trusted_dirs` alone. Killed at any point, it can be asked for again, and `recover` finishes it.
+
     Raises:
-        CorruptChain: the undo file cannot be read.
-        LockBusy: another process has one of the files open.
+        CorruptChain: the undo file is damaged or another user's, an image is not the one that was repaired or was
+            written since, or another operation on one has begun and not ended. Nothing was changed.
+        LockBusy: another process has one of the images open.
+        OSError: the undo file or an image cannot be opened.
     """
-    undo = Path(undo)
-    with undo.open("rb") as source:
-        try:
-            record = json.loads(source.readline(64 * MIB))
-            files = [(Path(one["path"]), int(one["size"]), list(one["ranges"])) for one in record["files"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptChain(undo, f"is no undo file: {error!r}") from error
-        for path, size, ranges in files:
-            file = _opened(path, opener)
-            try:
-                for offset, length in ranges:
-                    for skip in range(0, length, _STEP):
-                        file.write_at(offset + skip, source.read(min(_STEP, length - skip)))
-                file.truncate(size)
-                file.flush()
-            finally:
-                file.close()
+    with (
+        UndoFile.open(Path(undo)) as record,
+        record.opened(opener, trusted_dirs) as files,
+        contextlib.ExitStack() as stack,
+    ):
+        images = [file.path for file in files]
+        operation = _begun(record, images, [*trusted_dirs, record.path.parent], stack)
+        if operation is None:
+            record.check_unwritten(files)
+            operation = guarded_operation(OPERATION, images[0], images, {"undo": record.path})
+            stack.enter_context(operation.hold)
+            operation.begin()
+        else:
+            check_unwritten(operation)
+            record.check_cids(files)
+        record.restore(files)
+        operation.end()
+
+
+def _begun(
+    undo: UndoFile, images: Sequence[Path], allowed: Sequence[Path | str], stack: contextlib.ExitStack
+) -> Operation | None:
+    """Return the repair with this undo file, or its taking back, that has begun and not ended; `stack` holds it.
+
+    Raises:
+        CorruptChain: another operation on one of the images has, or its record is not to be followed.
+        LockBusy: it is still running.
+    """
+    found: Operation | None = None
+    seen: set[Path] = set()
+    for folder in sorted({image.parent for image in images}):
+        for pending in pending_in(folder, allowed=allowed):
+            if pending.path in seen or not any(pending.involves(image) for image in images):
+                continue
+            seen.add(pending.path)
+            operation = stack.enter_context(taking_over(pending, allowed=allowed))
+            if operation is None:
+                continue
+            if operation.name != OPERATION or not _is_same(operation.details.get("undo"), undo.path):
+                reason = f"an interrupted {operation.name} is not finished: run `recover {folder}` first"
+                raise CorruptChain(operation.image, reason)
+            found = operation
+    return found
+
+
+def _is_same(one: object, undo: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return isinstance(one, Path) and one.samefile(undo)
+    return False
 
 
 def finish_repair(operation: Operation, opener: FileOpener) -> None:
-    """Take back a repair that somebody else began: it can then be asked for again."""
-    take_back(operation.details["undo"], opener=opener)
-    Path(operation.details["undo"]).unlink(missing_ok=True)
+    """Take back a repair that somebody else began: it can then be asked for again.
+
+    An undo file that is gone says that all was taken back: it is removed last, before the record.
+
+    Raises:
+        CorruptChain: the undo file does not fit the images of the record, or one of them was written since.
+    """
+    undo = operation.details.get("undo")
+    if not isinstance(undo, Path):
+        raise CorruptChain(operation.path, "the operation record names no undo file: `recover --abandon` gives it up")
+    if not os.path.lexists(undo):
+        return
+    with UndoFile.open(undo) as record, record.opened(opener, folders_of(operation)) as files:
+        for file in files:
+            if not operation.involves(file.path):
+                raise CorruptChain(operation.path, f"does not tell of {file.path}, which {undo} would change")
+        record.check_cids(files)
+        record.restore(files)
+    undo.unlink()
+    sync_folder(undo.parent)
 
 
-def _opened(path: Path, opener: FileOpener) -> BlockFile:
-    file = opener(path, True)
-    descriptor = file.fileno()
-    if descriptor is not None:
-        try:
-            lock_image(descriptor, path, writable=True)
-        except BaseException:
-            file.close()
-            raise
-    return file
-
-
-def _plan(file: BlockFile, *, mend: bool) -> ExtentPlan:
+def _plan(file: BlockFile, *, repairing: bool) -> ExtentPlan:
     """Return what is to be written into one file: a descriptor, or an extent."""
     raw = file.read_at(0, SECTOR_SIZE)
     if raw[:4] == COWD_MAGIC:
-        return _plan_cowd(file, mend=mend)
+        return _plan_cowd(file, repairing=repairing)
     if raw[:4] != MAGIC:
         return ExtentPlan(file, end=file.size())
     header = SparseExtentHeader.parse(raw, path=file.path)
-    mended = replace(header, unclean_shutdown=0)
+    repaired = replace(header, unclean_shutdown=0)
     if header.flags & HeaderFlag.NEWLINE_TEST:
-        mended = replace(mended, newline_probe=NEWLINE_PROBE)
-    check_header(mended, file.path, file.size(), tolerant=True)
+        repaired = replace(repaired, newline_probe=NEWLINE_PROBE)
+    check_header(repaired, file.path, file.size(), tolerant=True)
+    refuse_moved(repaired, file)
     if header.compressed or header.flags & HeaderFlag.MARKERS:
         raise Unsupported(file.path, "streamOptimized extents cannot be repaired: convert what can be read")
-    plan = ExtentRepair(file, shape_of(mended)).plan(mend=mend)
-    mended = replace(mended, gd_offset=plan.gd_offset, rgd_offset=plan.rgd_offset or mended.rgd_offset)
-    if mend and mended != header:
-        plan.header = mended.serialise()
+    plan = ExtentRepair(file, shape_of(repaired)).plan(repairing=repairing)
+    repaired = replace(repaired, gd_offset=plan.gd_offset, rgd_offset=plan.rgd_offset or repaired.rgd_offset)
+    if repairing and repaired != header:
+        plan.header = repaired.serialise()
     return plan
 
 
-def _plan_cowd(file: BlockFile, *, mend: bool) -> ExtentPlan:
+def _plan_cowd(file: BlockFile, *, repairing: bool) -> ExtentPlan:
     header = read_cowd_header(file, file.path)
-    plan = ExtentRepair(file, shape_of(header)).plan(mend=mend)
+    plan = ExtentRepair(file, shape_of(header)).plan(repairing=repairing)
     used = byte_sectors(plan.end)
     if used != header.free_sector:
         plan.header = replace(header, free_sector=used).serialise()
@@ -170,71 +228,26 @@ def _plan_cowd(file: BlockFile, *, mend: bool) -> ExtentPlan:
 
 
 def _files(path: Path, resolver: Resolver, opener: FileOpener, stack: contextlib.ExitStack) -> Iterator[BlockFile]:
-    file = _opened(path, opener)
+    file = open_for_change(path, opener)
     stack.callback(file.close)
     yield file
     if not is_descriptor(file.read_at(0, SECTOR_SIZE)):
         return
     for line in Descriptor.parse(file.read_at(0, MAX_BYTES), path=path).extents:
         if line.file is not None and line.type in ("SPARSE", "VMFSSPARSE"):
-            extent = _opened(resolver(path, line.file, "extent"), opener)
+            extent = open_for_change(resolver(path, line.file, "extent"), opener)
             stack.callback(extent.close)
             yield extent
-
-
-def _relinked(file: BlockFile, resolver: Resolver, opener: FileOpener) -> list[tuple[int, bytes]]:
-    """Return the write that makes parentCID the CID of the parent, if it is not."""
-    mine = _descriptor(file)
-    if mine.parent_cid == NO_PARENT or mine.parent_hint is None:
-        return []
-    below = opener(resolver(file.path, mine.parent_hint, "parent"), False)
-    try:
-        cid = _descriptor(below).cid
-    finally:
-        below.close()
-    if cid == mine.parent_cid:
-        return []
-    changed = mine.with_values({"parentCID": f"{cid:08x}"}).raw
-    return [(mine.base, changed + bytes(max(0, len(mine.raw) - len(changed))))]
-
-
-def _descriptor(file: BlockFile) -> Descriptor:
-    raw = file.read_at(0, SECTOR_SIZE)
-    if raw[:4] != MAGIC:
-        return Descriptor.parse(file.read_at(0, MAX_BYTES), path=file.path)
-    header = SparseExtentHeader.parse(raw, path=file.path)
-    if not header.descriptor_offset:
-        raise FormatError(file.path, header.offset_of("descriptor_offset"), "descriptor_offset", 0, "must not be 0")
-    base = sector_bytes(header.descriptor_offset)
-    raw = file.read_at(base, min(MAX_BYTES, sector_bytes(header.descriptor_size)))
-    return Descriptor.parse(raw, path=file.path, base=base)
-
-
-def _write_undo(path: Path, plans: list[ExtentPlan]) -> None:
-    files: list[dict[str, Any]] = []
-    sources: list[tuple[BlockFile, int, int]] = []
-    for plan in plans:
-        size = plan.file.size()
-        ranges = [(at, min(len(data), size - at)) for at, data in plan.patches] + plan.kept
-        if plan.header is not None:
-            ranges.append((0, len(plan.header)))
-        ranges = [(at, min(length, size - at)) for at, length in ranges if at < size]
-        files.append({"path": str(plan.file.path.resolve()), "size": size, "ranges": ranges})
-        sources += [(plan.file, at, length) for at, length in ranges]
-    with new_file(path, mode=0o600) as target:
-        head = json.dumps({"version": 1, "files": files}).encode() + b"\n"
-        target.write_at(0, head)
-        position = len(head)
-        for file, at, length in sources:
-            for skip in range(0, length, _STEP):
-                target.write_at(position, file.read_at(at + skip, min(_STEP, length - skip)))
-                position += min(_STEP, length - skip)
 
 
 def _apply(plan: ExtentPlan) -> None:
     file = plan.file
     for copied in plan.copies:
         _copy(file, copied)
+    for at, length in plan.blanks:
+        zero_range(file, at, length)
+        if at + length > file.size():
+            file.truncate(at + length)
     for at, data in plan.fresh:
         file.write_at(at, data)
     file.flush()  # barrier: grains and tables are durable where they are named next

@@ -1,15 +1,17 @@
-"""What has to be written to mend the tables of one hosted sparse or COWD extent; nothing is written here.
+"""What has to be written to repair the tables of one hosted sparse or COWD extent; nothing is written here.
 
 The good copy of a table entry wins; an entry that is good in neither copy becomes 0 (the parent, or zeros, answers). A
-directory that lies outside the file is made anew, with its tables, from the other one. Of grains that share a place,
+directory that lies outside the file is rebuilt, with its tables, from the other one. Of grains that share a place,
 the first in guest order keeps it and the others get copies. Grains at the end of the file move into gaps that nothing
 names, so that the end can be cut.
 
-Memory: some 60 bytes for each allocated grain, and the tables that change.
+Memory: some 60 bytes for each allocated grain, and the tables that change. Tables that are holes of the file take
+neither memory nor time, and new ones that contain only zeros stay holes.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -23,9 +25,13 @@ from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import byte_sectors, round_up, sector_bytes
 from qemu_vmdk_snap.vmdk.grains import MAX_FILE_SECTORS
 from qemu_vmdk_snap.vmdk.runs import Int64s
-from qemu_vmdk_snap.vmdk.tables import Entries
+from qemu_vmdk_snap.vmdk.tables import Entries, read_directory, read_tables, used_entries
 
 _TABLES_AT_ONCE: Final = 2048
+_MAX_MADE: Final = 1 << 20
+"""Tables that a repair rebuilds in any file; in a large file as many as it has room for."""
+_MAX_SHARED: Final = 1 << 21
+"""Sectors that grains with a shared place may take in any file (1 GiB); in a large file as many as it has."""
 
 Bools = npt.NDArray[np.bool_]
 
@@ -44,8 +50,10 @@ class ExtentPlan:
 
     file: BlockFile
     copies: list[Copied] = field(default_factory=list)
+    blanks: list[tuple[int, int]] = field(default_factory=list)
+    """(byte, length) of space that nothing names, and that becomes zeros: new tables go there."""
     fresh: list[tuple[int, bytes]] = field(default_factory=list)
-    """New tables in space that nothing names."""
+    """What new tables and directories contain but for zeros."""
     patches: list[tuple[int, bytes]] = field(default_factory=list)
     """What replaces something in use: tables, directories."""
     kept: list[tuple[int, int]] = field(default_factory=list)
@@ -61,7 +69,7 @@ class ExtentPlan:
     @property
     def changes(self) -> bool:
         """Whether anything is to be written."""
-        tables = self.copies or self.fresh or self.patches
+        tables = self.copies or self.blanks or self.patches
         return bool(tables) or self.header is not None or self.end != self.file.size()
 
 
@@ -70,7 +78,7 @@ def _overlap(start: int, length: int, other: int, others: int) -> bool:
 
 
 class _Made(NamedTuple):
-    """Tables made anew, one behind the other, behind their directory if that is new too; sectors."""
+    """Tables rebuilt, one after the other, after their directory if that is new too; sectors."""
 
     place: int
     lead: int
@@ -78,14 +86,18 @@ class _Made(NamedTuple):
     length: int
     tables: Int64s
 
-    def content(self, entries: dict[int, Entries], shape: TableShape) -> tuple[int, bytes]:
-        """Return the byte where it begins, and all of it."""
-        places = self.place + self.lead + np.arange(len(self.tables)) * shape.gt_sectors
-        head = places.astype("<u4").tobytes() if self.lead else b""
-        size = sector_bytes(shape.gt_sectors)
-        rows = (entries[table].astype("<u4").tobytes().ljust(size, b"\0") for table in self.tables.tolist())
-        whole = head.ljust(sector_bytes(self.lead), b"\0") + b"".join(rows)
-        return sector_bytes(self.place), whole.ljust(sector_bytes(self.length), b"\0")
+    def places(self, shape: TableShape) -> Int64s:
+        """Return the sectors of the tables."""
+        return self.place + self.lead + np.arange(len(self.tables)) * shape.gt_sectors
+
+    def content(self, entries: dict[int, Entries], shape: TableShape) -> Iterator[tuple[int, bytes]]:
+        """Yield (byte, data) of all that is not zeros."""
+        places = self.places(shape)
+        if self.lead:
+            yield sector_bytes(self.place), places.astype("<u4").tobytes()
+        for place, table in zip(places.tolist(), self.tables.tolist(), strict=True):
+            if table in entries and entries[table].any():
+                yield sector_bytes(place), entries[table].astype("<u4").tobytes()
 
 
 class _Copy:
@@ -96,14 +108,31 @@ class _Copy:
         size = file.size()
         self.lost = not gd_offset or sector_bytes(gd_offset + shape.gd_sectors) > size
         """Whether there is no directory where the header says."""
-        raw = b"" if self.lost else file.read_at(sector_bytes(gd_offset), shape.gd_entries * 4)
-        self.directory = np.frombuffer(raw.ljust(shape.gd_entries * 4, b"\0"), "<u4").astype(np.int64)
+        self._refuse_too_many()
+        self.directory = np.zeros(shape.gd_entries, np.int64)
+        if not self.lost:
+            self.directory[:] = read_directory(file, sector_bytes(gd_offset), shape.gd_entries)
         inside = sector_bytes(1) * (self.directory + shape.gt_sectors) <= size
         self.usable: Bools = (self.directory > 0) & inside
         self.twin: _Copy | None = None
         """The other copy."""
         for start, length in shape.fixed:
             self.usable &= ~self.over(start, length)
+
+    def _refuse_too_many(self) -> None:
+        """Refuse a capacity that needs far more tables than there are: it is what is damaged."""
+        shape, size = self.shape, self.file.size()
+        limit = max(_MAX_MADE, byte_sectors(size) // shape.gt_sectors)
+        if shape.on_demand or shape.gd_entries <= limit:
+            return
+        there = 0
+        if not self.lost:
+            there = len(used_entries(read_directory(self.file, sector_bytes(self.gd_offset), shape.gd_entries)))
+        if shape.gd_entries - there > limit:
+            feature = (
+                f"the capacity of {shape.capacity} sectors needs {shape.gd_entries} grain tables, and {there} exist"
+            )
+            raise Unsupported(self.file.path, f"{feature}: the header cannot be repaired")
 
     def over(self, start: int, sectors: int) -> Bools:
         """Return which tables lie over the stretch."""
@@ -123,18 +152,14 @@ class _Copy:
 
     @property
     def wanting(self) -> Bools:
-        """Which tables are to be made anew: in a kind that makes them on demand, those alone that an entry names."""
+        """Which tables are to be rebuilt: in a kind that makes them on demand, those alone that an entry names."""
         return ~self.usable & (self.directory > 0) if self.shape.on_demand else ~self.usable
 
     def read(self, first: int, last: int) -> Entries:
         """Return the entries of the tables [first, last), zeros for those that cannot be used; one row a table."""
-        per_table = self.shape.gtes_per_gt
-        found = np.zeros((last - first, per_table), "<u4")
-        for table in (np.flatnonzero(self.usable[first:last]) + first).tolist():
-            offset = sector_bytes(int(self.directory[table]))
-            if self.file.next_data(offset) < offset + per_table * 4:
-                found[table - first] = np.frombuffer(self.file.read_at(offset, per_table * 4), "<u4")
-        return found
+        places = np.where(self.usable[first:last], self.directory[first:last], 0)
+        found = read_tables(self.file, places, self.shape.gtes_per_gt)
+        return np.zeros((last - first, self.shape.gtes_per_gt), "<u4") if found is None else found
 
 
 class ExtentRepair:
@@ -162,14 +187,14 @@ class ExtentRepair:
         self._made: list[_Made] = []
         self._split_to: dict[int, int] = {}
 
-    def plan(self, *, mend: bool) -> ExtentPlan:
-        """Return what to write to give back leaked space, and, if `mend`, before that to mend what is wrong.
+    def plan(self, *, repairing: bool) -> ExtentPlan:
+        """Return what to write to give back leaked space, and, if `repairing`, before that to repair what is wrong.
 
         Raises:
             Unsupported: what has to be copied would not fit into the file.
         """
-        plan, grains, sectors = self._plan, *self._choose(mend)
-        if mend:
+        plan, grains, sectors = self._plan, *self._choose(repairing)
+        if repairing:
             self._gaps = self._free(sectors)
             last = int(sectors.max()) + self._step if len(sectors) else 0
             self._next = round_up(max(self._fixed_end(), last), self._step)
@@ -179,17 +204,18 @@ class ExtentRepair:
         self._reclaim(grains, sectors)
         for table, entries in sorted(self._tables.items()):
             for copy in self._copies:
-                if copy.usable[table]:
+                if copy.usable[table] and not np.array_equal(copy.read(table, table + 1)[0], entries):
                     plan.patches.append((sector_bytes(int(copy.directory[table])), entries.astype("<u4").tobytes()))
-        plan.fresh = [made.content(self._tables, self._shape) for made in self._made]
+        plan.blanks = [(sector_bytes(made.place), sector_bytes(made.length)) for made in self._made]
+        plan.fresh = [piece for made in self._made for piece in made.content(self._tables, self._shape)]
         # What leaks alone held is given up; of the grains that move the place may be cut off.
-        plan.kept = list(self._lost()) if mend else [(copied.source, copied.length) for copied in plan.copies]
+        plan.kept = list(self._lost()) if repairing else [(copied.source, copied.length) for copied in plan.copies]
         plan.gd_offset = self._primary.gd_offset
         plan.rgd_offset = None if self._redundant is None else self._redundant.gd_offset
         return plan
 
     def _fixed_end(self) -> int:
-        """Return the sector behind everything that is not moved: the metadata, and what was made anew."""
+        """Return the sector past everything that is not moved: the metadata, and what was rebuilt."""
         made = (one.place + one.length for one in self._made)
         return max(int(self._meta[1][-1]), self._shape.used.start, *made)
 
@@ -234,18 +260,21 @@ class ExtentRepair:
             if copy.twin and trouble[copy] >= trouble[copy.twin]:
                 aside[copy] |= clash[copy]
             copy.usable &= ~aside[copy]
+        kept = sorted(int(sector) for copy in self._copies for sector in copy.directory[copy.usable])
         for copy in reversed(self._copies):
             alone = aside[copy] & ~copy.twin.usable if copy.twin else aside[copy]
             for table in np.flatnonzero(alone).tolist():
                 sector = int(copy.directory[table])
-                if not any((one.over(sector, shape.gt_sectors) & one.usable).any() for one in self._copies):
+                after = bisect.bisect_right(kept, sector - shape.gt_sectors)
+                if after == len(kept) or kept[after] >= sector + shape.gt_sectors:
                     copy.usable[table] = True
+                    kept.insert(after, sector)
 
     def _lost(self) -> Iterator[tuple[int, int]]:
         """Yield what is overwritten or cut off, though nothing names it: it may be what a damaged entry has named."""
         plan, size = self._plan, self._file.size()
         yield from ((copied.target, copied.length) for copied in plan.copies)
-        yield from ((at, len(data)) for at, data in plan.fresh)
+        yield from plan.blanks
         at = plan.end
         while (at := self._file.next_data(at)) < size:
             hole = min(size, self._file.next_hole(at))
@@ -258,10 +287,12 @@ class ExtentRepair:
         for copy in self._copies:
             if not copy.lost:
                 parts.append((copy.gd_offset, shape.gd_sectors))
-            parts += [(int(sector), shape.gt_sectors) for sector in copy.directory[copy.usable]]
-        parts = sorted(part for part in parts if part[1])
-        starts, lengths = np.array(parts, np.int64).T
-        return starts, np.maximum.accumulate(starts + lengths)
+        tables = np.concatenate([copy.directory[copy.usable] for copy in self._copies])
+        fixed = np.array([part for part in parts if part[1]], np.int64)
+        starts = np.concatenate([fixed[:, 0], tables])
+        ends = starts + np.concatenate([fixed[:, 1], np.full(len(tables), shape.gt_sectors, np.int64)])
+        order = np.argsort(starts, kind="stable")
+        return starts[order], np.maximum.accumulate(ends[order])
 
     def _good(self, entries: Entries) -> npt.NDArray[np.bool_]:
         """Return which entries are 0, the mark of zeros, or a grain in the file that lies over no metadata."""
@@ -271,62 +302,76 @@ class ExtentRepair:
         clear = (before < 0) | (ends[before] <= places)
         return np.asarray((places < self._lowest) | ((places < self._size) & clear))
 
-    def _choose(self, mend: bool) -> tuple[Int64s, Int64s]:
+    def _choose(self, repairing: bool) -> tuple[Int64s, Int64s]:
         """Decide every entry; return the grains that are stored and their sectors, in guest order."""
-        named = self._primary_sectors() if mend else np.zeros(0, np.int64)
+        named = self._primary_sectors() if repairing else np.zeros(0, np.int64)
         grains, sectors = [], []
-        count, per_table = self._shape.gd_entries, self._shape.gtes_per_gt
-        for first in range(0, count, _TABLES_AT_ONCE):
-            last = min(count, first + _TABLES_AT_ONCE)
-            primary = self._primary.read(first, last)
-            chosen = primary
-            if mend:
-                chosen = self._better(primary, first, last, named)
-                self._remember(first, last, primary, chosen)
+        per_table = self._shape.gtes_per_gt
+        for first, last in self._windows():
+            chosen = primary = self._primary.read(first, last)
+            if repairing:
+                other = np.zeros_like(primary) if self._redundant is None else self._redundant.read(first, last)
+                if not primary.any() and not other.any():
+                    continue
+                chosen = self._better(primary, other, first, named)
+                self._remember(first, primary, other, chosen)
             where = np.flatnonzero(chosen.reshape(-1) >= self._lowest)
             grains.append(where + first * per_table)
             sectors.append(chosen.reshape(-1)[where].astype(np.int64))
-        return np.concatenate(grains), np.concatenate(sectors)
+        none = np.zeros(0, np.int64)
+        return np.concatenate([none, *grains]), np.concatenate([none, *sectors])
 
-    def _better(self, primary: Entries, first: int, last: int, named: Int64s) -> Entries:
-        good = self._good(primary) & self._primary.usable[first:last, None]
-        other = np.zeros_like(primary) if self._redundant is None else self._redundant.read(first, last)
-        other = np.where(self._good(other), other, 0)
+    def _windows(self) -> Iterator[tuple[int, int]]:
+        """Yield the stretches of table numbers where any table can be used."""
+        count = self._shape.gd_entries
+        for first in range(0, count, _TABLES_AT_ONCE):
+            last = min(count, first + _TABLES_AT_ONCE)
+            if any(copy.usable[first:last].any() for copy in self._copies):
+                yield first, last
+
+    def _better(self, primary: Entries, redundant: Entries, first: int, named: Int64s) -> Entries:
+        good = self._good(primary) & self._primary.usable[first : first + len(primary), None]
+        other = np.where(self._good(redundant), redundant, 0)
         # A primary 0 whose redundant twin names a grain that nobody else has: the writer died between the two.
+        # So it did between 0 and the mark of zeros, and between that mark and a grain.
         near = np.searchsorted(named, other.astype(np.int64) - self._step, "right")
         alone = np.ones(other.shape, bool)
         if len(named):
             alone = (near == len(named)) | (
                 named[np.minimum(near, len(named) - 1)] >= other.astype(np.int64) + self._step
             )
-        newer = good & (primary == 0) & (other >= self._lowest) & alone
+        newer = good & (primary < self._lowest) & (other > primary) & ((other < self._lowest) | alone)
         return np.where(good & ~newer, primary, other)
 
     def _primary_sectors(self) -> Int64s:
-        found = []
-        for first in range(0, self._shape.gd_entries, _TABLES_AT_ONCE):
-            entries = self._primary.read(first, min(self._shape.gd_entries, first + _TABLES_AT_ONCE)).reshape(-1)
+        found = [np.zeros(0, np.int64)]
+        for first, last in self._windows():
+            entries = self._primary.read(first, last).reshape(-1)
+            if not entries.any():
+                continue
             stored = entries[(entries >= self._lowest) & self._good(entries)]
             found.append(stored.astype(np.int64))
         return np.sort(np.concatenate(found))
 
-    def _remember(self, first: int, last: int, primary: Entries, chosen: Entries) -> None:
+    def _remember(self, first: int, primary: Entries, redundant: Entries, chosen: Entries) -> None:
         """Keep the tables that have to be written: in one of the copies they are not what they shall be."""
         wrong = (primary != chosen).any(axis=1)
         if self._redundant is not None:
-            wrong |= (self._redundant.read(first, last) != chosen).any(axis=1)
-        for copy in self._copies:
-            wrong |= copy.wanting[first:last]
+            wrong |= (redundant != chosen).any(axis=1)
         for row in np.flatnonzero(wrong).tolist():
             self._tables[first + row] = chosen[row].copy()
 
     def _split(self, grains: Int64s, sectors: Int64s) -> Int64s:
-        """Give every grain that lies over another one a copy of its own, behind the end of the file."""
+        """Give every grain that lies over another one a copy of its own, past the end of the file."""
         order = np.lexsort((grains, sectors))
         over = np.zeros(len(order) + 1, bool)
         over[1:-1] = np.diff(sectors[order]) < self._step
         reach = -1
         sectors = sectors.copy()
+        clashes = int(np.count_nonzero(over))
+        if clashes * self._step > max(self._size, _MAX_SHARED):
+            feature = f"{clashes} grains share places in its file of {self._file.size()} bytes"
+            raise Unsupported(self._file.path, f"{feature}: convert what can be read")
         for index in order[over[:-1] | over[1:]].tolist():
             sector = int(sectors[index])
             if sector >= reach:
@@ -340,7 +385,7 @@ class ExtentRepair:
         return sectors
 
     def _place(self, length: int) -> int:
-        """Return where so many free sectors begin: in a gap if one is large enough, else behind the end."""
+        """Return where so many free sectors begin: in a gap if one is large enough, else past the end."""
         for number, (start, end) in enumerate(self._gaps):
             if end - start >= length:
                 self._gaps[number] = (start + length, end)
@@ -379,10 +424,10 @@ class ExtentRepair:
             if copy.lost:
                 copy.gd_offset = place
                 continue
-            at = sector_bytes(copy.gd_offset)
-            for index, table in enumerate(wanting.tolist()):
-                sector = place + index * shape.gt_sectors
-                self._plan.patches.append((at + 4 * table, sector.to_bytes(4, "little")))
+            at, places = sector_bytes(copy.gd_offset), self._made[-1].places(shape).astype("<u4")
+            breaks = np.flatnonzero(np.diff(wanting) != 1) + 1
+            for tables, sectors in zip(np.split(wanting, breaks), np.split(places, breaks), strict=True):
+                self._plan.patches.append((at + 4 * int(tables[0]), sectors.tobytes()))
 
     def _reclaim(self, grains: Int64s, sectors: Int64s) -> None:
         """Move grains from the end into gaps while that lets the file end sooner; then say where it ends."""

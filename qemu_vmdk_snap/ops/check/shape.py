@@ -50,7 +50,7 @@ def shape_of(header: SparseExtentHeader | CowdHeader) -> TableShape:
     if isinstance(header, CowdHeader):
         fixed: tuple[tuple[int, int], ...] = ((0, byte_sectors(HEADER_BYTES)),)
         entries, redundant, lowest = header.tables, None, 1
-        # ESXi makes the file longer in large steps: behind the sectors in use nothing is lost yet.
+        # ESXi makes the file longer in large steps: past the sectors in use nothing is lost yet.
         used = range(0, header.free_sector)
     else:
         fixed = ((0, 1), (header.descriptor_offset, header.descriptor_size))

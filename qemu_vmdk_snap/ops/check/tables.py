@@ -2,9 +2,11 @@
 
 Looked for: a directory entry that is 0 (normal in COWD), outside the file or inside something else; a grain table entry
 that lies beyond the end of the file, inside the metadata, or shares its grain with another; primary and redundant
-copies that differ; grains of the file that no entry names.
+copies that differ; grains of the file that no entry names. Entries that one copy lacks, as a power cut between the two
+leaves it, are notes.
 
-Memory: one window of tables, and 16 bytes for each stretch of grains that follow one another in the file.
+Memory: one window of tables, the directories as far as they are stored, and 16 bytes for each stretch of grains that
+follow one another in the file. Tables that are holes of the file take no time.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ import numpy.typing as npt
 
 from qemu_vmdk_snap.ops.check.findings import LISTED, Findings, Severity
 from qemu_vmdk_snap.ops.check.shape import TableShape, shape_of
+from qemu_vmdk_snap.ops.check.stretches import Stretches
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.header import CowdHeader
 from qemu_vmdk_snap.vmdk.runs import Int64s
+from qemu_vmdk_snap.vmdk.sparse.copies import Comparison
 from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader
-from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables, read_directory
+from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables, read_directory, used_entries
 
 _TABLES_AT_ONCE: Final = 2048
 
@@ -54,7 +58,7 @@ class TableAudit:
 
     counts: GrainCounts
     end: int
-    """Byte behind the last grain or table that is in use."""
+    """Byte past the last grain or table that is in use."""
     leaks: list[tuple[int, int]] = field(default_factory=list)
     """(first sector, sectors) of each stretch that nothing refers to."""
     shared: Int64s = field(default_factory=lambda: _NONE)
@@ -68,11 +72,16 @@ def audit_tables(
     on_grains: Callable[[int], None],
 ) -> TableAudit:
     """Add what is wrong with the tables to `findings`; `on_grains` hears how many grains each window had."""
-    return _Audit(file, shape_of(header), findings).run(on_grains)
+    copies = None if isinstance(header, CowdHeader) else header
+    return _Audit(file, shape_of(header), findings, copies).run(on_grains)
 
 
 class _Audit:
-    def __init__(self, file: BlockFile, header: TableShape, findings: Findings) -> None:
+    def __init__(
+        self, file: BlockFile, header: TableShape, findings: Findings, copies: SparseExtentHeader | None
+    ) -> None:
+        """`copies` is the header of an extent that may keep two copies of its tables."""
+        self._two_copies = copies
         self._file, self._path, self._header, self._findings = file, file.path, header, findings
         self._size = file.size()
         self._grains = -(-header.capacity // header.grain_size)
@@ -88,26 +97,35 @@ class _Audit:
 
     def run(self, on_grains: Callable[[int], None]) -> TableAudit:
         counts = GrainCounts(total=self._grains)
-        runs: list[tuple[Int64s, Int64s]] = []
+        places = Stretches(self._header.grain_size)
+        differing: list[int] = []
+        done = 0
         for first, entries, copy in self._windows():
-            self._compare_copies(first, entries, copy)
-            stored = entries >= self._lowest
-            count = int(np.count_nonzero(stored))
-            if count:
-                counts.allocated += count
-                sectors = entries if count == len(entries) else entries[stored]
-                sectors = self._usable(first, stored, sectors)
-                runs.append(self._as_runs(sectors, counts))
-            on_grains(len(entries))
-        starts, ends = (np.concatenate(columns) for columns in zip(*runs, strict=True)) if runs else (_NONE, _NONE)
-        order = np.argsort(starts, kind="stable")
-        starts, ends = starts[order], ends[order]
-        shared = _NONE
-        if (starts[1:] < ends[:-1]).any():
-            shared = self._find_shared(starts, ends)
+            if copy is None or np.array_equal(entries, copy):
+                self._collect(first, entries, counts, places)
+            else:
+                differing.append(first)
+            on_grains(first + len(entries) - done)
+            done = first + len(entries)
+        for first, entries in self._decided(differing):
+            self._collect(first, entries, counts, places)
+        on_grains(self._grains - done)
+        starts, ends = places.sorted()
+        shared = places.shared_sectors()
+        if len(shared):
+            self._name_shared(shared, places.shared_count)
         leaks = self._find_leaks(starts, ends)
         end = sector_bytes(max(int(ends.max(initial=0)), int(self._meta_ends[-1])))
         return TableAudit(counts, min(end, self._size), leaks, shared)
+
+    def _collect(self, first: int, entries: Entries, counts: GrainCounts, places: Stretches) -> None:
+        stored = entries >= self._lowest
+        count = int(np.count_nonzero(stored))
+        if count:
+            counts.allocated += count
+            sectors = entries if count == len(entries) else entries[stored]
+            sectors = self._usable(first, stored, sectors)
+            places.add(*self._as_runs(sectors, counts))
 
     def _usable(self, first: int, stored: npt.NDArray[np.bool_], sectors: Entries) -> Entries:
         """Return the sectors that lie in the file and over no metadata; the others are noted."""
@@ -130,22 +148,27 @@ class _Audit:
         self._last = int(ends[-1])
         return starts, ends
 
-    def _find_shared(self, starts: Int64s, ends: Int64s) -> Int64s:
-        """Return the sectors of the grains that lie over another one, having noted whose they are."""
-        step = self._header.grain_size
-        sectors = np.sort(np.concatenate([np.arange(a, b, step) for a, b in zip(starts, ends, strict=True)]))
-        over = sectors[1:][np.diff(sectors) < step]
-        shared = np.unique(over)
-        self._name_shared(shared, len(over))
-        return shared
-
     def _windows(self) -> Iterator[tuple[int, Entries, Entries | None]]:
-        per_table = self._header.gtes_per_gt
-        window = _TABLES_AT_ONCE * per_table
-        for first in range(0, self._grains, window):
-            last = min(self._grains, first + window)
-            copy = None if self._redundant is None else self._redundant.entries(first, last)
-            yield first, self._tables.entries(first, last), copy
+        """Yield (first grain, entries, entries of the redundant copy) where any is stored."""
+        both = [self._tables] if self._redundant is None else [self._tables, self._redundant]
+        numbers = np.concatenate([used_entries(tables.directory) // _TABLES_AT_ONCE for tables in both])
+        for number in np.unique(numbers).tolist():
+            t0 = number * _TABLES_AT_ONCE
+            if any(self._is_stored(tables, t0) for tables in both):
+                yield self._window(t0 * self._header.gtes_per_gt)
+
+    def _window(self, first: int) -> tuple[int, Entries, Entries | None]:
+        last = min(self._grains, first + _TABLES_AT_ONCE * self._header.gtes_per_gt)
+        copy = None if self._redundant is None else self._redundant.entries(first, last)
+        return first, self._tables.entries(first, last), copy
+
+    def _is_stored(self, tables: GrainTables, t0: int) -> bool:
+        """Return whether any of a window's tables is something else than a hole of the file."""
+        for table, count in tables.stretches(t0, min(tables.count, t0 + _TABLES_AT_ONCE)):
+            start = sector_bytes(tables.table_sector(table))
+            if self._file.next_data(start) < start + count * tables.table_bytes:
+                return True
+        return False
 
     def _read_directory(self, gd_offset: int, name: str) -> GrainTables:
         """Return the tables; entries that cannot be followed are noted and taken as absent."""
@@ -157,12 +180,13 @@ class _Audit:
             at = sector_bytes(gd_offset) + 4 * first
             rule = "must name a grain table: QEMU overwrites the header when it writes through an entry of 0"
             self._findings.corrupt(self._path, at, f"{name} {first}", 0, rule, absent)
-        beyond = (directory > 0) & (directory > self._size // SECTOR_SIZE - header.gt_sectors)
-        for index in np.flatnonzero(beyond)[:LISTED].tolist():
+        used = used_entries(directory)
+        beyond = used[directory[used] > self._size // SECTOR_SIZE - header.gt_sectors]
+        for index in beyond[:LISTED].tolist():
             at = sector_bytes(gd_offset) + 4 * index
             rule = f"must place the grain table inside the file of {self._size} bytes"
             self._findings.corrupt(self._path, at, f"{name} {index}", int(directory[index]), rule)
-        self._findings.corrupt_many(self._path, name, (), max(0, int(np.count_nonzero(beyond)) - LISTED))
+        self._findings.corrupt_many(self._path, name, (), max(0, len(beyond) - LISTED))
         directory[beyond] = 0
         return GrainTables(self._file, self._path, directory, entries_per_table=header.gtes_per_gt)
 
@@ -175,7 +199,8 @@ class _Audit:
             fixed.append((header.rgd_offset, header.gd_sectors))
             tables.append(self._redundant.directory)
         fixed = [(start, length) for start, length in fixed if length]
-        starts = np.concatenate([np.array([start for start, _ in fixed]), *(table[table > 0] for table in tables)])
+        used = [table[used_entries(table)].astype(np.int64) for table in tables]
+        starts = np.concatenate([np.array([start for start, _ in fixed]), *used])
         lengths = np.full(len(starts), header.gt_sectors, np.int64)
         lengths[: len(fixed)] = [length for _, length in fixed]
         order = np.argsort(starts, kind="stable")
@@ -187,23 +212,65 @@ class _Audit:
             at = sector_bytes(int(starts[index]))
             self._findings.corrupt(self._path, at, "grain table", int(starts[index]), rule)
         self._findings.corrupt_many(self._path, "grain table", (), max(0, len(overlapping) - LISTED))
+        for table in tables:
+            self._keep_first(table)
         opens = np.concatenate([[True], starts[1:] > reach[:-1]])
         return starts[opens], reach[np.append(np.flatnonzero(opens)[1:] - 1, len(reach) - 1)]
 
-    def _compare_copies(self, first: int, entries: Entries, copy: Entries | None) -> None:
-        if copy is None or self._redundant is None or np.array_equal(entries, copy):
+    def _keep_first(self, directory: Entries) -> None:
+        """Take entries that name the table of an earlier one as absent: that was noted, and one table is read once."""
+        used = used_entries(directory)
+        kept = np.unique(directory[used], return_index=True)[1]
+        if len(kept) < len(used):
+            directory[np.delete(used, kept)] = 0
+
+    def _decided(self, differing: list[int]) -> Iterator[tuple[int, Entries]]:
+        """Yield the windows whose copies differ, with what one copy alone has; the differences are noted."""
+        if not differing or self._two_copies is None:
             return
-        differing = np.flatnonzero(entries != copy)
-        redundant = self._redundant
+        comparison = Comparison(self._file, self._two_copies)
+        per_table = self._header.gtes_per_gt
+        for first in differing:
+            _, primary, redundant = self._window(first)
+            if redundant is None:
+                continue
+            rows = -(-len(primary) // per_table)
+            mine, twin = _as_rows(primary, rows, per_table), _as_rows(redundant, rows, per_table)
+            lacking, contrary = comparison.sort_out(first // per_table + np.arange(rows), mine, twin)
+            self._note_lacking(first, mine, twin, np.flatnonzero(lacking))
+            self._note_contrary(first, mine, twin, np.flatnonzero(contrary))
+            yield first, np.where(lacking, np.maximum(mine, twin), mine).reshape(-1)[: len(primary)]
+
+    def _note_lacking(self, first: int, primary: Entries, redundant: Entries, where: Int64s) -> None:
+        mine, twin = primary.reshape(-1), redundant.reshape(-1)
+        why = "a writer was interrupted between the two copies, and the next one adds it"
+        for here, field_name, other, rows in (
+            (self._tables, "grain table entry", "redundant", where[mine[where] < twin[where]]),
+            (self._redundant, "redundant grain table entry", "primary", where[mine[where] > twin[where]]),
+        ):
+            values = (mine, twin) if here is self._tables else (twin, mine)
+            items = (
+                (
+                    self._entry_offset(here or self._tables, first + int(i)),
+                    int(values[0][i]),
+                    f"must equal the {other} entry {values[1][i]} of grain {first + i}: {why}",
+                )
+                for i in rows
+            )
+            self._findings.repairable_many(self._path, field_name, items, len(rows))
+
+    def _note_contrary(self, first: int, primary: Entries, redundant: Entries, where: Int64s) -> None:
+        mine, twin = primary.reshape(-1), redundant.reshape(-1)
+        tables = self._redundant or self._tables
         items = (
             (
-                self._entry_offset(redundant, first + int(i)),
-                int(copy[i]),
-                f"must equal the primary entry {entries[i]} of grain {first + i}",
+                self._entry_offset(tables, first + int(i)),
+                int(twin[i]),
+                f"must equal the primary entry {mine[i]} of grain {first + i}",
             )
-            for i in differing
+            for i in where
         )
-        self._findings.corrupt_many(self._path, "redundant grain table entry", items, len(differing))
+        self._findings.corrupt_many(self._path, "redundant grain table entry", items, len(where))
 
     def _inside_file(self, first: int, named: Int64s, sectors: Entries) -> npt.NDArray[np.bool_]:
         starts = sectors.astype(np.int64) * SECTOR_SIZE
@@ -263,7 +330,7 @@ class _Audit:
         starts, ends = starts[order], np.maximum.accumulate(ends[order])
         stop = min(self._header.used.stop, self._size // SECTOR_SIZE)
         tables = self._tables.directory
-        floor = min(self._header.first_use(tables[tables > 0]), stop)
+        floor = min(self._header.first_use(tables[used_entries(tables)]), stop)
         from_ = np.maximum(ends, floor)
         to = np.minimum(np.append(starts[1:], stop), stop)
         leaks = []
@@ -278,3 +345,10 @@ class _Audit:
     def _entry_offset(self, tables: GrainTables, grain: int) -> int:
         table, index = divmod(grain, self._header.gtes_per_gt)
         return sector_bytes(tables.table_sector(table)) + 4 * index
+
+
+def _as_rows(entries: Entries, rows: int, per_table: int) -> Entries:
+    """Return the entries one row a table, zeros past the last one."""
+    whole = np.zeros((rows, per_table), "<u4")
+    whole.reshape(-1)[: len(entries)] = entries
+    return whole

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from qemu_vmdk_snap.chain.link import Link
+from qemu_vmdk_snap.errors import FormatError
 from qemu_vmdk_snap.ops.check.findings import Findings
 from qemu_vmdk_snap.ops.check.tables import audit_tables
 from qemu_vmdk_snap.units import round_up, sector_bytes
@@ -19,6 +22,10 @@ def trim_link(link: Link) -> int:
         extent = placed.extent
         if not isinstance(extent, SparseExtent):
             continue
+        if not extent.tables.dirty:
+            # What one copy of the tables alone names is in use: in both of them it is used, not written a second time.
+            with contextlib.suppress(FormatError):
+                extent.settle_copies()
         header, file = extent.header, extent.file
         audit = audit_tables(file, header, Findings(), lambda _: None)
         end = max(round_up(audit.end, sector_bytes(header.grain_size)), sector_bytes(header.overhead))

@@ -21,7 +21,7 @@ from qemu_vmdk_snap.vmdk.cowd.header import GTES_PER_GT, CowdHeader, read_cowd_h
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, Place
 from qemu_vmdk_snap.vmdk.grains import Copy, GrainExtent
 from qemu_vmdk_snap.vmdk.runs import DATA
-from qemu_vmdk_snap.vmdk.tables import GrainTables
+from qemu_vmdk_snap.vmdk.tables import GrainTables, clear_tables
 
 _RUN_GRAINS: Final = 128
 
@@ -77,9 +77,7 @@ class CowdExtent(GrainExtent):
         directory = self.tables.directory
         end: int = byte_sectors(at + length)
         if directory.all():
-            for sector in directory.tolist():
-                if self._file.next_data(sector_bytes(sector)) < sector_bytes(sector) + self.tables.table_bytes:
-                    self._file.write_at(sector_bytes(sector), bytes(self.tables.table_bytes))
+            clear_tables(self._file, self.tables)
             end = int(directory.max()) + self.header.gt_sectors
         else:
             self._file.write_at(at, bytes(length))

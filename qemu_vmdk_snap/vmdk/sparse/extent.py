@@ -22,8 +22,9 @@ from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec
 from qemu_vmdk_snap.vmdk.grains import GTE_UNALLOCATED, GTE_ZEROED, MAX_FILE_SECTORS, Copy, GrainExtent
-from qemu_vmdk_snap.vmdk.sparse.header import HeaderFlag, SparseExtentHeader, check_header
-from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables, read_directory
+from qemu_vmdk_snap.vmdk.sparse.copies import settle_copies
+from qemu_vmdk_snap.vmdk.sparse.header import HeaderFlag, SparseExtentHeader, check_header, refuse_moved
+from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables, clear_tables, read_directory
 
 __all__ = ["GTE_UNALLOCATED", "GTE_ZEROED", "MAX_FILE_SECTORS", "SparseExtent", "open_sparse", "read_header"]
 
@@ -53,6 +54,7 @@ def open_sparse(spec: ExtentSpec, file: BlockFile, header: SparseExtentHeader) -
     if header.capacity < spec.line.sectors:
         rule = f"must be at least the {spec.line.sectors} sectors that the descriptor gives the extent"
         raise FormatError(spec.path, header.offset_of("capacity"), "capacity", header.capacity, rule)
+    refuse_moved(header, file)
     return SparseExtent(file, spec.path, header, sector_bytes(spec.line.sectors), writable=spec.writable)
 
 
@@ -76,7 +78,7 @@ class SparseExtent(GrainExtent):
         self._prefer_good_tables()
 
     def cut(self, end: int) -> None:
-        """Give back, durably, what is behind byte `end` of the file; the caller knows that nothing in use is there."""
+        """Give back, durably, what is past byte `end` of the file; the caller knows that nothing in use is there."""
         self._file.truncate(end)
         self._file.flush()
         self._file_size = end
@@ -84,17 +86,28 @@ class SparseExtent(GrainExtent):
     def clear(self) -> None:
         """Forget every grain, durably, and give their space back: the parent answers everywhere."""
         self.flush()
-        zeros = bytes(self.tables.table_bytes)
         ends = [self.header.overhead]
         for tables, _ in reversed(self._copies):
-            for table in np.flatnonzero(tables.directory).tolist():
-                sector = tables.table_sector(table)
-                ends.append(sector + self.header.gt_sectors)
-                if self._file.next_data(sector_bytes(sector)) < sector_bytes(sector) + len(zeros):
-                    self._file.write_at(sector_bytes(sector), zeros)
+            clear_tables(self._file, tables)
+            ends.append(int(tables.directory.max(initial=0)) + self.header.gt_sectors)
         self._file.flush()  # barrier: no table names a grain any more when the space goes
         self.cut(min(self._file_size, sector_bytes(max(ends))))
         self._copies = self._read_copies()
+
+    def settle_copies(self) -> int:
+        """Write what one copy of the tables lacks and the other has into it, durably; return how many entries it was.
+
+        Raises:
+            FormatError: the copies differ in a way that only a repair can decide. Nothing was written.
+            Unsupported: the extent is not open for writing.
+        """
+        if not self._writable:
+            raise Unsupported(self._path, "the extent is read-only: its tables cannot change")
+        self.flush()
+        settled = settle_copies(self._file, self.header)
+        if settled:
+            self._copies = self._read_copies()
+        return settled
 
     def _read_copies(self) -> list[Copy]:
         """Return both copies of the tables for those who write; who only reads needs one, and the other seldom."""

@@ -3,13 +3,15 @@
 Source: VMware Virtual Disk Format 5.0, "Hosted Sparse Extents"; limits as QEMU 7.2 block/vmdk.c has them.
 """
 
+import struct
 from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path
 from typing import Annotated, Final
 
 from qemu_vmdk_snap.errors import FormatError, Unsupported
-from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors
+from qemu_vmdk_snap.storage.blockfile import BlockFile
+from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.ondisk import U8, U16, U32, U64, Must, OnDisk, Wire, power_of_two
 
 MAGIC: Final = b"KDMV"
@@ -22,6 +24,10 @@ MAX_GRAIN_SECTORS: Final = 0x200000  # QEMU's limit: 1 GiB
 MAX_GD_ENTRIES: Final = 32 << 20  # QEMU's limit
 COMPRESS_NONE: Final = 0
 COMPRESS_DEFLATE: Final = 1
+
+_MOVED_SECTORS: Final = (0, -1, 1, -2, 2)
+"""By how many sectors more than the odd bytes an edit of the descriptor may have moved the rest."""
+_LOOKED_AT: Final = 128
 
 
 class HeaderFlag(IntFlag):
@@ -113,7 +119,7 @@ def check_header(header: SparseExtentHeader, path: Path, file_size: int, *, tole
         rule = f"must need at most {MAX_GD_ENTRIES} grain directory entries, not {header.gd_entries}"
         raise FormatError(path, header.offset_of("capacity"), "capacity", header.capacity, rule)
     if header.descriptor_offset:
-        # An envelope may end with the text: there is nothing behind it.
+        # An envelope may end with the text: there is nothing after it.
         _check_inside(header, "descriptor_offset", header.descriptor_size if header.is_extent else 1, path, file_size)
     if not header.is_extent:
         return
@@ -124,6 +130,40 @@ def check_header(header: SparseExtentHeader, path: Path, file_size: int, *, tole
     inside = [_is_inside(header, field, gd_sectors, file_size) for field in fields]
     if not all(inside) and not (tolerant and any(inside)):
         _check_inside(header, fields[inside.index(False)], gd_sectors, path, file_size)
+
+
+def refuse_moved(header: SparseExtentHeader, file: BlockFile) -> None:
+    """Refuse a file whose embedded descriptor was changed in length, so that no place after it holds any more.
+
+    An editor of text (`sed -i`) does that: the tables then lie some bytes from where the header says.
+
+    Raises:
+        FormatError: it was; nothing can be read by way of the tables.
+    """
+    extra = file.size() % SECTOR_SIZE
+    if not extra or not header.descriptor_offset or not header.is_extent or header.compressed:
+        return
+    if _leads_to_tables(header, file, 0):
+        return
+    for moved in sorted((extra + sector_bytes(sectors) for sectors in _MOVED_SECTORS), key=abs):
+        if _leads_to_tables(header, file, moved):
+            rule = f"must fill {header.descriptor_size} sectors: it was edited in place (sed -i, for one), "
+            rule += f"and everything after it moved by {moved} bytes: edit it back to its old length"
+            at = sector_bytes(header.descriptor_offset)
+            raise FormatError(file.path, at, "length of the embedded descriptor", f"{moved:+}", rule)
+
+
+def _leads_to_tables(header: SparseExtentHeader, file: BlockFile, moved: int) -> bool:
+    """Return whether each directory, taken `moved` bytes from its place, names tables in the file alone."""
+    last = file.size() // SECTOR_SIZE - header.gt_sectors
+    places = [header.gd_offset, header.rgd_offset] if header.redundant else [header.gd_offset]
+    for place in places:
+        at = sector_bytes(place) + moved
+        raw = file.read_at(at, 4 * min(header.gd_entries, _LOOKED_AT)) if at >= 0 else b""
+        entries = [entry for (entry,) in struct.iter_unpack("<I", raw[: len(raw) // 4 * 4])]
+        if not entries or not all(0 < entry <= last for entry in entries):
+            return False
+    return True
 
 
 def _check_flags(header: SparseExtentHeader, path: Path) -> None:
