@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import io
 import os
 import signal
 import sys
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         _cancel_on_signals()
+        if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+            # One write for a short answer, also under PYTHONUNBUFFERED: `| head -1` ends before a second one.
+            sys.stdout.reconfigure(write_through=False)
     try:
         return _main(words)
     except KeyboardInterrupt:  # while modules were still being imported
