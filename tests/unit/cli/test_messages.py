@@ -68,13 +68,13 @@ def test_a_hint_with_control_characters(tmp_path: Path, capsys: pytest.CaptureFi
     create_image(tmp_path / "base.vmdk", 1 << 20, durable=False)
     create_overlay(tmp_path / "top.vmdk", tmp_path / "base.vmdk", durable=False)
     raw = (tmp_path / "top.vmdk").read_bytes()
-    (tmp_path / "top.vmdk").write_bytes(raw.replace(b'"base.vmdk"', b'"b|0A|1B.vm"'))
+    (tmp_path / "top.vmdk").write_bytes(raw.replace(b'"base.vmdk"', b'"b|0A|1B.v"'))
     assert main(["image", "info", str(tmp_path / "top.vmdk")]) == 0
     out = capsys.readouterr().out
-    assert r"backing file: b\n\x1b.vm (not found" in out
+    assert r"backing file: b\n\x1b.v (not found" in out
     assert "\x1b" not in out
     assert main(["image", "map", str(tmp_path / "top.vmdk")]) == 66
-    assert r"its parent 'b\n\x1b.vm' does not exist" in capsys.readouterr().err
+    assert r"its parent 'b\n\x1b.v' does not exist" in capsys.readouterr().err
 
 
 def test_what_argparse_refuses(capsys: pytest.CaptureFixture[str]) -> None:
