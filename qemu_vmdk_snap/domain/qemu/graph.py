@@ -48,6 +48,8 @@ class BlockGraph:
     """Node -> name of the edge -> node below."""
     jobs: Mapping[str, frozenset[str]]
     """Job -> every node that it works on, those below included."""
+    used: frozenset[str]
+    """Every node that a device, an export or a job reaches."""
 
     @classmethod
     def of(cls, graph: Mapping[str, Any], nodes: list[dict[str, Any]]) -> BlockGraph:
@@ -56,14 +58,18 @@ class BlockGraph:
         works = {one["id"]: one["name"] for one in graph["nodes"] if one["type"] == "block-job"}
         children: dict[str, dict[str, str]] = {name: {} for name in names.values()}
         held: dict[str, set[str]] = {name: set() for name in works.values()}
+        roots: set[str] = set()
         for edge in graph["edges"]:
             parent, child = edge["parent"], names[edge["child"]]
             if parent in names:
                 children[names[parent]][edge["name"]] = child
-            elif parent in works:
+                continue
+            roots.add(child)
+            if parent in works:
                 held[works[parent]].add(child)
         jobs = {job: frozenset().union(*(_below(name, children) for name in mine)) for job, mine in held.items()}
-        return cls({one["node-name"]: _node(one) for one in nodes}, children, jobs)
+        used = frozenset().union(*(_below(name, children) for name in roots))
+        return cls({one["node-name"]: _node(one) for one in nodes}, children, jobs, used)
 
     def below(self, name: str) -> frozenset[str]:
         """Return the node and all below it."""
@@ -100,8 +106,18 @@ class BlockGraph:
             return None
         if ours in self.nodes:
             return ours
-        files = {name for name, node in self.nodes.items() if node.driver == "file" and _is_same(node.file, path)}
+        files = self.file_nodes_of(path)
         return next((name for name, edges in self.children.items() if self._is_format_on(name, edges, files)), None)
+
+    def file_nodes_of(self, path: Path) -> set[str]:
+        """Return the file nodes of the image at `path`, also those without a format node above."""
+        try:
+            ours = f"{node_name(path)}{FILE_SUFFIX}"
+        except FileNotFoundError:
+            return set()
+        if ours in self.nodes:
+            return {ours}
+        return {name for name, node in self.nodes.items() if node.driver == "file" and _is_same(node.file, path)}
 
     def file_of(self, name: str) -> str:
         """Return what QEMU displays as the file of the format node: a path, unless its descriptor was passed."""

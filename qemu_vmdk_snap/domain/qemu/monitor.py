@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from qemu_vmdk_snap.domain.connect import INSTALL_HINT, libvirt_errors
 from qemu_vmdk_snap.domain.qemu.graph import FILE_SUFFIX, BlockGraph, node_name
@@ -22,6 +22,10 @@ from qemu_vmdk_snap.errors import DomainError, PluginError
 
 if TYPE_CHECKING:
     import libvirt
+
+
+_OPAQUE: Final = "qemu-vmdk-snap:"
+"""What the descriptors that we pass are marked with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ class Monitor:
             PluginError: the binding for it is missing.
         """
         self._domain = domain
-        self._name = domain.name()
+        self.domain: str = domain.name()
         self._binding = import_binding()
 
     def execute(self, command: str, /, *, files: Sequence[int] = (), **arguments: object) -> Any:  # noqa: ANN401
@@ -69,7 +73,7 @@ class Monitor:
         """
         words = {name.replace("_", "-"): value for name, value in arguments.items()}
         text = json.dumps({"execute": command, "arguments": words})
-        with libvirt_errors(self._name, f"ask QEMU to {command}"):
+        with libvirt_errors(self.domain, f"ask QEMU to {command}"):
             if files:
                 answer, _ = self._binding.qemuMonitorCommandWithFiles(self._domain, text, list(files), 0)
             else:
@@ -77,12 +81,12 @@ class Monitor:
         reply = json.loads(answer)
         if "error" in reply:
             reason = " ".join(str(reply["error"].get("desc", "no reason given")).split())
-            raise DomainError(self._name, f"QEMU refuses {command}: {reason}")
+            raise DomainError(self.domain, f"QEMU refuses {command}: {reason}")
         return reply["return"]
 
     def tops(self) -> dict[str, LiveTop]:
         """Return what each disk writes to, by target; a disk without a medium is left out."""
-        with libvirt_errors(self._name, "read its live XML"):
+        with libvirt_errors(self.domain, "read its live XML"):
             live = ET.fromstring(self._domain.XMLDesc(0))
         devices = self.execute("query-blockstats")
         graph = self.graph()
@@ -133,6 +137,7 @@ class Monitor:
         name = f"{node}{FILE_SUFFIX}"
         read_only = access == os.O_RDONLY
         try:
+            self._release()
             fdset = self._pass_file(path, access | (os.O_DIRECT if options.direct else 0))
             place: dict[str, Any] = {"filename": f"/dev/fdset/{fdset}", "node-name": name, "read-only": read_only}
             self.execute("blockdev-add", **options.of_file(), **place)
@@ -150,21 +155,38 @@ class Monitor:
         for name in (node, f"{node}{FILE_SUFFIX}"):
             if name in present:
                 self.execute("blockdev-del", node_name=name)
-        self._release(path)
+        self._release()
 
-    def _release(self, path: Path) -> None:
-        """Let QEMU close what it was passed for the file, where a command has died before it used that."""
+    def _release(self) -> None:
+        """Let QEMU close what we have passed and it needs no more: it has its own copies.
+
+        There is some where a command has died before that was used; and while its guest is paused, QEMU puts off
+        closing it, until it is asked again.
+        """
         for fdset in self.execute("query-fdsets"):
-            if any(entry.get("opaque") == str(path) for entry in fdset["fds"]):
+            if any(entry.get("opaque", "").startswith(_OPAQUE) for entry in fdset["fds"]):
                 self.execute("remove-fd", fdset_id=fdset["fdset-id"])
 
     def _pass_file(self, path: Path, flags: int) -> int:
         """Pass a descriptor with exactly the flags that QEMU will ask for: from 9.1 it takes no other."""
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            return int(self.execute("add-fd", files=[fd], opaque=str(path))["fdset-id"])
+            return int(self.execute("add-fd", files=[fd], opaque=f"{_OPAQUE}{path}")["fdset-id"])
         finally:
             os.close(fd)
+
+
+def refuse_busy(domain: str, top: LiveTop) -> None:
+    """Accept a disk whose writes have all succeeded, and that no block job works on.
+
+    Raises:
+        DomainError: that is not so.
+    """
+    if top.job is not None:
+        raise DomainError(domain, f"disk {top.target}: the block job {top.job!r} works on it: wait for its end")
+    if top.failed:
+        reason = f"disk {top.target}: {top.failed} writes of the guest have failed since it was started"
+        raise DomainError(domain, f"{reason}: check its file system and restart the guest, or leave the disk out")
 
 
 def _live_top(target: str, device: Mapping[str, Any], graph: BlockGraph) -> LiveTop:

@@ -25,7 +25,7 @@ from qemu_vmdk_snap import Descriptor, PosixFile, confined, open_link, open_posi
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.qemu.agent import frozen
-from qemu_vmdk_snap.domain.qemu.monitor import LiveTop, Monitor
+from qemu_vmdk_snap.domain.qemu.monitor import LiveTop, Monitor, refuse_busy
 from qemu_vmdk_snap.domain.qemu.options import DriverOptions, read_options
 from qemu_vmdk_snap.errors import DomainError
 
@@ -106,19 +106,6 @@ def check_disks(domain: libvirt.virDomain, disks: Sequence[xml.Disk], volume_pat
             raise DomainError(name, f"{reason}: shut it down, or correct the XML")
         refuse_busy(name, tops.by_target[disk.target])
     return tops
-
-
-def refuse_busy(domain: str, top: LiveTop) -> None:
-    """Accept a disk whose writes have all succeeded, and that no block job works on.
-
-    Raises:
-        DomainError: that is not so.
-    """
-    if top.job is not None:
-        raise DomainError(domain, f"disk {top.target}: the block job {top.job!r} works on it: wait for its end")
-    if top.failed:
-        reason = f"disk {top.target}: {top.failed} writes of the guest have failed since it was started"
-        raise DomainError(domain, f"{reason}: check its file system and restart the guest, or leave the disk out")
 
 
 def written_files(domain: libvirt.virDomain, candidates: Mapping[str, Sequence[Path]]) -> dict[str, Path]:
