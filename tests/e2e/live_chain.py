@@ -17,7 +17,7 @@ from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.options import read_options
 from qemu_vmdk_snap.domain.xml import list_disks, relink
 from tests.domain.lab import xml_of
-from tests.e2e.live_guest import MIB, boot_disk, domain_xml, start
+from tests.e2e.live_guest import MIB, REGION, STARTS, boot_disk, domain_xml, start
 
 if TYPE_CHECKING:
     import libvirt
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.harness import ProbeSession
 
 _numbers = itertools.count(1)
-CHUNK: Final = MIB
+SEEN: Final = (*((start, REGION) for start in STARTS), (6 * MIB, 512), (7 * MIB, 640 * 1024))
+"""Where something was written, by the guest or before it started: (offset, bytes)."""
 SIZE: Final = 10 * MIB
 
 
@@ -114,7 +115,7 @@ class ChainGuest:
 
     def guest_sees(self) -> dict[int, int]:
         """Return the checksums of the boot disk as the guest reads it, by offset."""
-        return {at: self.probe.crc(at, CHUNK) for at in range(0, self.probe.size(), CHUNK)}
+        return {at: self.probe.crc(at, size) for at, size in SEEN}
 
     def close(self) -> None:
         """Stop and forget the guest."""
@@ -158,4 +159,4 @@ def both(files: Sequence[Path]) -> Mapping[Path, tuple[int, int]]:
 def sums(path: Path) -> dict[int, int]:
     """Return the checksums of the image as the engine reads it, as `guest_sees` does."""
     with open_chain(path, lock=False) as chain:
-        return {at: zlib.crc32(chain.read_at(at, CHUNK)) for at in range(0, chain.capacity, CHUNK)}
+        return {at: zlib.crc32(chain.read_at(at, size)) for at, size in SEEN}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -13,8 +15,10 @@ from qemu_vmdk_snap import (
     CidMismatch,
     CorruptChain,
     DomainError,
+    LockBusy,
     VmdkSnapError,
     confined,
+    open_chain,
     open_link,
     open_posix,
     rebase,
@@ -68,6 +72,20 @@ def opened(guest: ChainGuest) -> dict[str, object]:
 def passed(guest: ChainGuest) -> int:
     """Return how many descriptors QEMU keeps of those that it was passed."""
     return sum(len(fdset["fds"]) for fdset in guest.monitor.execute("query-fdsets"))
+
+
+def watch_options(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Return the list that gets what each node is reopened with from now on."""
+    real = Monitor.execute
+    given: list[dict[str, Any]] = []
+
+    def watched(self: Monitor, command: str, /, *, files: Sequence[int] = (), **arguments: object) -> object:
+        if command == "blockdev-reopen":
+            given.extend(cast(list[dict[str, Any]], arguments["options"]))
+        return real(self, command, files=files, **arguments)
+
+    monkeypatch.setattr(Monitor, "execute", watched)
+    return given
 
 
 def check_exchanged(guest: ChainGuest, exchanges: Sequence[Exchange]) -> None:
@@ -160,7 +178,10 @@ CASES = (
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_options_and_filters_stay(embed: libvirt.virConnect, scratch: Path, case: Case) -> None:
+def test_options_and_filters_stay(
+    embed: libvirt.virConnect, scratch: Path, monkeypatch: pytest.MonkeyPatch, case: Case
+) -> None:
+    given = watch_options(monkeypatch)
     guest = ChainGuest(
         embed, scratch, links=3, text=case.xml(f"opts-{scratch.name}", scratch / "a.vmdk", scratch / "serial")
     )
@@ -170,13 +191,14 @@ def test_options_and_filters_stay(embed: libvirt.virConnect, scratch: Path, case
             create_snapshot(embed, guest.name, "live")
             frozen = dict(both(guest.disks[target][1:]))
             writer.wait(1)
-            for upper, below in ((3, 1), (1, None)) if case.bus == "virtio" else ((3, 0),):
-                if (upper, below) == (1, None):
-                    upper = 2
+            # Below the active overlay, and below a frozen one.
+            for upper, below in ((3, 1), (2, None)) if case.bus == "virtio" else ((3, 0),):
                 exchanges = [guest.exchange(target, upper, below)]
                 check_exchanged(guest, exchanges)
                 writer.wait(2)
                 guest.adopt(exchanges)
+        # QEMU does not say of a node whether it discards.
+        assert {one["discard"] for one in given} == {"unmap" if "discard='unmap'" in case.driver else "ignore"}
         check_all(guest, frozen)
     finally:
         guest.close()
@@ -185,7 +207,7 @@ def test_options_and_filters_stay(embed: libvirt.virConnect, scratch: Path, case
 def test_the_newest_goes_once_it_is_frozen(guest: ChainGuest) -> None:
     frozen: dict[Path, tuple[int, int]] = {}
     with Writer(guest.probe) as writer:
-        for number in range(4):
+        for number in range(2):
             create_snapshot(guest.conn, guest.name, f"new{number}")
             writer.wait(1)
             depth = len(guest.disks["sda"])
@@ -258,7 +280,16 @@ def test_many_in_a_row(guest: ChainGuest) -> None:
     check_all(guest, frozen)
 
 
-# Refusals: before anything is changed.
+# Refusals: before anything is changed. They all are of one guest, which they leave as it is.
+
+
+@pytest.fixture(scope="module")
+def standing(embed: libvirt.virConnect, scratch_root: Path) -> Iterator[ChainGuest]:
+    folder = Path(tempfile.mkdtemp(dir=scratch_root))
+    guest = ChainGuest(embed, folder)
+    yield guest
+    guest.close()
+    shutil.rmtree(folder)
 
 
 def spoil_cid(guest: ChainGuest, one: Exchange) -> Exchange:
@@ -322,7 +353,8 @@ REFUSALS: dict[str, tuple[Callable[[ChainGuest, Exchange], Exchange], type[VmdkS
 
 
 @pytest.mark.parametrize("kind", REFUSALS)
-def test_refused_before_anything(guest: ChainGuest, kind: str) -> None:
+def test_refused_before_anything(standing: ChainGuest, kind: str) -> None:
+    guest = standing
     change, error, text = REFUSALS[kind]
     below = 1 if kind == "parent" else 0
     one = change(guest, guest.exchange("sda", 3, below))
@@ -347,6 +379,16 @@ def test_a_block_job_refuses(guest: ChainGuest) -> None:
         exchange(monitor, [one])
     assert opened(guest) == before
     monitor.execute("block-job-cancel", device="copying", force=True)
+
+
+def test_an_image_that_is_being_written_refuses(standing: ChainGuest) -> None:
+    one = standing.exchange("sda", 3, 1)
+    before = opened(standing)
+    writer = open_chain(one.images[0], writable=True)
+    with pytest.raises(LockBusy, match=r"m\d+.vmdk: failed to get the '.*' lock"):
+        exchange(standing.monitor, [one])
+    writer.close()
+    assert opened(standing) == before
 
 
 def test_failed_writes_refuse(guest: ChainGuest, monkeypatch: pytest.MonkeyPatch) -> None:
