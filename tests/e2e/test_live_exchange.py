@@ -24,6 +24,7 @@ from qemu_vmdk_snap import (
     rebase,
     resize,
 )
+from qemu_vmdk_snap.domain.connect import open_connection
 from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.qemu import exchange as module
 from qemu_vmdk_snap.domain.qemu.exchange import (
@@ -37,6 +38,7 @@ from qemu_vmdk_snap.domain.qemu.exchange import (
 from qemu_vmdk_snap.domain.qemu.graph import BlockGraph, node_name
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from tests.domain.lab import contents
+from tests.domain.libvirtd import Daemon
 from tests.e2e.live_chain import ChainGuest, both, content, content_by_qemu, sums
 from tests.e2e.live_guest import Writer
 from tests.e2e.test_live import fail_at
@@ -539,3 +541,27 @@ def test_an_older_qemu_cannot(guest: ChainGuest, monkeypatch: pytest.MonkeyPatch
     assert can_exchange(guest.monitor)
     monkeypatch.setattr(Monitor, "execute", lambda *_: {"qemu": {"major": 6, "minor": 0, "micro": 9}})
     assert not can_exchange(guest.monitor)
+
+
+@pytest.mark.needs("libvirtd", "virsh")
+def test_a_daemon_that_dies_between_exchanges(daemon: Daemon, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libvirt does not know the nodes that it finds then, and leaves the guest alone."""
+    monkeypatch.setenv("QEMU_VMDK_SNAP_STATE", str(scratch / "state"))
+    guest = ChainGuest(open_connection(daemon.uri), scratch)
+    frozen: dict[Path, tuple[int, int]] = {}
+    try:
+        with Writer(guest.probe) as writer:
+            for number in range(2):
+                create_snapshot(guest.conn, guest.name, f"live{number}")
+                frozen = dict(both(guest.disks["sda"][1:]))
+                one = guest.exchange("sda", 4, 2)
+                check_exchanged(guest, [one])
+                guest.adopt([one])
+                daemon.restart()
+                guest.conn = open_connection(daemon.uri)
+                guest.domain = guest.conn.lookupByName(guest.name)
+                writer.wait(1)
+        check_all(guest, frozen)
+    finally:
+        guest.close()
+        guest.conn.close()

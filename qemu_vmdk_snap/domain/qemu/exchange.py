@@ -303,7 +303,7 @@ def _unchanged(before: BlockGraph, after: BlockGraph, name: str) -> bool:
 
 def _close(monitor: Monitor, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Close the format nodes, which nothing uses, and the nodes below them; return those gone and those that stay."""
-    graph = monitor.graph()
+    graph = monitor.edges()
     closed, left = [], []
     for format_node in names:
         name: str | None = format_node

@@ -13,7 +13,7 @@ once its backing node was given explicitly. A file that we passed is known by th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -44,6 +44,7 @@ class BlockGraph:
     """All nodes, edges and jobs at one moment."""
 
     nodes: Mapping[str, Node]
+    """Empty where the edges alone were asked for: of a long chain that costs a guest far less."""
     children: Mapping[str, Mapping[str, str]]
     """Node -> name of the edge -> node below."""
     jobs: Mapping[str, frozenset[str]]
@@ -52,7 +53,7 @@ class BlockGraph:
     """Every node that a device, an export or a job reaches."""
 
     @classmethod
-    def of(cls, graph: Mapping[str, Any], nodes: list[dict[str, Any]]) -> BlockGraph:
+    def of(cls, graph: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]] = ()) -> BlockGraph:
         """Return it from QEMU's answers to x-debug-query-block-graph and to query-named-block-nodes."""
         names = {one["id"]: one["name"] for one in graph["nodes"] if one["type"] == "block-driver"}
         works = {one["id"]: one["name"] for one in graph["nodes"] if one["type"] == "block-job"}
@@ -80,12 +81,15 @@ class BlockGraph:
         mine = self.below(name)
         return next((job for job, held in self.jobs.items() if mine & held), None)
 
-    def format_node(self, root: str) -> str | None:
-        """Return the format node of the disk whose device uses `root`: below any filters; None if it is no VMDK."""
-        name: str | None = root
-        while name is not None and (name not in self.nodes or self.nodes[name].driver != _FORMAT):
-            name = self.children.get(name, {}).get("file")
-        return name
+    def format_node(self, root: str) -> str:
+        """Return the format node of the disk whose device uses `root`: below any filters, directly above a file node.
+
+        Of a disk without a format it is the node that the device uses, or a filter.
+        """
+        file = self.children.get(root, {}).get("file")
+        while file is not None and "file" in self.children[file]:
+            root, file = file, self.children[file]["file"]
+        return root
 
     def backing(self, name: str) -> str | None:
         """Return the node that the format node is backed by."""
@@ -104,7 +108,7 @@ class BlockGraph:
             ours = node_name(path)
         except FileNotFoundError:
             return None
-        if ours in self.nodes:
+        if ours in self.children:
             return ours
         files = self.file_nodes_of(path)
         return next((name for name, edges in self.children.items() if self._is_format_on(name, edges, files)), None)

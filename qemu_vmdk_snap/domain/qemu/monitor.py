@@ -45,7 +45,7 @@ class LiveTop:
     @property
     def by_libvirt(self) -> bool:
         """Whether libvirt opened it: then its live XML is right about the file."""
-        return self.node.startswith("libvirt-")
+        return self.node.startswith("libvirt-") and self.node.endswith("-format")
 
     def is_file(self, path: Path) -> bool:
         """Return whether it is our node for the file at `path`, as it is there now."""
@@ -89,7 +89,7 @@ class Monitor:
         with libvirt_errors(self.domain, "read its live XML"):
             live = ET.fromstring(self._domain.XMLDesc(0))
         devices = self.execute("query-blockstats")
-        graph = self.graph()
+        graph = self.edges()
         found = {}
         for disk in live.findall("./devices/disk"):
             target, alias = disk.find("target"), disk.find("alias")
@@ -106,9 +106,13 @@ class Monitor:
         graph = self.execute("x-debug-query-block-graph")
         return BlockGraph.of(graph, self.execute("query-named-block-nodes", flat=True))
 
+    def edges(self) -> BlockGraph:
+        """Return the block graph as it is now, without how each node is opened."""
+        return BlockGraph.of(self.execute("x-debug-query-block-graph"))
+
     def nodes(self) -> set[str]:
         """Return the names of all block nodes."""
-        return {node["node-name"] for node in self.execute("query-named-block-nodes", flat=True)}
+        return set(self.edges().children)
 
     def add_overlay(self, path: Path, options: DriverOptions) -> str:
         """Open the overlay in QEMU, on nothing yet, by a passed descriptor; return the name of its node.
@@ -191,7 +195,7 @@ def refuse_busy(domain: str, top: LiveTop) -> None:
 
 def _live_top(target: str, device: Mapping[str, Any], graph: BlockGraph) -> LiveTop:
     root: str = device["node-name"]
-    node = graph.format_node(root) or root
+    node = graph.format_node(root)
     # The writes of the node itself: a filter above counts its own.
     entry: Mapping[str, Any] | None = device
     while entry is not None and entry.get("node-name") != node:
