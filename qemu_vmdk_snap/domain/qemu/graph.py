@@ -119,7 +119,7 @@ class BlockGraph:
             ours = f"{node_name(path)}{FILE_SUFFIX}"
         except FileNotFoundError:
             return set()
-        if ours in self.nodes:
+        if ours in self.children:
             return {ours}
         return {name for name, node in self.nodes.items() if node.driver == "file" and _is_same(node.file, path)}
 
