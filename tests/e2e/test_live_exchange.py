@@ -405,7 +405,7 @@ def test_failed_writes_refuse(guest: ChainGuest, monkeypatch: pytest.MonkeyPatch
 
     with monkeypatch.context() as failing:
         failing.setattr(Monitor, "execute", counted)
-        with pytest.raises(DomainError, match="disk sda: 1 writes of the guest"):
+        with pytest.raises(DomainError, match="disk sda: writes of the guest have failed"):
             exchange(guest.monitor, [one])
 
 

@@ -189,7 +189,7 @@ def refuse_busy(domain: str, top: LiveTop) -> None:
     if top.job is not None:
         raise DomainError(domain, f"disk {top.target}: the block job {top.job!r} works on it: wait for its end")
     if top.failed:
-        reason = f"disk {top.target}: {top.failed} writes of the guest have failed since it was started"
+        reason = f"disk {top.target}: writes of the guest have failed since it was started ({top.failed})"
         raise DomainError(domain, f"{reason}: check its file system and restart the guest, or leave the disk out")
 
 
