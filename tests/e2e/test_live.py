@@ -22,7 +22,7 @@ from qemu_vmdk_snap.domain.qemu.depth import max_links
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.registry import list_snapshots, snapshot_info
 from qemu_vmdk_snap.domain.xml import list_disks
-from qemu_vmdk_snap.harness import ProbeSession, verify_image
+from qemu_vmdk_snap.harness import ProbeSession, pattern, verify_image
 from tests.domain.lab import contents, xml_of
 from tests.e2e.live_guest import MIB, REGION, STARTS, Progress, Writer, boot_disk, check_frozen, domain_xml, start
 
@@ -404,6 +404,18 @@ def test_what_qemu_has_not_written_is_not_merged_into(guest: Guest) -> None:
         delete(guest.conn, guest.name, "s1")
     assert (xml_of(guest.domain), set(guest.images())) == before
     assert guest.probe.crc(STARTS[0], REGION)
+
+
+def test_the_lower_file_is_found_by_its_file_node(guest: Guest) -> None:
+    """libvirt gave its format node a backing node, so QEMU displays no path for it any more."""
+    guest.domain.destroy()
+    create_snapshot(guest.conn, guest.name, "s1", exclude=["vdb"])
+    guest.start().pattern(1, STARTS[0], REGION)
+    create_snapshot(guest.conn, guest.name, "s2", exclude=["vdb"])
+    guest.probe.pattern(2, STARTS[1], REGION)
+    deleted = delete(guest.conn, guest.name, "s2")
+    assert [work.live for work in deleted.deleted[0].work] == [True]
+    assert guest.probe.crc(STARTS[1], REGION) == zlib.crc32(pattern(2, STARTS[1] // 512, REGION // 512))
 
 
 @pytest.mark.parametrize("command", ["block-commit", "stop", "job-complete"])

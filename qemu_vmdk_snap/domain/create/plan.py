@@ -15,6 +15,7 @@ from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay, p
 from qemu_vmdk_snap.domain.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.agent import check_quiesce
 from qemu_vmdk_snap.domain.qemu.depth import check_depth
+from qemu_vmdk_snap.domain.qemu.options import lacks_direct_io, read_options
 from qemu_vmdk_snap.domain.qemu.switch import Tops, check_disks
 from qemu_vmdk_snap.domain.state import check_state, inactive_xml, volume_resolver
 from qemu_vmdk_snap.errors import DomainError
@@ -85,9 +86,12 @@ def make_plan(
     check_quiesce(request.quiesce)
     tops = check_disks(domain, chosen, volume_path) if live else Tops()
     taken = set().union(*(xml.files_in(text) for text in (old_xml, *snapshots.values())), pending_overlays(store))
+    options = read_options(old_xml)
     planned = []
     for disk in chosen:
         planned.append(_plan_disk(name, disk, request, taken, held, lock=not live))
+        if options[disk.target].direct:
+            _check_direct(name, planned[-1])
         check_depth(conn, name, disk.target, planned[-1].chain)
         taken.add(planned[-1].overlay)
     plan = _assemble(domain, header, old_xml, disks, tuple(planned), tuple(skipped))
@@ -152,6 +156,13 @@ def _plan_disk(
     if overlay in taken:
         raise DomainError(domain, f"overlay {overlay} belongs to another disk or snapshot")
     return PlannedDisk(disk.target, overlay, (disk.path, *(link.path for link in chain.links[1:])))
+
+
+def _check_direct(domain: str, disk: PlannedDisk) -> None:
+    """Refuse an overlay that QEMU could not open as the disk's cache mode demands, now or at the next start."""
+    if lacks_direct_io(disk.overlay.parent):
+        reason = f"disk {disk.target}: its cache mode needs O_DIRECT, which the file system of {disk.overlay} lacks"
+        raise DomainError(domain, f"{reason}: put the overlay elsewhere, or change the cache mode")
 
 
 def _assemble(

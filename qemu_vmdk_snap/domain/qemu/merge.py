@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from qemu_vmdk_snap.domain.qemu.monitor import Monitor, node_name
+from qemu_vmdk_snap.domain.qemu.graph import node_name
+from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ def written_here(domain: libvirt.virDomain) -> dict[str, str]:
     monitor = Monitor(domain)
     stats = monitor.execute("query-blockstats", query_nodes=True)
     written = {one["node-name"] for one in stats if one["stats"]["wr_highest_offset"] > 0}
-    nodes = monitor.execute("query-named-block-nodes", flat=True)
-    return {node["node-name"]: str(node["file"]) for node in nodes if node["node-name"] in written}
+    graph = monitor.graph()
+    return {name: graph.file_of(name) for name in written if name in graph.nodes}
 
 
 def node_of(path: Path, nodes: Mapping[str, str]) -> str | None:

@@ -16,7 +16,6 @@ import contextlib
 import math
 import os
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,8 @@ from qemu_vmdk_snap import Descriptor, PosixFile, confined, open_link, open_posi
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.qemu.agent import frozen
-from qemu_vmdk_snap.domain.qemu.monitor import LiveTop, Monitor
+from qemu_vmdk_snap.domain.qemu.monitor import LiveTop, Monitor, refuse_busy
+from qemu_vmdk_snap.domain.qemu.options import DriverOptions, read_options
 from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class _Run:
     domain: libvirt.virDomain
     monitor: Monitor
     disks: Sequence[PlannedDisk]
-    caches: Mapping[str, dict[str, bool]]
+    options: Mapping[str, DriverOptions]
     quiesce: str
     tops: Mapping[str, LiveTop] = field(default_factory=dict)
     nodes: dict[str, str] = field(default_factory=dict)
@@ -104,6 +104,7 @@ def check_disks(domain: libvirt.virDomain, disks: Sequence[xml.Disk], volume_pat
         if written.get(disk.target) != disk.path:
             reason = f"disk {disk.target}: the persistent XML names {disk.path}, but QEMU writes to another file"
             raise DomainError(name, f"{reason}: shut it down, or correct the XML")
+        refuse_busy(name, tops.by_target[disk.target])
     return tops
 
 
@@ -146,7 +147,7 @@ def switch(domain: libvirt.virDomain, disks: Sequence[PlannedDisk], quiesce: str
     Raises:
         DomainError: it cannot be done; the guest goes on as before, and QEMU knows nothing of the overlays.
     """
-    run = _Run(domain, Monitor(domain), disks, _caches(domain), quiesce)
+    run = _Run(domain, Monitor(domain), disks, _live_options(domain), quiesce)
     for _ in range(_TRIES):
         try:
             tops = tops if tops.still_true(disks) else _ask(domain)
@@ -187,7 +188,7 @@ def _prepare(run: _Run) -> None:
 
 def _add(run: _Run) -> None:
     for disk in run.disks:
-        run.nodes[disk.target] = run.monitor.add_overlay(disk.overlay, run.caches.get(disk.target, {}))
+        run.nodes[disk.target] = run.monitor.add_overlay(disk.overlay, run.options[disk.target])
 
 
 def _try(run: _Run) -> bool:
@@ -263,17 +264,9 @@ def _flush(path: Path) -> None:
         os.close(fd)
 
 
-def _caches(domain: libvirt.virDomain) -> dict[str, dict[str, bool]]:
-    """Return how each disk uses the page cache: the overlay is to do as its base does."""
+def _live_options(domain: libvirt.virDomain) -> dict[str, DriverOptions]:
     with libvirt_errors(domain.name(), "read its live XML"):
-        root = ET.fromstring(domain.XMLDesc(0))
-    found = {}
-    for disk in root.findall("./devices/disk"):
-        target, driver = disk.find("target"), disk.find("driver")
-        if target is not None and driver is not None:
-            mode = driver.get("cache", "default")
-            found[target.get("dev", "")] = {"direct": mode in ("none", "directsync"), "no-flush": mode == "unsafe"}
-    return found
+        return read_options(domain.XMLDesc(0))
 
 
 def _milliseconds(started: float) -> float:
