@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.chain.chain import Chain, Run, RunKind, WritableChain, open_chain
-    from qemu_vmdk_snap.chain.dependents import Census, Dependent
     from qemu_vmdk_snap.chain.disk import RawDisk
     from qemu_vmdk_snap.chain.link import Link, open_link, read_descriptor
     from qemu_vmdk_snap.chain.links import LinkFacts, read_facts, read_links
+    from qemu_vmdk_snap.chain.needs.dependents import Census, Dependent
     from qemu_vmdk_snap.chain.resolver import confined
     from qemu_vmdk_snap.errors import (
         CidMismatch,
@@ -118,8 +118,8 @@ _HOMES: Final = {
     "WritableChain": "chain.chain",
     "Run": "chain.chain",
     "RunKind": "chain.chain",
-    "Census": "chain.dependents",
-    "Dependent": "chain.dependents",
+    "Census": "chain.needs.dependents",
+    "Dependent": "chain.needs.dependents",
     "RawDisk": "chain.disk",
     "Link": "chain.link",
     "open_link": "chain.link",

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qemu_vmdk_snap.chain import notes, opening
 from qemu_vmdk_snap.chain.identity import with_fresh_cid
+from qemu_vmdk_snap.chain.look import notes, opening
 from qemu_vmdk_snap.chain.resolver import Resolver, check_opened
 from qemu_vmdk_snap.chain.windows import windows
 from qemu_vmdk_snap.errors import FormatError, Unsupported

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol, cast
 
-from qemu_vmdk_snap.chain.notes import listening
+from qemu_vmdk_snap.chain.look.notes import listening
 from qemu_vmdk_snap.cli import exit_status
 from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL, Command
 from qemu_vmdk_snap.cli.ui import Ui
@@ -163,7 +163,7 @@ def _way_out(error: Exception, args: argparse.Namespace) -> str:
 
 def _instead_of(path: Path) -> str:
     """Return what to add about a file that is no image by itself."""
-    from qemu_vmdk_snap.chain.mistaken import instead_of
+    from qemu_vmdk_snap.chain.look.mistaken import instead_of
 
     known = instead_of(path)
     return "" if known is None else f"; {known}"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from qemu_vmdk_snap.chain.chain import open_chain
 from qemu_vmdk_snap.chain.disk import RawDisk
 from qemu_vmdk_snap.chain.link import Link, open_link, read_descriptor
-from qemu_vmdk_snap.chain.look_over import look_over
+from qemu_vmdk_snap.chain.look.over import look_over
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, VmdkSnapError
 from qemu_vmdk_snap.storage.blockfile import PosixFile, open_posix, open_posix_or_device

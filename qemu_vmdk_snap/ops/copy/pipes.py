@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
-from qemu_vmdk_snap.chain import notes
 from qemu_vmdk_snap.chain.chain import Chain
 from qemu_vmdk_snap.chain.disk import Disk, RawDisk
-from qemu_vmdk_snap.chain.opening import refuse_encrypted
+from qemu_vmdk_snap.chain.look import notes
+from qemu_vmdk_snap.chain.look.opening import refuse_encrypted
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.storage.pipes import PipeReader, PipeWriter

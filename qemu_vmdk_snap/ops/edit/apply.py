@@ -10,9 +10,9 @@ from typing import Final
 
 from qemu_vmdk_snap.chain.chain import Chain, open_links
 from qemu_vmdk_snap.chain.change import open_for_change
-from qemu_vmdk_snap.chain.dependents import Census, require_one_name, require_unneeded, search_folders
 from qemu_vmdk_snap.chain.identity import with_cid, with_fresh_cid
 from qemu_vmdk_snap.chain.link import Link, open_link
+from qemu_vmdk_snap.chain.needs.dependents import Census, require_one_name, require_unneeded, search_folders
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CidMismatch, InvalidRequest
 from qemu_vmdk_snap.ops.copy.transfer import LinkWriter, View, upper_tables

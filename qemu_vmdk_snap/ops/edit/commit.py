@@ -21,7 +21,9 @@ from typing import NamedTuple
 
 from qemu_vmdk_snap.chain.chain import Chain, open_chain, open_links
 from qemu_vmdk_snap.chain.change import open_for_change, open_link_for_change
-from qemu_vmdk_snap.chain.dependents import (
+from qemu_vmdk_snap.chain.identity import on_parent, with_fresh_cid
+from qemu_vmdk_snap.chain.link import Link, open_link
+from qemu_vmdk_snap.chain.needs.dependents import (
     Census,
     children_of,
     require_fit,
@@ -30,9 +32,7 @@ from qemu_vmdk_snap.chain.dependents import (
     require_unshared,
     search_folders,
 )
-from qemu_vmdk_snap.chain.identity import on_parent, with_fresh_cid
-from qemu_vmdk_snap.chain.link import Link, open_link
-from qemu_vmdk_snap.chain.own import own_files
+from qemu_vmdk_snap.chain.needs.own import own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import InvalidRequest, StillNeeded, Unsupported
 from qemu_vmdk_snap.ops.copy.transfer import Clearable, LinkWriter, View, restricted, upper_tables

@@ -18,7 +18,7 @@ import numpy as np
 
 from qemu_vmdk_snap.chain.chain import Chain
 from qemu_vmdk_snap.chain.change import open_for_change
-from qemu_vmdk_snap.chain.dependents import Census, require_one_name, search_folders
+from qemu_vmdk_snap.chain.needs.dependents import Census, require_one_name, search_folders
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.chain.windows import ROW_GRAINS, extent_windows
 from qemu_vmdk_snap.errors import Unsupported

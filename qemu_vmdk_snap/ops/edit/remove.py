@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_vmdk_snap.chain.change import open_for_change
-from qemu_vmdk_snap.chain.dependents import Census, children_of, require_fit, search_folders
-from qemu_vmdk_snap.chain.own import own_files
+from qemu_vmdk_snap.chain.needs.dependents import Census, children_of, require_fit, search_folders
+from qemu_vmdk_snap.chain.needs.own import own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest
 from qemu_vmdk_snap.ops.edit.move import open_move, run_moves

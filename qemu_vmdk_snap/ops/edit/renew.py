@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from qemu_vmdk_snap.chain.dependents import Census, require_one_name, require_unneeded, search_folders
 from qemu_vmdk_snap.chain.identity import with_fresh_cid
 from qemu_vmdk_snap.chain.links import LinkFacts, read_links
+from qemu_vmdk_snap.chain.needs.dependents import Census, require_one_name, require_unneeded, search_folders
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 from qemu_vmdk_snap.ops.journal.guard import guarded_operation

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Final
 
 from qemu_vmdk_snap.chain.change import open_link_for_change
-from qemu_vmdk_snap.chain.dependents import Census, require_one_name, require_unneeded, search_folders
 from qemu_vmdk_snap.chain.identity import with_fresh_cid
 from qemu_vmdk_snap.chain.link import Link
-from qemu_vmdk_snap.chain.own import own_files
+from qemu_vmdk_snap.chain.needs.dependents import Census, require_one_name, require_unneeded, search_folders
+from qemu_vmdk_snap.chain.needs.own import own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import FormatError, InvalidRequest, Unsupported
 from qemu_vmdk_snap.ops.journal.guard import guarded_operation

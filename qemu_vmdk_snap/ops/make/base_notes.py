@@ -62,7 +62,7 @@ def _of_extent(line: ExtentLine, file: BlockFile) -> list[str]:
 
 
 def _of_rare_extent(line: ExtentLine, file: BlockFile) -> list[str]:
-    from qemu_vmdk_snap.chain.look_over import look_over  # NumPy
+    from qemu_vmdk_snap.chain.look.over import look_over  # NumPy
     from qemu_vmdk_snap.vmdk.extent import ExtentSpec, open_extent
 
     extent = open_extent(ExtentSpec(line, file.path, file, writable=False))

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qemu_vmdk_snap.chain import notes
 from qemu_vmdk_snap.chain.identity import hint_to, new_cid
 from qemu_vmdk_snap.chain.link import read_descriptor
-from qemu_vmdk_snap.chain.opening import look_at
+from qemu_vmdk_snap.chain.look import notes
+from qemu_vmdk_snap.chain.look.opening import look_at
 from qemu_vmdk_snap.chain.resolver import check_opened, confined
 from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest
 from qemu_vmdk_snap.ops.make.base_notes import base_notes
@@ -148,7 +148,7 @@ def _give_cid(base: Path) -> None:
     """
     # NumPy and more: seldom needed.
     from qemu_vmdk_snap.chain.change import open_link_for_change
-    from qemu_vmdk_snap.chain.dependents import Census, require_unneeded, search_folders
+    from qemu_vmdk_snap.chain.needs.dependents import Census, require_unneeded, search_folders
 
     find = confined()
     with contextlib.ExitStack() as stack:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from qemu_vmdk_snap import CidMismatch, ImageOptions, StillNeeded, create_image, create_overlay, open_chain
-from qemu_vmdk_snap.chain.claims import read_claims
-from qemu_vmdk_snap.chain.dependents import Census, children_of, require_fit, require_one_name, require_unneeded
+from qemu_vmdk_snap.chain.needs.claims import read_claims
+from qemu_vmdk_snap.chain.needs.dependents import Census, children_of, require_fit, require_one_name, require_unneeded
 from qemu_vmdk_snap.ops.edit.remove import remove
 
 MIB = 1 << 20

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qemu_vmdk_snap import Unsupported, create_image, open_chain
-from qemu_vmdk_snap.chain.mistaken import descriptor_naming, instead_of
+from qemu_vmdk_snap.chain.look.mistaken import descriptor_naming, instead_of
 from qemu_vmdk_snap.cli.main import main
 from tests.support import esxi
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qemu_vmdk_snap import LockBusy, Unsupported, create_image, create_overlay, open_chain
-from qemu_vmdk_snap.chain.vmware_lock import refuse_vmware_lock, vmware_lock, vmware_lock_note
+from qemu_vmdk_snap.chain.look.vmware_lock import refuse_vmware_lock, vmware_lock, vmware_lock_note
 from qemu_vmdk_snap.cli.main import main
 
 

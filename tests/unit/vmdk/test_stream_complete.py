@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qemu_vmdk_snap import FormatError, Unsupported, VmdkSnapError, convert, open_chain
-from qemu_vmdk_snap.chain.notes import listening
+from qemu_vmdk_snap.chain.look.notes import listening
 from qemu_vmdk_snap.ops.copy.pipes import StreamDisk
 from qemu_vmdk_snap.storage.pipes import PipeReader
 

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import Final
 
-from qemu_vmdk_snap.chain.claims import read_claims
 from qemu_vmdk_snap.chain.link import Link
+from qemu_vmdk_snap.chain.needs.claims import read_claims
 from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.units import sector_bytes
 

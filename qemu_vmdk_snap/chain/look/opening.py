@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qemu_vmdk_snap.chain.mistaken import descriptor_naming
-from qemu_vmdk_snap.chain.vmware_lock import refuse_vmware_lock, vmware_lock_note
+from qemu_vmdk_snap.chain.look.mistaken import descriptor_naming
+from qemu_vmdk_snap.chain.look.vmware_lock import refuse_vmware_lock, vmware_lock_note
 from qemu_vmdk_snap.errors import Unsupported
 from qemu_vmdk_snap.vmdk.descriptor import Descriptor
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from qemu_vmdk_snap.chain.claims import NOTHING, Claims, Name, read_claims
+from qemu_vmdk_snap.chain.needs.claims import NOTHING, Claims, Name, read_claims
 from qemu_vmdk_snap.chain.resolver import Confined
 from qemu_vmdk_snap.errors import CidMismatch, StillNeeded
 from qemu_vmdk_snap.storage.identity import Identity, identity_of

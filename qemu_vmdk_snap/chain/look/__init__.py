@@ -1,0 +1,1 @@
+"""What is noticed beside the content: foreign files, locks of VMware, notes for whoever reads."""
