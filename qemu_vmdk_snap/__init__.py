@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.ops.info import chain_info, image_info
     from qemu_vmdk_snap.ops.journal.recover import recover
     from qemu_vmdk_snap.ops.make.create import ImageOptions, create_image, create_overlay
+    from qemu_vmdk_snap.ops.needed import require_writable
     from qemu_vmdk_snap.ops.progress import OnProgress, Progress, ignore
     from qemu_vmdk_snap.storage.blockfile import PosixFile, open_posix
     from qemu_vmdk_snap.storage.durable import replace_file
@@ -109,6 +110,7 @@ __all__ = [
     "renew_overlay",
     "repair",
     "replace_file",
+    "require_writable",
     "resize",
 ]
 
@@ -142,6 +144,7 @@ _HOMES: Final = {
     "chain_info": "ops.info",
     "image_info": "ops.info",
     "measure": "ops.copy.measure",
+    "require_writable": "ops.needed",
     "OnProgress": "ops.progress",
     "Progress": "ops.progress",
     "ignore": "ops.progress",

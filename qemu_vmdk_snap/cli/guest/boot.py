@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from qemu_vmdk_snap.cli.guest.options import add_guest_options
+from qemu_vmdk_snap.cli.image.common import add_orphan
 from qemu_vmdk_snap.cli.ui import Ui
 
 
@@ -15,6 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-f", "--format", default="vmdk", choices=("vmdk", "raw"), help="format of the image (default vmdk)"
     )
     parser.add_argument("--write", action="store_true", help="let what the guest writes reach the image")
+    add_orphan(parser)
     parser.add_argument(
         "--from-disk", action="store_true", help="boot from the image itself, which begins with the probe"
     )
@@ -37,11 +39,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Boot, ask, show each answer, switch off."""
+    from qemu_vmdk_snap import require_writable
     from qemu_vmdk_snap.harness import boot
 
     answers = []
+    image = args.filename.resolve(strict=True)
+    if args.write and args.format == "vmdk":
+        require_writable(image, orphans=args.orphan)
     with boot(
-        args.filename.resolve(strict=True),
+        image,
         image_format=args.format,
         controller=args.controller,
         from_disk=args.from_disk,

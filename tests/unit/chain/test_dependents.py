@@ -9,9 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import CidMismatch, ImageOptions, StillNeeded, create_image, create_overlay, open_chain
+from qemu_vmdk_snap import (
+    CidMismatch,
+    ImageOptions,
+    StillNeeded,
+    create_image,
+    create_overlay,
+    open_chain,
+    require_writable,
+)
 from qemu_vmdk_snap.chain.needs.claims import read_claims
 from qemu_vmdk_snap.chain.needs.dependents import Census, children_of, require_fit, require_one_name, require_unneeded
+from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.ops.edit.remove import remove
 
 MIB = 1 << 20
@@ -297,3 +306,14 @@ def test_claims_never_raise_but_for_io(tmp_path: Path) -> None:
             (tmp_path / "x").write_bytes(raw)
             with (tmp_path / "x").open("rb") as file:
                 read_claims(file.fileno())
+
+
+def test_what_is_needed_is_not_handed_out_for_writing(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    require_writable(base)
+    create_overlay(base.with_name("top.vmdk"), base, durable=False)
+    with pytest.raises(StillNeeded):
+        require_writable(base)
+    require_writable(base, orphans=[base.with_name("top.vmdk")])
+    require_writable(base.with_name("top.vmdk"))
+    assert main(["guest", "boot", "--write", str(base), "size"]) == 68
+    assert "top.vmdk names it as its parent" in capsys.readouterr().err
