@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.ops.make.create import ImageOptions, create_image, create_overlay
     from qemu_vmdk_snap.ops.needed import require_writable
     from qemu_vmdk_snap.ops.progress import OnProgress, Progress, ignore
+    from qemu_vmdk_snap.storage.attributes import copy_attributes
     from qemu_vmdk_snap.storage.blockfile import PosixFile, open_posix
     from qemu_vmdk_snap.storage.durable import replace_file
     from qemu_vmdk_snap.vmdk.descriptor import Descriptor
@@ -92,6 +93,7 @@ __all__ = [
     "compare",
     "confined",
     "convert",
+    "copy_attributes",
     "create_image",
     "create_overlay",
     "ignore",
@@ -154,6 +156,7 @@ _HOMES: Final = {
     "renew_overlay": "ops.edit.renew",
     "repair": "ops.check.repair",
     "resize": "ops.edit.resize",
+    "copy_attributes": "storage.attributes",
     "PosixFile": "storage.blockfile",
     "open_posix": "storage.blockfile",
     "replace_file": "storage.durable",

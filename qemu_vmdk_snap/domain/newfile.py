@@ -28,23 +28,28 @@ def make_overlay(domain: str, disk: PlannedDisk) -> tuple[int, int]:
         DomainError: it cannot be given the owner or the label; it is not left behind.
         FileExistsError: something bears the name.
     """
-    base = disk.frozen.stat()
     engine.create_overlay(disk.overlay, disk.frozen, mode=0o600)
     try:
-        fd = os.open(disk.overlay, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
+        with contextlib.ExitStack() as stack:
+            base = _opened(disk.frozen, os.O_RDONLY, stack)
+            fd = _opened(disk.overlay, os.O_RDWR | os.O_NOFOLLOW, stack)
             made = os.fstat(fd)
-            _own(domain, disk, fd, base, made)
-            _copy_attributes(domain, disk, fd)
-            # An overlay exists to be written, also on a base that was made read-only to protect it.
-            os.fchmod(fd, stat.S_IMODE(base.st_mode) | stat.S_IWUSR)
+            try:
+                # An overlay exists to be written, also on a base that was made read-only to protect it.
+                engine.copy_attributes(base, fd, names=_FOLLOWED, mode=stat.S_IWUSR)
+            except OSError as error:
+                raise DomainError(domain, f"{disk.overlay}: {error.strerror}") from error
             os.fsync(fd)
-        finally:
-            os.close(fd)
     except BaseException:
         disk.overlay.unlink()
         raise
     return made.st_dev, made.st_ino
+
+
+def _opened(path: Path, flags: int, stack: contextlib.ExitStack) -> int:
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    return fd
 
 
 def refresh_pools(conn: libvirt.virConnect, files: Iterable[Path]) -> None:
@@ -64,32 +69,3 @@ def _pool_folder(pool: libvirt.virStoragePool) -> Path | None:
 
     text = ET.fromstring(pool.XMLDesc(0)).findtext("target/path")
     return Path(text).resolve() if text else None
-
-
-def _own(domain: str, disk: PlannedDisk, fd: int, base: os.stat_result, made: os.stat_result) -> None:
-    if (base.st_uid, base.st_gid) == (made.st_uid, made.st_gid):
-        return
-    try:
-        os.fchown(fd, base.st_uid, base.st_gid)
-    except PermissionError as error:
-        reason = f"cannot give {disk.overlay} the owner {base.st_uid}:{base.st_gid} of {disk.frozen}: run it as root"
-        raise DomainError(domain, reason) from error
-
-
-def _copy_attributes(domain: str, disk: PlannedDisk, fd: int) -> None:
-    try:
-        there = os.listxattr(disk.frozen)
-    except OSError:
-        return  # a file system without any
-    for name in _FOLLOWED:
-        if name not in there:
-            continue
-        value = os.getxattr(disk.frozen, name)
-        with contextlib.suppress(OSError):
-            if os.getxattr(fd, name) == value:
-                continue
-        try:
-            os.setxattr(fd, name, value)
-        except OSError as error:
-            reason = f"cannot give {disk.overlay} the {name} of {disk.frozen}: {error.strerror}"
-            raise DomainError(domain, reason) from error

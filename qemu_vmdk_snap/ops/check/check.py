@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
 
+from qemu_vmdk_snap.chain.parent import MAX_DEPTH, find_parent
 from qemu_vmdk_snap.chain.resolver import Resolver
 from qemu_vmdk_snap.errors import CorruptChain, FormatError, Unsupported
 from qemu_vmdk_snap.ops.check.findings import Finding, Findings, Severity
@@ -18,7 +18,7 @@ from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.storage.record import pending_in
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, CowdHeader, legacy_descriptor, read_cowd_header
-from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, NO_PARENT, Descriptor, ExtentLine, is_descriptor
+from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, Descriptor, ExtentLine, is_descriptor
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, open_extent
 from qemu_vmdk_snap.vmdk.sparse.header import (
     MAGIC,
@@ -28,8 +28,6 @@ from qemu_vmdk_snap.vmdk.sparse.header import (
     check_header,
     refuse_moved,
 )
-
-MAX_DEPTH: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,19 +157,16 @@ class _Checker:
     def _parent_of(self, image: _Image) -> Path | None:
         descriptor = image.descriptor
         try:
-            if descriptor.parent_cid == NO_PARENT:
-                return None
+            return find_parent(descriptor, self._resolver)
         except FormatError:
             return None  # noted when the descriptor was checked
-        if descriptor.parent_hint is None:
+        except CorruptChain as error:
+            if descriptor.parent_hint is not None:
+                self._bad_hint(image, f"must name an image that may be opened: {error.reason}", Severity.ERROR)
+                return None
             at = descriptor.offset_of("parentCID")
             rule = "must be ffffffff, or parentFileNameHint must name the parent"
             self._findings.corrupt(image.path, at, "parentCID", f"{descriptor.parent_cid:08x}", rule)
-            return None
-        try:
-            return self._resolver(image.path, descriptor.parent_hint, "parent")
-        except CorruptChain as error:
-            self._bad_hint(image, f"must name an image that may be opened: {error.reason}", Severity.ERROR)
             return None
 
     def _bad_hint(self, image: _Image, rule: str, severity: Severity = Severity.CORRUPTION) -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Final
 
+from qemu_vmdk_snap.chain.parent import MAX_DEPTH, find_parent
 from qemu_vmdk_snap.chain.resolver import Resolver, check_opened
 from qemu_vmdk_snap.errors import Unsupported
 from qemu_vmdk_snap.ops.check.opening import descriptor_of, open_for_change
 from qemu_vmdk_snap.ops.check.repair_plan import ExtentPlan
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
-from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor
+from qemu_vmdk_snap.vmdk.descriptor import Descriptor
 from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader
-
-_MAX_DEPTH: Final = 256
 
 
 def plan_relinks(
@@ -33,7 +31,7 @@ def plan_relinks(
     changed: list[Path] = []
     link, plan = plans[0].file, plans[0]
     seen = {link.path.resolve()}
-    while (parent := _parent_of(link, resolver)) is not None and len(seen) < _MAX_DEPTH:
+    while (parent := _parent_of(link, resolver)) is not None and len(seen) < MAX_DEPTH:
         if parent.resolve() in seen:
             break  # the check has found the loop
         seen.add(parent.resolve())
@@ -51,10 +49,7 @@ def plan_relinks(
 
 
 def _parent_of(link: BlockFile, resolver: Resolver) -> Path | None:
-    mine = descriptor_of(link)
-    if mine.parent_cid == NO_PARENT or mine.parent_hint is None:
-        return None
-    return resolver(link.path, mine.parent_hint, "parent")
+    return find_parent(descriptor_of(link), resolver)
 
 
 def _opened(child: BlockFile, path: Path, resolver: Resolver, opener: FileOpener) -> tuple[BlockFile, bool]:
