@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Final, Literal
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import dropin, naming, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
+from qemu_vmdk_snap.domain.journal.overlays import unlink_discarded
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay, pending_overlays
-from qemu_vmdk_snap.domain.journal.recover import Recovery, make_current, recover_domain, unlink_discarded
+from qemu_vmdk_snap.domain.journal.recover import Recovery, make_current, recover_domain
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
 from qemu_vmdk_snap.domain.newfile import make_overlay, refresh_pools
 from qemu_vmdk_snap.domain.planned import PlannedDisk
