@@ -14,6 +14,7 @@ import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, import_libvirt, libvirt_errors, open_connection
 from qemu_vmdk_snap.domain.hooks import install as hooks
+from qemu_vmdk_snap.domain.hooks.owners import without_domain
 from qemu_vmdk_snap.domain.journal.pending import all_unfinished, unfinished_of
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.orphans import Orphan, domain_files, find_orphans
@@ -171,7 +172,8 @@ def _check_hooks(environ: dict[str, str] | os._Environ[str]) -> Iterator[Check]:
     else:
         stale = "" if state.current else ", not what this version would write: install it again"
         yield Check("hook", "good" if state.current else "note", f"{state.path} of version {state.version}{stale}")
-    for policy in state.policies:
+    lost = {one.path: one for one in without_domain(state.policies)}
+    for policy in (lost.get(one.path, one) for one in state.policies):
         yield Check(f"policy {policy.domain}", "bad" if policy.problem else "good", policy.problem or str(policy.path))
     for daemon in state.restart:
         yield Check("hook", "note", f"{daemon} is older than the hook: restart it, if it was the first in its folder")
