@@ -100,6 +100,18 @@ def pending_line(conn: libvirt.virConnect, domain_name: str) -> str | None:
     return None if found is None else f"domain {found.domain}: {found.line()}"
 
 
+def delete_of_current(conn: libvirt.virConnect, domain_name: str) -> str | None:
+    """Return the snapshot that an interrupted delete of the current one is about; None where there is no such delete.
+
+    Once it is half done another snapshot is the current one, and that is not what whoever runs it again means.
+    """
+    with contextlib.suppress(InvalidRequest):
+        found = unfinished_of(conn, find_domain(conn, domain_name))
+        if found is not None and found.intent is not None and found.operation == "delete":
+            return found.snapshot if found.intent.current == found.snapshot else None
+    return None
+
+
 def all_unfinished(conn: libvirt.virConnect) -> list[Unfinished]:
     """Return the unfinished operations of all domains, also of those that libvirt does not know.
 

@@ -1,5 +1,8 @@
 """Finish an unfinished snapshot, or take it back: after a crash, and when a step fails.
 
+Each change goes into the XML of today, and is of the disks alone that the operation changed: what an administrator
+edited since the command died stays.
+
 libvirt's persistent XML decides. It changes in one step for all disks, so it names every overlay or none:
 
     XML names the overlays   the guest may have run on them: finish (register the snapshot)
@@ -313,8 +316,8 @@ def undo(
     try:
         take_back(conn, domain, store, intent)
     except (VmdkSnapError, OSError) as error:
-        reason = f"{cause}; taking it back failed too ({error}): the next command on this domain settles it"
-        raise DomainError(domain.name(), reason) from cause
+        reason = f"{cause}; taking it back failed too ({error})"
+        raise DomainError(domain.name(), f"{reason}: {ways_out(conn.getURI(), domain.name())}") from cause
 
 
 def _named(domain: libvirt.virDomain, intent: Intent) -> bool:

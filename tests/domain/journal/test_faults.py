@@ -126,7 +126,7 @@ def test_what_cannot_be_taken_back_now_is_settled_by_the_next_command(
         break_step(broken, "registration", refused)
         broken.setattr(overlay_files, "hold_empty", lambda *_: (_ for _ in ()).throw(no_space()))
         with pytest.raises(
-            DomainError, match=r"taking it back failed too .*: the next command on this domain settles it"
+            DomainError, match=r"taking it back failed too .*: `recover -c .*` finishes it or takes it back"
         ):
             create_snapshot(lab.conn, domain.name(), "s1")
     assert [result.finished for result in recover(lab.conn)] == [True]

@@ -250,6 +250,23 @@ def test_a_delete_that_is_run_again_says_that_it_succeeded(patient: Patient, mon
     del answer
 
 
+@pytest.mark.parametrize("step", ["_define", "_change_xml"])
+def test_a_delete_of_the_current_one_that_is_run_again_deletes_no_other(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    words, real = ["snapshot", "delete", "--current"], getattr(delete_run, step)
+
+    def works_and_dies(*words: object) -> None:
+        real(*words)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr(delete_run, step, works_and_dies)
+        assert patient.run(words)[0] == 130
+    assert patient.run(words)[0] == 0
+    assert [info.name for info in list_snapshots(patient.lab.conn, patient.name)] == ["s1"]
+
+
 def test_recover_settles_the_domain_that_is_named(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_create(patient, monkeypatch)
     other = Patient(patient.lab, patient.capsys, "cd")
