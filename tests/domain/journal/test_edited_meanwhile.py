@@ -239,10 +239,14 @@ def test_another_snapshot_of_the_name_is_not_replaced(
     assert recover(daemon_lab.conn) == []
 
 
-def test_a_domain_that_was_renamed_meanwhile(daemon_lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("step", "finished"), [("_define", False), ("register", True)])
+def test_a_domain_that_was_renamed_meanwhile(
+    daemon_lab: Lab, monkeypatch: pytest.MonkeyPatch, step: str, finished: bool
+) -> None:
     domain = daemon_lab.define(daemon_lab.disk("a"))
-    killed(monkeypatch, create_run, "_define", lambda: create_snapshot(daemon_lab.conn, domain.name(), "s1"))
+    killed(monkeypatch, create_run, step, lambda: create_snapshot(daemon_lab.conn, domain.name(), "s1"))
     new = f"{domain.name()}-new"
     virsh(daemon_lab, "domrename", domain.name(), new)
     daemon_lab.adopt(new)
-    assert [(one.domain, one.finished) for one in recover(daemon_lab.conn, [new])] == [(new, False)]
+    assert [(one.domain, one.finished) for one in recover(daemon_lab.conn, [new])] == [(new, finished)]
+    assert [info.name for info in list_snapshots(daemon_lab.conn, new)] == (["s1"] if finished else [])

@@ -298,6 +298,28 @@ def test_a_replaced_overlay_is_left(lab: Lab, monkeypatch: pytest.MonkeyPatch) -
     assert overlay.exists()
 
 
+def test_another_number_of_the_device_after_a_restart(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    domain = lab.define(lab.disk())
+    interrupt(lab, monkeypatch, domain, "definition")
+    store, overlay = IntentStore.of(lab.conn), lab.folder / "a-000001.vmdk"
+    intent = store.read(domain.UUIDString())
+    assert intent is not None
+    facts = overlay.stat()
+    store.write(intent.made(str(overlay), (facts.st_dev + 1, facts.st_ino)))
+    (result,) = recover(lab.conn)
+    assert (result.finished, result.left) == (False, ())
+    assert not overlay.exists()
+
+
+def test_what_is_left_of_records_that_never_became_complete_goes(lab: Lab) -> None:
+    folder = IntentStore.of(lab.conn).folder
+    folder.mkdir(exist_ok=True)
+    left = folder / ".embed-u.json.0123456789ab.qemu-vmdk-snap.tmp"
+    left.write_text("{")
+    assert recover(lab.conn) == []
+    assert not left.exists()
+
+
 def test_one_that_cannot_be_settled_does_not_hold_up_the_others(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     store = IntentStore.of(lab.conn)
     domain = lab.define(lab.disk())
