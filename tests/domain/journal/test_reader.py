@@ -134,3 +134,9 @@ def test_the_record_of_another_domain_is_refused(tmp_path: Path) -> None:
     store.path("u-2").write_text(json.dumps(RECORD))
     with pytest.raises(DomainError, match=rf"is damaged: it is of domain '{UUID}'"):
         store.read("u-2")
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\0b"])
+@pytest.mark.parametrize("name", ["snapshot", "domain", "new_xml", "current"])
+def test_what_no_file_and_no_libvirt_could_be_given_is_no_text(tmp_path: Path, name: str, text: str) -> None:
+    assert attempt(tmp_path, json.dumps({**RECORD, name: text}).encode()) is None
