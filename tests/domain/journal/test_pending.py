@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qemu_vmdk_snap import open_chain
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.domain.create import run as create_run
 from qemu_vmdk_snap.domain.create.run import create_snapshot
@@ -216,6 +217,33 @@ def test_reading_commands_report_what_is_unfinished_and_settle_nothing(
         assert line.startswith(f"qemu-vmdk-snap: warning: domain {patient.name}: the {what} is not finished: `recover ")
         assert "`recover --abandon -c " in line
     assert (patient.state(), patient.record.read_bytes()) == (before, record)
+
+
+@pytest.mark.parametrize("name", ["s1", "s2"])
+@pytest.mark.parametrize("step", ["_merge_down", "_move", "_define", "_change_xml"])
+def test_reading_commands_work_wherever_a_delete_was_interrupted(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch, step: str, name: str
+) -> None:
+    for disk in "ab":
+        with open_chain(patient.lab.folder / f"{disk}-000002.vmdk", writable=True) as chain:
+            chain.write_at(1 << 16, b"x" * 65536)
+    real = getattr(delete_run, step)
+
+    def works_and_dies(*words: object) -> None:
+        real(*words)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr(delete_run, step, works_and_dies)
+        dying.setattr(IntentStore, "remove", lambda *_: None)  # a process that was killed takes nothing back
+        assert patient.run(["snapshot", "delete", name])[0] == 130
+    assert patient.record.exists()
+    for words in READING.values():
+        status, _, errors = patient.run(words)
+        assert (status, errors.count("\n")) == (0, 1), errors
+    assert [*check_domain(patient.lab.conn, patient.name)]
+    assert patient.run(["recover"])[0] == 0
+    assert [check.text for check in check_domain(patient.lab.conn, patient.name) if check.verdict == "bad"] == []
 
 
 @pytest.mark.parametrize("words", WRITING.values(), ids=WRITING)
