@@ -81,6 +81,8 @@ class Intent:
     """The current snapshot before; of a rename, afterwards."""
     discard: tuple[str, ...] = ()
     """Of a revert: the files that go once no XML names them."""
+    discard_inodes: tuple[int, ...] = ()
+    """The inode of each: what else bears the name by then stays."""
     work: tuple[dict[str, Any], ...] = ()
     """Of a delete: what happens to each disk; see `delete.Work`."""
     snapshots: tuple[tuple[str, str], ...] = ()

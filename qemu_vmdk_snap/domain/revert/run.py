@@ -145,6 +145,7 @@ def _make_plan(
         operation="revert",
         current=now.current,
         discard=tuple(map(str, tops)) if discard else (),
+        discard_inodes=tuple(top.stat().st_ino if top.exists() else 0 for top in tops) if discard else (),
     )
     state = after if after != "as-saved" else saved.state if saved.state in _LIVE else "shutoff"
     return _Plan(disks, tops, "running" if state == "blocked" else state, intent)

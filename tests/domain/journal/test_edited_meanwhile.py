@@ -174,6 +174,25 @@ def test_a_revert_to_a_snapshot_that_was_deleted_meanwhile(daemon_lab: Lab, monk
     assert [one.finished for one in recover(daemon_lab.conn)] == [True]
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_took_the_name_of_a_discarded_one_stays(
+    daemon_lab: Lab, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    domain = three_snapshots(daemon_lab)
+    top = daemon_lab.folder / "a-000003.vmdk"
+    killed(
+        monkeypatch,
+        revert_run,
+        "make_current",
+        lambda: revert_run.revert(daemon_lab.conn, domain.name(), "s1", discard=True),
+    )
+    if replaced:
+        daemon_lab.disk("other").rename(top)
+    assert [one.finished for one in recover(daemon_lab.conn)] == [True]
+    assert top.exists() is replaced
+    assert not (daemon_lab.folder / "b-000003.vmdk").exists()
+
+
 @pytest.mark.parametrize("name", ["s1", "s3"])
 def test_delete(daemon_lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     domain = three_snapshots(daemon_lab)

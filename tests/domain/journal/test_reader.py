@@ -29,6 +29,7 @@ WHOLE = Intent(
     operation="delete",
     current="s0",
     discard=("/img/c.vmdk",),
+    discard_inodes=(7,),
     work=({"target": "vda", "mode": "merge"},),
     snapshots=(("s2", "<domainsnapshot/>"),),
 )
