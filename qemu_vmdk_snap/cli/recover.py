@@ -10,6 +10,7 @@ from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_quiet
 from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
+    from qemu_vmdk_snap.domain.journal.pending import Unfinished
     from qemu_vmdk_snap.domain.journal.recover import Recovery as DomainRecovery
 
 
@@ -24,25 +25,84 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--domains", action="store_true", help="the same, of libvirt's default connection")
     parser.add_argument(
+        "--domain",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="name, id or UUID of a domain: of this one alone (may be given again)",
+    )
+    parser.add_argument(
         "--abandon",
         action="store_true",
-        help="show what is pending and forget it instead of finishing it; the images stay as they are",
+        help="show what is pending and forget it instead of finishing it; images and domains stay as they are",
     )
     add_allow_dir(parser)
     parser.add_argument(
-        "path", type=Path, nargs="*", help="an image, or a folder of images (default: this folder, unless domains are)"
+        "path",
+        nargs="*",
+        help="an image, or a folder of images (default: this folder); with -c or --domains: a domain (default: all)",
     )
 
 
-def _recover_domains(uri: str | None) -> list[DomainRecovery]:
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Finish every interrupted operation and name it."""
+    if args.domains or args.domain or args.connect is not None:
+        _run_domains(args, ui)
+    else:
+        _run_images(args, ui)
+
+
+def _run_domains(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.domain.connect import connection
+    from qemu_vmdk_snap.domain.journal.pending import abandon
     from qemu_vmdk_snap.domain.journal.recover import recover
 
-    with connection(uri) as conn:
-        return recover(conn)
+    names = [*args.domain, *args.path]
+    if args.abandon:
+        with connection(args.connect) as conn:
+            gone = abandon(conn, names)
+        _show_abandoned(gone, ui)
+        return
+    with connection(args.connect) as conn:
+        settled = recover(conn, names)
+    if ui.json_output:
+        ui.json([_settled_json(one) for one in settled])
+        return
+    for one in settled:
+        what = "finished" if one.finished else "took back"
+        ui.text(f"domain {one.domain}: {what} the interrupted {one.operation} of snapshot {one.snapshot}")
+        for path in one.left:
+            ui.text(f"  left in place: {path}")
+    if not settled:
+        ui.text("Nothing to recover.")
 
 
-def _domain_json(one: DomainRecovery) -> dict[str, object]:
+def _show_abandoned(gone: list[Unfinished], ui: Ui) -> None:
+    if ui.json_output:
+        ui.json(
+            [
+                {
+                    "operation": one.operation,
+                    "domain": one.domain,
+                    "snapshot": one.snapshot,
+                    "record": str(one.record),
+                    "problem": one.problem,
+                    "files": [str(path) for path in one.files],
+                }
+                for one in gone
+            ]
+        )
+        return
+    for one in gone:
+        about = f"the record {one.record}" if one.intent is None else f"the {one.operation} of snapshot {one.snapshot}"
+        ui.text(f"domain {one.domain}: gave up {about}" + (f" ({one.problem})" if one.problem else ""))
+        for path in one.files:
+            ui.text(f"  left as it is: {path}")
+    if not gone:
+        ui.text("Nothing to abandon.")
+
+
+def _settled_json(one: DomainRecovery) -> dict[str, object]:
     return {
         "operation": one.operation,
         "domain": one.domain,
@@ -52,20 +112,16 @@ def _domain_json(one: DomainRecovery) -> dict[str, object]:
     }
 
 
-def run(args: argparse.Namespace, ui: Ui) -> None:
-    """Finish every interrupted operation and name it."""
+def _run_images(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.ops.journal.recover import SWEEP, give_up, recover
 
-    with_domains = args.domains or args.connect is not None
-    domains = _recover_domains(args.connect) if with_domains else []
-    paths = args.path or ([] if with_domains else [Path()])
+    paths = [Path(path) for path in args.path] or [Path()]
     if args.abandon:
         found = [one for path in paths for one in give_up(path)]
     else:
         found = [one for path in paths for one in recover(path, trusted_dirs=args.allow_dir)]
     if ui.json_output:
-        images = [{"operation": one.operation, "image": str(one.image)} for one in found]
-        ui.json(images + [_domain_json(one) for one in domains])
+        ui.json([{"operation": one.operation, "image": str(one.image)} for one in found])
         return
     for one in found:
         if args.abandon:
@@ -76,10 +132,5 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             ui.text(f"{one.image}: removed, a killed command has left it")
         else:
             ui.text(f"{one.image}: finished the interrupted {one.operation}")
-    for settled in domains:
-        what = "finished" if settled.finished else "took back"
-        ui.text(f"domain {settled.domain}: {what} the interrupted {settled.operation} of snapshot {settled.snapshot}")
-        for path in settled.left:
-            ui.text(f"  left in place: {path}")
-    if not found and not domains:
+    if not found:
         ui.text("Nothing to recover.")

@@ -14,12 +14,14 @@ import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, import_libvirt, libvirt_errors, open_connection
 from qemu_vmdk_snap.domain.hooks import install as hooks
+from qemu_vmdk_snap.domain.hooks.owners import without_domain
+from qemu_vmdk_snap.domain.journal.pending import all_unfinished, unfinished_of
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.orphans import Orphan, domain_files, find_orphans
 from qemu_vmdk_snap.domain.qemu.depth import max_links
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches
-from qemu_vmdk_snap.errors import VmdkSnapError
+from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
 from qemu_vmdk_snap.units import format_size
 
 if TYPE_CHECKING:
@@ -122,7 +124,7 @@ def _check_libvirt(uri: str | None) -> Iterator[Check]:
         yield _check_version("libvirt daemon", conn.getLibVersion(), OLDEST_LIBVIRT)
         yield _check_version("QEMU", conn.getVersion(), OLDEST_QEMU)
     store = IntentStore.of(conn)
-    yield from _check_state(store)
+    yield from _check_state(conn, store)
 
 
 def _check_version(subject: str, number: int, oldest: tuple[int, int, int]) -> Check:
@@ -133,19 +135,22 @@ def _check_version(subject: str, number: int, oldest: tuple[int, int, int]) -> C
     return Check(subject, "good", text)
 
 
-def _check_state(store: IntentStore) -> Iterator[Check]:
+def _check_state(conn: libvirt.virConnect, store: IntentStore) -> Iterator[Check]:
     folder = next((place for place in (store.folder, *store.folder.parents) if place.exists()), Path("/"))
     if not os.access(folder, os.W_OK | os.X_OK):
         yield Check("state", "bad", f"{store.folder} cannot be written by this user: run it as root")
-    elif folder == store.folder and folder.stat().st_uid not in (0, os.geteuid()):
-        yield Check("state", "bad", f"{store.folder} belongs to another user, who could plant records there")
-    else:
+        return
+    try:
+        if folder == store.folder:
+            store.check_folder()
         yield Check("state", "good", str(store.folder))
-    for uuid in store.uuids():
-        if not store.busy(uuid):
-            yield Check(
-                "state", "bad", f"{store.path(uuid)}: an unfinished snapshot: `snapshot list {uuid}` settles it"
-            )
+        pending = all_unfinished(conn)
+    except InvalidRequest as error:
+        yield Check("state", "bad", str(error))
+        return
+    for one in pending:
+        if not one.running:
+            yield Check("state", "bad", f"{one.record}: domain {one.domain}: {one.line()}")
 
 
 def _check_tools() -> Iterator[Check]:
@@ -167,7 +172,8 @@ def _check_hooks(environ: dict[str, str] | os._Environ[str]) -> Iterator[Check]:
     else:
         stale = "" if state.current else ", not what this version would write: install it again"
         yield Check("hook", "good" if state.current else "note", f"{state.path} of version {state.version}{stale}")
-    for policy in state.policies:
+    lost = {one.path: one for one in without_domain(state.policies)}
+    for policy in (lost.get(one.path, one) for one in state.policies):
         yield Check(f"policy {policy.domain}", "bad" if policy.problem else "good", policy.problem or str(policy.path))
     for daemon in state.restart:
         yield Check("hook", "note", f"{daemon} is older than the hook: restart it, if it was the first in its folder")
@@ -180,14 +186,13 @@ def _check_hooks(environ: dict[str, str] | os._Environ[str]) -> Iterator[Check]:
 
 
 def _check_intent(conn: libvirt.virConnect, domain: libvirt.virDomain) -> Iterator[Check]:
-    store = IntentStore.of(conn)
-    uuid = domain.UUIDString()
-    if not store.path(uuid).exists():
+    try:
+        one = unfinished_of(conn, domain)
+    except InvalidRequest as error:
+        yield Check("state", "bad", str(error))
         return
-    if store.busy(uuid):
-        yield Check("snapshots", "note", "another command is changing them now")
-    else:
-        yield Check("snapshots", "bad", f"one was not finished: `snapshot list {domain.name()}` settles it")
+    if one is not None:
+        yield Check("snapshots", "note" if one.running else "bad", one.line())
 
 
 def _check_disk(disk: xml.Disk, chains: dict[str, list[Path]], limit: int) -> Check:

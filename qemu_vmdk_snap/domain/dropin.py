@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
-import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,12 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from qemu_vmdk_snap.domain.trust import distrust
 from qemu_vmdk_snap.errors import InvalidRequest, PluginError
 
 FOLDER: Final = Path("/etc/qemu-vmdk-snap/hooks.d")
 FOLDER_VARIABLE: Final = "QEMU_VMDK_SNAP_HOOKS"
 DEADLINE_VARIABLE: Final = "QEMU_VMDK_SNAP_HOOKS_DEADLINE"
 DEFAULT_DEADLINE: Final = 60.0
+
+_log = logging.getLogger(__name__)
 
 Operation = Literal["create", "revert", "delete"]
 Phase = Literal["before", "after"]
@@ -53,6 +56,7 @@ class _Call:
 
     def run(self, path: Path, phase: Phase, **outcome: str | None) -> str | None:
         """Run one executable; return None when it is content, else why not, in one line."""
+        _log.info("drop-in %s: %s %s of domain %s", path, phase, self.operation, self.domain)
         words = {"phase": phase, "operation": self.operation, "domain": self.domain, **outcome, "plan": self.plan}
         # Files, not pipes: whoever does not read, or leaves a process behind, holds up nobody.
         with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as said:
@@ -101,7 +105,7 @@ def executables(environ: Mapping[str, str] = os.environ) -> list[Path]:
     """Return the executables in the order in which they run; hidden files and editors' backups are none.
 
     Raises:
-        PluginError: one of them, or the folder, could have been written by somebody else than root or this user.
+        PluginError: one of them, or a folder on the way, may be written by somebody else than root or this user.
     """
     place = folder(environ)
     try:
@@ -111,9 +115,9 @@ def executables(environ: Mapping[str, str] = os.environ) -> list[Path]:
     found = [path for path in paths if not path.name.startswith(".") and not path.name.endswith("~")]
     found = [path for path in found if path.is_file() and os.access(path, os.X_OK)]
     for path in (place, *found) if found else ():
-        facts = path.stat()
-        if facts.st_uid not in (0, os.geteuid()) or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise PluginError(str(path), "may be written by others: it is not run, and nothing was done")
+        problem = distrust(path)
+        if problem is not None:
+            raise PluginError(str(problem.place), f"{problem.reason}: it is not run, and nothing was done")
     return found
 
 

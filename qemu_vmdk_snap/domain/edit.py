@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING
 from qemu_vmdk_snap.domain import naming, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
-from qemu_vmdk_snap.domain.journal.recover import make_current, recover_domain
+from qemu_vmdk_snap.domain.journal.recover import Recovery, make_current, recover_domain
 from qemu_vmdk_snap.domain.state import find_snapshot
+from qemu_vmdk_snap.domain.xml.edits import keeping_description
 from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
     import libvirt
 
 
-def describe(conn: libvirt.virConnect, domain_name: str, snapshot: str, description: str | None) -> None:
-    """Give the snapshot another description; None takes it away.
+def describe(conn: libvirt.virConnect, domain_name: str, snapshot: str, description: str | None) -> Recovery | None:
+    """Give the snapshot another description; None takes it away. Return what was settled first.
 
     Raises:
         DomainError: there is no such snapshot, or libvirt refuses.
@@ -31,13 +32,14 @@ def describe(conn: libvirt.virConnect, domain_name: str, snapshot: str, descript
     domain = find_domain(conn, domain_name)
     store = IntentStore.of(conn)
     with store.locked(domain.UUIDString(), domain.name()):
-        recover_domain(conn, domain, store)
+        recovered = recover_domain(conn, domain, store)
         texts, current = _read(domain, snapshot)
         _redefine(domain, xml.with_description(texts[snapshot], description), current=current == snapshot)
+    return recovered
 
 
-def set_current(conn: libvirt.virConnect, domain_name: str, snapshot: str) -> None:
-    """Let the snapshot be the current one, whose child the next one will be.
+def set_current(conn: libvirt.virConnect, domain_name: str, snapshot: str) -> Recovery | None:
+    """Let the snapshot be the current one, whose child the next one will be. Return what was settled first.
 
     Raises:
         DomainError: there is no such snapshot, or libvirt refuses.
@@ -45,13 +47,14 @@ def set_current(conn: libvirt.virConnect, domain_name: str, snapshot: str) -> No
     domain = find_domain(conn, domain_name)
     store = IntentStore.of(conn)
     with store.locked(domain.UUIDString(), domain.name()):
-        recover_domain(conn, domain, store)
+        recovered = recover_domain(conn, domain, store)
         with libvirt_errors(domain.name(), "make the snapshot the current one"):
             make_current(domain, snapshot)
+    return recovered
 
 
-def rename(conn: libvirt.virConnect, domain_name: str, snapshot: str, name: str) -> None:
-    """Give the snapshot another name.
+def rename(conn: libvirt.virConnect, domain_name: str, snapshot: str, name: str) -> Recovery | None:
+    """Give the snapshot another name. Return what was settled first.
 
     Raises:
         DomainError: there is no such snapshot, another one bears the name, or libvirt refuses.
@@ -61,7 +64,7 @@ def rename(conn: libvirt.virConnect, domain_name: str, snapshot: str, name: str)
     domain = find_domain(conn, domain_name)
     store = IntentStore.of(conn)
     with store.locked(domain.UUIDString(), domain.name()):
-        recover_domain(conn, domain, store)
+        recovered = recover_domain(conn, domain, store)
         texts, current = _read(domain, snapshot)
         renamed = xml.with_name(texts[snapshot], name)
         if name in texts:
@@ -82,22 +85,32 @@ def rename(conn: libvirt.virConnect, domain_name: str, snapshot: str, name: str)
         store.write(intent)
         finish_rename(conn, domain, intent)
         store.remove(intent.uuid)
+    return recovered
 
 
 def finish_rename(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
-    """Do every step of a rename, whatever of it is done already.
+    """Do every step of a rename, whatever of it is done already; what was edited or deleted meanwhile stays so.
 
     Raises:
-        DomainError: libvirt refuses; the record must stay.
+        DomainError: another snapshot bears the new name by now, or libvirt refuses; the record must stay.
     """
     (name, renamed), *below = intent.snapshots
-    _redefine(domain, renamed, current=intent.current == name)
-    with libvirt_errors(domain.name(), f"forget the name {intent.snapshot!r}"):
-        there = {snapshot.getName(): snapshot for snapshot in domain.listAllSnapshots()}
-        if intent.snapshot in there:
-            _forget(there[intent.snapshot])
-    for other, text in below:
-        _redefine(domain, text, current=intent.current == other)
+    there, current = _read_all(domain)
+    if intent.snapshot in there:
+        if name in there and not _same_snapshot(there[name], renamed):
+            raise DomainError(domain.name(), f"has another snapshot {name!r} by now")
+        renamed = keeping_description(renamed, there[intent.snapshot])
+        _redefine(domain, renamed, current=current in (intent.snapshot, name))
+        with libvirt_errors(domain.name(), f"forget the name {intent.snapshot!r}"):
+            _forget(find_snapshot(domain, intent.snapshot))
+    for other, text in below:  # forgetting the old name has changed their XML
+        if other in there:
+            _redefine(domain, keeping_description(text, there[other]), current=current == other)
+
+
+def _same_snapshot(one: str, other: str) -> bool:
+    left, right = xml.parse_snapshot(one), xml.parse_snapshot(other)
+    return (left.creation_time, left.disks) == (right.creation_time, right.disks)
 
 
 def _moved(text: str, old: str, new: str) -> str:
@@ -105,9 +118,14 @@ def _moved(text: str, old: str, new: str) -> str:
 
 
 def _read(domain: libvirt.virDomain, snapshot: str) -> tuple[dict[str, str], str | None]:
+    find_snapshot(domain, snapshot)
+    return _read_all(domain)
+
+
+def _read_all(domain: libvirt.virDomain) -> tuple[dict[str, str], str | None]:
+    """Return name -> XML of every snapshot, secrets included, and the current one."""
     import libvirt
 
-    find_snapshot(domain, snapshot)
     with libvirt_errors(domain.name(), "read its snapshots"):
         secure = libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE
         texts = {one.getName(): one.getXMLDesc(secure) for one in domain.listAllSnapshots()}

@@ -17,7 +17,7 @@ from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
-from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
+from qemu_vmdk_snap.errors import DomainError, InvalidRequest, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
@@ -128,7 +128,7 @@ def _about_to_be_made(conn: libvirt.virConnect) -> set[Path]:
     store = IntentStore.of(conn)
     paths: set[Path] = set()
     for uuid in store.uuids():
-        with contextlib.suppress(DomainError):
+        with contextlib.suppress(DomainError, InvalidRequest):  # doctor reports the record, or the folder
             intent = store.read(uuid)
             paths |= {Path(overlay.path).resolve() for overlay in intent.overlays} if intent else set()
     return paths

@@ -52,6 +52,10 @@ class Lab:
             "<qemu:commandline><qemu:arg value='-no-reboot'/></qemu:commandline></domain>"
         )
 
+    def adopt(self, name: str) -> None:
+        """Take care of a domain that somebody else has defined, or renamed."""
+        self._domains.append(name)
+
     def close(self) -> None:
         """Stop and forget the domains."""
         import libvirt

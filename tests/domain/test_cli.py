@@ -128,7 +128,7 @@ def test_info_tells_of_each_disk(lab: Lab, domain: str, capsys: pytest.CaptureFi
     assert lines[14] == f"  problem: {lab.folder}/b.vmdk: No such file or directory"
 
 
-def test_an_interrupted_snapshot_is_settled_and_told(
+def test_an_interrupted_snapshot_is_reported_and_settled_by_a_command_that_writes(
     lab: Lab, domain: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def die(*_: object) -> None:
@@ -139,11 +139,22 @@ def test_an_interrupted_snapshot_is_settled_and_told(
         dying.setattr(snapshot, "_undo", lambda *_: None)
         assert main(["snapshot", "create", "-c", lab.uri, domain, "s1"]) == 130
     capsys.readouterr()
-    assert main(["snapshot", "list", "-c", lab.uri, domain, "--name"]) == 0
+    words = ["-c", lab.uri, domain]
+    here = f"-c '{lab.uri}' --domain {domain}`"
+    pending = (
+        f"qemu-vmdk-snap: warning: domain {domain}: the create of snapshot 's1' is not finished: "
+        f"`recover {here} finishes it or takes it back, `recover --abandon {here} gives it up\n"
+    )
+    before = contents(lab.folder)
+    for _ in range(2):
+        assert main(["snapshot", "list", *words, "--name"]) == 0
+        assert capsys.readouterr() == ("", pending)
+    assert contents(lab.folder) == before
+    assert main(["snapshot", "create", *words, "s2"]) == 0
     printed = capsys.readouterr()
-    assert printed.out == "s1\n"
-    warning = f"domain {domain}: the interrupted snapshot 's1' was finished"
-    assert printed.err == f"qemu-vmdk-snap: warning: {warning}\n"
+    assert printed.err == f"qemu-vmdk-snap: warning: domain {domain}: the interrupted snapshot 's1' was finished\n"
+    assert main(["snapshot", "list", *words, "--name"]) == 0
+    assert capsys.readouterr() == ("s1\ns2\n", "")
 
 
 @pytest.mark.parametrize(

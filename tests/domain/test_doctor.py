@@ -192,9 +192,11 @@ def test_an_unfinished_snapshot_is_told(patient: Patient, monkeypatch: pytest.Mo
     uuid = patient.domain.UUIDString()
     store.write(Intent(uuid, patient.name, "s3", (), "", "", ""))
     try:
-        assert f"`snapshot list {patient.name}` settles it" in patient.bad()["snapshots"]
+        ways = f"`recover --abandon -c '{patient.lab.uri}' --domain {patient.name}` gives it up"
+        assert patient.bad()["snapshots"].startswith("the create of snapshot 's3' is not finished: `recover -c ")
+        assert patient.bad()["snapshots"].endswith(ways)
         texts = [check.text for check in check_host(patient.lab.uri) if check.verdict == "bad"]
-        assert any(f"`snapshot list {uuid}` settles it" in text for text in texts)
+        assert any(text.endswith(ways) for text in texts)
     finally:
         store.remove(uuid)
 

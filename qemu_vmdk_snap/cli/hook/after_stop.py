@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("domain", metavar="DOMAIN", help="name of the domain")
-    parser.add_argument("--policy", type=Path, metavar="FILE", help=f"its policy (default: DOMAIN.toml in {FOLDER})")
+    parser.add_argument(
+        "--policy",
+        type=Path,
+        metavar="FILE",
+        help=f"its policy (default: that of its UUID, else DOMAIN.toml, in {FOLDER})",
+    )
     parser.add_argument(
         "--id", type=int, metavar="N", help="id of the run that has ended; a later run is not waited for"
     )
@@ -29,10 +34,11 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     """Wait, snapshot, prune; syslog hears of it, since nobody may be watching."""
     from qemu_vmdk_snap.domain.hooks import policy
     from qemu_vmdk_snap.domain.hooks import run as hooks_run
+    from qemu_vmdk_snap.domain.hooks.owners import find_policy
     from qemu_vmdk_snap.errors import VmdkSnapError
 
     try:
-        done = _snapshot(args, policy.load(args.policy or FOLDER / f"{args.domain}.toml"))
+        done = _snapshot(args, policy.load(args.policy or find_policy(FOLDER, args.domain)))
     except (VmdkSnapError, OSError) as error:
         hooks_run.log(f"domain {args.domain}: no snapshot after its stop: {error}", error=True)
         raise

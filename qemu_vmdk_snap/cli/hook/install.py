@@ -23,7 +23,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         ui.json({"installed": str(path), "policies": str(args.policies.absolute())})
         return
     ui.text(f"Hook {path} installed")
-    ui.text(f"Policies: {args.policies.absolute()}/DOMAIN.toml (a domain without one is let through)")
+    ui.text(f"Policies: {args.policies.absolute()}/UUID.toml or NAME.toml (a domain without one is let through)")
     ui.text(
         "libvirt notices the first hook in its folder when it is restarted: systemctl restart libvirtd (or virtqemud)"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from qemu_vmdk_snap.cli.hook.options import add_folder, add_policies
 from qemu_vmdk_snap.cli.ui import Ui
@@ -19,8 +19,11 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     """Show it; exit status 0 when the hook is installed and nothing is wrong, else 1."""
     from qemu_vmdk_snap import __version__
     from qemu_vmdk_snap.domain.hooks import install as hooks
+    from qemu_vmdk_snap.domain.hooks.owners import without_domain
 
     state = hooks.status(args.dir.absolute(), args.policies)
+    lost = {one.path: one for one in without_domain(state.policies)}
+    state = replace(state, policies=tuple(lost.get(policy.path, policy) for policy in state.policies))
     good = state.installed and state.problem is None and not any(policy.problem for policy in state.policies)
     if ui.json_output:
         ui.json({**asdict(state), "good": good})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from qemu_vmdk_snap.cli.snapshot.info import as_json
-from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery, warn_pending
 from qemu_vmdk_snap.cli.ui import Ui
 
 
@@ -20,13 +20,14 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     """Tell, or change, it."""
     from qemu_vmdk_snap.domain.connect import connection
     from qemu_vmdk_snap.domain.edit import set_current
-    from qemu_vmdk_snap.domain.journal.recover import recover_by_name
+    from qemu_vmdk_snap.domain.journal.pending import pending_line
     from qemu_vmdk_snap.domain.registry import snapshot_info
 
     with connection(args.connect) as conn:
-        tell_recovery(recover_by_name(conn, args.domain), ui)
         if args.snapshotname is not None:
-            set_current(conn, args.domain, args.snapshotname)
+            tell_recovery(set_current(conn, args.domain, args.snapshotname), ui)
+        else:
+            warn_pending(pending_line(conn, args.domain), ui)
         info = snapshot_info(conn, args.domain)
     if ui.json_output:
         ui.json(as_json(info))

@@ -33,12 +33,13 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     """Delete, and say what was done."""
     from qemu_vmdk_snap.domain.connect import connection
     from qemu_vmdk_snap.domain.delete.run import delete
+    from qemu_vmdk_snap.domain.journal.pending import delete_of_current
     from qemu_vmdk_snap.domain.registry import snapshot_info
 
     if (args.snapshotname is None) is not args.current:
         raise InvalidRequest(f"domain {args.domain}", "name a snapshot, or say --current, one of them")
     with connection(args.connect) as conn:
-        name = args.snapshotname or snapshot_info(conn, args.domain).name
+        name = args.snapshotname or delete_of_current(conn, args.domain) or snapshot_info(conn, args.domain).name
         report = delete(conn, args.domain, name, scope=args.scope, metadata=args.metadata, on_progress=ui.progress)
     for_programs: dict[str, object] = {
         "domain": report.domain,

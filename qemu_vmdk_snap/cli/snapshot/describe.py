@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from qemu_vmdk_snap.cli.snapshot.options import add_domain
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
 from qemu_vmdk_snap.cli.ui import Ui
 
 
@@ -21,7 +21,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.domain.edit import describe
 
     with connection(args.connect) as conn:
-        describe(conn, args.domain, args.snapshotname, args.description)
+        recovered = describe(conn, args.domain, args.snapshotname, args.description)
+    tell_recovery(recovered, ui)
     if ui.json_output:
         ui.json({"domain": args.domain, "snapshot": args.snapshotname, "description": args.description})
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, warn_pending
 from qemu_vmdk_snap.cli.ui import Ui, keyed
 from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.units import format_size
@@ -24,13 +24,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Show the snapshot."""
     from qemu_vmdk_snap.domain.connect import connection
-    from qemu_vmdk_snap.domain.journal.recover import recover_by_name
+    from qemu_vmdk_snap.domain.journal.pending import pending_line
     from qemu_vmdk_snap.domain.registry import snapshot_info
 
     if (args.snapshotname is None) is not args.current:
         raise InvalidRequest(f"domain {args.domain}", "name a snapshot, or say --current, one of them")
     with connection(args.connect) as conn:
-        tell_recovery(recover_by_name(conn, args.domain), ui)
+        warn_pending(pending_line(conn, args.domain), ui)
         snapshot = snapshot_info(conn, args.domain, args.snapshotname)
     if ui.json_output:
         ui.json(as_json(snapshot))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.snapshot.info import as_json
-from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, warn_pending
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.units import format_size
 
@@ -32,11 +32,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Show the snapshots."""
     from qemu_vmdk_snap.domain.connect import connection
-    from qemu_vmdk_snap.domain.journal.recover import recover_by_name
+    from qemu_vmdk_snap.domain.journal.pending import pending_line
     from qemu_vmdk_snap.domain.registry import list_snapshots, tree_lines
 
     with connection(args.connect) as conn:
-        tell_recovery(recover_by_name(conn, args.domain), ui)
+        warn_pending(pending_line(conn, args.domain), ui)
         snapshots = _wanted(list_snapshots(conn, args.domain), args)
     if ui.json_output:
         ui.json([as_json(snapshot) for snapshot in snapshots])

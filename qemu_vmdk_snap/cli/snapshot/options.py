@@ -1,4 +1,4 @@
-"""What the snapshot commands share: the connection, and how a recovery is told."""
+"""What the snapshot commands share: the connection, and how an unfinished operation is reported."""
 
 from __future__ import annotations
 
@@ -30,3 +30,9 @@ def tell_recovery(recovery: Recovery | None, ui: Ui) -> None:
     left = f"; left in place: {', '.join(map(str, recovery.left))}" if recovery.left else ""
     which = "snapshot" if recovery.operation == "create" else f"{recovery.operation} of snapshot"
     ui.warn(f"domain {recovery.domain}: the interrupted {which} {recovery.snapshot!r} {what}{left}")
+
+
+def warn_pending(line: str | None, ui: Ui) -> None:
+    """Say on standard error what is unfinished, for a command that only reads and settles nothing."""
+    if line is not None:
+        ui.warn(line)

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.snapshot.delete import deleted_json, deleted_lines
-from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery, warn_pending
 from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
@@ -36,9 +36,12 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     """Prune, and say what was done."""
     from qemu_vmdk_snap.domain.connect import connection
     from qemu_vmdk_snap.domain.delete.prune import Policy, prune
+    from qemu_vmdk_snap.domain.journal.pending import pending_line
 
     policy = Policy(**{rule: getattr(args, f"keep_{rule}") for rule in _RULES})
     with connection(args.connect) as conn:
+        if args.dry_run:
+            warn_pending(pending_line(conn, args.domain), ui)
         report = prune(conn, args.domain, policy, dry_run=args.dry_run, on_progress=ui.progress)
     tell_recovery(report.recovered, ui)
     for note in report.notes:

@@ -115,7 +115,7 @@ def prune(
         DomainError, VmdkSnapError, OSError: see `delete`; those deleted before are gone.
     """
     domain = find_domain(conn, domain_name)
-    recovered = recover_by_name(conn, domain_name)
+    recovered = None if dry_run else recover_by_name(conn, domain_name)
     decisions = decide(list_snapshots(conn, domain_name), policy)
     going = [decision.name for decision in decisions if not decision.reasons]
     notes: tuple[str, ...] = ()

@@ -39,11 +39,13 @@ from qemu_vmdk_snap.domain.delete.plan import (
     open_one,
     work_of,
 )
+from qemu_vmdk_snap.domain.journal.overlays import is_empty
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
-from qemu_vmdk_snap.domain.journal.recover import Recovery, is_empty, recover_domain
+from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain
 from qemu_vmdk_snap.domain.newfile import refresh_pools
 from qemu_vmdk_snap.domain.qemu.merge import merge_active
 from qemu_vmdk_snap.domain.state import inactive_xml
+from qemu_vmdk_snap.domain.xml.edits import keeping_description
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -84,7 +86,8 @@ def delete(
     deleted: list[Deleted] = []
     with store.locked(domain.UUIDString(), domain.name()):
         recovered = recover_domain(conn, domain, store)
-        for name in chosen(domain, [names] if isinstance(names, str) else names, scope):
+        wanted = without_finished([names] if isinstance(names, str) else names, domain, recovered)
+        for name in chosen(domain, wanted, scope):
             intent = make_intent(State.read(conn, domain), name, metadata=metadata)
             work = work_of(intent)
             plan = {
@@ -98,6 +101,14 @@ def delete(
             deleted.append(Deleted(name, work))
     refresh_pools(conn, [Path(one.frozen) for snapshot in deleted for one in snapshot.work])
     return DeleteReport(domain.name(), tuple(deleted), recovered, tuple(notes))
+
+
+def without_finished(names: Sequence[str], domain: libvirt.virDomain, recovered: Recovery | None) -> list[str]:
+    """Return the names without the one whose interrupted delete was finished first: that is what was asked for."""
+    if recovered is None or recovered.operation != "delete":
+        return list(names)
+    there = {snapshot.getName() for snapshot in domain.listAllSnapshots()}
+    return [name for name in names if name != recovered.snapshot or name in there]
 
 
 def _execute(
@@ -227,7 +238,8 @@ def _change_xml(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Int
     for name, text in intent.snapshots:
         if name in there:
             as_current = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT if name == current else 0
-            domain.snapshotCreateXML(text, redefine | as_current)
+            edited = keeping_description(text, there[name].getXMLDesc(0))
+            domain.snapshotCreateXML(edited, redefine | as_current)
 
 
 def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ PREFIX: Final = "stop-"
 """How the names of these snapshots begin."""
 
 _POLL: Final = 0.05
+_log = logging.getLogger(__name__)
 
 
 def wait_until_off(domain: libvirt.virDomain, run: int | None, seconds: float) -> str | None:
@@ -62,6 +64,7 @@ def snapshot_after_stop(
     """
     domain = find_domain(conn, domain_name)
     why_not = wait_until_off(domain, run, seconds)
+    _log.info("domain %s: snapshot after its stop: %s", domain_name, why_not or "yes")
     if why_not is not None:
         return why_not
     # Behind those that are there, also where two stops share a second: the names tell the order.
@@ -86,6 +89,7 @@ def prune_after_stop(conn: libvirt.virConnect, domain_name: str, keep: Sequence[
     rules = {rule.removeprefix("keep-"): count for rule, count in keep}
     ours = _ours(conn, domain_name)
     going = [decision.name for decision in decide(ours, Policy(**rules)) if not decision.reasons]
+    _log.info("domain %s: %d snapshots after a stop, %s go", domain_name, len(ours), ", ".join(going) or "none")
     if going:
         delete(conn, domain_name, going)
     return going

@@ -7,19 +7,26 @@ executable in `/etc/libvirt/hooks/qemu.d` in the order of their names; the folde
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import logging
 import os
+import re
 import shlex
+import site
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain.hooks import policy as policies
+from qemu_vmdk_snap.domain.trust import Distrust, distrust, distrust_tree
 from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
+
+_log = logging.getLogger(__name__)
 
 FOLDER: Final = Path("/etc/libvirt/hooks/qemu.d")
 NAME: Final = "50-qemu-vmdk-snap"
@@ -34,21 +41,48 @@ _SCRIPT: Final = """\
 #!/bin/sh
 {mark}{version}
 {made}# Written by `qemu-vmdk-snap hook install`; `qemu-vmdk-snap hook uninstall` removes it.
-# Arguments: domain, operation, sub-operation, extra. A domain without a policy is let through here.
-policy={policies}/"$1.toml"
-[ -e "$policy" ] || exit 0
+# Arguments: domain, operation, sub-operation, extra; the domain's XML is on standard input.
 # At reconnect a failure would kill the guest: only these two are ours.
 case "$2/$3" in
 prepare/begin) refused=1 ;;
 release/end) refused=0 ;;
 *) exit 0 ;;
 esac
+policies={policies}
+policy="$policies/$1.toml"
+# A policy by UUID goes before one by name. The XML is read only as far as its UUID, and only where there is such a one.
+head=
+for file in "$policies"/????????-????-????-????-????????????.toml; do
+    [ -e "$file" ] || break
+    while IFS= read -r line || [ -n "$line" ]; do
+        head="$head$line
+"
+        case "$line" in
+        *"<uuid>"*"</uuid>"*)
+            line="${{line#*<uuid>}}"
+            if [ -e "$policies/${{line%%</uuid>*}}.toml" ]; then policy="$policies/${{line%%</uuid>*}}.toml"; fi
+            break
+            ;;
+        *"<memory"* | *"<metadata"* | *"<os"*) break ;;
+        esac
+    done
+    break
+done
+# A domain without a policy is let through here.
+[ -e "$policy" ] || exit 0
 python={python}
 if [ ! -x "$python" ]; then
     echo "qemu-vmdk-snap: $python is gone: install the hook again, or remove $policy" >&2
     exit "$refused"
 fi
-{exports}exec "$python" -I -S -c {code} "$policy" "$@"
+{exports}if [ -n "$head" ]; then
+    {{
+        printf '%s' "$head"
+        cat
+    }} | "$python" -I -S -c {code} "$policy" "$@"
+    exit
+fi
+exec "$python" -I -S -c {code} "$policy" "$@"
 """
 _CODE: Final = (
     "import sys; sys.path.insert(0, {root!r}); "
@@ -61,8 +95,10 @@ class PolicyState:
     """One policy file, and what is wrong with it."""
 
     domain: str
+    """The name or the UUID that the file is called after."""
     path: Path
     problem: str | None
+    connect: str = policies.DEFAULT_CONNECT
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +123,8 @@ def install(
     """Write the hook, in one step, and return its path; an older one of ours is replaced.
 
     Raises:
-        InvalidRequest: something else bears its name, or the paths are not absolute.
+        InvalidRequest: something else bears its name, the paths are not absolute, or others could change what the
+            daemon would run.
         OSError: it cannot be written.
     """
     path = folder / NAME
@@ -96,11 +133,16 @@ def install(
     old = _read(path)
     if old is not None and _version_of(old) is None:
         raise InvalidRequest(path, "is not of this program: it was left as it is")
+    for problem in _distrusted(Path(sys.executable), _root(), {path.parent, policy_folder}):
+        raise InvalidRequest(
+            problem.place, f"{problem.reason}, and libvirt would run it as root: nothing was installed"
+        )
     made = _MADE_FOLDER in old if old is not None else not folder.exists()
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     policy_folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     engine.replace_file(path, _script(policy_folder, environ, made=made).encode(), mode=0o755)
     path.chmod(0o755)  # whatever the umask says: the daemon runs it
+    _log.info("hook %s installed", path)
     return path
 
 
@@ -144,8 +186,30 @@ def status(folder: Path = FOLDER, policy_folder: Path | None = None) -> HookStat
     )
 
 
+def _root() -> Path:
+    """Return the folder that the package is in."""
+    return Path(engine.__file__).resolve().parents[1]
+
+
+def _distrusted(
+    python: Path, root: Path, folders: Collection[Path], owners: Collection[int] = ()
+) -> Iterator[Distrust]:
+    """Yield how others could change what the daemon runs: script, interpreter, package, and what is imported with it.
+
+    Raises:
+        OSError: a part of it is gone.
+    """
+    for folder in folders:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        yield from filter(None, [distrust(there, owners)])
+    libraries = [Path(name) for name in site.getsitepackages()]
+    for path in (python, root, *(one for one in libraries if one.is_dir())):
+        yield from filter(None, [distrust(path, owners)])
+    yield from filter(None, [distrust_tree(root / Path(engine.__file__).parent.name, owners)])
+
+
 def _script(policy_folder: Path, environ: Mapping[str, str], *, made: bool) -> str:
-    root = Path(engine.__file__).resolve().parents[1]
+    root = _root()
     exports = [f"export {name}={shlex.quote(environ[name])}\n" for name in KEPT_VARIABLES if environ.get(name)]
     return _SCRIPT.format(
         mark=_MARK,
@@ -183,9 +247,21 @@ def _kept(text: str) -> dict[str, str]:
 def _policies_of(text: str) -> Path | None:
     """Return where the script looks for policies."""
     for line in text.splitlines():
-        if line.startswith("policy="):
+        if line.startswith("policies="):
+            return Path(shlex.split(line.removeprefix("policies="))[0])
+        if line.startswith("policy=/"):  # of an earlier version
             return Path(shlex.split(line.removeprefix("policy="))[0]).parent
     return None
+
+
+def _root_of(text: str) -> Path | None:
+    """Return where the script finds the package."""
+    found = re.search(r"sys\.path\.insert\(0, (.+?)\); from qemu_vmdk_snap", text)
+    try:
+        # Inside the script it is quoted once more, for the shell.
+        return None if found is None else Path(ast.literal_eval(found[1].replace("'\"'\"'", "'")))
+    except (ValueError, SyntaxError):
+        return None
 
 
 def _problem(path: Path, text: str | None) -> str | None:
@@ -196,28 +272,37 @@ def _problem(path: Path, text: str | None) -> str | None:
     facts = path.stat()
     if not facts.st_mode & stat.S_IXUSR:
         return "is not executable: libvirt passes it over"
-    if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return "may be written by others than its owner, and the daemon runs it as root"
-    for line in text.splitlines():
-        if line.startswith(_PYTHON):
-            (python,) = shlex.split(line.removeprefix(_PYTHON))
-            return None if os.access(python, os.X_OK) else f"needs {python}, which is gone: install it again"
-    return "is damaged: install it again"
+    found = [shlex.split(line.removeprefix(_PYTHON)) for line in text.splitlines() if line.startswith(_PYTHON)]
+    root = _root_of(text)
+    if not found or root is None:
+        return "is damaged: install it again"
+    python = Path(found[0][0])
+    if not os.access(python, os.X_OK):
+        return f"needs {python}, which is gone: install it again"
+    try:
+        for problem in _distrusted(python, root, {path}, {facts.st_uid}):
+            which = "" if problem.place == path else f"runs {problem.place}, which "
+            return f"{which}{problem.reason}, and the daemon runs it as root"
+    except OSError as error:
+        return f"needs {error.filename}: {error.strerror}: install it again"
+    return None
 
 
 def _policy_states(folder: Path) -> list[PolicyState]:
     found = []
     for path in sorted(folder.glob("*.toml")) if folder.is_dir() else []:
-        problem = None
+        problem, connect = None, policies.DEFAULT_CONNECT
         try:
-            policies.load(path)
-            if path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                problem = "may be written by others than its owner, and tells root what to throw away"
+            connect = policies.load(path).connect
+            others = distrust(path)
+            if others is not None:
+                place = "" if others.place == path else f"{others.place} "
+                problem = f"{place}{others.reason}, and tells root what to throw away"
         except InvalidRequest as error:
             problem = error.reason
         except (VmdkSnapError, OSError) as error:
             problem = str(error)
-        found.append(PolicyState(path.name.removesuffix(".toml"), path, problem))
+        found.append(PolicyState(path.name.removesuffix(".toml"), path, problem, connect))
     return found
 
 

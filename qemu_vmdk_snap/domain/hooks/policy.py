@@ -1,6 +1,7 @@
 """What a domain's policy file says: what the hook does when its guest starts and after it has stopped.
 
-One file per domain, `NAME.toml` in `/etc/qemu-vmdk-snap/domains`:
+One file per domain in `/etc/qemu-vmdk-snap/domains`: `UUID.toml`, which follows the domain when it is renamed, or else
+`NAME.toml`:
 
     verify = "chain"             # or "deep"; a broken chain is not started
     revert-on-start = true       # or ["vda"]: these disks begin each run as their last snapshot left them

@@ -5,6 +5,9 @@ root. Beside the disk, whoever may write that folder (QEMU's user, often) could 
 user who runs the commands, on the host whose libvirt it speaks about: `QEMU_VMDK_SNAP_STATE` if set, the root of an
 in-process libvirt, `/var/lib/qemu-vmdk-snap` for root, XDG_STATE_HOME for others. One file per domain, by UUID, because
 names change; a lock beside it tells a command at work from one that died.
+
+A folder or a record that another user owns, or may write, is refused. A record that cannot be followed holds up the
+commands that change its own domain, and nothing else.
 """
 
 from __future__ import annotations
@@ -13,22 +16,32 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
-import secrets
+import stat
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+from qemu_vmdk_snap import replace_file
 from qemu_vmdk_snap.domain.connect import embed_root
-from qemu_vmdk_snap.errors import DomainError
+from qemu_vmdk_snap.domain.journal import fields
+from qemu_vmdk_snap.errors import DomainError, InvalidRequest
 
 if TYPE_CHECKING:
     import libvirt
 
 STATE_VARIABLE: Final = "QEMU_VMDK_SNAP_STATE"
+OPERATIONS: Final = ("create", "revert", "delete", "rename")
 _VERSION: Final = 1
+_MAX_BYTES: Final = 64 << 20
+_PATIENCE: Final = 0.3
+"""Seconds: whoever only looks whether the lock is held has it for a moment."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +81,8 @@ class Intent:
     """The current snapshot before; of a rename, afterwards."""
     discard: tuple[str, ...] = ()
     """Of a revert: the files that go once no XML names them."""
+    discard_inodes: tuple[int, ...] = ()
+    """The inode of each: what else bears the name by then stays."""
     work: tuple[dict[str, Any], ...] = ()
     """Of a delete: what happens to each disk; see `delete.Work`."""
     snapshots: tuple[tuple[str, str], ...] = ()
@@ -107,65 +122,66 @@ class IntentStore:
         return self.folder / f"{self._prefix}-{uuid}.json"
 
     def uuids(self) -> list[str]:
-        """Return the domains that have a record."""
+        """Return the domains that have a record, also one that cannot be followed."""
         start = len(self._prefix) + 1
         return sorted(path.stem[start:] for path in self.folder.glob(f"{self._prefix}-*.json"))
+
+    def has(self, uuid: str) -> bool:
+        """Return whether the domain has a record, also one that cannot be followed."""
+        return os.path.lexists(self.path(uuid))
 
     def read(self, uuid: str) -> Intent | None:
         """Return the record of the domain, or None.
 
         Raises:
-            DomainError: there is one that cannot be understood; it is left where it is.
+            DomainError: there is one that is damaged, of another version, or may be another user's; it is left where
+                it is.
+            InvalidRequest: the folder is another user's, or may be written by others.
         """
         path = self.path(uuid)
         try:
-            fields: dict[str, Any] = json.loads(path.read_bytes())
-            if fields.pop("version") != _VERSION:
-                raise DomainError(uuid, f"the record {path} was written by another version of this program")
-            fields["overlays"] = tuple(
-                Overlay(**{**o, "identity": o["identity"] and tuple(o["identity"])}) for o in fields["overlays"]
-            )
-            fields["discard"] = tuple(fields.get("discard", ()))
-            fields["work"] = tuple(fields.get("work", ()))
-            fields["snapshots"] = tuple((name, text) for name, text in fields.get("snapshots", ()))
-            return Intent(**fields)
+            if not os.path.lexists(path):
+                return None
+            self.check_folder()
+            return _parse(uuid, path, _load(uuid, path))
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DomainError(uuid, f"the record {path} of an unfinished snapshot is damaged: {error}") from error
+        except OSError as error:
+            raise DomainError(uuid, f"the record {path} cannot be read: {error.strerror}") from error
+        except (ValueError, TypeError, KeyError, RecursionError, MemoryError) as error:
+            what = " ".join(str(error).split())[:80] or type(error).__name__
+            raise DomainError(uuid, f"the record {path} of an unfinished operation is damaged: {what}") from error
 
     def write(self, intent: Intent) -> None:
-        """Make the record durable; returns only when it is."""
+        """Make the record durable; returns only when it is.
+
+        Raises:
+            InvalidRequest: the folder is another user's, or may be written by others.
+            OSError: it cannot be stored; the record before it, if any, is still there.
+        """
         self._make_folder()
-        path = self.path(intent.uuid)
         data = json.dumps({"version": _VERSION, **asdict(intent)}, indent=1).encode()
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-        fd = os.open(
-            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
-        )  # the XML may hold passwords
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(fd)
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-        _sync(self.folder)
+        replace_file(self.path(intent.uuid), data, mode=0o600)  # the XML may hold passwords
+        _log.info("domain %s: %s of snapshot %r journaled", intent.domain, intent.operation, intent.snapshot)
 
     def remove(self, uuid: str) -> None:
         """Forget the record; the order of the steps before it is safe without waiting for the disk."""
         self.path(uuid).unlink(missing_ok=True)
+        _log.info("domain %s: its record is removed", uuid)
 
     def busy(self, uuid: str) -> bool:
-        """Return whether a command holds the domain's lock now."""
+        """Return whether a command holds the domain's lock now; nothing is made for that."""
         try:
-            with self.locked(uuid, uuid):
-                return False
-        except DomainError:
+            fd = os.open(self._lock(uuid), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
             return True
+        finally:
+            os.close(fd)
+        return False
 
     @contextlib.contextmanager
     def locked(self, uuid: str, domain: str) -> Iterator[None]:
@@ -173,37 +189,99 @@ class IntentStore:
 
         Raises:
             DomainError: another command is at it.
+            InvalidRequest: the folder is another user's, or may be written by others.
         """
         self._make_folder()
-        lock = self.path(uuid).with_suffix(".lock")
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = os.open(self._lock(uuid), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(fd)
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise DomainError(domain, "another command is changing its snapshots") from error
-            raise
-        try:
+            if not _flocked(fd):
+                raise DomainError(domain, "another command is changing its snapshots")
+            _log.debug("domain %s: locked by %s", domain, self._lock(uuid))
             yield
         finally:
             os.close(fd)  # the file stays: unlinking it would let two commands lock two files of one name
+
+    def check_folder(self) -> None:
+        """Accept a folder that nobody but root and this user can plant records in.
+
+        Raises:
+            InvalidRequest: another user owns it, or may write it.
+        """
+        facts = self.folder.stat()
+        if facts.st_uid not in (0, os.geteuid()):
+            raise InvalidRequest(self.folder, "belongs to another user, who could plant records there: it is not used")
+        if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            reason = "may be written by others, who could plant records there: it is not used (chmod go-w)"
+            raise InvalidRequest(self.folder, reason)
+
+    def _lock(self, uuid: str) -> Path:
+        return self.path(uuid).with_suffix(".lock")
 
     def _make_folder(self) -> None:
         missing = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in missing:
             _sync(folder.parent)
+        self.check_folder()
 
 
 def pending_overlays(store: IntentStore) -> set[Path]:
     """Return the overlays that unfinished snapshots of other domains are about to make."""
     paths = set()
     for uuid in store.uuids():
-        with contextlib.suppress(DomainError):  # a damaged record is for `recover` to tell of, in its own domain
+        with contextlib.suppress(DomainError):  # a damaged record holds up its own domain alone
             intent = store.read(uuid)
             paths |= {Path(overlay.path) for overlay in intent.overlays} if intent else set()
     return paths
+
+
+def _load(uuid: str, path: Path) -> object:
+    """Return what the file holds, whatever that is; a link, a pipe or a device is not followed."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        facts = os.fstat(fd)
+        foreign = facts.st_uid not in (0, os.geteuid()) or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if foreign or not stat.S_ISREG(facts.st_mode):
+            raise DomainError(uuid, f"the record {path} is another user's, or may be written by others")
+        if facts.st_size > _MAX_BYTES:
+            raise DomainError(uuid, f"the record {path} is larger than {_MAX_BYTES} bytes")
+        with os.fdopen(os.dup(fd), "rb") as file:
+            return json.loads(file.read(_MAX_BYTES))
+    finally:
+        os.close(fd)
+
+
+def _parse(uuid: str, path: Path, record: object) -> Intent:
+    if not isinstance(record, dict):
+        raise TypeError("it is no object")
+    version = record.pop("version", None)
+    if version != _VERSION:
+        text = str(version)[:20]
+        raise DomainError(uuid, f"the record {path} has version {text}, not {_VERSION}: another version wrote it")
+    intent = fields.read(Intent, record, parts={"Overlay": Overlay})
+    if intent.uuid != uuid:
+        raise ValueError(f"it is of domain {intent.uuid[:40]!r}")
+    if intent.operation not in OPERATIONS:
+        raise ValueError(f"the operation {intent.operation[:20]!r} is not known")
+    for text in (intent.old_xml, intent.new_xml, intent.snapshot_xml, *(text for _, text in intent.snapshots)):
+        fields.check_xml(text)
+    return intent
+
+
+def _flocked(fd: int) -> bool:
+    """Lock the file against all others; return False where a command has it for longer than a look."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+        else:
+            return True
 
 
 def _sync(folder: Path) -> None:

@@ -1,5 +1,8 @@
 """Finish an unfinished snapshot, or take it back: after a crash, and when a step fails.
 
+Each change goes into the XML of today, and is of the disks alone that the operation changed: what an administrator
+edited since the command died stays.
+
 libvirt's persistent XML decides. It changes in one step for all disks, so it names every overlay or none:
 
     XML names the overlays   the guest may have run on them: finish (register the snapshot)
@@ -17,26 +20,29 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
 import qemu_vmdk_snap as engine
-from qemu_vmdk_snap import HOLE, Census, Link, confined, open_link, open_posix
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
-from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay
+from qemu_vmdk_snap.domain.journal import overlays
+from qemu_vmdk_snap.domain.journal.pending import abandoning, uuid_of, ways_out
+from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.qemu.agent import thaw_left
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.switch import follow_cid, written_files
-from qemu_vmdk_snap.domain.state import find_snapshot, inactive_xml
+from qemu_vmdk_snap.domain.state import find_snapshot, inactive_xml, volume_resolver
+from qemu_vmdk_snap.domain.xml.edits import same_xml, with_disks_back
 from qemu_vmdk_snap.errors import DomainError, LockBusy, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
 
+_log = logging.getLogger(__name__)
 
 Finisher = Callable[["libvirt.virConnect", "libvirt.virDomain", Intent], None]
 """Does every step of a recorded operation that is not done yet; doing it twice does no harm."""
@@ -46,6 +52,9 @@ FINISHERS: Final[dict[str, tuple[str, str]]] = {
     "rename": ("qemu_vmdk_snap.domain.edit", "finish_rename"),
 }
 """Operation -> module and function of its `Finisher`. One that is not here is settled by what the XML names."""
+
+_MALFORMED: Final = (TypeError, ValueError, KeyError, AttributeError, IndexError)
+"""What a step raises where a record that can be read does not hold what its operation writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +70,20 @@ class Recovery:
     operation: str = "create"
 
 
-def recover(conn: libvirt.virConnect) -> list[Recovery]:
-    """Settle every unfinished snapshot of this connection's domains, and return what became of each.
+def recover(conn: libvirt.virConnect, names: Sequence[str] = ()) -> list[Recovery]:
+    """Settle the unfinished operations of these domains (of all, without names), and return what became of each.
 
     Raises:
         DomainError: one could not be settled; its record stays, as does all that it names. The others are settled.
+        InvalidRequest: the folder of the records is another user's, or may be written by others.
     """
     store = IntentStore.of(conn)
     settled: list[Recovery] = []
     failure: VmdkSnapError | OSError | None = None
-    for uuid in store.uuids():
+    for uuid in [uuid_of(conn, store, name) for name in names] if names else store.uuids():
         try:
+            if not store.has(uuid):
+                continue
             domain = _lookup(conn, store, uuid)
             with store.locked(uuid, domain.name()):
                 result = recover_domain(conn, domain, store)
@@ -79,6 +91,8 @@ def recover(conn: libvirt.virConnect) -> list[Recovery]:
             failure = failure or error
         else:
             settled += [result] if result else []
+    with contextlib.suppress(VmdkSnapError, OSError):
+        engine.recover(store.folder)  # what is left of records that never became complete
     if failure is not None:
         raise failure
     return settled
@@ -90,8 +104,10 @@ def _lookup(conn: libvirt.virConnect, store: IntentStore, uuid: str) -> libvirt.
     try:
         return conn.lookupByUUIDString(uuid)
     except libvirt.libvirtError as error:
-        reason = f"libvirt does not know it, but {store.path(uuid)} tells of its unfinished snapshot: define it first"
-        raise DomainError(uuid, reason) from error
+        reason = (
+            f"libvirt does not know it, but {store.path(uuid)} tells of its unfinished snapshot: define it first, or"
+        )
+        raise DomainError(uuid, f"{reason} {abandoning(conn.getURI(), uuid)}") from error
 
 
 def recover_by_name(conn: libvirt.virConnect, domain_name: str) -> Recovery | None:
@@ -103,17 +119,41 @@ def recover_by_name(conn: libvirt.virConnect, domain_name: str) -> Recovery | No
     domain = find_domain(conn, domain_name)
     store = IntentStore.of(conn)
     uuid = domain.UUIDString()
-    if not store.path(uuid).exists() or store.busy(uuid):
+    if not store.has(uuid) or store.busy(uuid):
         return None
     with store.locked(uuid, domain.name()):
         return recover_domain(conn, domain, store)
 
 
 def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore) -> Recovery | None:
-    """Settle the unfinished snapshot of `domain`, whose lock the caller holds; None when there is none."""
-    intent = store.read(domain.UUIDString())
+    """Settle the unfinished snapshot of `domain`, whose lock the caller holds; None when there is none.
+
+    Raises:
+        DomainError: it cannot be settled now; the error names what can be done. The record stays.
+    """
+    name, uri = domain.name(), conn.getURI()
+    try:
+        intent = store.read(domain.UUIDString())
+    except DomainError as error:
+        raise DomainError(name, f"{error.reason}: {abandoning(uri, name)}") from error
     if intent is None:
         return None
+    _log.info("domain %s: the %s of snapshot %r is not finished: settling it", name, intent.operation, intent.snapshot)
+    try:
+        result = _settle(conn, domain, intent)
+        store.remove(intent.uuid)
+    except (VmdkSnapError, OSError, *_MALFORMED) as error:
+        if isinstance(error, _MALFORMED):
+            reason = f"its record {store.path(intent.uuid)} is damaged ({type(error).__name__})"
+        else:
+            reason = error.reason if isinstance(error, DomainError) else str(error)
+        what = f"the {intent.operation} of snapshot {intent.snapshot!r} is not finished"
+        raise DomainError(name, f"{reason}; {what}: {ways_out(uri, name)}") from error
+    _log.info("domain %s: the %s is %s", name, intent.operation, "finished" if result.finished else "taken back")
+    return result
+
+
+def _settle(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> Recovery:
     name = domain.name()
     if intent.operation in FINISHERS:
         module, function = FINISHERS[intent.operation]
@@ -121,37 +161,54 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
         finish(conn, domain, intent)
         if intent.live and intent.resume and domain.isActive():
             _resume(domain)
-        store.remove(intent.uuid)
         return Recovery(name, intent.snapshot, finished=True, operation=intent.operation)
     with libvirt_errors(name, f"settle its unfinished snapshot {intent.snapshot!r}"):
         if intent.live and domain.isActive() and not _switched(domain, intent):
             _back_to_old(conn, domain, intent)
-        if intent.operation == "revert":
-            result = _settle_revert(conn, domain, intent)
-        elif _named(domain, intent):
-            _repair_cids(intent)
-            if _registered(domain, intent) is None:
-                register(domain, intent)
-            result = Recovery(name, intent.snapshot, finished=True)
-        elif _registered(domain, intent) is not None:
-            result = Recovery(name, intent.snapshot, finished=True)
-        else:
-            left = _unlink_overlays(conn, domain, intent)
-            result = Recovery(name, intent.snapshot, finished=False, left=left)
+        result = (
+            _settle_revert(conn, domain, intent)
+            if intent.operation == "revert"
+            else _settle_create(conn, domain, intent)
+        )
         if intent.live and intent.resume:
             _resume(domain)
         if intent.thaw and domain.isActive():
             thaw_left(domain)  # only now: an agent without vCPUs does not answer
-    store.remove(intent.uuid)
     return result
+
+
+def _settle_create(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> Recovery:
+    name = domain.name()
+    if _named(domain, intent):
+        _repair_cids(intent)
+        if _registered(domain, intent) is None:
+            _register_late(domain, intent)
+        return Recovery(name, intent.snapshot, finished=True)
+    if _registered(domain, intent) is not None:
+        return Recovery(name, intent.snapshot, finished=True)
+    left = overlays.unlink_overlays(conn, domain, intent)
+    return Recovery(name, intent.snapshot, finished=False, left=left)
+
+
+def _register_late(domain: libvirt.virDomain, intent: Intent) -> None:
+    """Register the snapshot although the domain's other snapshots may have been changed since it was planned."""
+    there = {snapshot.getName() for snapshot in domain.listAllSnapshots()}
+    if intent.snapshot in there:
+        raise DomainError(domain.name(), f"has another snapshot of the name {intent.snapshot!r} by now")
+    parent = xml.parse_snapshot(intent.snapshot_xml).parent
+    if parent is not None and parent not in there:
+        parent = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
+        intent = replace(intent, snapshot_xml=xml.with_parent(intent.snapshot_xml, parent))
+    register(domain, intent)
 
 
 def _settle_revert(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> Recovery:
     if not _named(domain, intent):
-        left = _unlink_overlays(conn, domain, intent)
+        left = overlays.unlink_overlays(conn, domain, intent)
         return Recovery(domain.name(), intent.snapshot, finished=False, left=left, operation="revert")
-    make_current(domain, intent.snapshot)
-    unlink_discarded(conn, domain, intent)
+    if intent.snapshot in {snapshot.getName() for snapshot in domain.listAllSnapshots()}:  # not deleted meanwhile
+        make_current(domain, intent.snapshot)
+    overlays.unlink_discarded(conn, domain, intent)
     return Recovery(domain.name(), intent.snapshot, finished=True, operation="revert")
 
 
@@ -162,22 +219,6 @@ def make_current(domain: libvirt.virDomain, name: str) -> None:
     text = find_snapshot(domain, name).getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE)
     flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT
     domain.snapshotCreateXML(text, flags)
-
-
-def unlink_discarded(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> tuple[Path, ...]:
-    """Unlink the tops that a revert gives up, where nothing stands on them and nobody uses them; return those."""
-    gone = []
-    for path in map(Path, intent.discard):
-        with contextlib.suppress(VmdkSnapError, OSError), contextlib.ExitStack() as held:
-            if path in _all_frozen(conn):
-                continue
-            link = open_link(path, opener=open_posix, writable=True, resolver=confined(_folders(intent)))
-            held.callback(link.close)
-            if not Census.of(_folders(intent)).dependents([path]):
-                for file in link.files:
-                    file.path.unlink()
-                gone.append(path)
-    return tuple(gone)
 
 
 def _switched(domain: libvirt.virDomain, intent: Intent) -> bool:
@@ -192,21 +233,39 @@ def _back_to_old(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: In
     if snapshot is not None:
         _forget(snapshot)
     if _named(domain, intent):
-        conn.defineXML(intent.old_xml)
+        _put_disks_back(conn, domain, intent)
     monitor = Monitor(domain)
     for overlay in intent.overlays:
         if Path(overlay.path).exists():
             monitor.drop_overlay(Path(overlay.path))
 
 
+def _put_disks_back(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
+    """Take the overlays out of the persistent XML; whatever was edited in it meanwhile stays."""
+    tops = {Path(overlay.path): overlay.target for overlay in intent.overlays}
+    conn.defineXML(with_disks_back(inactive_xml(domain), intent.old_xml, intent.new_xml, tops))
+    _log.info("domain %s: its disks are back on the files before %s", domain.name(), ", ".join(map(str, tops)))
+
+
+def _put_all_back(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
+    """Define the XML from before a revert, which has changed more than the disks, unless somebody edited it since.
+
+    Raises:
+        DomainError: somebody has: the revert is to be finished instead, so that the edit stays.
+    """
+    if not same_xml(inactive_xml(domain), intent.new_xml):
+        raise DomainError(domain.name(), "was edited since it went back to the snapshot")
+    conn.defineXML(intent.old_xml)
+
+
 def _repair_cids(intent: Intent) -> None:
     """Let an overlay that was never used fit its base, which the guest went on writing to."""
     if not intent.live:
         return
-    folders = _folders(intent)
+    folders = overlays.folders_of(intent)
     for overlay in intent.overlays:
         with contextlib.suppress(LockBusy), contextlib.ExitStack() as held:  # in use: then it fitted
-            if _hold_link(overlay, folders, held):
+            if overlays.hold_link(overlay, folders, held):
                 held.close()
                 follow_cid(Path(overlay.path), Path(overlay.frozen))
 
@@ -232,18 +291,21 @@ def take_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: Intent
         made = [overlay for overlay in intent.overlays if overlay.identity is not None]
         if _named(domain, intent):
             for overlay in made:
-                _hold_empty(overlay, _folders(intent), held)  # from here on no guest can start on it
+                overlays.hold_empty(overlay, overlays.folders_of(intent), held)  # from here on no guest can start on it
             snapshot = _registered(domain, intent)
             if snapshot is not None:
                 _forget(snapshot)
-            if intent.operation == "revert" and intent.current is not None:
-                make_current(domain, intent.current)
-            conn.defineXML(intent.old_xml)
+            if intent.operation == "revert":
+                _put_all_back(conn, domain, intent)
+                if intent.current is not None:
+                    make_current(domain, intent.current)
+            else:
+                _put_disks_back(conn, domain, intent)
             if _named(domain, intent):
                 raise DomainError(name, "still names the overlays after its old XML was defined")
         held.close()
         for overlay in made:
-            _unlink_made(overlay)
+            overlays.unlink_made(overlay)
     store.remove(intent.uuid)
 
 
@@ -254,18 +316,28 @@ def undo(
     try:
         take_back(conn, domain, store, intent)
     except (VmdkSnapError, OSError) as error:
-        reason = f"{cause}; taking it back failed too ({error}): the next command on this domain settles it"
-        raise DomainError(domain.name(), reason) from cause
+        reason = f"{cause}; taking it back failed too ({error})"
+        raise DomainError(domain.name(), f"{reason}: {ways_out(conn.getURI(), domain.name())}") from cause
 
 
 def _named(domain: libvirt.virDomain, intent: Intent) -> bool:
-    """Return whether the persistent XML names the overlays: all, or none."""
-    files = xml.files_in(inactive_xml(domain))
+    """Return whether the persistent XML names the overlays: all, or none.
+
+    A disk that was taken out of the domain meanwhile counts as the others do.
+
+    Raises:
+        DomainError: it names some, and another disk is back on the file that the snapshot freezes.
+    """
+    text = inactive_xml(domain)
+    files = xml.files_in(text)
     named = [overlay.path for overlay in intent.overlays if Path(overlay.path) in files]
     if named and len(named) < len(intent.overlays):
-        others = ", ".join(overlay.path for overlay in intent.overlays if overlay.path not in named)
-        reason = f"was edited during the snapshot {intent.snapshot!r}: it names {', '.join(named)} but not {others}"
-        raise DomainError(domain.name(), reason)
+        tops = {disk.path for disk in xml.list_disks(text, volume_resolver(domain.connect(), domain.name()))}
+        back = [one for one in intent.overlays if one.path not in named and Path(one.frozen) in tops]
+        if back:
+            reason = f"was edited during the {intent.operation} of snapshot {intent.snapshot!r}"
+            others = ", ".join(overlay.path for overlay in back)
+            raise DomainError(domain.name(), f"{reason}: it names {', '.join(named)} but not {others}")
     return bool(named)
 
 
@@ -293,97 +365,3 @@ def _forget(snapshot: libvirt.virDomainSnapshot) -> None:
     import libvirt
 
     snapshot.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
-
-
-def _unlink_overlays(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> tuple[Path, ...]:
-    """Unlink what the dead command made; return what had to stay."""
-    left = []
-    named: set[Path] | None = None
-    folders = _folders(intent)
-    for overlay in intent.overlays:
-        path = Path(overlay.path)
-        if not os.path.lexists(path):
-            continue
-        if overlay.identity is None:
-            # It died before it noted which files it made: somebody else may have taken the name since.
-            named = _all_named(conn) if named is None else named
-            ours = path not in named and _parent_of(path, folders) == Path(overlay.frozen)
-        else:
-            ours = _identity(path) == overlay.identity
-        if not ours:
-            left.append(path)
-            continue
-        try:
-            with contextlib.ExitStack() as held:
-                _hold_empty(overlay, folders, held)
-                path.unlink()
-        except (VmdkSnapError, OSError):
-            left.append(path)
-    return tuple(left)
-
-
-def _unlink_made(overlay: Overlay) -> None:
-    path = Path(overlay.path)
-    if os.path.lexists(path) and _identity(path) == overlay.identity:
-        path.unlink()
-
-
-def _folders(intent: Intent) -> list[Path]:
-    """Return where the chains of the snapshot lie: nothing else is opened, whatever the files say of their parents."""
-    return sorted({path.parent for path in xml.files_in(intent.new_xml)})
-
-
-def _hold_empty(overlay: Overlay, folders: Sequence[Path], held: contextlib.ExitStack) -> None:
-    """Lock the overlay against every other user until `held` closes.
-
-    Raises:
-        DomainError: it has been written to.
-        LockBusy: a guest, or another program, has it open.
-    """
-    if not _hold_link(overlay, folders, held):
-        raise DomainError(overlay.target, f"overlay {overlay.path} holds data already: it stays")
-
-
-def _hold_link(overlay: Overlay, folders: Sequence[Path], held: contextlib.ExitStack) -> bool:
-    """Lock the overlay, not its parents, and return whether it is empty."""
-    link = open_link(Path(overlay.path), opener=open_posix, writable=True, resolver=confined(folders))
-    held.callback(link.close)
-    return is_empty(link)
-
-
-def is_empty(link: Link) -> bool:
-    """Return whether the image stores nothing of its own."""
-    return all(bool((table.kinds == HOLE).all()) for table in link.tables())
-
-
-def _parent_of(path: Path, folders: Sequence[Path]) -> Path | None:
-    try:
-        with engine.open_chain(path, trusted_dirs=folders, lock=False, check_cids=False) as chain:
-            return chain.links[1].path if chain.depth > 1 else None
-    except (VmdkSnapError, OSError):
-        return None
-
-
-def _all_named(conn: libvirt.virConnect) -> set[Path]:
-    """Return every file that any domain or snapshot of the connection names."""
-    named: set[Path] = set()
-    for domain in conn.listAllDomains():
-        named |= xml.files_in(domain.XMLDesc(0)) | xml.files_in(inactive_xml(domain))
-        for snapshot in domain.listAllSnapshots():
-            named |= xml.files_in(snapshot.getXMLDesc(0))
-    return named
-
-
-def _all_frozen(conn: libvirt.virConnect) -> set[Path]:
-    """Return every file that a domain of the connection uses, or a snapshot of one has frozen."""
-    frozen: set[Path] = set()
-    for domain in conn.listAllDomains():
-        frozen |= xml.files_in(domain.XMLDesc(0)) | xml.files_in(inactive_xml(domain))
-        for snapshot in domain.listAllSnapshots():
-            frozen |= xml.files_in(xml.domain_of(snapshot.getXMLDesc(0)))
-    return frozen
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.lstat()
-    return status.st_dev, status.st_ino

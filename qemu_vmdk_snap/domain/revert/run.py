@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Final, Literal
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import dropin, naming, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
+from qemu_vmdk_snap.domain.journal.overlays import unlink_discarded
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay, pending_overlays
-from qemu_vmdk_snap.domain.journal.recover import Recovery, make_current, recover_domain, unlink_discarded
+from qemu_vmdk_snap.domain.journal.recover import Recovery, make_current, recover_domain
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
 from qemu_vmdk_snap.domain.newfile import make_overlay, refresh_pools
 from qemu_vmdk_snap.domain.planned import PlannedDisk
@@ -144,6 +145,7 @@ def _make_plan(
         operation="revert",
         current=now.current,
         discard=tuple(map(str, tops)) if discard else (),
+        discard_inodes=tuple(top.stat().st_ino if top.exists() else 0 for top in tops) if discard else (),
     )
     state = after if after != "as-saved" else saved.state if saved.state in _LIVE else "shutoff"
     return _Plan(disks, tops, "running" if state == "blocked" else state, intent)

@@ -312,7 +312,7 @@ def test_what_is_not_ours_stays(tmp_path: Path) -> None:
 
 def test_status_tells_what_is_wrong(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     host.policy("keep-last = 1", "bad")
-    host.policy('verify = "deep"', "good")
+    host.policy('verify = "deep"\nconnect = "qemu+unix:///system?socket=/nowhere"', "good")
     assert policy.load(host.policies / "good.toml").deadline == policy.DEEP_DEADLINE
     assert main(["hook", "status", "--dir", str(host.hooks), "--output=json"]) == 1
     shown = json.loads(capsys.readouterr().out)

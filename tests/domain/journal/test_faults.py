@@ -18,7 +18,8 @@ from qemu_vmdk_snap.domain import newfile, xml
 from qemu_vmdk_snap.domain.connect import find_domain
 from qemu_vmdk_snap.domain.create import run as snapshot
 from qemu_vmdk_snap.domain.create.run import create_snapshot
-from qemu_vmdk_snap.domain.journal import recover as recovery
+from qemu_vmdk_snap.domain.journal import overlays as overlay_files
+from qemu_vmdk_snap.domain.journal.pending import abandon
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.journal.recover import recover
 from qemu_vmdk_snap.domain.registry import list_snapshots
@@ -123,9 +124,9 @@ def test_what_cannot_be_taken_back_now_is_settled_by_the_next_command(
     domain = lab.define(lab.disk("a"), lab.disk("b"))
     with monkeypatch.context() as broken:
         break_step(broken, "registration", refused)
-        broken.setattr(recovery, "_hold_empty", lambda *_: (_ for _ in ()).throw(no_space()))
+        broken.setattr(overlay_files, "hold_empty", lambda *_: (_ for _ in ()).throw(no_space()))
         with pytest.raises(
-            DomainError, match=r"taking it back failed too .*: the next command on this domain settles it"
+            DomainError, match=r"taking it back failed too .*: `recover -c .*` finishes it or takes it back"
         ):
             create_snapshot(lab.conn, domain.name(), "s1")
     assert [result.finished for result in recover(lab.conn)] == [True]
@@ -297,6 +298,28 @@ def test_a_replaced_overlay_is_left(lab: Lab, monkeypatch: pytest.MonkeyPatch) -
     assert overlay.exists()
 
 
+def test_another_number_of_the_device_after_a_restart(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    domain = lab.define(lab.disk())
+    interrupt(lab, monkeypatch, domain, "definition")
+    store, overlay = IntentStore.of(lab.conn), lab.folder / "a-000001.vmdk"
+    intent = store.read(domain.UUIDString())
+    assert intent is not None
+    facts = overlay.stat()
+    store.write(intent.made(str(overlay), (facts.st_dev + 1, facts.st_ino)))
+    (result,) = recover(lab.conn)
+    assert (result.finished, result.left) == (False, ())
+    assert not overlay.exists()
+
+
+def test_what_is_left_of_records_that_never_became_complete_goes(lab: Lab) -> None:
+    folder = IntentStore.of(lab.conn).folder
+    folder.mkdir(exist_ok=True)
+    left = folder / ".embed-u.json.0123456789ab.qemu-vmdk-snap.tmp"
+    left.write_text("{")
+    assert recover(lab.conn) == []
+    assert not left.exists()
+
+
 def test_one_that_cannot_be_settled_does_not_hold_up_the_others(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     store = IntentStore.of(lab.conn)
     domain = lab.define(lab.disk())
@@ -314,13 +337,18 @@ def test_one_that_cannot_be_settled_does_not_hold_up_the_others(lab: Lab, monkey
 def test_a_domain_edited_halfway_is_left_to_its_owner(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     domain = lab.define(lab.disk("a"), lab.disk("b"))
     interrupt(lab, monkeypatch, domain, "answer to the definition")
-    half = xml.stack(xml_of(domain), {"vdb": xml.NewTop(lab.folder / "elsewhere.vmdk", [lab.folder / "b.vmdk"])})
+    overlay = lab.folder / "b-000001.vmdk"
+    half = xml.relink(xml_of(domain), lambda files: files[1:] if files[0] == overlay else files)
     lab.conn.defineXML(half)
     before = contents(lab.folder)
-    with pytest.raises(DomainError, match=r"was edited during the snapshot 's1': it names .*a-000001.vmdk but not"):
+    with pytest.raises(
+        DomainError, match=r"was edited during the create of snapshot 's1': it names .*a-000001.vmdk but not"
+    ):
         recover(lab.conn)
     assert contents(lab.folder) == before
-    IntentStore.of(lab.conn).remove(domain.UUIDString())
+    assert [one.operation for one in abandon(lab.conn)] == ["create"]
+    assert contents(lab.folder) == before
+    assert recover(lab.conn) == []
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"version": 1}', '{"version": 2}', '{"version": 1, "overlays": 7}'])

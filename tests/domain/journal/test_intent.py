@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -111,3 +114,36 @@ def test_a_lock_excludes_others_of_the_same_domain_until_it_goes(tmp_path: Path)
         ):
             pass
     assert not store.busy("u-1")
+
+
+def test_looking_makes_nothing(tmp_path: Path) -> None:
+    store = IntentStore(tmp_path / "state", "system")
+    assert not store.busy("u-1")
+    assert not store.has("u-1")
+    assert store.read("u-1") is None
+    assert store.uuids() == []
+    assert not (tmp_path / "state").exists()
+
+
+def test_looking_whether_a_command_is_at_work_holds_up_none(tmp_path: Path) -> None:
+    store = IntentStore(tmp_path, "system")
+    with store.locked("u-1", "d"):
+        pass
+    fd = os.open(store.path("u-1").with_suffix(".lock"), os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    threading.Timer(0.1, os.close, [fd]).start()
+    with store.locked("u-1", "d"):
+        pass
+
+
+def test_what_is_locked_journaled_and_forgotten_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "qemu_vmdk_snap.domain.journal")
+    store = IntentStore(tmp_path, "system")
+    with store.locked("u-1", "d"):
+        store.write(INTENT)
+        store.remove("u-1")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"domain d: locked by {tmp_path}/system-u-1.lock",
+        "domain d: create of snapshot 'größer' journaled",
+        "domain u-1: its record is removed",
+    ]

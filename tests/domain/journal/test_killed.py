@@ -65,6 +65,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 COMMANDS = {
+    "create": ["create", "--name=s9"],
     "revert": ["revert", "s1"],
     "discard": ["revert", "s2", "--discard", "--running"],
     "merge": ["delete", "s2"],
@@ -76,7 +77,7 @@ THOROUGH = bool(os.environ.get("VMDK_KILL_EACH"))
 STRIDE = 1 if THOROUGH else 3
 """A death costs two seconds: after every third change, or with VMDK_KILL_EACH=1 after each."""
 
-FEWEST = {"revert": 6, "discard": 9, "merge": 7, "copy": 9, "rename": 6, "prune": 24}
+FEWEST = {"create": 7, "revert": 6, "discard": 9, "merge": 7, "copy": 9, "rename": 6, "prune": 24}
 """So many changes at least: a command whose changes are no longer seen would else pass unkilled."""
 
 
@@ -98,7 +99,11 @@ def make_tree(lab: Lab, folder: Path) -> libvirt.virDomain:
 
 def run(lab: Lab, domain: libvirt.virDomain, words: list[str], at: int) -> int:
     """Run the command, killed after `at` changes (0: not at all), and return its status."""
-    line = ["snapshot", words[0], "-c", lab.uri, domain.name(), *words[1:]]
+    return run_line(["snapshot", words[0], "-c", lab.uri, domain.name(), *words[1:]], at)
+
+
+def run_line(line: list[str], at: int) -> int:
+    """Run a command line, killed after `at` changes (0: not at all), and return its status."""
     done = subprocess.run(
         [sys.executable, "-c", VICTIM, str(at), *line], check=False, timeout=120, capture_output=True, text=True
     )

@@ -1,0 +1,132 @@
+"""The files of an unfinished operation: held, found empty, and unlinked only where nothing can be lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import qemu_vmdk_snap as engine
+from qemu_vmdk_snap import HOLE, Census, Link, confined, open_link, open_posix
+from qemu_vmdk_snap.domain import xml
+from qemu_vmdk_snap.domain.journal.record import Intent, Overlay
+from qemu_vmdk_snap.domain.state import inactive_xml
+from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
+
+if TYPE_CHECKING:
+    import libvirt
+
+
+def unlink_discarded(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> tuple[Path, ...]:
+    """Unlink the tops that a revert gives up, where nothing stands on them and nobody uses them; return those."""
+    gone = []
+    inodes = dict(zip(intent.discard, intent.discard_inodes, strict=False))
+    for path in map(Path, intent.discard):
+        with contextlib.suppress(VmdkSnapError, OSError), contextlib.ExitStack() as held:
+            if path in _all_frozen(conn):
+                continue
+            link = open_link(path, opener=open_posix, writable=True, resolver=confined(folders_of(intent)))
+            held.callback(link.close)
+            if path.stat().st_ino != inodes.get(str(path), path.stat().st_ino):
+                continue  # another file than was given up
+            if not Census.of(folders_of(intent)).dependents([path]):
+                for file in link.files:
+                    file.path.unlink()
+                gone.append(path)
+    return tuple(gone)
+
+
+def unlink_overlays(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> tuple[Path, ...]:
+    """Unlink what the dead command made; return what had to stay."""
+    left = []
+    named: set[Path] | None = None
+    folders = folders_of(intent)
+    for overlay in intent.overlays:
+        path = Path(overlay.path)
+        if not os.path.lexists(path):
+            continue
+        ours = _identity(path) == overlay.identity
+        if not ours and (overlay.identity is None or _identity(path)[1] == overlay.identity[1]):
+            # It died before it noted which files it made, or the machine started again, and devices have other numbers.
+            named = _all_named(conn) if named is None else named
+            ours = path not in named and _parent_of(path, folders) == Path(overlay.frozen)
+        if not ours:
+            left.append(path)
+            continue
+        try:
+            with contextlib.ExitStack() as held:
+                hold_empty(overlay, folders, held)
+                path.unlink()
+        except (VmdkSnapError, OSError):
+            left.append(path)
+    return tuple(left)
+
+
+def unlink_made(overlay: Overlay) -> None:
+    """Unlink the overlay that this process made, unless something else bears its name by now."""
+    path = Path(overlay.path)
+    if os.path.lexists(path) and _identity(path) == overlay.identity:
+        path.unlink()
+
+
+def folders_of(intent: Intent) -> list[Path]:
+    """Return where the chains of the snapshot lie: nothing else is opened, whatever the files say of their parents."""
+    return sorted({path.parent for path in xml.files_in(intent.new_xml)})
+
+
+def hold_empty(overlay: Overlay, folders: Sequence[Path], held: contextlib.ExitStack) -> None:
+    """Lock the overlay against every other user until `held` closes.
+
+    Raises:
+        DomainError: it has been written to.
+        LockBusy: a guest, or another program, has it open.
+    """
+    if not hold_link(overlay, folders, held):
+        raise DomainError(overlay.target, f"overlay {overlay.path} holds data already: it stays")
+
+
+def hold_link(overlay: Overlay, folders: Sequence[Path], held: contextlib.ExitStack) -> bool:
+    """Lock the overlay, not its parents, and return whether it is empty."""
+    link = open_link(Path(overlay.path), opener=open_posix, writable=True, resolver=confined(folders))
+    held.callback(link.close)
+    return is_empty(link)
+
+
+def is_empty(link: Link) -> bool:
+    """Return whether the image stores nothing of its own."""
+    return all(bool((table.kinds == HOLE).all()) for table in link.tables())
+
+
+def _parent_of(path: Path, folders: Sequence[Path]) -> Path | None:
+    try:
+        with engine.open_chain(path, trusted_dirs=folders, lock=False, check_cids=False) as chain:
+            return chain.links[1].path if chain.depth > 1 else None
+    except (VmdkSnapError, OSError):
+        return None
+
+
+def _all_named(conn: libvirt.virConnect) -> set[Path]:
+    """Return every file that any domain or snapshot of the connection names."""
+    named: set[Path] = set()
+    for domain in conn.listAllDomains():
+        named |= xml.files_in(domain.XMLDesc(0)) | xml.files_in(inactive_xml(domain))
+        for snapshot in domain.listAllSnapshots():
+            named |= xml.files_in(snapshot.getXMLDesc(0))
+    return named
+
+
+def _all_frozen(conn: libvirt.virConnect) -> set[Path]:
+    """Return every file that a domain of the connection uses, or a snapshot of one has frozen."""
+    frozen: set[Path] = set()
+    for domain in conn.listAllDomains():
+        frozen |= xml.files_in(domain.XMLDesc(0)) | xml.files_in(inactive_xml(domain))
+        for snapshot in domain.listAllSnapshots():
+            frozen |= xml.files_in(xml.domain_of(snapshot.getXMLDesc(0)))
+    return frozen
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.lstat()
+    return status.st_dev, status.st_ino
