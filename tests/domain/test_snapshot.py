@@ -188,9 +188,8 @@ def test_an_owner_that_cannot_be_given_is_refused(lab: Lab, monkeypatch: pytest.
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "fchown", not_permitted)
-    reason = (
-        f"{lab.folder}/a-000001.vmdk: cannot give a new file the owner 12345:54321 (Operation not permitted): run it"
-    )
+    given = "cannot give a new file the owner 12345:54321 (Operation not permitted): run it as root"
+    reason = f"{lab.folder}/a-000001.vmdk: {given}"
     assert refuse(lab, domain.name()) == f"domain {domain.name()}: {reason}"
 
 

@@ -35,10 +35,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Prune, and say what was done."""
     from qemu_vmdk_snap.domain.connect import connection
-    from qemu_vmdk_snap.domain.delete.prune import Policy, prune
+    from qemu_vmdk_snap.domain.delete.prune import Retention, prune
     from qemu_vmdk_snap.domain.journal.pending import pending_line
 
-    policy = Policy(**{rule: getattr(args, f"keep_{rule}") for rule in _RULES})
+    policy = Retention(**{rule: getattr(args, f"keep_{rule}") for rule in _RULES})
     with connection(args.connect) as conn:
         if args.dry_run:
             warn_pending(pending_line(conn, args.domain), ui)

@@ -32,7 +32,7 @@ _PERIODS: Final[dict[str, Callable[[time.struct_time], tuple[int, ...]]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class Retention:
     """How many of each are kept."""
 
     last: int = 0
@@ -63,13 +63,13 @@ class PruneReport:
     notes: tuple[str, ...] = ()
 
 
-def decide(snapshots: Sequence[SnapshotInfo], policy: Policy) -> list[Decision]:
+def decide(snapshots: Sequence[SnapshotInfo], retention: Retention) -> list[Decision]:
     """Return what becomes of each snapshot, the youngest first; one that holds more than disks is always kept.
 
     Raises:
         InvalidRequest: the policy keeps nothing at all, or a number is negative.
     """
-    counts = {"last": policy.last, **{name: getattr(policy, name) for name in _PERIODS}}
+    counts = {"last": retention.last, **{name: getattr(retention, name) for name in _PERIODS}}
     if min(counts.values()) < 0:
         raise InvalidRequest("policy", "no number may be negative")
     if not any(counts.values()):
@@ -77,7 +77,7 @@ def decide(snapshots: Sequence[SnapshotInfo], policy: Policy) -> list[Decision]:
     # Two of one second: a child is younger than its parent.
     youngest = sorted(snapshots, key=lambda one: (-one.creation_time, -_generation(one, snapshots), one.name))
     reasons: dict[str, list[str]] = {one.name: [] for one in youngest}
-    for one in youngest[: policy.last]:
+    for one in youngest[: retention.last]:
         reasons[one.name].append("last")
     for rule, period in _PERIODS.items():
         seen: list[tuple[int, ...]] = []
@@ -103,7 +103,7 @@ def _generation(snapshot: SnapshotInfo, snapshots: Sequence[SnapshotInfo]) -> in
 def prune(
     conn: libvirt.virConnect,
     domain_name: str,
-    policy: Policy,
+    retention: Retention,
     *,
     dry_run: bool = False,
     on_progress: OnProgress = ignore,
@@ -116,7 +116,7 @@ def prune(
     """
     domain = find_domain(conn, domain_name)
     recovered = None if dry_run else recover_by_name(conn, domain_name)
-    decisions = decide(list_snapshots(conn, domain_name), policy)
+    decisions = decide(list_snapshots(conn, domain_name), retention)
     going = [decision.name for decision in decisions if not decision.reasons]
     notes: tuple[str, ...] = ()
     if dry_run or not going:

@@ -81,14 +81,14 @@ def prune_after_stop(conn: libvirt.virConnect, domain_name: str, keep: Sequence[
     Raises:
         VmdkSnapError, OSError: see `delete`.
     """
-    from qemu_vmdk_snap.domain.delete.prune import Policy, decide
+    from qemu_vmdk_snap.domain.delete.prune import Retention, decide
     from qemu_vmdk_snap.domain.delete.run import delete
 
     if not keep:
         return []
     rules = {rule.removeprefix("keep-"): count for rule, count in keep}
     ours = _ours(conn, domain_name)
-    going = [decision.name for decision in decide(ours, Policy(**rules)) if not decision.reasons]
+    going = [decision.name for decision in decide(ours, Retention(**rules)) if not decision.reasons]
     _log.info("domain %s: %d snapshots after a stop, %s go", domain_name, len(ours), ", ".join(going) or "none")
     if going:
         delete(conn, domain_name, going)
