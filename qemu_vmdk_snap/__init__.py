@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.chain.disk import RawDisk
     from qemu_vmdk_snap.chain.link import Link, open_link, read_descriptor
     from qemu_vmdk_snap.chain.links import LinkFacts, read_facts, read_links
-    from qemu_vmdk_snap.chain.needs.dependents import Census, Dependent
+    from qemu_vmdk_snap.chain.needs.dependents import Census, Dependent, children_of, require_fit
+    from qemu_vmdk_snap.chain.needs.follow import Followed, follow
+    from qemu_vmdk_snap.chain.needs.own import own_files
     from qemu_vmdk_snap.chain.resolver import confined
     from qemu_vmdk_snap.errors import (
         CidMismatch,
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.storage.attributes import copy_attributes
     from qemu_vmdk_snap.storage.blockfile import PosixFile, open_posix
     from qemu_vmdk_snap.storage.durable import replace_file
+    from qemu_vmdk_snap.storage.identity import Identity, identity_of
     from qemu_vmdk_snap.vmdk.descriptor import Descriptor
     from qemu_vmdk_snap.vmdk.runs import HOLE
 
@@ -66,8 +69,10 @@ __all__ = [
     "Dependent",
     "Descriptor",
     "DomainError",
+    "Followed",
     "FormatError",
     "GuestError",
+    "Identity",
     "ImageOptions",
     "InvalidRequest",
     "Link",
@@ -88,6 +93,7 @@ __all__ = [
     "chain_info",
     "changes",
     "check_image",
+    "children_of",
     "commit",
     "compact",
     "compare",
@@ -96,6 +102,8 @@ __all__ = [
     "copy_attributes",
     "create_image",
     "create_overlay",
+    "follow",
+    "identity_of",
     "ignore",
     "image_info",
     "make_delta",
@@ -103,6 +111,7 @@ __all__ = [
     "open_chain",
     "open_link",
     "open_posix",
+    "own_files",
     "read_descriptor",
     "read_facts",
     "read_links",
@@ -112,6 +121,7 @@ __all__ = [
     "renew_overlay",
     "repair",
     "replace_file",
+    "require_fit",
     "require_writable",
     "resize",
 ]
@@ -124,13 +134,18 @@ _HOMES: Final = {
     "RunKind": "chain.chain",
     "Census": "chain.needs.dependents",
     "Dependent": "chain.needs.dependents",
+    "children_of": "chain.needs.dependents",
+    "require_fit": "chain.needs.dependents",
     "RawDisk": "chain.disk",
+    "Followed": "chain.needs.follow",
+    "follow": "chain.needs.follow",
     "Link": "chain.link",
     "open_link": "chain.link",
     "read_descriptor": "chain.link",
     "LinkFacts": "chain.links",
     "read_facts": "chain.links",
     "read_links": "chain.links",
+    "own_files": "chain.needs.own",
     "confined": "chain.resolver",
     "apply_delta": "ops.edit.apply",
     "check_image": "ops.check.check",
@@ -160,6 +175,8 @@ _HOMES: Final = {
     "PosixFile": "storage.blockfile",
     "open_posix": "storage.blockfile",
     "replace_file": "storage.durable",
+    "Identity": "storage.identity",
+    "identity_of": "storage.identity",
     "Descriptor": "vmdk.descriptor",
     "HOLE": "vmdk.runs",
 }

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qemu_vmdk_snap.cli.snapshot.options import add_orphans
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
 
@@ -24,6 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--discard", type=Path, metavar="FILE", action="append", default=[], help="remove this orphan with its data"
     )
+    add_orphans(parser)
     parser.add_argument("--adopt", action="store_true", help="register every orphan overlay as a snapshot")
 
 
@@ -42,7 +44,14 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
         with connection(args.connect) as conn:
             if args.remove or args.discard or args.adopt:
                 given = [path.absolute() for path in args.discard]
-                done = settle_orphans(conn, args.domain, discard=given, remove=args.remove, adopt=args.adopt)
+                done = settle_orphans(
+                    conn,
+                    args.domain,
+                    discard=given,
+                    remove=args.remove,
+                    adopt=args.adopt,
+                    orphans=[path.absolute() for path in args.orphan],
+                )
             checks = [*check_domain(conn, args.domain)]
     good = not any(check.verdict == "bad" for check in checks)
     if ui.json_output:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -17,11 +18,12 @@ from qemu_vmdk_snap.domain.hooks import install as hooks
 from qemu_vmdk_snap.domain.hooks.owners import without_domain
 from qemu_vmdk_snap.domain.journal.pending import all_unfinished, unfinished_of
 from qemu_vmdk_snap.domain.journal.record import IntentStore
-from qemu_vmdk_snap.domain.orphans import Orphan, domain_files, find_orphans
+from qemu_vmdk_snap.domain.needed import NOTHING, Needed, place_in, same_file
+from qemu_vmdk_snap.domain.orphans import Orphan, find_orphans
 from qemu_vmdk_snap.domain.qemu.depth import max_links
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches
-from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
+from qemu_vmdk_snap.errors import CidMismatch, InvalidRequest, StillNeeded, VmdkSnapError
 from qemu_vmdk_snap.units import format_size
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ OLDEST_LIBVIRT: Final = (9, 0, 0)
 OLDEST_QEMU: Final = (7, 2, 0)
 MAX_PROBED_DEPTH: Final = 2
 """libvirt finds out the format of so many links by itself; deeper ones must be spelt out in the XML."""
+
+_LOOKED_AT: Final = ("is read-only", "is shared", "is transient")
+"""Disks that take no part in a snapshot for these reasons are checked all the same."""
 
 _TOOLS: Final = {
     "qemu-system-x86_64": ("note", "guests of this kind, `guest boot` and `demo`: qemu-system-x86"),
@@ -72,33 +77,81 @@ def check_domain(conn: libvirt.virConnect, domain_name: str) -> Iterator[Check]:
         snapshots = [xml.parse_snapshot(s.getXMLDesc(0)) for s in domain.listAllSnapshots()]
         current = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
         limit = max_links(conn.getLibVersion())
-    disks = [disk for disk in xml.list_disks(text, volume_resolver(conn, name)) if disk.path is not None]
-    disks = [disk for disk in disks if disk.refusal is None or not disk.refusal.endswith("not vmdk")]
     chains: dict[str, list[Path]] = {}
-    for disk in disks:
+    for disk in xml.list_disks(text, volume_resolver(conn, name)):
         yield _check_disk(disk, chains, limit)
+    try:
+        needed = Needed.read(conn, domain)
+    except StillNeeded as error:
+        yield Check("files", "bad", str(error))
+        return
     for snapshot in snapshots:
-        yield _check_snapshot(snapshot, chains if snapshot.name == current else {})
+        yield _check_snapshot(snapshot, chains if snapshot.name == current else {}, needed)
     if snapshots and current is None:
         yield Check("snapshots", "note", "none of them is the current one")
-    orphans = find_orphans(conn, domain)
+    yield from _check_tops(name, text, snapshots, needed, volume_resolver(conn, name))
+    orphans = find_orphans(conn, domain, needed)
+    yield from _check_needs(domain.UUIDString(), orphans, needed)
     kept = {path.resolve(): snapshot for path, snapshot in kept_branches(text).items() if path.exists()}
     for orphan in orphans:
         yield _check_orphan(name, orphan, kept.get(orphan.path.resolve()))
-    known = domain_files(conn, domain) | {orphan.path.resolve() for orphan in orphans}
+    known = [*needed.files_of(needed.of_domain(domain.UUIDString())), *(orphan.path for orphan in orphans)]
     for path, kept_by in kept.items():
-        if path not in known:  # deleting what it stood on has made it a disk by itself
-            what = f"was kept by the revert to {kept_by!r} and stands on no file of the domain any more"
+        if place_in(known, path) is None:  # deleting what backed it has made it a disk by itself
+            what = f"was kept by the revert to {kept_by!r} and is backed by no file of the domain any more"
             yield Check(f"kept {path}", "note", f"{what}: delete the file, or use it as a disk of its own")
+
+
+def _check_tops(
+    domain: str, text: str, snapshots: Sequence[xml.SnapshotXml], needed: Needed, volume_path: xml.VolumePath
+) -> Iterator[Check]:
+    """Yield the disks whose top something else reads: it changes with each write of the guest."""
+    for disk in xml.list_disks(text, volume_path):
+        if disk.path is None or disk.refusal is not None:
+            continue
+        frozen_by = [
+            snapshot.name
+            for snapshot in snapshots
+            for one in snapshot.disks
+            if one.mode == "external" and one.frozen is not None and same_file(one.frozen, disk.path)
+        ]
+        subject = f"disk {disk.target}"
+        if frozen_by:
+            what = (
+                f"its top {disk.path} is what snapshot {frozen_by[0]!r} froze, and what the guest writes changes that"
+            )
+            yield Check(subject, "bad", f"{what}: `snapshot revert {domain} {frozen_by[0]}` puts an overlay on it")
+            continue
+        for one in needed.census.dependents([disk.path]):
+            if one.how == "parent":
+                what = f"its top {disk.path} backs {one.path}, and what the guest writes changes what that reads"
+                yield Check(subject, "bad", f"{what}: `snapshot create {domain}` puts a new top on it")
+
+
+def _check_needs(uuid: str, orphans: Sequence[Orphan], needed: Needed) -> Iterator[Check]:
+    """Yield who else needs the domain's files, or may: as long as that is so, no command merges or deletes them."""
+    files = needed.files_of(needed.of_domain(uuid))
+    others = needed.of_others(uuid)
+    handled = [*files, *needed.files_of(others), *(orphan.path for orphan in orphans)]
+    said: set[str] = set()
+    for file in files:
+        for who, reason in [
+            *needed.holding([file], others, NOTHING),
+            *needed.around([file], handled, NOTHING),
+        ]:
+            line = f"{who} {reason}"
+            if line not in said:
+                said.add(line)
+                yield Check(f"file {file}", "note", f"is needed: {line} (`--orphan FILE` gives a file up)")
 
 
 def _check_orphan(domain: str, orphan: Orphan, kept_by: str | None) -> Check:
     """Tell of an image that nobody names; `kept_by` is the snapshot that a revert went back to when it kept it."""
     holds = orphan.problem or ("holds nothing" if orphan.empty else f"holds {format_size(orphan.allocated)}")
     if kept_by is None:
-        what = f"stands on {orphan.parent}, is named by no domain and no snapshot, and {holds}"
+        what = f"is backed by {orphan.parent}, is named by no domain and no snapshot, and {holds}"
         return Check(f"orphan {orphan.path}", "bad", what)
-    what = f"was kept by the revert to {kept_by!r}, stands on {orphan.parent} and {holds}"
+    what = f"was kept by the revert to {kept_by!r}, is backed by {orphan.parent} and {holds}"
     ways = f"`doctor {domain} --discard {orphan.path}` removes it, `doctor {domain} --adopt` makes it a snapshot"
     return Check(f"kept {orphan.path}", "bad" if orphan.problem else "note", f"{what}: {ways}")
 
@@ -198,18 +251,42 @@ def _check_intent(conn: libvirt.virConnect, domain: libvirt.virDomain) -> Iterat
 def _check_disk(disk: xml.Disk, chains: dict[str, list[Path]], limit: int) -> Check:
     """Check one disk of the persistent XML; its chain goes to `chains`. `limit` is how many links libvirt starts."""
     subject = f"disk {disk.target}"
-    assert disk.path is not None
+    if disk.path is None or (disk.refusal is not None and not disk.refusal.startswith(_LOOKED_AT)):
+        return Check(subject, "note", _skipped(disk))
+    found = _check_chain(disk, disk.path, chains, limit)
+    if disk.refusal is not None and found.verdict != "bad":
+        return Check(subject, "note", f"{found.text}; it takes no part in snapshots: it {disk.refusal}")
+    return found
+
+
+def _skipped(disk: xml.Disk) -> str:
+    """Return why the disk takes no part in snapshots, and what is below it that must not be changed."""
+    text = f"takes no part in snapshots: it {disk.refusal or 'has no file'}"
+    if disk.path is None or not (disk.refusal or "").endswith("not vmdk"):
+        return text
+    for path in engine.follow(disk.path).files[1:]:
+        with contextlib.suppress(VmdkSnapError, OSError):
+            engine.read_facts(path)
+            ways = f"`qemu-img convert -O vmdk {disk.path} NEW.vmdk` makes a VMDK disk of it"
+            return f"{text}, though its top {disk.path} is backed by the VMDK {path}, which must stay as it is: {ways}"
+    return text
+
+
+def _check_chain(disk: xml.Disk, top: Path, chains: dict[str, list[Path]], limit: int) -> Check:
+    subject = f"disk {disk.target}"
     folders = sorted({path.parent for path in disk.backing})
-    links, problem = _links(disk.path, folders)
+    links, problem = _links(top, folders)
     if links is None:
         return Check(subject, "bad", problem)
-    chains[disk.target] = [link.path.resolve() for link in links]
+    chains[disk.target] = [link.path for link in links]
     if len(links) > limit:
         reason = (
             f"has {len(links)} links: this libvirt starts no domain with more than {limit}: delete or prune snapshots"
         )
         return Check(subject, "bad", reason)
-    if (disk.closed or disk.backing) and _resolved(disk.backing) != chains[disk.target][1 : len(disk.backing) + 1]:
+    below = [link.path for link in links[1 : len(disk.backing) + 1]]
+    same = len(below) == len(disk.backing) and all(map(same_file, disk.backing, below))
+    if (disk.closed or disk.backing) and not same:
         named = ", ".join(map(str, disk.backing))
         return Check(subject, "bad", f"its XML spells out {named or 'no parent'}, its files another chain")
     if disk.closed and len(disk.backing) != len(links) - 1:
@@ -227,10 +304,10 @@ def _check_disk(disk: xml.Disk, chains: dict[str, list[Path]], limit: int) -> Ch
     owners = {(link.path.stat().st_uid, link.path.stat().st_gid) for link in links}
     if len(owners) > 1:
         return Check(subject, "note", f"chain of {len(links)}, sound, but its files belong to {len(owners)} owners")
-    return Check(subject, "good", f"{disk.path}: chain of {len(links)}, sound; XML and files agree")
+    return Check(subject, "good", f"{top}: chain of {len(links)}, sound; XML and files agree")
 
 
-def _check_snapshot(snapshot: xml.SnapshotXml, chains: dict[str, list[Path]]) -> Check:
+def _check_snapshot(snapshot: xml.SnapshotXml, chains: dict[str, list[Path]], needed: Needed) -> Check:
     """Check one snapshot; `chains` are the active ones where it is the current snapshot."""
     subject = f"snapshot {snapshot.name}"
     external = [disk for disk in snapshot.disks if disk.mode == "external" and disk.frozen is not None]
@@ -241,13 +318,23 @@ def _check_snapshot(snapshot: xml.SnapshotXml, chains: dict[str, list[Path]]) ->
         links, problem = _links(frozen, folders)
         if links is None:
             return Check(subject, "bad", f"disk {disk.target}: {problem}")
+        overlays = needed.census.dependents(links[0].files)
+        try:
+            engine.require_fit(frozen, links[0].cid, overlays)
+        except CidMismatch as error:
+            return Check(subject, "bad", f"disk {disk.target}: {error}")
         if disk.overlay is not None and not disk.overlay.exists():
             return Check(
                 subject, "note", f"disk {disk.target}: its overlay {disk.overlay} is gone; the frozen file is there"
             )
+        if disk.overlay is not None and place_in([one.path for one in overlays], disk.overlay) is None:
+            what = f"its overlay {disk.overlay} does not name {frozen} as its parent (any more)"
+            return Check(
+                subject, "note", f"disk {disk.target}: {what}: `image info {disk.overlay}` shows what it names"
+            )
         chain = chains.get(disk.target)
-        if chain is not None and frozen.resolve() not in chain:
-            return Check(subject, "bad", f"is the current one, but disk {disk.target} does not stand on its {frozen}")
+        if chain is not None and place_in(chain, frozen) is None:
+            return Check(subject, "bad", f"is the current one, but disk {disk.target} is not backed by its {frozen}")
     return Check(subject, "good", f"{len(external)} disks" if len(external) != 1 else "1 disk")
 
 
@@ -259,7 +346,3 @@ def _links(path: Path, folders: Sequence[Path]) -> tuple[tuple[engine.LinkFacts,
         return None, str(error)
     except OSError as error:
         return None, f"{error.filename or path}: {error.strerror}"
-
-
-def _resolved(paths: tuple[Path, ...]) -> list[Path]:
-    return [path.resolve() for path in paths]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
@@ -11,6 +11,9 @@ from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
     import libvirt
+
+_POOLS_OF_FILES: Final = ("dir", "fs", "netfs", "logical")
+"""Types of pools whose volumes are files of the target folder, by name."""
 
 
 def check_state(domain: libvirt.virDomain) -> None:
@@ -52,6 +55,24 @@ def volume_resolver(conn: libvirt.virConnect, domain: str) -> xml.VolumePath:
 
     def resolve(pool: str, volume: str) -> Path:
         with libvirt_errors(domain, f"find volume {volume!r} of pool {pool!r}"):
-            return Path(conn.storagePoolLookupByName(pool).storageVolLookupByName(volume).path())
+            found = conn.storagePoolLookupByName(pool)
+            if not found.isActive():
+                return volume_by_pool_xml(domain, found.XMLDesc(0), pool, volume)
+            return Path(found.storageVolLookupByName(volume).path())
 
     return resolve
+
+
+def volume_by_pool_xml(domain: str, text: str, pool: str, volume: str) -> Path:
+    """Return where the volume is once the pool is active, by the XML of the pool.
+
+    Raises:
+        DomainError: its kind of pool has other places for volumes.
+    """
+    import xml.etree.ElementTree as ET
+
+    root = ET.fromstring(text)
+    target = root.findtext("target/path")
+    if root.get("type") not in _POOLS_OF_FILES or not target:
+        raise DomainError(domain, f"cannot find volume {volume!r}: pool {pool!r} is not active")
+    return Path(target, volume)

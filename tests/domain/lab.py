@@ -56,12 +56,13 @@ class Lab:
         """Take care of a domain that somebody else has defined, or renamed."""
         self._domains.append(name)
 
-    def close(self) -> None:
-        """Stop and forget the domains."""
+    def close(self, *kept: libvirt.virDomain) -> None:
+        """Stop and forget the domains, but those that are kept."""
         import libvirt
 
+        stay = {domain.name() for domain in kept}
         for domain in self.conn.listAllDomains():
-            if domain.name() in self._domains:
+            if domain.name() in self._domains and domain.name() not in stay:
                 if domain.isActive():
                     domain.destroy()
                 domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qemu_vmdk_snap import DomainError, open_chain
+from qemu_vmdk_snap import DomainError, StillNeeded, open_chain
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.delete import run as delete_module
@@ -162,7 +162,9 @@ def test_a_running_guest_keeps_its_files(lab: Lab, domain: libvirt.virDomain) ->
 def test_what_another_domain_uses_is_kept(lab: Lab, domain: libvirt.virDomain) -> None:
     other = lab.define(lab.folder / "a-000001.vmdk")
     before = contents(lab.folder)
-    with pytest.raises(DomainError, match=f"a-000001.vmdk belongs to domain {other.name()} too"):
+    with pytest.raises(
+        StillNeeded, match=rf"a-000001\.vmdk: is still needed: domain {other.name()} has it as its disk"
+    ):
         delete(lab.conn, domain.name(), "s2")
     assert contents(lab.folder) == before
 

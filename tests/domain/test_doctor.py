@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qemu_vmdk_snap import DomainError, LockBusy, create_overlay, open_chain
+from qemu_vmdk_snap import DomainError, LockBusy, StillNeeded, create_overlay, open_chain
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.domain.connect import find_domain
 from qemu_vmdk_snap.domain.create.run import create_snapshot
@@ -100,7 +102,7 @@ def test_what_reverts_have_kept_is_told_apart(patient: Patient) -> None:
     for number, holds in ((3, "holds 76 KiB:"), (4, "holds nothing:")):
         verdict, text = told[f"kept {patient.file(number)}"]
         assert verdict == "note"
-        assert text.startswith(f"was kept by the revert to 's1', stands on {patient.file(0)} and {holds}")
+        assert text.startswith(f"was kept by the revert to 's1', is backed by {patient.file(0)} and {holds}")
         assert f"`doctor {patient.name} --discard {patient.file(number)}` removes it" in text
     assert sum(subject.startswith("kept ") for subject in told) == 2
     # What it says can be done is done.
@@ -125,8 +127,8 @@ def test_a_kept_branch_that_has_become_a_base_is_still_told(patient: Patient) ->
     _, answer = patient.ask()
     told = {check["subject"]: check["text"] for check in answer["checks"]}
     assert told[f"kept {patient.file(3)}"] == (
-        "was kept by the revert to 's1' and stands on no file of the domain any more: delete the file, or use it as a "
-        "disk of its own"
+        "was kept by the revert to 's1' and is backed by no file of the domain any more: delete the file, or use it as "
+        "a disk of its own"
     )
     patient.file(3).unlink()
     assert not any(
@@ -175,7 +177,7 @@ def edited(patient: Patient, old: str, new: str) -> str:
         (write_frozen, "disk vda", "the parent was modified after the overlay was made"),
         (shorten_xml, "disk vda", "its files another chain"),
         (forget_chain, "disk vda", "has 3 links that the XML does not spell out: libvirt refuses to start it"),
-        (other_top, "snapshot s2", "is the current one, but disk vda does not stand on its "),
+        (other_top, "snapshot s2", "is the current one, but disk vda is not backed by its "),
     ],
 )
 def test_what_does_not_agree_is_told(
@@ -183,6 +185,85 @@ def test_what_does_not_agree_is_told(
 ) -> None:
     damage(patient)
     assert text in patient.bad()[subject]
+
+
+def test_a_drive_with_an_iso_is_not_bad(patient: Patient) -> None:
+    """What is no VMDK disk has a line with the reason, and is not opened as one."""
+    iso = patient.lab.folder / "install.iso"
+    iso.write_bytes(b"no VMDK")
+    text = xml_of(patient.domain)
+    drives = (
+        f"<disk type='file' device='cdrom'><driver name='qemu' type='raw'/><source file='{iso}'/>"
+        "<target dev='sda' bus='sata'/><readonly/></disk>"
+        "<disk type='file' device='cdrom'><target dev='sdb' bus='sata'/><readonly/></disk></devices>"
+    )
+    patient.lab.conn.defineXML(text.replace("</devices>", drives))
+    assert patient.bad() == {}
+    _, answer = patient.ask()
+    told = {check["subject"]: (check["verdict"], check["text"]) for check in answer["checks"]}
+    reason = "takes no part in snapshots: it is a cdrom, not a disk"
+    assert told["disk sda"] == told["disk sdb"] == ("note", reason)
+
+
+@pytest.mark.needs("qemu-img")
+def test_a_qcow2_top_on_a_vmdk_is_described(patient: Patient) -> None:
+    top = patient.lab.folder / "virsh.s3"
+    words = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", str(patient.file(2)), "-F", "vmdk", str(top), "4M"]
+    subprocess.run(words, check=True)
+    text = xml_of(patient.domain)
+    start, end = text.index("<driver name='qemu' type='vmdk'/>"), text.index("<target dev='vda'")
+    named = f"<driver name='qemu' type='qcow2'/><source file='{top}'/>"
+    patient.lab.conn.defineXML(text[:start] + named + text[end:])
+    _, answer = patient.ask()
+    told = {check["subject"]: (check["verdict"], check["text"]) for check in answer["checks"]}
+    assert told["disk vda"][0] == "note"
+    assert f"its top {top} is backed by the VMDK {patient.file(2)}, which must stay as it is" in told["disk vda"][1]
+    with open_chain(patient.file(2)) as chain:
+        shown = chain.read_at(0, chain.capacity)
+    for name in ("s1", "s2"):
+        with contextlib.suppress(StillNeeded):
+            delete(patient.lab.conn, patient.name, name)
+    with open_chain(patient.file(2)) as chain:  # it is there, and reads as before
+        assert chain.read_at(0, chain.capacity) == shown
+
+
+def test_a_top_that_something_reads_is_bad(patient: Patient) -> None:
+    above = orphan(patient, "above.snap1", patient.file(2))
+    text = patient.bad()["disk vda"]
+    assert text.startswith(f"its top {patient.file(2)} backs {above}, and what the guest writes changes")
+    assert text.endswith(f"`snapshot create {patient.name}` puts a new top on it")
+
+
+def test_a_frozen_file_as_the_top_is_bad(patient: Patient) -> None:
+    text = xml_of(patient.domain)
+    start = text.index("<source file=")
+    end = text.index("<target dev='vda'")
+    top = (
+        f"<source file='{patient.file(1)}'/><backingStore type='file'><format type='vmdk'/>"
+        f"<source file='{patient.file(0)}'/><backingStore/></backingStore>"
+    )
+    patient.lab.conn.defineXML(text[:start] + top + text[end:])
+    _, answer = patient.ask()
+    lines = [check["text"] for check in answer["checks"] if (check["subject"], check["verdict"]) == ("disk vda", "bad")]
+    what = f"its top {patient.file(1)} is what snapshot 's2' froze, and what the guest writes changes that"
+    assert lines == [f"{what}: `snapshot revert {patient.name} s2` puts an overlay on it"]
+    revert(patient.lab.conn, patient.name, "s2")
+    assert patient.bad() == {}
+
+
+def test_a_frozen_file_that_does_not_fit_its_overlays_is_bad(patient: Patient) -> None:
+    revert(patient.lab.conn, patient.name, "s1")
+    write(patient.file(1))  # not in the active chain
+    assert "--relink-cids" in patient.bad()["snapshot s2"]
+
+
+def test_who_else_needs_a_file_is_told(patient: Patient) -> None:
+    clone = orphan(patient, "clone.vmdk", patient.file(0))
+    other = patient.lab.define(clone).name()
+    _, answer = patient.ask()
+    told = {check["subject"]: (check["verdict"], check["text"]) for check in answer["checks"]}
+    line = f"is needed: domain {other} has it below its disk vda ({clone}) (`--orphan FILE` gives a file up)"
+    assert told[f"file {patient.file(0)}"] == ("note", line)
 
 
 def test_an_unfinished_snapshot_is_told(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,10 +297,10 @@ def kib(path: Path) -> str:
 def test_orphans_are_told_and_removed_only_when_they_hold_nothing(patient: Patient) -> None:
     empty = orphan(patient, "lost.vmdk", patient.file(1), empty=True)
     full = orphan(patient, "work.vmdk", patient.file(0))
-    before = contents(patient.lab.folder)
+    before, unnamed = contents(patient.lab.folder), "is named by no domain and no snapshot"
     assert patient.bad() == {
-        f"orphan {empty}": f"stands on {patient.file(1)}, is named by no domain and no snapshot, and holds nothing",
-        f"orphan {full}": f"stands on {patient.file(0)}, is named by no domain and no snapshot, and holds {kib(full)}",
+        f"orphan {empty}": f"is backed by {patient.file(1)}, {unnamed}, and holds nothing",
+        f"orphan {full}": f"is backed by {patient.file(0)}, {unnamed}, and holds {kib(full)}",
     }
     assert contents(patient.lab.folder) == before
     status, answer = patient.ask("--remove")

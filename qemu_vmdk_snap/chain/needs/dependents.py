@@ -132,11 +132,11 @@ class Census:
         return any(file.claims.cid == cid for file in self.files)
 
     def _leads_to(self, owner: Path, name: Name, wanted: Collection[Identity]) -> bool:
-        return any(self._identity_at(candidate) in wanted for candidate in _candidates(owner, name))
+        return any(self._identity_at(candidate) in wanted for candidate in candidates(owner, name))
 
     def _exists(self, owner: Path, name: Name) -> bool:
         """Return whether the name leads anywhere."""
-        return any(isinstance(self._identity_at(candidate), Identity) for candidate in _candidates(owner, name))
+        return any(isinstance(self._identity_at(candidate), Identity) for candidate in candidates(owner, name))
 
     def _identity_at(self, candidate: str) -> Identity | None:
         if candidate not in self._found:
@@ -287,7 +287,7 @@ def _dangling(path: Path) -> _File | None:
     return _File(path, None, Claims(problem=reason))
 
 
-def _candidates(owner: Path, name: Name) -> Iterator[str]:
+def candidates(owner: Path, name: Name) -> Iterator[str]:
     """Yield every path that some reader tries for a name in `owner`."""
     homes = [str(owner.parent)]
     if owner.is_symlink():

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.cli.snapshot.options import add_domain
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_orphans
 from qemu_vmdk_snap.cli.snapshot.report import show
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
@@ -26,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             f"--{option}", dest="scope", action="store_const", const=option, default="one", help=f"delete {what}"
         )
     parser.add_argument("--metadata", action="store_true", help="make libvirt forget it; no file is touched")
+    add_orphans(parser)
     parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
 
 
@@ -40,7 +41,15 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         raise InvalidRequest(f"domain {args.domain}", "name a snapshot, or say --current, one of them")
     with connection(args.connect) as conn:
         name = args.snapshotname or delete_of_current(conn, args.domain) or snapshot_info(conn, args.domain).name
-        report = delete(conn, args.domain, name, scope=args.scope, metadata=args.metadata, on_progress=ui.progress)
+        report = delete(
+            conn,
+            args.domain,
+            name,
+            scope=args.scope,
+            metadata=args.metadata,
+            orphans=[path.absolute() for path in args.orphan],
+            on_progress=ui.progress,
+        )
     for_programs: dict[str, object] = {
         "domain": report.domain,
         "deleted": [deleted_json(one) for one in report.deleted],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.ui import Ui
@@ -20,6 +21,18 @@ def add_domain(parser: argparse.ArgumentParser) -> None:
         help="libvirt connection (default: LIBVIRT_DEFAULT_URI, or libvirt's own); qemu:///embed?root=/DIR: no daemon",
     )
     parser.add_argument("domain", metavar="DOMAIN", help="name, id or UUID of the domain")
+
+
+def add_orphans(parser: argparse.ArgumentParser) -> None:
+    """Add what gives dependents up, by name."""
+    parser.add_argument(
+        "--orphan",
+        type=Path,
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="give up this file, or the disk that has it on top: it may lose what it needs",
+    )
 
 
 def tell_recovery(recovery: Recovery | None, ui: Ui) -> None:

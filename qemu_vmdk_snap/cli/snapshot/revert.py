@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.cli.snapshot.options import add_domain
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_orphans
 from qemu_vmdk_snap.cli.snapshot.report import disk_lines, disks_json, show
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
@@ -26,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--discard", action="store_true", help="delete what was written since the last snapshot; it is kept otherwise"
     )
+    add_orphans(parser)
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         raise InvalidRequest(f"domain {args.domain}", "name a snapshot, or say --current, one of them")
     with connection(args.connect) as conn:
         name = args.snapshotname or snapshot_info(conn, args.domain).name
-        report = revert(conn, args.domain, name, after=args.after, discard=args.discard)
+        orphans = [path.absolute() for path in args.orphan]
+        report = revert(conn, args.domain, name, after=args.after, discard=args.discard, orphans=orphans)
     show(ui, report, as_json(report), _lines(report))
 
 

@@ -26,6 +26,7 @@ from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.journal.recover import recover_domain
 from qemu_vmdk_snap.domain.naming import next_overlay
+from qemu_vmdk_snap.domain.needed import place_in, same_file
 from qemu_vmdk_snap.domain.orphans import find_orphans, remove_orphan
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
@@ -99,10 +100,9 @@ class _Registry:
 
     def frozen_by(self, target: str, path: Path) -> str | None:
         """Return the name of the snapshot that froze the file of this disk."""
-        real = path.resolve()
         for snapshot in self.snapshots:
             for disk in snapshot.disks:
-                if disk.target == target and disk.mode == "external" and disk.frozen and disk.frozen.resolve() == real:
+                if disk.target == target and disk.mode == "external" and disk.frozen and same_file(disk.frozen, path):
                     return snapshot.name
         return None
 
@@ -116,8 +116,8 @@ class _Registry:
 
     def target_of(self, path: Path) -> str | None:
         """Return the disk that the image is a state of: the one with the same base."""
-        base = self.chain_of(path)[-1].resolve()
-        return next((target for target, chain in self.chains.items() if chain[-1].resolve() == base), None)
+        base = self.chain_of(path)[-1]
+        return next((target for target, chain in self.chains.items() if same_file(chain[-1], base)), None)
 
 
 def adopt(
@@ -163,7 +163,7 @@ def adopt_orphan(conn: libvirt.virConnect, domain: libvirt.virDomain, path: Path
         target = registry.target_of(path)
         if target is None:
             raise DomainError(domain.name(), f"{path} is no state of any of its disks")
-        if registry.frozen_by(target, path) is not None or path.resolve() in map(Path.resolve, registry.chains[target]):
+        if registry.frozen_by(target, path) is not None or place_in(registry.chains[target], path) is not None:
             raise DomainError(domain.name(), f"{path} is in use by it, or registered already")
         wish = _Wish(None, _name_of(path), "found without a snapshot", _written(path), None, {target: path})
         (adopted,) = _register_all(registry, [wish], current=None, dry_run=False)
@@ -177,8 +177,11 @@ def settle_orphans(
     discard: Sequence[Path] = (),
     remove: bool = False,
     adopt: bool = False,
+    orphans: Sequence[Path] = (),
 ) -> list[Settled]:
     """Remove the orphans in `discard`, and with `remove` those that hold nothing; with `adopt` register the others.
+
+    `orphans` are files that need what is removed and are given up.
 
     Raises:
         VmdkSnapError, OSError: see `remove_orphan` and `adopt_orphan`; what was done before stays done.
@@ -186,12 +189,12 @@ def settle_orphans(
     domain = find_domain(conn, domain_name)
     done = []
     for path in discard:
-        remove_orphan(conn, domain, path, with_data=True)
+        remove_orphan(conn, domain, path, with_data=True, orphans=orphans)
         done.append(Settled(path, None))
     if remove:
         for orphan in reversed(find_orphans(conn, domain)):  # an orphan goes before the one that it stands on
             if orphan.empty:
-                remove_orphan(conn, domain, orphan.path)
+                remove_orphan(conn, domain, orphan.path, orphans=orphans)
                 done.append(Settled(orphan.path, None))
     if adopt:
         for orphan in find_orphans(conn, domain):
@@ -236,12 +239,12 @@ def _from_files(registry: _Registry) -> list[_Wish]:
 
 def _find_vmsd(registry: _Registry) -> Vmsd | None:
     """Return the dictionary beside the disks that tells of one of their files."""
-    files = {path.resolve() for chain in registry.chains.values() for path in chain}
+    files = [path for chain in registry.chains.values() for path in chain]
     for folder in registry.folders():
         for path in sorted(folder.glob("*.vmsd")):
             with contextlib.suppress(VmdkSnapError, OSError):
                 vmsd = read_vmsd(path)
-                if any(file.resolve() in files for snapshot in vmsd.snapshots for file in snapshot.files):
+                if any(place_in(files, file) is not None for snapshot in vmsd.snapshots for file in snapshot.files):
                     return vmsd
     return None
 
@@ -314,7 +317,7 @@ def _parent_by_files(registry: _Registry, wish: _Wish) -> str | None:
 
 def _is_below_the_tops(registry: _Registry, wish: _Wish) -> bool:
     return any(
-        len(registry.chains[target]) > 1 and registry.chains[target][1].resolve() == path.resolve()
+        len(registry.chains[target]) > 1 and same_file(registry.chains[target][1], path)
         for target, path in wish.frozen.items()
     )
 
@@ -344,17 +347,16 @@ def _overlay_on(registry: _Registry, target: str, frozen: Path) -> Path:
 
     VMware deletes the top of a branch that it leaves; libvirt's metadata always has one.
     """
-    real = frozen.resolve()
     chain = registry.chains[target]
     for above, below in itertools.pairwise(chain):
-        if below.resolve() == real:
+        if same_file(below, frozen):
             return above
     find = engine.confined(registry.folders())
     for path in sorted(frozen.parent.iterdir()):
         with contextlib.suppress(VmdkSnapError, OSError):
-            if not path.name.startswith(".") and path.is_file() and path.resolve() != real:
+            if not path.name.startswith(".") and path.is_file() and not same_file(path, frozen):
                 facts = engine.read_facts(path, find)
-                if facts.hint is not None and find(path, facts.hint, "parent").resolve() == real:
+                if facts.hint is not None and same_file(find(path, facts.hint, "parent"), frozen):
                     return path
     overlay = next_overlay(frozen, _named(registry))
     _make_overlay(overlay, frozen)

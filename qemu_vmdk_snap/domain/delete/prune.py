@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qemu_vmdk_snap import OnProgress, ignore
@@ -18,7 +19,7 @@ from qemu_vmdk_snap.domain.delete.plan import Deleted, State, chosen, preview
 from qemu_vmdk_snap.domain.delete.run import delete
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_by_name
 from qemu_vmdk_snap.domain.registry import SnapshotInfo, list_snapshots
-from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
@@ -61,6 +62,8 @@ class PruneReport:
     deleted: tuple[Deleted, ...]
     recovered: Recovery | None
     notes: tuple[str, ...] = ()
+    failed: tuple[tuple[str, VmdkSnapError | OSError], ...] = ()
+    """Snapshots that were to go and are as they were, and why."""
 
 
 def decide(snapshots: Sequence[SnapshotInfo], retention: Retention) -> list[Decision]:
@@ -106,22 +109,28 @@ def prune(
     retention: Retention,
     *,
     dry_run: bool = False,
+    orphans: Sequence[Path] = (),
     on_progress: OnProgress = ignore,
 ) -> PruneReport:
-    """Delete the snapshots that the policy does not keep; with `dry_run` only tell every operation.
+    """Delete the snapshots that the policy does not keep; with `dry_run` only report every operation.
+
+    One that cannot be deleted is left as it was, and told in the report; the others go. `orphans`: see `delete`.
 
     Raises:
         InvalidRequest: the policy cannot be.
-        DomainError, VmdkSnapError, OSError: see `delete`; those deleted before are gone.
+        DomainError: there is no such domain, or libvirt refuses.
     """
     domain = find_domain(conn, domain_name)
     recovered = None if dry_run else recover_by_name(conn, domain_name)
     decisions = decide(list_snapshots(conn, domain_name), retention)
     going = [decision.name for decision in decisions if not decision.reasons]
     notes: tuple[str, ...] = ()
-    if dry_run or not going:
-        deleted = tuple(preview(State.read(conn, domain), chosen(domain, going, "one"))) if going else ()
+    failed: tuple[tuple[str, VmdkSnapError | OSError], ...] = ()
+    if not going:
+        deleted: tuple[Deleted, ...] = ()
+    elif dry_run:
+        deleted, failed = preview(State.read(conn, domain, orphans), chosen(domain, going, "one"))
     else:
-        report = delete(conn, domain_name, going, on_progress=on_progress)
-        deleted, notes = report.deleted, report.notes
-    return PruneReport(domain.name(), tuple(decisions), deleted, recovered, notes)
+        report = delete(conn, domain_name, going, orphans=orphans, keep_going=True, on_progress=on_progress)
+        deleted, notes, failed = report.deleted, report.notes, report.failed
+    return PruneReport(domain.name(), tuple(decisions), deleted, recovered, notes, failed)

@@ -1,13 +1,14 @@
 """Delete snapshots: whatever is not deleted keeps reading what it read, and the XML follows the files.
 
-A snapshot's state is a frozen file F of each disk. What happens to it, C being an image that stands on F:
+A snapshot's state is a frozen file F of each disk. What happens to it, C being an image that is backed by F:
 
     merge   F has one child C            C's data goes down into F, which takes C's place; C is deleted
-    copy    F has several, or is smaller F's data goes up into each of them; they stand on F's parent; F is deleted
-    drop    nothing stands on F          F is deleted
+    copy    F has several, or is smaller F's data goes up into each of them; F's parent backs them; F is deleted
+    drop    nothing needs F              F is deleted
     keep    another snapshot has F too   nothing
 
-The steps, each durable before the next. All of them can be done again, and `finish` does, after a crash:
+What can be known is found out first: who else needs a file that changes or goes (see `needed`), CIDs, locks, space,
+permissions. The steps, each durable before the next. All of them can be done again, and `finish` does, after a crash:
 
     1  the intent record
     2  merge: the data goes down; C is empty then, and everything reads through it as before
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap import Census, Link, OnProgress, confined, ignore, open_chain
+from qemu_vmdk_snap import Census, Link, OnProgress, confined, ignore, open_chain, own_files, read_facts
 from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.delete.plan import (
@@ -39,9 +40,11 @@ from qemu_vmdk_snap.domain.delete.plan import (
     open_one,
     work_of,
 )
+from qemu_vmdk_snap.domain.delete.preflight import check_work
 from qemu_vmdk_snap.domain.journal.overlays import is_empty
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain
+from qemu_vmdk_snap.domain.needed import Given, place_in, real_file, require_none, same_file
 from qemu_vmdk_snap.domain.newfile import refresh_pools
 from qemu_vmdk_snap.domain.qemu.merge import merge_active
 from qemu_vmdk_snap.domain.state import inactive_xml
@@ -60,6 +63,8 @@ class DeleteReport:
     deleted: tuple[Deleted, ...]
     recovered: Recovery | None
     notes: tuple[str, ...] = ()
+    failed: tuple[tuple[str, VmdkSnapError | OSError], ...] = ()
+    """Snapshots that are as they were, and why; only with `keep_going`."""
 
 
 def delete(
@@ -69,14 +74,19 @@ def delete(
     *,
     scope: Scope = "one",
     metadata: bool = False,
+    orphans: Sequence[Path] = (),
+    keep_going: bool = False,
     on_progress: OnProgress = ignore,
 ) -> DeleteReport:
     """Delete snapshots of a domain, the youngest first, each of them whole before the next.
 
     `scope` takes in their descendants, or these alone. `metadata` makes libvirt forget them and touches no file.
+    `orphans` are files that need what goes and are given up. With `keep_going` a snapshot that cannot be deleted is
+    left as it was and reported, and the next one is tried; a delete that was begun and not finished ends it.
 
     Raises:
-        DomainError: there is no such snapshot; the guest runs on its files; or another domain uses them.
+        DomainError: there is no such snapshot, or the guest runs on its files.
+        StillNeeded: something else needs a file that would change or go, or may need it; it names what.
         VmdkSnapError, OSError: an image is broken or in use, or there is no space: the snapshot is as before, or its
             record stays and `recover` (or the next command) finishes it.
     """
@@ -87,20 +97,42 @@ def delete(
     with store.locked(domain.UUIDString(), domain.name()):
         recovered = recover_domain(conn, domain, store)
         wanted = without_finished([names] if isinstance(names, str) else names, domain, recovered)
+        failed: list[tuple[str, VmdkSnapError | OSError]] = []
         for name in chosen(domain, wanted, scope):
-            intent = make_intent(State.read(conn, domain), name, metadata=metadata)
-            work = work_of(intent)
-            plan = {
-                "snapshot": name,
-                "metadata": metadata,
-                "operations": [line for one in work for line in one.lines()],
-            }
-            with dropin.around("delete", domain.name(), plan, uri=conn.getURI()) as said:
-                _execute(conn, domain, store, intent, on_progress)
-            notes += said
-            deleted.append(Deleted(name, work))
+            try:
+                work, said = _delete_one(conn, domain, store, name, orphans, on_progress, metadata=metadata)
+            except (VmdkSnapError, OSError) as error:
+                if not keep_going:
+                    raise
+                failed.append((name, error))
+                if store.path(domain.UUIDString()).exists():
+                    break  # what was begun comes first
+            else:
+                notes += said
+                deleted.append(Deleted(name, work))
     refresh_pools(conn, [Path(one.frozen) for snapshot in deleted for one in snapshot.work])
-    return DeleteReport(domain.name(), tuple(deleted), recovered, tuple(notes))
+    return DeleteReport(domain.name(), tuple(deleted), recovered, tuple(notes), tuple(failed))
+
+
+def _delete_one(
+    conn: libvirt.virConnect,
+    domain: libvirt.virDomain,
+    store: IntentStore,
+    name: str,
+    orphans: Sequence[Path],
+    on_progress: OnProgress,
+    *,
+    metadata: bool,
+) -> tuple[tuple[Work, ...], list[str]]:
+    intent = make_intent(State.read(conn, domain, orphans), name, metadata=metadata)
+    work = work_of(intent)
+    if not metadata:
+        _settle(intent)
+        check_work(domain.name(), work, _folders(intent))
+    plan = {"snapshot": name, "metadata": metadata, "operations": [line for one in work for line in one.lines()]}
+    with dropin.around("delete", domain.name(), plan, uri=conn.getURI()) as said:
+        _execute(conn, domain, store, intent, on_progress)
+    return work, said
 
 
 def without_finished(names: Sequence[str], domain: libvirt.virDomain, recovered: Recovery | None) -> list[str]:
@@ -114,25 +146,38 @@ def without_finished(names: Sequence[str], domain: libvirt.virDomain, recovered:
 def _execute(
     conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, intent: Intent, on_progress: OnProgress
 ) -> None:
+    frozen_as = _cids(intent)
     store.write(intent)  # barrier: from here on `finish` knows what to do
     try:
         if intent.live:
             _merge_live(conn, domain, intent)
         else:
             _merge_down(intent, on_progress)
-    except BaseException:
+    except BaseException as error:
+        begun = True
         with contextlib.suppress(VmdkSnapError, OSError):
             _settle(intent)
-            if not _names_merged(domain, intent):
-                store.remove(intent.uuid)  # whatever was merged, everything still reads what it read
+            begun = _names_merged(domain, intent) or _cids(intent) != frozen_as
+            if not begun:
+                store.remove(intent.uuid)  # the snapshot is as it was
+        if begun and isinstance(error, (VmdkSnapError, OSError)):
+            raise DomainError(domain.name(), _unfinished(intent, error)) from error
         raise
     try:
         finish(conn, domain, intent, on_progress=on_progress)
     except (VmdkSnapError, OSError) as error:
-        reason = f"{error}; the delete of snapshot {intent.snapshot!r} is not finished: `recover` goes on with it"
-        raise DomainError(domain.name(), reason) from error
+        raise DomainError(domain.name(), _unfinished(intent, error)) from error
     with contextlib.suppress(OSError):
         store.remove(intent.uuid)
+
+
+def _unfinished(intent: Intent, error: VmdkSnapError | OSError) -> str:
+    return f"{error}; the delete of snapshot {intent.snapshot!r} is not finished: `recover` resumes it"
+
+
+def _cids(intent: Intent) -> list[int]:
+    """Return the CIDs of the files that are merged into: another one says that what the snapshot held is gone."""
+    return [read_facts(one.frozen, confined(_folders(intent))).cid for one in work_of(intent) if one.mode == "merge"]
 
 
 def finish(
@@ -154,8 +199,8 @@ def finish(
         with libvirt_errors(domain.name(), f"forget the snapshot {intent.snapshot!r}"):
             _change_xml(conn, domain, intent)
         for link in doomed:
-            for file in link.files:
-                file.path.unlink(missing_ok=True)
+            for file in own_files(link):
+                real_file(file).unlink(missing_ok=True)  # a symbolic link to it is the user's, and stays
 
 
 def _settle(intent: Intent) -> None:
@@ -177,7 +222,7 @@ def _merge_live(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Int
 def _names_merged(domain: libvirt.virDomain, intent: Intent) -> bool:
     """Return whether the XML follows a live merge already: what is left of the overlays is old then."""
     files = xml.files_in(inactive_xml(domain))
-    return intent.live and not any(Path(one.child) in files for one in work_of(intent) if one.live and one.child)
+    return intent.live and all(place_in(files, one.child) is None for one in work_of(intent) if one.live)
 
 
 def _merge_down(intent: Intent, on_progress: OnProgress) -> None:
@@ -190,7 +235,15 @@ def _merge_down(intent: Intent, on_progress: OnProgress) -> None:
         with open_one(Path(one.child), _folders(intent), lock=False) as link:
             done = is_empty(link)
         if not done:  # done already, its children may stand on the base by now: they must keep what they read
-            commit(one.child, base=one.frozen, keep_siblings=True, resolver=resolver, on_progress=on_progress)
+            commit(
+                one.child,
+                base=one.frozen,
+                keep_siblings=True,
+                children=one.moving,
+                orphans=one.orphans,
+                resolver=resolver,
+                on_progress=on_progress,
+            )
 
 
 def _move(intent: Intent, on_progress: OnProgress) -> None:
@@ -202,13 +255,13 @@ def _move(intent: Intent, on_progress: OnProgress) -> None:
         if one.removed is None or not one.removed.exists():
             continue
         for image in map(Path, one.moving):
-            if _stands_on(image, one.removed, _folders(intent)):
+            if _is_backed_by(image, one.removed, _folders(intent)):
                 rebase(image, onto, resolver=resolver, on_progress=on_progress)
 
 
-def _stands_on(image: Path, parent: Path, folders: Sequence[Path]) -> bool:
+def _is_backed_by(image: Path, parent: Path, folders: Sequence[Path]) -> bool:
     with open_chain(image, trusted_dirs=folders, lock=False) as chain:
-        return chain.depth > 1 and chain.links[1].path.resolve() == parent.resolve()
+        return chain.depth > 1 and same_file(chain.links[1].path, parent)
 
 
 def _hold(domain: str, work: Work, intent: Intent, held: contextlib.ExitStack) -> Link | None:
@@ -219,9 +272,9 @@ def _hold(domain: str, work: Work, intent: Intent, held: contextlib.ExitStack) -
     link = held.enter_context(open_one(work.removed, folders, lock=True))
     if work.mode == "merge" and not work.live and not is_empty(link):
         raise DomainError(domain, f"disk {work.target}: {work.removed} was written to meanwhile")
-    left = [one.path for one in Census.of(folders).dependents([work.removed])]
-    if left:
-        raise DomainError(domain, f"disk {work.target}: {', '.join(map(str, left))} came to stand on {work.removed}")
+    given_up = Given(tuple(map(Path, work.orphans)))
+    left = Census.of(folders).dependents([file.path for file in link.files])
+    require_none(work.removed, [(one.path, one.reason) for one in left if not given_up.has(one.path)])
     return link
 
 
@@ -246,7 +299,8 @@ def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
     """Change the files in the persistent XML; what was edited meanwhile stays."""
     now = inactive_xml(domain)
     changed = xml.relink(now, change_of(work_of(intent)))
-    if changed != now and any(one.removed in xml.files_in(now) for one in work_of(intent)):
+    files = xml.files_in(now)
+    if changed != now and any(place_in(files, one.removed) is not None for one in work_of(intent)):
         conn.defineXML(changed)
 
 
@@ -259,4 +313,4 @@ def _folders(intent: Intent) -> list[Path]:
     """Return where the images lie: nothing else is opened, whatever the files say of their parents."""
     named = [Path(name) for one in work_of(intent) for name in (one.frozen, one.child, one.parent, *one.moving) if name]
     files = xml.files_in(intent.old_xml) | xml.files_in(intent.snapshot_xml) | set(named)
-    return sorted({file.parent for file in files})
+    return sorted({folder for file in files for folder in (file.parent, real_file(file).parent)})

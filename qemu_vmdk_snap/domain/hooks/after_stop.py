@@ -79,7 +79,7 @@ def prune_after_stop(conn: libvirt.virConnect, domain_name: str, keep: Sequence[
     Snapshots of other names are neither counted nor deleted.
 
     Raises:
-        VmdkSnapError, OSError: see `delete`.
+        VmdkSnapError, OSError: one could not be deleted, see `delete`; the others are gone.
     """
     from qemu_vmdk_snap.domain.delete.prune import Retention, decide
     from qemu_vmdk_snap.domain.delete.run import delete
@@ -91,7 +91,9 @@ def prune_after_stop(conn: libvirt.virConnect, domain_name: str, keep: Sequence[
     going = [decision.name for decision in decide(ours, Retention(**rules)) if not decision.reasons]
     _log.info("domain %s: %d snapshots after a stop, %s go", domain_name, len(ours), ", ".join(going) or "none")
     if going:
-        delete(conn, domain_name, going)
+        report = delete(conn, domain_name, going, keep_going=True)
+        if report.failed:
+            raise report.failed[0][1]
     return going
 
 

@@ -127,20 +127,24 @@ def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
     with _deadline(policies.DEFAULT_DEADLINE) as extend:
         policy = policies.load(path)
         extend(policy.deadline)
-        disks = vmdk_disks(_read_xml(stdin), name)
+        text = _read_xml(stdin)
+        disks = vmdk_disks(text, name)
         if policy.verify != "no":
             check_disks(disks, policy, name)
         if policy.revert:
-            _revert(disks, policy, name)
+            _revert(disks, policy, name, text)
 
 
-def _revert(disks: Sequence[Disk], policy: Policy, name: str) -> None:
+def _revert(disks: Sequence[Disk], policy: Policy, name: str, domain_xml: str) -> None:
     chosen = {disk.target: disk for disk in disks if disk.refusal is None}
     if not isinstance(policy.revert, bool):
         missing = [target for target in policy.revert if target not in chosen]
         if missing:
             raise DomainError(name, f"{policy.path} says revert-on-start of {missing[0]}, which is no such disk")
         chosen = {target: chosen[target] for target in policy.revert}
+    from qemu_vmdk_snap.domain.hooks.unneeded import require_unneeded
+
+    require_unneeded([disk.path for disk in chosen.values() if disk.path is not None], domain_xml)
     for disk in chosen.values():
         if disk.path is not None:
             engine.renew_overlay(disk.path, trusted_dirs=_folders(disk, policy))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import qemu_vmdk_snap as engine
-from qemu_vmdk_snap import HOLE, Census, Link, confined, open_link, open_posix
+from qemu_vmdk_snap import HOLE, Link, confined, open_link, open_posix
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.journal.record import Intent, Overlay
 from qemu_vmdk_snap.domain.state import inactive_xml
@@ -17,25 +17,6 @@ from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
-
-
-def unlink_discarded(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> tuple[Path, ...]:
-    """Unlink the tops that a revert gives up, where nothing stands on them and nobody uses them; return those."""
-    gone = []
-    inodes = dict(zip(intent.discard, intent.discard_inodes, strict=False))
-    for path in map(Path, intent.discard):
-        with contextlib.suppress(VmdkSnapError, OSError), contextlib.ExitStack() as held:
-            if path in _all_frozen(conn):
-                continue
-            link = open_link(path, opener=open_posix, writable=True, resolver=confined(folders_of(intent)))
-            held.callback(link.close)
-            if path.stat().st_ino != inodes.get(str(path), path.stat().st_ino):
-                continue  # another file than was given up
-            if not Census.of(folders_of(intent)).dependents([path]):
-                for file in link.files:
-                    file.path.unlink()
-                gone.append(path)
-    return tuple(gone)
 
 
 def unlink_overlays(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> tuple[Path, ...]:

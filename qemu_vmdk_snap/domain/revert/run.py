@@ -1,6 +1,7 @@
 """Go back to a snapshot: the domain gets the XML of then, with new overlays on the files that the snapshot froze.
 
-What the domain had is kept, file by file, unless it is to be discarded. The steps, each durable before the next:
+A disk that took no part in the snapshot keeps what it has today; where that is frozen too, it gets an overlay. What the
+domain had is kept, file by file, unless it is to be discarded. The steps, each durable before the next:
 
     1  the intent record
     2  the overlays, complete; then the record that knows them by inode
@@ -14,7 +15,7 @@ What the domain had is kept, file by file, unless it is to be discarded. The ste
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
@@ -22,22 +23,28 @@ from typing import TYPE_CHECKING, Final, Literal
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import dropin, naming, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
-from qemu_vmdk_snap.domain.journal.overlays import unlink_discarded
+from qemu_vmdk_snap.domain.discard import unlink_discarded
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay, pending_overlays
 from qemu_vmdk_snap.domain.journal.recover import Recovery, make_current, recover_domain
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
+from qemu_vmdk_snap.domain.needed import NOTHING, Needed, place_in, same_file
 from qemu_vmdk_snap.domain.newfile import make_overlay, refresh_pools
 from qemu_vmdk_snap.domain.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.depth import check_depth
+from qemu_vmdk_snap.domain.revert.apart import replaced_by, with_disks_of_today
 from qemu_vmdk_snap.domain.state import check_state, find_snapshot, inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches, with_kept_branches
-from qemu_vmdk_snap.errors import DomainError
+from qemu_vmdk_snap.domain.xml.named import frozen_files
+from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
 
 After = Literal["as-saved", "shutoff", "running", "paused"]
 _LIVE: Final = ("running", "paused", "blocked")
+_NO_PARENT: Final = 0xFFFFFFFF
+_NOT_WRITTEN: Final = ("is a cdrom", "is read-only", "is transient")
+"""Refusals of disks that no guest writes to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +70,28 @@ class _Plan:
     state: str
     """What the domain is to be in the end."""
     intent: Intent
+    notes: tuple[str, ...]
 
 
 def revert(
-    conn: libvirt.virConnect, domain_name: str, snapshot: str, *, after: After = "as-saved", discard: bool = False
+    conn: libvirt.virConnect,
+    domain_name: str,
+    snapshot: str,
+    *,
+    after: After = "as-saved",
+    discard: bool = False,
+    orphans: Sequence[Path] = (),
 ) -> RevertReport:
     """Let the domain be what it was when the snapshot was taken. A guest that runs is ended without being asked.
 
     `after` is what the domain is to be then; as it was saved, a snapshot of disks alone leaves it shut off. `discard`
-    gives up what was written since its last snapshot.
+    gives up what was written since its last snapshot, where nothing else needs it but `orphans`, files that are given
+    up too.
 
     Raises:
         DomainError: there is no such snapshot, or it cannot be gone back to; nothing has changed.
-        CidMismatch, CorruptChain, FormatError, LockBusy: a frozen chain is broken, or somebody writes to it.
+        CidMismatch: a frozen file was written since it was frozen.
+        CorruptChain, FormatError, LockBusy: a frozen chain is broken, or somebody writes to it.
         OSError: a file could not be made.
     """
     domain = find_domain(conn, domain_name)
@@ -83,13 +99,14 @@ def revert(
     with store.locked(domain.UUIDString(), domain.name()), contextlib.ExitStack() as held:
         recovered = recover_domain(conn, domain, store)
         plan = _make_plan(conn, domain, snapshot, after, store, held, discard=discard)
+        said = [*plan.notes]
         with dropin.around("revert", domain.name(), _as_plan(plan, discard=discard), uri=conn.getURI()) as notes:
-            gone = _execute(conn, domain, store, plan)
+            gone = _execute(conn, domain, store, plan, orphans, said)
     refresh_pools(conn, [disk.overlay for disk in plan.disks])
     kept = tuple(path for path in plan.old_tops if path not in gone)
     if plan.state != "shutoff":
         _start(domain, paused=plan.state == "paused")
-    return RevertReport(domain.name(), snapshot, plan.state, plan.disks, kept, gone, recovered, tuple(notes))
+    return RevertReport(domain.name(), snapshot, plan.state, plan.disks, kept, gone, recovered, (*notes, *said))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,32 +147,78 @@ def _make_plan(
     volume_path = volume_resolver(conn, domain.name())
     saved = xml.parse_snapshot(now.target, volume_path)
     taken = set().union(*(xml.files_in(one) for one in (now.old_xml, *now.snapshots.values())), pending_overlays(store))
-    disks = _plan_disks(domain.name(), _frozen_disks(domain.name(), saved), taken, held)
+    needed = Needed.read(conn, domain)
+    frozen = _frozen_disks(domain.name(), saved)
+    then = xml.with_domain_name(xml.domain_of(now.target), domain.name())
+    then = with_disks_of_today(then, now.old_xml, {disk.target for disk in frozen})
+    frozen += _frozen_apart(domain, then, {disk.target for disk in frozen}, now, needed, volume_path)
+    disks = _plan_disks(domain.name(), frozen, taken, needed, held)
     for disk in disks:
         check_depth(conn, domain.name(), disk.target, disk.chain)
-    tops = _unsaved_tops(now.old_xml, now.snapshots.values(), volume_path)
+    then = xml.stack(then, {disk.target: xml.NewTop(disk.overlay, disk.chain) for disk in disks})
+    tops = _unsaved_tops(domain, now.old_xml, then, needed, volume_path)
+    given_up = _overlays_of(tops, {disk.target for disk in disks}) if discard else ()
+    old_tops = tuple(top for _, top in tops)
     intent = Intent(
         uuid=domain.UUIDString(),
         domain=domain.name(),
         snapshot=name,
         overlays=tuple(Overlay(disk.target, str(disk.overlay), str(disk.frozen)) for disk in disks),
         old_xml=now.old_xml,
-        new_xml=_new_xml(now, disks, {} if discard else dict.fromkeys(tops, name)),
+        new_xml=_with_kept(now.old_xml, then, {top: name for top in old_tops if top not in given_up}),
         snapshot_xml=now.target,
         operation="revert",
         current=now.current,
-        discard=tuple(map(str, tops)) if discard else (),
-        discard_inodes=tuple(top.stat().st_ino if top.exists() else 0 for top in tops) if discard else (),
+        discard=tuple(map(str, given_up)),
+        discard_inodes=tuple(top.stat().st_ino if top.exists() else 0 for top in given_up),
     )
     state = after if after != "as-saved" else saved.state if saved.state in _LIVE else "shutoff"
-    return _Plan(disks, tops, "running" if state == "blocked" else state, intent)
+    return _Plan(disks, old_tops, "running" if state == "blocked" else state, intent, _replaced(then, now.old_xml))
 
 
-def _new_xml(now: _Now, disks: Collection[PlannedDisk], kept: dict[Path, str]) -> str:
-    """Return the domain of then on the new overlays, which knows of all that reverts have kept until now."""
-    before = {path: snapshot for path, snapshot in kept_branches(now.old_xml).items() if path.exists()}
-    then = xml.stack(xml.domain_of(now.target), {disk.target: xml.NewTop(disk.overlay, disk.chain) for disk in disks})
+def _replaced(then: str, today: str) -> tuple[str, ...]:
+    what = replaced_by(then, today)
+    return (
+        (f"its XML is that of the snapshot again, without what was changed since in: {', '.join(what)}",)
+        if what
+        else ()
+    )
+
+
+def _with_kept(today: str, then: str, kept: dict[Path, str]) -> str:
+    """Return the domain that knows of all that reverts have kept until now."""
+    before = {path: snapshot for path, snapshot in kept_branches(today).items() if path.exists()}
     return with_kept_branches(then, before | kept)
+
+
+def _frozen_apart(
+    domain: libvirt.virDomain,
+    then: str,
+    taking_part: Collection[str],
+    now: _Now,
+    needed: Needed,
+    volume_path: xml.VolumePath,
+) -> list[xml.SnapshotDisk]:
+    """Return the other disks whose top must not be written: a snapshot froze it, or an overlay is backed by it.
+
+    Raises:
+        DomainError: one of them can get no overlay.
+    """
+    frozen = [path for text in now.snapshots.values() for path in frozen_files(text, volume_path)]
+    found: list[xml.SnapshotDisk] = []
+    for disk in xml.list_disks(then, volume_path):
+        if disk.path is None or disk.target in taking_part or (disk.refusal or "").startswith(_NOT_WRITTEN):
+            continue
+        backed = [one.path for one in needed.census.dependents([disk.path]) if one.how == "parent"]
+        others = [*needed.holding([disk.path], needed.of_others(domain.UUIDString()), NOTHING)]
+        others = [one for one in others if not isinstance(one[0], Path)]
+        if place_in(frozen, disk.path) is None and not backed and not others:
+            continue
+        if disk.refusal is not None:
+            reason = f"disk {disk.target} took no part, and would write into {disk.path}, which others need"
+            raise DomainError(domain.name(), f"{reason}; it can get no overlay, as it {disk.refusal}")
+        found.append(xml.SnapshotDisk(disk.target, "external", None, disk.path, disk.backing))
+    return found
 
 
 def _frozen_disks(domain: str, saved: xml.SnapshotXml) -> list[xml.SnapshotDisk]:
@@ -169,30 +232,58 @@ def _frozen_disks(domain: str, saved: xml.SnapshotXml) -> list[xml.SnapshotDisk]
 
 
 def _plan_disks(
-    domain: str, frozen: Collection[xml.SnapshotDisk], taken: set[Path], held: contextlib.ExitStack
+    domain: str,
+    frozen: Collection[xml.SnapshotDisk],
+    taken: set[Path],
+    needed: Needed,
+    held: contextlib.ExitStack,
 ) -> tuple[PlannedDisk, ...]:
     """Return the plan of each disk; their overlays are added to `taken`."""
     disks: list[PlannedDisk] = []
     for disk in frozen:
-        disks.append(_plan_disk(domain, disk, taken, held))
+        disks.append(_plan_disk(domain, disk, taken, needed, held))
         taken.add(disks[-1].overlay)
     return tuple(disks)
 
 
-def _plan_disk(domain: str, disk: xml.SnapshotDisk, taken: Collection[Path], held: contextlib.ExitStack) -> PlannedDisk:
+def _plan_disk(
+    domain: str, disk: xml.SnapshotDisk, taken: set[Path], needed: Needed, held: contextlib.ExitStack
+) -> PlannedDisk:
     if disk.frozen is None:
         raise DomainError(domain, f"disk {disk.target} of the snapshot has no file")
     trusted = sorted({path.parent for path in disk.backing})
     chain = held.enter_context(engine.open_chain(disk.frozen, trusted_dirs=trusted))
+    _require_unwritten(disk, chain.links[0], needed)
     overlay = naming.next_overlay(disk.frozen, taken)
     return PlannedDisk(disk.target, overlay, (disk.frozen, *(link.path for link in chain.links[1:])))
 
 
-def _unsaved_tops(old_xml: str, snapshots: Collection[str], volume_path: xml.VolumePath) -> tuple[Path, ...]:
-    """Return the tops of today that are in no snapshot: what the guest wrote since the last one."""
-    saved = set().union(*(xml.files_in(xml.domain_of(text)) for text in snapshots))
-    disks = xml.list_disks(old_xml, volume_path)
-    return tuple(d.path for d in disks if d.path is not None and not d.refusal and d.path not in saved)
+def _require_unwritten(disk: xml.SnapshotDisk, link: engine.Link, needed: Needed) -> None:
+    """Compare the frozen file with what its overlays say of it: their parentCID is its CID when it was frozen."""
+    found = needed.census.dependents([file.path for file in link.files])
+    overlays = [one for one in found if one.how == "parent" and one.parent_cid not in (None, _NO_PARENT)]
+    own = [one for one in overlays if disk.overlay is not None and same_file(one.path, disk.overlay)]
+    if own or not any(one.parent_cid == link.cid for one in overlays):
+        engine.require_fit(link.path, link.cid, own or overlays)
+
+
+def _unsaved_tops(
+    domain: libvirt.virDomain, today: str, then: str, needed: Needed, volume_path: xml.VolumePath
+) -> list[tuple[str, Path]]:
+    """Return (target, top) of today's tops that are in no snapshot and leave the XML: what was written since."""
+    stay = [*needed.frozen(domain.UUIDString()), *xml.files_in(then)]
+    disks = [disk for disk in xml.list_disks(today, volume_path) if not disk.refusal]
+    return [(disk.target, disk.path) for disk in disks if disk.path is not None and place_in(stay, disk.path) is None]
+
+
+def _overlays_of(tops: Collection[tuple[str, Path]], targets: Collection[str]) -> tuple[Path, ...]:
+    """Return the tops that may be discarded: overlays of disks that go back. A base was never in a snapshot."""
+    found = []
+    for target, path in tops:
+        with contextlib.suppress(VmdkSnapError, OSError):
+            if target in targets and not engine.read_facts(path).is_base:
+                found.append(path)
+    return tuple(found)
 
 
 def _as_plan(plan: _Plan, *, discard: bool) -> dict[str, object]:
@@ -202,11 +293,18 @@ def _as_plan(plan: _Plan, *, discard: bool) -> dict[str, object]:
         "disks": [
             {"target": disk.target, "frozen": str(disk.frozen), "overlay": str(disk.overlay)} for disk in plan.disks
         ],
-        "discard" if discard else "keep": [str(path) for path in plan.old_tops],
+        "discard" if discard else "keep": list(plan.intent.discard) if discard else list(map(str, plan.old_tops)),
     }
 
 
-def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, plan: _Plan) -> tuple[Path, ...]:
+def _execute(
+    conn: libvirt.virConnect,
+    domain: libvirt.virDomain,
+    store: IntentStore,
+    plan: _Plan,
+    orphans: Sequence[Path],
+    notes: list[str],
+) -> tuple[Path, ...]:
     intent = plan.intent
     try:
         store.write(intent)  # barrier: no file is made that nobody would know of after a crash
@@ -222,7 +320,7 @@ def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentS
     except BaseException as error:
         _undo(conn, domain, store, intent, error)
         raise
-    gone = unlink_discarded(conn, domain, intent)
+    gone = unlink_discarded(conn, domain, intent, orphans=orphans, notes=notes)
     with contextlib.suppress(OSError):
         store.remove(intent.uuid)
     return gone

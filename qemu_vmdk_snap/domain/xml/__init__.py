@@ -145,6 +145,15 @@ def with_description(snapshot_text: str, description: str | None) -> str:
     return _with_element(snapshot_text, "description", element)
 
 
+def with_domain_name(domain_xml: str, name: str) -> str:
+    """Return the XML of a domain under another name."""
+    from xml.sax.saxutils import escape
+
+    raw = domain_xml.encode()
+    start, end = spans(raw, ["domain", "name"])[0]
+    return (raw[:start] + f"<name>{escape(name)}</name>".encode() + raw[end:]).decode()
+
+
 def _with_element(snapshot_text: str, name: str, element: str | None) -> str:
     """Return the text with another child `name` of its root, or without it; all else stays byte for byte."""
     raw, new = snapshot_text.encode(), (element or "").encode()
@@ -157,7 +166,7 @@ def _with_element(snapshot_text: str, name: str, element: str | None) -> str:
 def _relinked(element: ET.Element, change: Callable[[Sequence[Path]], Sequence[Path]]) -> bool:
     """Change the files of a `<disk>` element; return whether anything is different now."""
     source = element.find("source")
-    name = None if source is None else source.get("file")
+    name = _named_by(source)
     if source is None or not name:
         return False
     below, closed = _backing(element)
@@ -165,7 +174,7 @@ def _relinked(element: ET.Element, change: Callable[[Sequence[Path]], Sequence[P
     changed = list(change(files))
     if changed == files or not changed:
         return False
-    source.set("file", str(changed[0]))
+    source.set("file" if source.get("file") else "dev", str(changed[0]))
     source.attrib.pop("index", None)
     old = element.find("backingStore")
     if old is not None:
@@ -249,8 +258,8 @@ def domain_of(snapshot_text: str) -> str:
 
 def files_in(text: str) -> set[Path]:
     """Return every file that a domain's or snapshot's XML names as the source of a disk, at any depth."""
-    sources = ET.fromstring(text).iterfind(".//source[@file]")
-    return {Path(source.attrib["file"]) for source in sources}
+    names = map(_named_by, ET.fromstring(text).iterfind(".//disk//source"))
+    return {Path(name) for name in names if name}
 
 
 def _read_disk(element: ET.Element, volume_path: VolumePath | None) -> Disk:
@@ -292,17 +301,21 @@ def _file_of(element: ET.Element, volume_path: VolumePath | None) -> Path | None
         return None
     if element.get("type") == "volume" and volume_path is not None:
         return volume_path(source.get("pool", ""), source.get("volume", ""))
-    name = source.get("file")
+    name = _named_by(source)
     return Path(name) if name else None
+
+
+def _named_by(source: ET.Element | None) -> str | None:
+    """Return the file that a `<source>` names: as a file, or as the device of a disk of type `block`."""
+    return None if source is None else source.get("file") or source.get("dev")
 
 
 def _backing(element: ET.Element) -> tuple[list[Path], bool]:
     """Return the files of the nested `<backingStore>` elements, and whether an empty one ends them."""
     files: list[Path] = []
     store = element.find("backingStore")
-    while store is not None and store.get("type") == "file":
-        source = store.find("source")
-        files.append(Path("" if source is None else source.get("file", "")))
+    while store is not None and store.get("type") in ("file", "block"):
+        files.append(Path(_named_by(store.find("source")) or ""))
         store = store.find("backingStore")
     return files, store is not None and not len(store) and store.get("type") is None
 
@@ -358,7 +371,7 @@ def _stacked(element: ET.Element, top: NewTop, before: bytes) -> bytes:
     if below is not None:
         store.append(below)
     element.set("type", "file")
-    for name in ("pool", "volume", "mode", "index"):
+    for name in ("pool", "volume", "mode", "index", "dev"):
         source.attrib.pop(name, None)
     source.set("file", str(top.overlay))
     element.insert(list(element).index(source) + 1, store)
@@ -380,6 +393,5 @@ def _chain_element(chain: Sequence[Path]) -> ET.Element:
 
 def _snapshot_disk(element: ET.Element, frozen: Mapping[str, tuple[Path | None, tuple[Path, ...]]]) -> SnapshotDisk:
     target, mode = element.get("name", ""), element.get("snapshot", "external")
-    source = element.find("source")
-    name = None if source is None else source.get("file")
+    name = _named_by(element.find("source"))
     return SnapshotDisk(target, mode, Path(name) if name else None, *frozen.get(target, (None, ())))

@@ -1,0 +1,84 @@
+"""What can be known of a delete before its record is written: locks, links, permissions, pending records, space."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import qemu_vmdk_snap as engine
+from qemu_vmdk_snap.domain.delete.plan import Work, open_one
+from qemu_vmdk_snap.domain.needed import real_file
+from qemu_vmdk_snap.errors import DomainError
+
+
+def check_work(domain: str, works: Sequence[Work], folders: Collection[Path]) -> None:
+    """Accept work that nothing known stands in the way of; nothing is changed, and no lock is kept.
+
+    Raises:
+        LockBusy: somebody has an image open that is written, moved or deleted: a guest, perhaps of another host.
+        CidMismatch, CorruptChain, FormatError, Unsupported: a chain does not hold together, or waits for `recover`.
+        DomainError: there is no space, or a folder may not be written.
+        OSError: a file may not be read or written.
+    """
+    for work in works:
+        if work.mode == "keep":
+            continue
+        touched = [Path(name) for name in (work.frozen, work.child, *work.moving) if name is not None]
+        for image in [Path(work.child)] if work.child else [Path(work.frozen), *map(Path, work.moving)]:
+            engine.read_links(image, trusted_dirs=sorted(folders))
+        if work.live:
+            continue  # QEMU has the images, and says itself what it cannot do
+        for image in touched:
+            with open_one(image, folders, lock=True) as link:
+                if work.removed is not None and image == work.removed:
+                    engine.own_files(link)
+        _check_folder(domain, work)
+        _check_space(domain, work, folders)
+
+
+def _check_folder(domain: str, work: Work) -> None:
+    if work.removed is None:
+        return
+    folder = real_file(work.removed).parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise DomainError(
+            domain, f"disk {work.target}: {folder} may not be written, so {work.removed} cannot be deleted"
+        )
+
+
+def _check_space(domain: str, work: Work, folders: Collection[Path]) -> None:
+    """Refuse what certainly does not fit: the grains that would be stored where none are now."""
+    if work.mode == "drop" or work.size <= _free(Path(work.frozen)):
+        return
+    wanting = [Path(work.frozen)] if work.mode == "merge" else [*map(Path, work.moving)]
+    source = work.child if work.mode == "merge" else work.frozen
+    for image in wanting:
+        needed = _new_bytes(Path(source or ""), image, folders)
+        free = _free(image)
+        if needed > free:
+            reason = f"disk {work.target}: {image} would grow by {needed} bytes, and its file system has {free} left"
+            raise DomainError(domain, reason)
+
+
+def _free(path: Path) -> int:
+    facts = os.statvfs(path)
+    return facts.f_bavail * facts.f_frsize
+
+
+def _new_bytes(source: Path, into: Path, folders: Collection[Path]) -> int:
+    """Return the bytes that `source` stores and `into` does not, each by itself."""
+    with contextlib.ExitStack() as stack:
+        stored, there = (stack.enter_context(open_one(path, folders, lock=False)) for path in (source, into))
+        total = 0
+        for table in stored.tables():
+            start, end = int(table.starts[0]), min(table.end, there.capacity)
+            if start >= end:
+                break
+            taken = [(row.offset, row.offset + row.length) for row in there.resolve(start, end).rows() if row.kind > 0]
+            for row in table.rows():
+                if row.kind > 1:  # stored data: a hole and a range of zeros take no room
+                    first, last = row.offset, row.offset + row.length
+                    total += row.length - sum(max(0, min(last, e) - max(first, s)) for s, e in taken)
+        return total
