@@ -16,7 +16,6 @@ import contextlib
 import errno
 import fcntl
 import json
-import logging
 import os
 import stat
 import time
@@ -32,6 +31,8 @@ from qemu_vmdk_snap.domain.journal import fields
 from qemu_vmdk_snap.errors import DomainError, InvalidRequest
 
 if TYPE_CHECKING:
+    from logging import Logger
+
     import libvirt
 
 STATE_VARIABLE: Final = "QEMU_VMDK_SNAP_STATE"
@@ -40,8 +41,6 @@ _VERSION: Final = 1
 _MAX_BYTES: Final = 64 << 20
 _PATIENCE: Final = 0.3
 """Seconds: whoever only looks whether the lock is held has it for a moment."""
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +161,12 @@ class IntentStore:
         self._make_folder()
         data = json.dumps({"version": _VERSION, **asdict(intent)}, indent=1).encode()
         replace_file(self.path(intent.uuid), data, mode=0o600)  # the XML may hold passwords
-        _log.info("domain %s: %s of snapshot %r journaled", intent.domain, intent.operation, intent.snapshot)
+        _logger().info("domain %s: %s of snapshot %r journaled", intent.domain, intent.operation, intent.snapshot)
 
     def remove(self, uuid: str) -> None:
         """Forget the record; the order of the steps before it is safe without waiting for the disk."""
         self.path(uuid).unlink(missing_ok=True)
-        _log.info("domain %s: its record is removed", uuid)
+        _logger().info("domain %s: its record is removed", uuid)
 
     def busy(self, uuid: str) -> bool:
         """Return whether a command holds the domain's lock now; nothing is made for that."""
@@ -196,7 +195,7 @@ class IntentStore:
         try:
             if not _flocked(fd):
                 raise DomainError(domain, "another command is changing its snapshots")
-            _log.debug("domain %s: locked by %s", domain, self._lock(uuid))
+            _logger().debug("domain %s: locked by %s", domain, self._lock(uuid))
             yield
         finally:
             os.close(fd)  # the file stays: unlinking it would let two commands lock two files of one name
@@ -290,3 +289,9 @@ def _sync(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _logger() -> Logger:
+    import logging  # 20 ms: a hook at a guest's start looks at records, and logs nothing
+
+    return logging.getLogger(__name__)

@@ -252,8 +252,8 @@ def test_killed_at_any_moment_it_leaves_the_old_overlay_or_the_new_one(host: Hos
     assert sorted(path.name for path in host.images.iterdir()) == ["a-000001.vmdk", "a.vmdk"]
 
 
-def test_no_numpy_no_site_in_a_start_that_only_looks(host: Host) -> None:
-    host.policy('verify = "chain"')
+def test_no_numpy_no_site_in_a_start(host: Host) -> None:
+    host.policy('verify = "chain"\nrevert-on-start = true')
     text = host.script.read_text().replace(" -I -S ", " -I -S -X importtime ")
     host.script.write_text(text)
     done = host.call("d1", *START)

@@ -14,7 +14,7 @@ import pytest
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap import DomainError, create_overlay, open_chain
-from qemu_vmdk_snap.domain import newfile, xml
+from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain
 from qemu_vmdk_snap.domain.create import run as snapshot
 from qemu_vmdk_snap.domain.create.run import create_snapshot
@@ -23,6 +23,7 @@ from qemu_vmdk_snap.domain.journal.pending import abandon
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.journal.recover import recover
 from qemu_vmdk_snap.domain.registry import list_snapshots
+from qemu_vmdk_snap.storage import attributes
 from tests.domain.lab import Lab, contents, xml_of
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ STEPS = {
     "record kept": ("write", 1, True),
     "first overlay": ("create_overlay", 1, False),
     "second overlay": ("create_overlay", 2, False),
-    "owner of the second": ("_own", 2, False),
+    "owner of the second": ("copy_attributes", 2, False),
     "second record": ("write", 2, False),
     "definition": ("defineXML", 1, False),
     "answer to the definition": ("defineXML", 1, True),
@@ -53,7 +54,7 @@ def break_step(monkeypatch: pytest.MonkeyPatch, step: str, failure: Callable[[],
     home: Any = {
         "write": IntentStore,
         "create_overlay": engine,
-        "_own": newfile,
+        "copy_attributes": attributes,
         "defineXML": libvirt.virConnect,
         "snapshotCreateXML": libvirt.virDomain,
     }[name]

@@ -372,4 +372,4 @@ def test_a_record_whose_parts_are_of_no_use_is_one_line(patient: Patient, monkey
     patient.record.write_text(json.dumps(record))
     status, _, errors = patient.run(["recover"])
     assert (status, errors.count("\n")) == (69, 1)
-    assert f"its record {patient.record} is damaged (KeyError)" in errors
+    assert f"its record {patient.record} is damaged (" in errors
