@@ -26,7 +26,7 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
@@ -103,6 +103,15 @@ class Operation:
             see = os.path.relpath(self.path, pointer.parent)
             os.close(_store(pointer, {"version": _VERSION, "see": see}))
         self.hold.take(_store(self.path, _as_json(self)))
+
+    def begin_if(self, still: Callable[[], None]) -> None:
+        """Begin, and then ask `still` once more whether it may: what it raises ends the operation, nothing changed."""
+        self.begin()
+        try:
+            still()
+        except BaseException:
+            self.end()
+            raise
 
     def update(self, **details: object) -> Operation:
         """Return the operation with changed details, its record already durable."""
