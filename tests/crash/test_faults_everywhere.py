@@ -24,8 +24,9 @@ from qemu_vmdk_snap.ops.check.repair import repair, take_back
 from qemu_vmdk_snap.ops.edit.commit import commit
 from qemu_vmdk_snap.ops.edit.renew import renew_overlay
 from qemu_vmdk_snap.ops.journal.recover import recover
+from qemu_vmdk_snap.storage.record import Operation
 from tests.crash.test_killed_operations import CASES, SIZE, copy_of, killed_at, unclean_with_leaks
-from tests.support.faults import FAULTS, Fault, calls
+from tests.support.faults import FAULTS, SHORT, Fault, calls
 from tests.support.tree import Tree, line
 
 EACH: Final = bool(os.environ.get("VMDK_FAULTS_EACH"))
@@ -188,6 +189,8 @@ def faults_of(seen: list[str], seed: str) -> Iterator[Fault]:
     for at in sorted(random.Random(seed).sample(range(len(seen)), min(MOST, len(seen)))):
         name = seen[at]
         codes = FAULTS[name]
+        if name in ("pwrite", "write", "copy_file_range"):
+            yield Fault(at, SHORT, False)
         turn = turns[name]
         turns[name] += 1
         # The second round has the other half: neither count divides the other.
@@ -268,3 +271,19 @@ def is_mixture(content: bytes, may_be: list[bytes]) -> bool:
     if any(len(one) != len(content) for one in may_be):
         return False
     return all(content[at : at + 512] in [one[at : at + 512] for one in may_be] for at in range(0, len(content), 512))
+
+
+def test_a_repair_that_could_not_begin_can_be_asked_for_again(
+    origin: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = copy_of(origin, tmp_path / "run")
+    unclean_with_leaks(tree)
+
+    def full(operation: Operation) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(operation.path))
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(Operation, "begin", full)
+        _repair(tree)
+    _repair(tree)
+    assert not check_image(tree.path("image-2"), resolver=confined()).findings

@@ -32,6 +32,7 @@ from qemu_vmdk_snap.ops.edit.remove import remove
 from qemu_vmdk_snap.ops.edit.renew import renew_overlay
 from qemu_vmdk_snap.ops.edit.resize import resize
 from qemu_vmdk_snap.ops.journal.recover import recover
+from qemu_vmdk_snap.storage.blockfile import BlockFile, open_posix
 from tests.support.qemu import content
 from tests.support.tree import Tree, line
 
@@ -296,6 +297,30 @@ def test_compact_against_writes(origin: Tree, tmp_path: Path) -> None:
         settled(tree)
         _expect(tree, written, SIZE - 65536)
     assert acknowledged, "the writer was refused each time"
+
+
+def test_a_writer_that_opened_the_file_before_it_was_replaced(origin: Tree, tmp_path: Path) -> None:
+    """The window itself: opened, then compacted by somebody else, then locked."""
+    tree = fresh(origin, tmp_path / "run")
+    path = tree.path("image-3")
+    with path.open("ab") as file:
+        file.write(b"leaked" * 30000)
+    opened: list[int] = []
+
+    def late(name: Path, writable: bool) -> BlockFile:
+        found = open_posix(name, writable)
+        if name == path and not opened:
+            opened.append(os.dup(found.fileno() or 0))
+            report = compact(path)
+            assert report.after < report.before
+        return found
+
+    with open_chain(path, writable=True, opener=late) as chain:
+        chain.write_at(0, block(1))
+    assert tree.read("image-3") == block(1) + tree.model["image-3"][BLOCK:]
+    # QEMU does not look at the name again: it must find nothing that it could write into.
+    assert os.fstat(opened[0]).st_size == 0
+    os.close(opened[0])
 
 
 @pytest.mark.needs("qemu-io")
