@@ -8,10 +8,12 @@ them at every kind of call; VMDK_FAULTS_EACH=1 tries every error at every call.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -23,6 +25,7 @@ from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.ops.check.check import check_image
 from qemu_vmdk_snap.ops.check.repair import repair, take_back
 from qemu_vmdk_snap.ops.edit.commit import commit
+from qemu_vmdk_snap.ops.edit.remove import remove
 from qemu_vmdk_snap.ops.edit.renew import renew_overlay
 from qemu_vmdk_snap.ops.journal.recover import recover
 from qemu_vmdk_snap.storage.record import Operation
@@ -276,6 +279,35 @@ def is_mixture(content: bytes, may_be: list[bytes]) -> bool:
     if any(len(one) != len(content) for one in may_be):
         return False
     return all(content[at : at + 512] in [one[at : at + 512] for one in may_be] for at in range(0, len(content), 512))
+
+
+def test_nothing_stays_in_another_folder(tmp_path: Path) -> None:
+    """The record of an operation over two folders has a pointer in the second: each of its calls fails."""
+    home, other = tmp_path / "home", tmp_path / "other"
+    resolver = confined([home, other])
+
+    def make() -> None:
+        for folder in (home, other):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        create_image(home / "base.vmdk", SIZE)
+        with open_chain(home / "base.vmdk", writable=True) as chain:
+            chain.write_at(0, NEW)
+        create_overlay(other / "top.vmdk", home / "base.vmdk")
+
+    make()
+    with calls() as counted:
+        remove(home / "base.vmdk", resolver=resolver)
+    changes = [at for at, name in enumerate(counted.seen) if name in ("fsync", "replace", "unlink", "open")]
+    for at in changes:
+        make()
+        with calls(Fault(at, errno.EIO, True)), contextlib.suppress(OSError, VmdkSnapError):
+            remove(home / "base.vmdk", resolver=resolver)
+        for folder in (home, other):
+            recover(folder, trusted_dirs=[home, other])
+        assert not [path for folder in (home, other) for path in folder.glob(".*")], counted.seen[at]
+        with open_chain(other / "top.vmdk", trusted_dirs=[home]) as chain:
+            assert chain.read_at(0, len(NEW)) == NEW
 
 
 def test_a_repair_that_could_not_begin_can_be_asked_for_again(
