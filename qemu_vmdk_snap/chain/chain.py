@@ -8,11 +8,17 @@
 
 Invariants: a parent is opened for reading only, and only after its CID equals the parentCID of the link above; before
 the first byte of data is written after an open, the top's new CID is durable.
+
+Threads: any number of threads may call `read_at`, `map`, `rows`, `tables`, `resolve`, `read_row` and `read_row_into` of
+one open chain at once, and, of one that is writable, `write_at`, `renew_cid` and `flush` as well: what reads or changes
+the tables of a writable chain takes its turn. A map is of the moment in which each of its windows was resolved. `close`
+belongs to one thread, when no other uses the chain any more; so do `read_below` and the links themselves.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -236,6 +242,17 @@ class WritableChain(Chain):
         super().__init__(links)
         self._cid_renewed = False
         self._closed = False
+        self._turn = threading.RLock()
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Return what `Chain.read_at` does; a write of another thread is seen as a whole or not at all."""
+        with self._turn:
+            return super().read_at(offset, length)
+
+    def resolve(self, start: int, end: int, depth: int = 0) -> RunTable:
+        """Return what `Chain.resolve` does, between two writes."""
+        with self._turn:
+            return super().resolve(start, end, depth)
 
     def write_at(self, offset: int, data: Buffer) -> None:
         """Write `data` at guest offset `offset`: into the top link alone. Durable after `flush`.
@@ -249,22 +266,25 @@ class WritableChain(Chain):
         self._check_range(offset, len(view))
         if not len(view):
             return
-        self.renew_cid()
-        top = self.links[0]
-        for placed, first, last in top.overlapping(offset, offset + len(view)):
-            start = placed.start + first - offset
-            piece = view[start : start + last - first]
-            placed.extent.write(first, piece, self._below(placed))
+        with self._turn:
+            self.renew_cid()
+            top = self.links[0]
+            for placed, first, last in top.overlapping(offset, offset + len(view)):
+                start = placed.start + first - offset
+                piece = view[start : start + last - first]
+                placed.extent.write(first, piece, self._below(placed))
 
     def renew_cid(self) -> None:
         """Make a new CID of the top durable, once for each open: all that follows may change what the guest sees."""
-        if not self._cid_renewed:
-            self.links[0].renew_cid()  # barrier: whoever finds new data under the old CID would trust it
-            self._cid_renewed = True
+        with self._turn:
+            if not self._cid_renewed:
+                self.links[0].renew_cid()  # barrier: whoever finds new data under the old CID would trust it
+                self._cid_renewed = True
 
     def flush(self) -> None:
         """Return when everything written so far is durable."""
-        self.links[0].flush()
+        with self._turn:
+            self.links[0].flush()
 
     def close(self) -> None:
         """Flush and close."""

@@ -145,12 +145,13 @@ class PosixFile:
 
     def read_into(self, offset: int, view: memoryview) -> int:
         """Fill `view` from `offset` on and return how many bytes there were."""
-        done = os.preadv(self._fd, [view], offset)
-        while 0 < done < len(view):
-            more = os.preadv(self._fd, [view[done:]], offset + done)
-            if not more:
-                break
-            done += more
+        with naming(self._path):
+            done = os.preadv(self._fd, [view], offset)
+            while 0 < done < len(view):
+                more = os.preadv(self._fd, [view[done:]], offset + done)
+                if not more:
+                    break
+                done += more
         return done
 
     def write_at(self, offset: int, data: Buffer) -> None:
@@ -207,7 +208,9 @@ class PosixFile:
 
     def discard_range(self, offset: int, length: int) -> bool:
         """Punch a hole; return False where the file system has none."""
-        failed = _fallocate_function()(self._fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length) if length else 0
+        failed = errno.EINTR if length else 0
+        while failed == errno.EINTR:  # what goes past Python is not repeated by it
+            failed = _fallocate_function()(self._fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
         if failed in _NOT_OFFERED or failed == errno.EOPNOTSUPP:
             return False
         if failed:

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -131,6 +131,11 @@ class NewFiles:
         self._linked: list[Path] = []
         self._held = contextlib.ExitStack()
         self._folders: set[Path] = set()
+        self._last_look: Callable[[], None] = lambda: None
+
+    def before_ready(self, look: Callable[[], None]) -> None:
+        """Call `look` when the files have their names; what it raises takes them away again."""
+        self._last_look = look
 
     def __enter__(self) -> NewFiles:
         """Return the group, still empty."""
@@ -183,6 +188,7 @@ class NewFiles:
         for file, path in self._pending:
             _link(file.path, path)
             self._linked.append(path)
+        self._last_look()
         if self._durable:
             for folder in {path.parent for path in self._linked}:
                 sync_folder(folder)

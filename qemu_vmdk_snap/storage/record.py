@@ -26,7 +26,7 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
@@ -99,10 +99,21 @@ class Operation:
         Raises:
             OSError: it cannot be stored; nothing has changed.
         """
-        for pointer in self._pointers():
-            see = os.path.relpath(self.path, pointer.parent)
-            os.close(_store(pointer, {"version": _VERSION, "see": see}))
-        self.hold.take(_store(self.path, _as_json(self)))
+        with contextlib.ExitStack() as stack:
+            for pointer in self._pointers():
+                stack.enter_context(working_in(pointer.parent))  # nobody sweeps it before it leads anywhere
+                see = os.path.relpath(self.path, pointer.parent)
+                os.close(_store(pointer, {"version": _VERSION, "see": see}))
+            self.hold.take(_store(self.path, _as_json(self)))
+
+    def begin_if(self, still: Callable[[], None]) -> None:
+        """Begin, and then ask `still` once more whether it may: what it raises ends the operation, nothing changed."""
+        self.begin()
+        try:
+            still()
+        except BaseException:
+            self.end()
+            raise
 
     def update(self, **details: object) -> Operation:
         """Return the operation with changed details, its record already durable."""
@@ -237,11 +248,26 @@ def pending_gone(pending: Pending) -> CorruptChain:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what is left of records that never became complete: their operations had not begun."""
+    """Remove what is left of records that never became complete, or have ended: drafts, and pointers to nothing."""
     with alone_in(folder) as alone:
         for draft in folder.glob(f".*{SUFFIX}{_DRAFT}") if alone else ():
             if not os.path.lexists(draft.with_name(draft.name.removesuffix(_DRAFT))):
                 draft.unlink(missing_ok=True)
+        for pointer in folder.glob(f".*{SUFFIX}") if alone else ():
+            if _leads_nowhere(pointer):
+                pointer.unlink(missing_ok=True)
+
+
+def _leads_nowhere(pointer: Path) -> bool:
+    """Return whether it is a pointer of this user to a record that is not there, in a folder that is."""
+    try:
+        see = _load(pointer).get("see")
+    except (OSError, CorruptChain, ValueError, TypeError, RecursionError):
+        return False
+    if not isinstance(see, str) or "\0" in see:
+        return False
+    record = pointer.parent / see
+    return record.parent.is_dir() and not os.path.lexists(record)
 
 
 def abandon(pending: Pending) -> None:

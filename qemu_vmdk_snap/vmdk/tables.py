@@ -233,8 +233,11 @@ class GrainTables:
         if raw is None:
             raw = self._load(table)
             self._remember(table, raw)
-        elif table in self._cache:
-            self._cache.move_to_end(table)
+        else:
+            try:  # noqa: SIM105 - contextlib.suppress takes longer than all the rest of this
+                self._cache.move_to_end(table)
+            except KeyError:  # it is a dirty one, or another thread that reads has just dropped it
+                pass
         return raw
 
     def _load(self, table: int) -> bytearray:

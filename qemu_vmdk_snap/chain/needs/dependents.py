@@ -163,6 +163,20 @@ def require_unneeded(
     refuse(subject, census.dependents(files, but=_identities([*handled, *orphans])))
 
 
+def require_nobody_new(subject: Path, files: Collection[Path], census: Census) -> None:
+    """Return if nothing has come to need `files` since `census`, which is not looked at again.
+
+    To be asked when the operation record is there and nothing has changed yet: whoever makes an overlay looks for such
+    a record when the overlay has its name (`create_overlay`), so one of the two sees the other.
+
+    Raises:
+        StillNeeded: something has.
+    """
+    known = {(one.path, one.how) for one in census.dependents(files)}
+    now = Census.of(census.folders).dependents(files)
+    refuse(subject, [one for one in now if (one.path, one.how) not in known])
+
+
 def require_unshared(subject: Path, files: Collection[Path], census: Census, *, orphans: Collection[Path] = ()) -> None:
     """Return if nobody but overlays needs `files`, which are about to be emptied while they are read through.
 

@@ -1,7 +1,7 @@
-"""Which files are an image's own: those that may be deleted, or made longer, with it.
+"""Which files are an image's own: those that may be deleted, made longer, or merged into with it.
 
 A descriptor may name any file of its folder as an extent: `RW 8 FLAT "id_rsa" 0`, or another image. Reading what is in
-there is harmless; deleting it, or writing past its end, is not.
+there is harmless; deleting it, or writing into it, is not.
 """
 
 from __future__ import annotations
@@ -35,6 +35,22 @@ def own_files(link: Link) -> list[Path]:
             _require_own(link, file.path)
         extents.append(file.path)
     return [*dict.fromkeys(extents), link.path]
+
+
+def require_own_files(link: Link) -> None:
+    """Return if each file that a write to the image may go into is known to be its own, or a device.
+
+    Symbolic links are followed: what is written stays where the descriptor leads.
+
+    Raises:
+        InvalidRequest: one is an image of its own, or larger than the descriptor says.
+    """
+    for line, placed in zip(link.descriptor.extents, link.extents, strict=False):
+        file = placed.extent.file
+        if file is None or file.path == link.path or line.access != "RW" or line.type in _DEVICES:
+            continue
+        if not _named_after(file.path, link.path) and file.path.is_file():
+            _require_own(link, file.path)
 
 
 def _named_after(extent: Path, image: Path) -> bool:

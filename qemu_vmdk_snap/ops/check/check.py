@@ -93,8 +93,16 @@ class _Checker:
         self._findings = Findings()
         self._counts = GrainCounts()
         self._done = 0
+        self._open_files: list[BlockFile] = []
 
     def run(self, path: Path, whole_chain: bool) -> CheckReport:
+        try:
+            return self._run(path, whole_chain)
+        finally:
+            for file in self._open_files:  # what is closed already stays closed
+                file.close()
+
+    def _run(self, path: Path, whole_chain: bool) -> CheckReport:
         image = self._open(path)
         self._note_pending(path)
         end = self._check_one(image, deep=True)
@@ -226,6 +234,7 @@ class _Checker:
             except BaseException:
                 file.close()
                 raise
+        self._open_files.append(file)
         return file
 
     def _read_header(self, file: BlockFile) -> SparseExtentHeader:

@@ -104,7 +104,11 @@ def _carry_out(path: Path, plans: list[ExtentPlan], record: Path) -> None:
     write_undo(record, plans)
     operation = guarded_operation(OPERATION, path, [plan.file.path for plan in plans], {"undo": record})
     with operation.hold:
-        operation.begin()
+        try:
+            operation.begin()
+        except BaseException:
+            record.unlink()  # nothing has changed, and the next repair wants the name
+            raise
         for plan in plans:
             _apply(plan)
         operation.end()

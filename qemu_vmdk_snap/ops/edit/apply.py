@@ -12,7 +12,14 @@ from qemu_vmdk_snap.chain.chain import Chain, open_links
 from qemu_vmdk_snap.chain.change import open_for_change
 from qemu_vmdk_snap.chain.identity import with_cid, with_fresh_cid
 from qemu_vmdk_snap.chain.link import Link, open_link
-from qemu_vmdk_snap.chain.needs.dependents import Census, require_one_name, require_unneeded, search_folders
+from qemu_vmdk_snap.chain.needs.dependents import (
+    Census,
+    require_nobody_new,
+    require_one_name,
+    require_unneeded,
+    search_folders,
+)
+from qemu_vmdk_snap.chain.needs.own import require_own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CidMismatch, InvalidRequest
 from qemu_vmdk_snap.ops.copy.transfer import LinkWriter, View, upper_tables
@@ -56,7 +63,7 @@ def apply_delta(
 
     Raises:
         CidMismatch: the image is not what the delta was made against, and `force` is not given.
-        InvalidRequest: its size is another than that of the delta's disk.
+        InvalidRequest: its size is another than that of the delta's disk, or it has an extent that is not its own.
         StillNeeded: something else needs the image, or may need it.
         Unsupported: the image is of a kind that takes no writes.
         LockBusy: another process has one of the two open.
@@ -70,14 +77,15 @@ def apply_delta(
         source = open_link(delta, opener=opener, writable=False, resolver=find)
         stack.callback(source.close)
         _check(chain, source, force)
-        _require_unneeded(chain.links[0], source, [Path(one) for one in orphans], find)
+        require_own_files(chain.links[0])
+        census = _require_unneeded(chain.links[0], source, [Path(one) for one in orphans], find)
         target = chain.links[0]
         begin, finish = _cids(target, source)
         details = {"begin": begin.as_detail(), "finish": finish.as_detail(), "delta": source.path.resolve()}
         details["links"] = [link.path for link in chain.links]
         record = guarded_operation(OPERATION, path, [], details)
         with record.hold:
-            record.begin()
+            record.begin_if(lambda: require_nobody_new(path, [file.path for file in target.files], census))
             begin.apply(target)
             _merge(chain, source, on_progress)
             finish.apply(target)
@@ -111,11 +119,12 @@ def _check(chain: Chain, source: Link, force: bool) -> None:
         raise InvalidRequest(target.path, reason)
 
 
-def _require_unneeded(target: Link, source: Link, orphans: list[Path], resolver: Resolver) -> None:
+def _require_unneeded(target: Link, source: Link, orphans: list[Path], resolver: Resolver) -> Census:
     files = [file.path for file in target.files]
     census = Census.of(search_folders(files, resolver))
     require_unneeded(target.path, files, census, handled=[source.path], orphans=orphans)
     require_one_name(target.path, files, census, orphans=orphans)
+    return census
 
 
 def _cids(target: Link, source: Link) -> tuple[DescriptorChange, DescriptorChange]:

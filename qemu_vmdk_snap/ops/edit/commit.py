@@ -23,18 +23,20 @@ from qemu_vmdk_snap.chain.chain import Chain, open_chain, open_links
 from qemu_vmdk_snap.chain.change import open_for_change, open_link_for_change
 from qemu_vmdk_snap.chain.identity import on_parent, with_fresh_cid
 from qemu_vmdk_snap.chain.link import Link, open_link
+from qemu_vmdk_snap.chain.links import read_facts
 from qemu_vmdk_snap.chain.needs.dependents import (
     Census,
     children_of,
     require_fit,
+    require_nobody_new,
     require_one_name,
     require_unneeded,
     require_unshared,
     search_folders,
 )
-from qemu_vmdk_snap.chain.needs.own import own_files
-from qemu_vmdk_snap.chain.resolver import Resolver, confined
-from qemu_vmdk_snap.errors import InvalidRequest, StillNeeded, Unsupported
+from qemu_vmdk_snap.chain.needs.own import own_files, require_own_files
+from qemu_vmdk_snap.chain.resolver import Resolver, confined, unconfined
+from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest, StillNeeded, Unsupported
 from qemu_vmdk_snap.ops.copy.transfer import Clearable, LinkWriter, View, restricted, upper_tables
 from qemu_vmdk_snap.ops.edit.move import delete_files, holding
 from qemu_vmdk_snap.ops.edit.trim import trim_link
@@ -108,7 +110,8 @@ def commit(
     new CID.
 
     Raises:
-        InvalidRequest: there is no parent, `base` is not below `path`, or it is too small.
+        InvalidRequest: there is no parent, `base` is not below `path`, is too small, or has an extent that is not its
+            own.
         StillNeeded: something else needs a link that changes or is deleted, or may need it.
         Unsupported: the base is of a kind that takes no writes, or the image of one that cannot be emptied.
         LockBusy: another process has one of the images open.
@@ -134,7 +137,7 @@ def commit(
             except BaseException:
                 trim_link(sibling)  # it reads what it read: what was copied in vain goes
                 raise
-        return _run(plan, on_progress)
+        return _run(plan, needs, on_progress)
 
 
 class _Needs(NamedTuple):
@@ -168,6 +171,16 @@ class _Needs(NamedTuple):
         link, above = self.chain.links[number], self.chain.links[number - 1]
         require_unneeded(link.path, self._files(link), self.census, handled=[above.path], orphans=self.orphans)
 
+    def require_nobody_new(self, depth: int) -> None:
+        """Refuse where something has come to need one of the links meanwhile."""
+        files = [file for link in self.chain.links[: depth + 1] for file in self._files(link)]
+        require_nobody_new(self.chain.links[depth].path, files, self.census)
+
+    def require_no_other_name(self, depth: int) -> None:
+        """Refuse to delete links whose files have other names: what lies below them, which they need, goes as well."""
+        for link in self.chain.links[: depth - 1]:
+            require_one_name(link.path, self._files(link), self.census, orphans=self.orphans)
+
     def require_only_children(self, number: int) -> None:
         """Refuse to empty a link whose extents somebody else uses too; overlays on it go on reading what they read."""
         link = self.chain.links[number]
@@ -181,6 +194,16 @@ class _Needs(NamedTuple):
     @staticmethod
     def _files(link: Link) -> list[Path]:
         return [file.path for file in link.files]
+
+
+def _home(child: Path, parent: Link) -> Path:
+    """Return the path by which a child is opened: what a symbolic link leads to, where its hint holds from there."""
+    if child.is_symlink():
+        real = child.resolve()
+        with contextlib.suppress(CorruptChain, OSError):
+            if unconfined(real, read_facts(real).hint or "", "parent").samefile(parent.path):
+                return real
+    return child
 
 
 def _others(plan: _Plan) -> list[Link]:
@@ -227,6 +250,7 @@ def _make_plan(
         reason = f"its {base.capacity} bytes cannot take the {top.capacity} of {top.path}: resize it first"
         raise InvalidRequest(base.path, reason)
     _check_takes(chain, depth)
+    require_own_files(base)
     if not delete:
         _check_clearable(top)
         needs.require_only_children(0)
@@ -235,10 +259,13 @@ def _make_plan(
     def opened(paths: Iterable[Path], parent: Link) -> list[Link]:
         with changing_child_of(parent.path):
             return [
-                open_link_for_change(path, resolver=resolver, opener=opener, stack=stack, owner=None) for path in paths
+                open_link_for_change(_home(path, parent), resolver=resolver, opener=opener, stack=stack, owner=None)
+                for path in paths
             ]
 
     plan.siblings = opened(needs.others(depth), base)
+    if delete:
+        needs.require_no_other_name(depth)
     for number in range(1, depth) if delete else ():
         needs.require_none(number)
     if depth > 1 and not delete:
@@ -304,7 +331,7 @@ def _keep(plan: _Plan, sibling: Link, meter: Meter) -> None:
     writer.finish()
 
 
-def _run(plan: _Plan, on_progress: OnProgress) -> CommitReport:
+def _run(plan: _Plan, needs: _Needs, on_progress: OnProgress) -> CommitReport:
     chain, top, base = plan.chain, plan.top, plan.base
     details = {
         "stage": "copy",
@@ -322,7 +349,7 @@ def _run(plan: _Plan, on_progress: OnProgress) -> CommitReport:
         link.path.parent.resolve() / link.path.name: link for link in [*chain.links, *plan.siblings, *plan.children]
     }
     with record.hold:
-        record.begin()
+        record.begin_if(lambda: needs.require_nobody_new(plan.depth))
         for change in plan.begin:
             change.apply(links[change.path])
         try:

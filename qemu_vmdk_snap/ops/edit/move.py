@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,17 @@ def open_move(
 
 
 def run_moves(
-    operation: str, image: Path, moves: Sequence[Move], delete: Iterable[Path], on_progress: OnProgress
+    operation: str,
+    image: Path,
+    moves: Sequence[Move],
+    delete: Iterable[Path],
+    on_progress: OnProgress,
+    still: Callable[[], None] = lambda: None,
 ) -> None:
-    """Move every image, then delete the files; durable after each step, and recorded so that it can be finished."""
+    """Move every image, then delete the files; durable after each step, and recorded so that it can be finished.
+
+    `still` is asked when the record is there: what it raises ends the operation before anything has changed.
+    """
     unlinked = list(delete)
     details = {
         "changes": [move.change.as_detail() for move in moves],
@@ -97,7 +105,7 @@ def run_moves(
     }
     record = guarded_operation(operation, image, [*(move.change.path for move in moves), *unlinked], details)
     with record.hold:
-        record.begin()
+        record.begin_if(still)
         for move in moves:
             try:
                 copy_differences(move.chain, move.target, on_progress)

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_vmdk_snap.chain.change import open_for_change
-from qemu_vmdk_snap.chain.needs.dependents import Census, children_of, require_fit, search_folders
+from qemu_vmdk_snap.chain.needs.dependents import (
+    Census,
+    children_of,
+    require_fit,
+    require_nobody_new,
+    search_folders,
+)
 from qemu_vmdk_snap.chain.needs.own import own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest
@@ -78,5 +84,5 @@ def remove(
         image.share()  # the children read what it holds
         with changing_child_of(path):
             moves = [open_move(one.path, parent, find, opener, stack) for one in found]
-        run_moves(OPERATION, path, moves, doomed, on_progress)
+        run_moves(OPERATION, path, moves, doomed, on_progress, lambda: require_nobody_new(path, doomed, census))
     return RemoveReport(path, parent, tuple(one.path for one in found))

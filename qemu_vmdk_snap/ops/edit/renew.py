@@ -9,13 +9,19 @@ start cannot wait for it.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from qemu_vmdk_snap.chain.identity import with_fresh_cid
 from qemu_vmdk_snap.chain.links import LinkFacts, read_links
-from qemu_vmdk_snap.chain.needs.dependents import Census, require_one_name, require_unneeded, search_folders
+from qemu_vmdk_snap.chain.needs.dependents import (
+    Census,
+    require_nobody_new,
+    require_one_name,
+    require_unneeded,
+    search_folders,
+)
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 from qemu_vmdk_snap.ops.journal.guard import guarded_operation
@@ -77,7 +83,7 @@ def renew_overlay(
         require_unneeded(path, [path], census, orphans=given_up)
         require_one_name(path, [path], census, orphans=given_up)
         dropped = path.stat().st_blocks * 512  # 512 bytes on every file system
-        _run(file, top)
+        _run(file, top, lambda: require_nobody_new(path, [path], census))
         return RenewReport(path, links[1].path, dropped)
     finally:
         file.close()
@@ -94,13 +100,13 @@ def finish_renew(record: Operation, opener: FileOpener) -> None:
         file.close()
 
 
-def _run(file: BlockFile, top: LinkFacts) -> None:
+def _run(file: BlockFile, top: LinkFacts, still: Callable[[], None]) -> None:
     header = _header(file)  # refuses before anything is recorded
     fresh = with_fresh_cid(top.descriptor)
     change = DescriptorChange(top.path, fresh.base, top.descriptor.raw, fresh.raw)
     record = guarded_operation(OPERATION, top.path, [], {"change": change.as_detail()})
     with record.hold:
-        record.begin()
+        record.begin_if(still)
         change.write(file)
         clear_extent(file, header)
         record.end()

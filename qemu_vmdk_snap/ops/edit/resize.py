@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -17,7 +17,13 @@ from typing import Final
 from qemu_vmdk_snap.chain.change import open_link_for_change
 from qemu_vmdk_snap.chain.identity import with_fresh_cid
 from qemu_vmdk_snap.chain.link import Link
-from qemu_vmdk_snap.chain.needs.dependents import Census, require_one_name, require_unneeded, search_folders
+from qemu_vmdk_snap.chain.needs.dependents import (
+    Census,
+    require_nobody_new,
+    require_one_name,
+    require_unneeded,
+    search_folders,
+)
 from qemu_vmdk_snap.chain.needs.own import own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import FormatError, InvalidRequest, Unsupported
@@ -86,12 +92,12 @@ def resize(
             given_up = [Path(one) for one in orphans]
             require_unneeded(path, files, census, orphans=given_up)
             require_one_name(path, files, census, orphans=given_up)
-            _grow(link, sectors)
+            _grow(link, sectors, lambda: require_nobody_new(path, files, census))
         on_progress(Progress(OPERATION, sector_bytes(sectors), sector_bytes(sectors)))
         return ResizeReport(path, before, sector_bytes(sectors))
 
 
-def _grow(link: Link, sectors: int) -> None:
+def _grow(link: Link, sectors: int, still: Callable[[], None]) -> None:
     lines = link.descriptor.extents
     last = lines[-1]
     extent_sectors = last.sectors + sectors - link.descriptor.sectors
@@ -120,7 +126,7 @@ def _grow(link: Link, sectors: int) -> None:
         _plan_tables(extent.header, file, extent_sectors, file.size())  # refuses before anything is recorded
     record = guarded_operation(OPERATION, link.path, [file.path], details)
     with record.hold:
-        record.begin()
+        record.begin_if(still)
         _grow_file(file, record)
         change.apply(link)
         record.end()

@@ -28,7 +28,7 @@ from qemu_vmdk_snap.ops.make.layout import (
 )
 from qemu_vmdk_snap.storage.blockfile import BlockFile, PosixFile, open_posix
 from qemu_vmdk_snap.storage.durable import NewFiles
-from qemu_vmdk_snap.storage.identity import identity_of
+from qemu_vmdk_snap.storage.identity import Identity, identity_of
 from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.units import GIB, SECTOR_SIZE, TIB, byte_sectors
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor
@@ -135,8 +135,22 @@ def create_overlay(
     )
     with NewFiles(durable=durable) as files:
         write_image(files, path, plan, mode)
-        if identity_of(base) != identity:
-            raise CorruptChain(base, "was removed or replaced while an overlay on it was made")
+        files.before_ready(lambda: _require_still(base, identity, descriptor.cid))
+
+
+def _require_still(base: Path, identity: Identity | None, cid: int) -> None:
+    """Refuse a base that an operation removes or changes while an overlay on it gets its name.
+
+    Looked at when the overlay has its name: an operation that begins later sees the overlay.
+    """
+    if any(name.endswith(".intent") for name in os.listdir(base.parent)):  # noqa: PTH208 - names are all it takes
+        from qemu_vmdk_snap.storage.record import refuse_pending  # JSON and more: seldom needed
+
+        refuse_pending(base)
+    if identity_of(base) != identity:
+        raise CorruptChain(base, "was removed or replaced while an overlay on it was made")
+    if _read_base(base)[0].cid != cid and identity_of(base) == identity:
+        raise CorruptChain(base, "was written while an overlay on it was made")
 
 
 def _give_cid(base: Path) -> None:
