@@ -28,7 +28,7 @@ ORDER: Final = ("unit", "golden", "property", "oracle", "fuzz", "crash", "e2e")
 QUICK: Final = (
     "unit/",
     "golden/",
-    "property/test_repair.py",
+    "property/test_chain_history.py",
     "oracle/test_qemu_agrees.py",
     "fuzz/test_mutated_texts.py",
     "crash/test_write_order.py",
