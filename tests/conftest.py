@@ -25,6 +25,21 @@ if TYPE_CHECKING:
 ORDER: Final = ("unit", "golden", "property", "oracle", "fuzz", "crash", "e2e")
 """Folders of tests/ in the order they run: the quick answers first. One that is not named runs before e2e."""
 
+QUICK: Final = (
+    "unit/",
+    "golden/",
+    "property/test_chain_history.py",
+    "oracle/test_qemu_agrees.py",
+    "fuzz/test_mutated_texts.py",
+    "crash/test_write_order.py",
+    "crash/test_power_cuts.py::test_a_cut_within_an_operation[commit_delete-sparse]",
+    "domain/xml/",
+    "domain/test_naming.py",
+    "harness/",
+    "e2e/test_guest.py",
+)
+"""What `--quick` runs: beginnings of the names of tests, one or two that stand for each folder."""
+
 MODULES: Final = {"libvirt": "libvirt", "libnbd": "nbd"}
 """Tools that are no executables but bindings, and the module that each is."""
 
@@ -53,10 +68,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="TOOL,...",
         help="tools whose absence fails the tests that need them instead of skipping these; `all`, or `none` (default)",
     )
+    parser.addoption(
+        "--quick", action="store_true", help="run the quick selection: unit, golden, and some of each other folder"
+    )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=_rank)
+    if config.getoption("--quick"):
+        left_out = [item for item in items if not item.nodeid.removeprefix("tests/").startswith(QUICK)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.nodeid.removeprefix("tests/").startswith(QUICK)]
 
 
 def _rank(item: pytest.Item) -> float:

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -185,10 +185,15 @@ class NewFiles:
             for file, path in self._pending:
                 with naming(path):
                     os.fsync(file.fileno())  # barrier: the file is complete on disk before it gets its name
-        for file, path in self._pending:
+        for last, (file, path) in enumerate(self._pending, 1):
+            if last == len(self._pending) > 1:
+                self._sync_folders()  # barrier: the extents have their names before the descriptor that names them
             _link(file.path, path)
             self._linked.append(path)
         self._last_look()
+        self._sync_folders()
+
+    def _sync_folders(self) -> None:
         if self._durable:
             for folder in {path.parent for path in self._linked}:
                 sync_folder(folder)
@@ -246,22 +251,31 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name[:_NAME_LENGTH]}.{os.urandom(6).hex()}{_TEMPORARY}")
 
 
-def publish(temporary: Path, path: Path, *, durable: bool = True) -> None:
+def publish(temporary: Path, path: Path, *, parts: Sequence[Path] = (), durable: bool = True) -> None:
     """Give the complete file `temporary` the name `path`, never over another file, and take the old name away.
+
+    `parts` are the files beside it that it names: they are made durable, with their names, before it.
 
     Raises:
         FileExistsError: something bears the name; both files are as they were.
     """
     if durable:
-        fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)  # barrier: the file is complete on disk before it gets its name
-        finally:
-            os.close(fd)
+        for file in (*parts, temporary):
+            _sync_file(file)  # barrier: the file is complete on disk before it gets its name
+        if parts:
+            sync_folder(path.parent)  # barrier: the extents have their names before the descriptor that names them
     _link(temporary, path)
     _discard(temporary)
     if durable:
         sync_folder(path.parent)
+
+
+def _sync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 class Replacement(PosixFile):

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.parsers import expat
 
+from qemu_vmdk_snap.errors import DomainError
+
 VolumePath = Callable[[str, str], Path]
 """(pool, volume) -> the file of a storage volume."""
 
@@ -70,9 +72,28 @@ class NewTop(NamedTuple):
     chain: Sequence[Path]
 
 
+def root_of(text: str) -> ET.Element:
+    """Return the root element of an XML text.
+
+    Raises:
+        DomainError: it is no XML.
+    """
+    try:
+        return ET.fromstring(text)
+    except (ET.ParseError, ValueError) as error:  # ValueError: half of a pair of UTF-16
+        raise DomainError("XML", f"cannot be read: {error}") from error
+
+
+def _seconds(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise DomainError("XML", f"creationTime = {text[:40]!r}: must be a number of seconds") from error
+
+
 def list_disks(domain_xml: str, volume_path: VolumePath | None = None) -> list[Disk]:
     """Return every disk of the domain, in the order of the XML; those that can take no part say why."""
-    return [_read_disk(element, volume_path) for element in ET.fromstring(domain_xml).findall("./devices/disk")]
+    return [_read_disk(element, volume_path) for element in root_of(domain_xml).findall("./devices/disk")]
 
 
 def stack(domain_xml: str, tops: Mapping[str, NewTop]) -> str:
@@ -224,7 +245,7 @@ def snapshot_xml(snapshot: SnapshotXml, domain_xml: str) -> str:
 
 def parse_snapshot(text: str, volume_path: VolumePath | None = None) -> SnapshotXml:
     """Return what the XML of a snapshot says, whoever made the snapshot."""
-    root = ET.fromstring(text)
+    root = root_of(text)
     domain = root.find("domain")
     disks = [] if domain is None else domain.findall("./devices/disk")
     frozen = {_target(element): (_file_of(element, volume_path), tuple(_backing(element)[0])) for element in disks}
@@ -232,7 +253,7 @@ def parse_snapshot(text: str, volume_path: VolumePath | None = None) -> Snapshot
     return SnapshotXml(
         name=root.findtext("name", ""),
         state=root.findtext("state", "shutoff"),
-        creation_time=int(root.findtext("creationTime", "0")),
+        creation_time=_seconds(root.findtext("creationTime", "0")),
         description=root.findtext("description"),
         parent=root.findtext("parent/name"),
         memory="no" if memory is None else memory.get("snapshot", "no"),
@@ -258,7 +279,7 @@ def domain_of(snapshot_text: str) -> str:
 
 def files_in(text: str) -> set[Path]:
     """Return every file that a domain's or snapshot's XML names as the source of a disk, at any depth."""
-    names = map(_named_by, ET.fromstring(text).iterfind(".//disk//source"))
+    names = map(_named_by, root_of(text).iterfind(".//disk//source"))
     return {Path(name) for name in names if name}
 
 
@@ -349,7 +370,10 @@ def spans(raw: bytes, wanted: list[str]) -> list[tuple[int, int]]:
         path.pop()
 
     parser.StartElementHandler, parser.EndElementHandler = start, end
-    parser.Parse(raw, True)
+    try:
+        parser.Parse(raw, True)
+    except expat.ExpatError as error:
+        raise DomainError("XML", f"cannot be read: {error}") from error
     return found
 
 

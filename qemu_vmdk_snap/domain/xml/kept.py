@@ -9,20 +9,19 @@ An entry lives for as long as its file does. It is only what `doctor` knows of t
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 from xml.sax.saxutils import quoteattr
 
-from qemu_vmdk_snap.domain.xml import spans
+from qemu_vmdk_snap.domain.xml import root_of, spans
 
 NAMESPACE: Final = "urn:qemu-vmdk-snap:kept:1"
 
 
 def kept_branches(domain_xml: str) -> dict[Path, str]:
     """Return each kept file, and the snapshot that the domain went back to then."""
-    entries = ET.fromstring(domain_xml).iterfind(f"./metadata/{{{NAMESPACE}}}branches/{{{NAMESPACE}}}branch")
+    entries = root_of(domain_xml).iterfind(f"./metadata/{{{NAMESPACE}}}branches/{{{NAMESPACE}}}branch")
     return {Path(entry.get("file", "")): entry.get("snapshot", "") for entry in entries}
 
 

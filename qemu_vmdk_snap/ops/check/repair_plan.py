@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -166,6 +166,9 @@ class ExtentRepair:
     """Works out the plan of one extent."""
 
     def __init__(self, file: BlockFile, shape: TableShape) -> None:
+        # Grains that begin past the end of the file: a damaged number, by which the file would grow to it.
+        start = min(shape.used.start, byte_sectors(file.size()))
+        shape = replace(shape, used=range(start, shape.used.stop))
         self._file, self._shape = file, shape
         self._step = shape.grain_size
         self._lowest = shape.lowest

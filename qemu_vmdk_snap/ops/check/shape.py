@@ -53,7 +53,9 @@ def shape_of(header: SparseExtentHeader | CowdHeader) -> TableShape:
         # ESXi makes the file longer in large steps: past the sectors in use nothing is lost yet.
         used = range(0, header.free_sector)
     else:
-        fixed = ((0, 1), (header.descriptor_offset, header.descriptor_size))
+        # Without a descriptor its size says nothing, whatever it is.
+        text = header.descriptor_size if header.descriptor_offset else 0
+        fixed = ((0, 1), (header.descriptor_offset, text))
         entries, redundant = header.gd_entries, header.rgd_offset if header.redundant else None
         lowest = 2 if header.flags & HeaderFlag.ZEROED_GRAINS else 1
         used = range(header.overhead, 1 << 62)

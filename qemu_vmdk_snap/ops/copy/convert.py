@@ -172,7 +172,7 @@ def _convert_onto(
                 for row in source.rows():
                     stored += _store_differences(source, row, target)
                     meter.reach(row.offset + row.length)
-            publish(temporary, path, durable=durable)
+            publish(temporary, path, parts=unfinished, durable=durable)
             unfinished = []
         finally:
             for file in [temporary, *unfinished]:

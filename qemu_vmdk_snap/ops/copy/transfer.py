@@ -140,6 +140,7 @@ class LinkWriter:
         self._link, self._below, self._on_step = link, below, on_step
         self._later = later or below
         self._copiers: dict[int, Copier] = {}
+        self._rewritten: dict[int, BlockFile] = {}
         self._named = 0
 
     def put_rows(self, rows: Iterable[Row], source: Disk) -> None:
@@ -183,6 +184,9 @@ class LinkWriter:
 
     def finish(self) -> None:
         """Return when everything is durable, data before the tables that name it."""
+        for file in self._rewritten.values():
+            file.flush()  # barrier: an extent knows its own writes, not what the kernel copied over stored grains
+        self._rewritten.clear()
         self._link.flush()
 
     def _pieces(self, offset: int, length: int) -> Iterator[tuple[PlacedExtent, int, int]]:
@@ -193,6 +197,8 @@ class LinkWriter:
         """Copy into one run of the target; `delta` leads from offsets in the extent to those in `source`."""
         extent = placed.extent
         if row.kind == DATA and extent.file is not None:
+            if isinstance(extent, GrainStore):
+                self._rewritten[id(extent.file)] = extent.file
             self._copier(extent.file).copy(source, row.offset + delta, row.file_offset, row.length, self._on_step)
             return
         head, start, stop, end = self._whole_grains(placed, row)

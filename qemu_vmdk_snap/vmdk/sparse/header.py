@@ -159,7 +159,8 @@ def _leads_to_tables(header: SparseExtentHeader, file: BlockFile, moved: int) ->
     places = [header.gd_offset, header.rgd_offset] if header.redundant else [header.gd_offset]
     for place in places:
         at = sector_bytes(place) + moved
-        raw = file.read_at(at, 4 * min(header.gd_entries, _LOOKED_AT)) if at >= 0 else b""
+        inside = 0 <= at < file.size()  # a place that no file reaches is no number that the system takes
+        raw = file.read_at(at, 4 * min(header.gd_entries, _LOOKED_AT)) if inside else b""
         entries = [entry for (entry,) in struct.iter_unpack("<I", raw[: len(raw) // 4 * 4])]
         if not entries or not all(0 < entry <= last for entry in entries):
             return False

@@ -114,7 +114,8 @@ def walk(file: BlockFile, at: int, size: int) -> Iterator[tuple[int, int, int, i
     while at + SECTOR_SIZE <= size:
         value, length, kind = MARKER.unpack(file.read_at(at, MARKER.size))
         if not (value or length or kind):
-            at = _after_zeros(file, at, size)
+            # Of a damaged sector the rest may hold something, and it is where the zeros end.
+            at = max(at + SECTOR_SIZE, _after_zeros(file, at, size))
             continue
         yield at, value, length, kind
         at += round_up(GRAIN_RECORD.size + length, SECTOR_SIZE) if length else SECTOR_SIZE + sector_bytes(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,25 @@ def run_pytest(folder: Path, tests: dict[str, str], *options: str) -> subprocess
         timeout=60,
         check=False,
     )
+
+
+def test_a_quick_run_leaves_out_what_takes_long(tmp_path: Path) -> None:
+    tests = {"unit/test_a.py": "def test_a(): pass", "crash/test_b.py": "def test_b(): pass"}
+    done = run_pytest(tmp_path, tests, "--quick")
+    assert "1 passed, 1 deselected" in done.stdout
+    assert "2 passed" in run_pytest(tmp_path, tests).stdout
+
+
+def test_the_quick_selection_names_tests_that_exist_of_every_folder() -> None:
+    text = CONFTEST.read_text()
+    names = re.findall(r'"(.+)",\n', text[text.index("QUICK: Final") : text.index("What `--quick` runs")])
+    assert len(names) > 5
+    for name in names:
+        file, _, test = name.partition("::")
+        assert (CONFTEST.parent / file).exists()
+        assert test.partition("[")[0] in (CONFTEST.parent / file).read_text() if test else True
+    folders = {path.name for path in CONFTEST.parent.iterdir() if path.is_dir() and any(path.rglob("test_*.py"))}
+    assert {name.partition("/")[0] for name in names} == folders
 
 
 def test_a_missing_tool_skips_with_its_reason(tmp_path: Path) -> None:
