@@ -42,16 +42,6 @@ def _recover_domains(uri: str | None) -> list[DomainRecovery]:
         return recover(conn)
 
 
-def _domain_json(one: DomainRecovery) -> dict[str, object]:
-    return {
-        "operation": one.operation,
-        "domain": one.domain,
-        "snapshot": one.snapshot,
-        "finished": one.finished,
-        "left": [str(path) for path in one.left],
-    }
-
-
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Finish every interrupted operation and name it."""
     from qemu_vmdk_snap.ops.journal.recover import SWEEP, give_up, recover
@@ -65,7 +55,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         found = [one for path in paths for one in recover(path, trusted_dirs=args.allow_dir)]
     if ui.json_output:
         images = [{"operation": one.operation, "image": str(one.image)} for one in found]
-        ui.json(images + [_domain_json(one) for one in domains])
+        ui.json(images + [one.as_dict() for one in domains])
         return
     for one in found:
         if args.abandon:

@@ -27,6 +27,7 @@ class Ui:
         self._started = time.monotonic()
         self._last_progress = 0.0
         self._progress_open = False
+        self._streams = False
         self._warned: dict[str, None] = {}  # in their order
 
     def text(self, line: str = "") -> None:
@@ -78,11 +79,19 @@ class Ui:
         self._end_progress()
         sys.stderr.write(f"qemu-vmdk-snap: warning: {line}\n")
 
-    def error(self, message: object) -> None:
-        """Print the one line that says why the command failed."""
+    def streams(self) -> None:
+        """Note that the answer goes to standard output piece by piece: nothing but it may be written there."""
+        self._streams = True
+
+    def error(self, message: object, error: BaseException | None = None, status: int = 1) -> None:
+        """Print the one line that says why the command failed; as JSON, the error is on standard output too."""
         self._end_progress()
         line = printable(" ".join(str(message).split("\n")))
         sys.stderr.write(f"qemu-vmdk-snap: {line}\n")
+        if self.json_output and error is not None and not self._streams:
+            from qemu_vmdk_snap.cli.exit_status import as_object
+
+            self.json(as_object(error, line, status))
 
     def _end_progress(self) -> None:
         if self._progress_open:

@@ -93,6 +93,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     else:
         options = parse_options(words) if words else None
     to_pipe = str(args.output_filename) == "-"
+    if to_pipe:
+        ui.streams()
     with _open_source(args) as source:
         if to_pipe:
             report = _to_pipe(source, args, options)

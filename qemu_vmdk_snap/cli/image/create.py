@@ -159,6 +159,9 @@ def _warn_if_outside(overlay: Path, base: Path, ui: Ui) -> None:
 
 
 def _list_options(ui: Ui) -> int:
+    if ui.json_output:
+        ui.json([{"name": name, "description": text} for name, text in OPTION_HELP.items()])
+        return 0
     ui.text("Supported options:")
     for name, text in OPTION_HELP.items():
         ui.text(f"  {name:<16} - {text}")
@@ -166,7 +169,7 @@ def _list_options(ui: Ui) -> int:
 
 
 def _report(path: Path, ui: Ui) -> None:
-    if ui.quiet:
+    if ui.quiet and not ui.json_output:
         return
     from qemu_vmdk_snap.chain.link import read_descriptor
     from qemu_vmdk_snap.storage.blockfile import PosixFile
@@ -184,7 +187,7 @@ def _report(path: Path, ui: Ui) -> None:
                 "filename": str(path),
                 "format": "vmdk",
                 "virtual-size": size,
-                "cid": descriptor.cid,
+                "cid": f"{descriptor.cid:08x}",
                 "backing-filename": descriptor.parent_hint,
             }
         )

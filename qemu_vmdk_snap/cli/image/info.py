@@ -80,8 +80,8 @@ def _as_json(image: ImageInfo) -> dict[str, object]:
         "format-specific": {
             "type": "vmdk",
             "data": {
-                "cid": image.cid,
-                "parent-cid": image.parent_cid,
+                "cid": f"{image.cid:08x}",
+                "parent-cid": f"{image.parent_cid:08x}",
                 "create-type": image.create_type,
                 "extents": [
                     {

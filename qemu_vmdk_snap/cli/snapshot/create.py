@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qemu_vmdk_snap.cli.snapshot.options import add_domain
-from qemu_vmdk_snap.cli.snapshot.report import disk_lines, disks_json, show
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_dry_run
+from qemu_vmdk_snap.cli.snapshot.report import disk_lines, show
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 
@@ -55,12 +55,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="how one disk (target or file) takes part; a comma in PATH is doubled; may be repeated",
     )
+    add_dry_run(parser)
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Take the snapshot and say what was done."""
     from qemu_vmdk_snap.domain.connect import connection
     from qemu_vmdk_snap.domain.create.run import create_snapshot
+    from qemu_vmdk_snap.domain.dry_run import plan_create
 
     if args.name is not None and args.snapshotname not in (None, args.name):
         raise InvalidRequest(f"snapshot names {args.snapshotname!r} and {args.name!r}", "give one")
@@ -69,7 +71,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         raise Unsupported(Path(args.memspec), f"{reason}; take the snapshot without --memspec")
     specs = [parse_diskspec(text) for text in args.diskspec]
     with connection(args.connect) as conn:
-        report = create_snapshot(
+        take = plan_create if args.dry_run else create_snapshot
+        report = take(
             conn,
             args.domain,
             args.snapshotname if args.name is None else args.name,
@@ -79,11 +82,14 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             overlays={spec.disk: spec.overlay for spec in specs if spec.overlay is not None},
             quiesce=args.quiesce,
         )
-    show(ui, report, as_json(report), _lines(report))
+    show(ui, report, report.as_dict(), _lines(report))
 
 
 def _lines(report: SnapshotReport) -> list[str]:
-    lines = [f"Domain snapshot {report.snapshot} created", *disk_lines(report.disks)]
+    lines = [
+        f"Domain snapshot {report.snapshot} {'would be created' if report.dry_run else 'created'}",
+        *disk_lines(report.disks),
+    ]
     if report.pause is not None:
         lines.append(f"  {_pause_line(report.pause)}")
     return lines + [f"  {target}: not part of it: {reason}" for target, reason in report.skipped]
@@ -120,23 +126,3 @@ def parse_diskspec(text: str) -> DiskSpec:
     if not takes_part and overlay is not None:
         raise InvalidRequest(f"diskspec {text!r}", "snapshot=no leaves no use for file=")
     return DiskSpec(disk, takes_part, overlay)
-
-
-def as_json(report: SnapshotReport) -> dict[str, object]:
-    """Return the report for programs."""
-    return {
-        "domain": report.domain,
-        "snapshot": report.snapshot,
-        "creation-time": report.creation_time,
-        "parent": report.parent,
-        "disks": disks_json(report.disks),
-        "pause": None
-        if report.pause is None
-        else {
-            "disk-ms": report.pause.stalled,
-            "cpu-ms": report.pause.stopped,
-            "frozen-ms": report.pause.frozen,
-        },
-        "notes": list(report.notes),
-        "skipped": [{"target": target, "reason": reason} for target, reason in report.skipped],
-    }

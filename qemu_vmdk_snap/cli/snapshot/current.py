@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from qemu_vmdk_snap.cli.snapshot.info import as_json
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
 from qemu_vmdk_snap.cli.ui import Ui
 
@@ -29,6 +28,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             set_current(conn, args.domain, args.snapshotname)
         info = snapshot_info(conn, args.domain)
     if ui.json_output:
-        ui.json(as_json(info))
+        ui.json(info.as_dict())
         return
     ui.text(info.name)

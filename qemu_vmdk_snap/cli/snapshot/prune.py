@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.cli.snapshot.delete import deleted_json, deleted_lines
+from qemu_vmdk_snap.cli.snapshot.delete import deleted_lines
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery
 from qemu_vmdk_snap.cli.ui import Ui
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     for note in report.notes:
         ui.warn(f"domain {report.domain}: {note}")
     if ui.json_output:
-        ui.json(as_json(report, dry_run=args.dry_run))
+        ui.json(report.as_dict())
         return
     if args.explain:
         _explain(report, ui)
@@ -52,19 +52,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         ui.text(line)
     if not report.deleted:
         ui.text("Nothing to delete.")
-
-
-def as_json(report: PruneReport, *, dry_run: bool) -> dict[str, object]:
-    """Return the report for programs."""
-    return {
-        "domain": report.domain,
-        "dry-run": dry_run,
-        "snapshots": [
-            {"name": one.name, "creation-time": one.creation_time, "kept-by": list(one.reasons)}
-            for one in report.decisions
-        ],
-        "deleted": [deleted_json(one) for one in report.deleted],
-    }
 
 
 def _explain(report: PruneReport, ui: Ui) -> None:

@@ -56,6 +56,29 @@ class SnapshotReport:
     """How a running guest was held up; None for one that was shut off."""
     notes: tuple[str, ...] = ()
     """What did not go as wished and stood in nobody's way."""
+    dry_run: bool = False
+    """Whether this is only what would be done."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was changed."""
+        return not self.dry_run
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `snapshot create --output=json` shows it."""
+        pause = self.pause
+        return {
+            "domain": self.domain,
+            "snapshot": self.snapshot,
+            "creation-time": self.creation_time,
+            "parent": self.parent,
+            "disks": [disk.as_dict() for disk in self.disks],
+            "pause": None
+            if pause is None
+            else {"disk-ms": pause.stalled, "cpu-ms": pause.stopped, "frozen-ms": pause.frozen},
+            "notes": list(self.notes),
+            "skipped": [{"target": target, "reason": reason} for target, reason in self.skipped],
+        } | ({"dry-run": True} if self.dry_run else {})
 
 
 def create_snapshot(

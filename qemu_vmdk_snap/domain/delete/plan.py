@@ -14,7 +14,7 @@ from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.journal.record import Intent
 from qemu_vmdk_snap.domain.qemu.merge import node_of, written_here
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
-from qemu_vmdk_snap.errors import DomainError
+from qemu_vmdk_snap.errors import DomainError, NoSnapshot
 
 if TYPE_CHECKING:
     import libvirt
@@ -75,6 +75,11 @@ class Deleted:
 
     name: str
     work: tuple[Work, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types."""
+        disks = [{"target": work.target, "mode": work.mode, "operations": work.lines()} for work in self.work]
+        return {"snapshot": self.name, "disks": disks}
 
 
 @dataclass(slots=True)
@@ -177,7 +182,7 @@ def chosen(domain: libvirt.virDomain, names: Sequence[str], scope: Scope) -> lis
         parents = {s.getName(): xml.parse_snapshot(s.getXMLDesc(0)).parent for s in domain.listAllSnapshots()}
     for name in names:
         if name not in parents:
-            raise DomainError(domain.name(), f"has no snapshot {name!r}")
+            raise NoSnapshot(domain.name(), f"has no snapshot {name!r}", snapshot=name)
     wanted = set(names)
     if scope != "one":
         below = set().union(*(_descendants(name, parents) for name in names))
@@ -204,7 +209,7 @@ def make_intent(state: State, name: str, *, metadata: bool) -> Intent:
         DomainError: there is no such snapshot, or its files are in use.
     """
     if name not in state.snapshots:
-        raise DomainError(state.name, f"has no snapshot {name!r}")
+        raise NoSnapshot(state.name, f"has no snapshot {name!r}", snapshot=name)
     texts = {other: text for other, text in state.snapshots.items() if other != name}
     mine = state.snapshots[name]
     work: tuple[Work, ...] = ()

@@ -61,6 +61,25 @@ class PruneReport:
     deleted: tuple[Deleted, ...]
     recovered: Recovery | None
     notes: tuple[str, ...] = ()
+    dry_run: bool = False
+    """Whether this is only what would be done."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was changed."""
+        return bool(self.deleted) and not self.dry_run
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `snapshot prune --output=json` shows it."""
+        return {
+            "domain": self.domain,
+            "dry-run": self.dry_run,
+            "snapshots": [
+                {"name": one.name, "creation-time": one.creation_time, "kept-by": list(one.reasons)}
+                for one in self.decisions
+            ],
+            "deleted": [one.as_dict() for one in self.deleted],
+        }
 
 
 def decide(snapshots: Sequence[SnapshotInfo], policy: Policy) -> list[Decision]:
@@ -124,4 +143,4 @@ def prune(
     else:
         report = delete(conn, domain_name, going, on_progress=on_progress)
         deleted, notes = report.deleted, report.notes
-    return PruneReport(domain.name(), tuple(decisions), deleted, recovered, notes)
+    return PruneReport(domain.name(), tuple(decisions), deleted, recovered, notes, dry_run=dry_run)

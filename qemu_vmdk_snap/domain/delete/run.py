@@ -58,6 +58,18 @@ class DeleteReport:
     deleted: tuple[Deleted, ...]
     recovered: Recovery | None
     notes: tuple[str, ...] = ()
+    dry_run: bool = False
+    """Whether this is only what would be done."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was changed."""
+        return bool(self.deleted) and not self.dry_run
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `snapshot delete --output=json` shows it."""
+        answer: dict[str, object] = {"domain": self.domain, "deleted": [one.as_dict() for one in self.deleted]}
+        return answer | ({"dry-run": True} if self.dry_run else {})
 
 
 def delete(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from qemu_vmdk_snap.domain.connect import embed_root
-from qemu_vmdk_snap.errors import DomainError
+from qemu_vmdk_snap.errors import DomainBusy, DomainError
 
 if TYPE_CHECKING:
     import libvirt
@@ -182,7 +182,7 @@ class IntentStore:
         except OSError as error:
             os.close(fd)
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise DomainError(domain, "another command is changing its snapshots") from error
+                raise DomainBusy(domain, "another command is changing its snapshots") from error
             raise
         try:
             yield

@@ -60,6 +60,16 @@ class Recovery:
     """Overlays that were not removed, because they hold data or are not known to be ours."""
     operation: str = "create"
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types."""
+        return {
+            "operation": self.operation,
+            "domain": self.domain,
+            "snapshot": self.snapshot,
+            "finished": self.finished,
+            "left": [str(path) for path in self.left],
+        }
+
 
 def recover(conn: libvirt.virConnect) -> list[Recovery]:
     """Settle every unfinished snapshot of this connection's domains, and return what became of each.

@@ -53,10 +53,31 @@ class RevertReport:
     discarded: tuple[Path, ...]
     recovered: Recovery | None
     notes: tuple[str, ...] = ()
+    dry_run: bool = False
+    """Whether this is only what would be done."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was changed."""
+        return not self.dry_run
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `snapshot revert --output=json` shows it."""
+        return {
+            "domain": self.domain,
+            "snapshot": self.snapshot,
+            "state": self.state,
+            "disks": [disk.as_dict() for disk in self.disks],
+            "kept": [str(path) for path in self.kept],
+            "discarded": [str(path) for path in self.discarded],
+            "notes": list(self.notes),
+        } | ({"dry-run": True} if self.dry_run else {})
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
+    """A revert ready to be done."""
+
     disks: tuple[PlannedDisk, ...]
     old_tops: tuple[Path, ...]
     state: str
@@ -81,7 +102,7 @@ def revert(
     store = IntentStore.of(conn)
     with store.locked(domain.UUIDString(), domain.name()), contextlib.ExitStack() as held:
         recovered = recover_domain(conn, domain, store)
-        plan = _make_plan(conn, domain, snapshot, after, store, held, discard=discard)
+        plan = make_plan(conn, domain, snapshot, after, store, held, discard=discard)
         with dropin.around("revert", domain.name(), _as_plan(plan, discard=discard), uri=conn.getURI()) as notes:
             gone = _execute(conn, domain, store, plan)
     refresh_pools(conn, [disk.overlay for disk in plan.disks])
@@ -115,7 +136,7 @@ class _Now:
             )
 
 
-def _make_plan(
+def make_plan(
     conn: libvirt.virConnect,
     domain: libvirt.virDomain,
     name: str,
@@ -124,7 +145,8 @@ def _make_plan(
     held: contextlib.ExitStack,
     *,
     discard: bool,
-) -> _Plan:
+) -> Plan:
+    """Return the plan. The frozen chains stay open in `held`; `revert` says what is raised."""
     now = _Now.read(domain, name)
     volume_path = volume_resolver(conn, domain.name())
     saved = xml.parse_snapshot(now.target, volume_path)
@@ -146,7 +168,7 @@ def _make_plan(
         discard=tuple(map(str, tops)) if discard else (),
     )
     state = after if after != "as-saved" else saved.state if saved.state in _LIVE else "shutoff"
-    return _Plan(disks, tops, "running" if state == "blocked" else state, intent)
+    return Plan(disks, tops, "running" if state == "blocked" else state, intent)
 
 
 def _new_xml(now: _Now, disks: Collection[PlannedDisk], kept: dict[Path, str]) -> str:
@@ -193,7 +215,7 @@ def _unsaved_tops(old_xml: str, snapshots: Collection[str], volume_path: xml.Vol
     return tuple(d.path for d in disks if d.path is not None and not d.refusal and d.path not in saved)
 
 
-def _as_plan(plan: _Plan, *, discard: bool) -> dict[str, object]:
+def _as_plan(plan: Plan, *, discard: bool) -> dict[str, object]:
     return {
         "snapshot": plan.intent.snapshot,
         "state": plan.state,
@@ -204,7 +226,7 @@ def _as_plan(plan: _Plan, *, discard: bool) -> dict[str, object]:
     }
 
 
-def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, plan: _Plan) -> tuple[Path, ...]:
+def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, plan: Plan) -> tuple[Path, ...]:
     intent = plan.intent
     try:
         store.write(intent)  # barrier: no file is made that nobody would know of after a crash

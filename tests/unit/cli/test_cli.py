@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL
 from qemu_vmdk_snap.cli.main import main, make_parser
 from qemu_vmdk_snap.cli.scenario import Demo, Point, Region, Seen
 from qemu_vmdk_snap.cli.ui import Ui
+from tests.support.schemas import check
 
 EVERY = [(f"{group} {name}", c) for group, table in COMMANDS.items() for name, c in table.items()] + list(
     TOP_LEVEL.items()
@@ -177,4 +177,4 @@ def test_the_demo_fails_on_any_difference(
     assert demo.run(argparse.Namespace(keep=None), Ui()) == status
     assert word in capsys.readouterr().out
     assert demo.run(argparse.Namespace(keep=None), Ui(json_output=True)) == status
-    assert json.loads(capsys.readouterr().out)["same"] is (status == 0)
+    assert check("demo", capsys.readouterr().out)["same"] is (status == 0)
