@@ -298,7 +298,7 @@ def replacing(path: Path, mode: int = 0o600) -> Iterator[Replacement]:
     sync_folder(path.parent)
 
 
-def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
+def replace_file(path: Path | str, data: bytes, mode: int = 0o644) -> None:
     """Make `path` hold `data`, durably and in one step: a reader sees the old content or the new, never a part."""
-    with replacing(path, mode) as file:
+    with replacing(Path(path), mode) as file:
         file.write_at(0, data)

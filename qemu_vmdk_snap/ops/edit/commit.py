@@ -92,6 +92,7 @@ def commit(
     keep_siblings: bool = False,
     children: Sequence[Path | str] = (),
     orphans: Sequence[Path | str] = (),
+    trusted_dirs: Sequence[Path | str] = (),
     resolver: Resolver | None = None,
     opener: FileOpener = open_posix,
     on_progress: OnProgress = ignore,
@@ -116,7 +117,7 @@ def commit(
     """
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path
-    find = resolver or confined()
+    find = resolver or confined(trusted_dirs)
     settle(path.parent, opener=opener, resolver=find)
     depth = _depth_of(path, base, find, opener)
     with contextlib.ExitStack() as stack:
