@@ -84,6 +84,31 @@ def _main(words: list[str]) -> int:
         args = parser.parse_args(rest)
     except exit_status.UsageError as error:
         raise SystemExit(_usage_error(error, words)) from None
+    if args.debug or os.environ.get("QEMU_VMDK_SNAP_LOG"):
+        return _logged(args, prog, rest, module)
+    return _shown(args, prog, rest, module)
+
+
+def _logged(args: argparse.Namespace, prog: str, rest: Sequence[str], module: CommandModule) -> int:
+    """Run the command with the log where `--debug` and QEMU_VMDK_SNAP_LOG want it."""
+    from qemu_vmdk_snap.cli import debug
+
+    file = os.environ.get(debug.VARIABLE)
+    try:
+        handlers = debug.start(stderr=args.debug, file=file)
+    except OSError as error:
+        sys.stderr.write(f"{PROGRAM}: {debug.VARIABLE}: {exit_status.one_line(error)}\n")
+        return exit_status.SYSTEM
+    try:
+        debug.command(prog, rest)
+        status = _shown(args, prog, rest, module)
+        debug.ended(status)
+    finally:
+        debug.stop(handlers)
+    return status
+
+
+def _shown(args: argparse.Namespace, prog: str, rest: Sequence[str], module: CommandModule) -> int:
     ui = Ui(
         json_output=getattr(args, "output_format", "human") == "json",
         quiet=getattr(args, "quiet", False),
@@ -126,6 +151,7 @@ def make_parser(
     parser.add_argument(
         "--output", dest="output_format", choices=("human", "json"), default="human", help="text (default) or JSON"
     )
+    parser.add_argument("--debug", action="store_true", help="log what is done to standard error")
     return parser
 
 

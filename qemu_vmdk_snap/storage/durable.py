@@ -17,9 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from qemu_vmdk_snap import log
 from qemu_vmdk_snap.errors import LockBusy
 from qemu_vmdk_snap.storage.blockfile import PosixFile, naming
 from qemu_vmdk_snap.storage.locks import lock_image
+
+_log = log.of(__name__)
 
 _TEMPORARY: Final = ".qemu-vmdk-snap.tmp"
 _TEMPORARY_NAME: Final = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.qemu-vmdk-snap\.tmp", re.DOTALL)
@@ -253,6 +256,7 @@ def publish(temporary: Path, path: Path, *, durable: bool = True) -> None:
         finally:
             os.close(fd)
     _link(temporary, path)
+    _log.debug("%s: complete, and has its name", path)
     _discard(temporary)
     if durable:
         sync_folder(path.parent)

@@ -31,9 +31,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
+from qemu_vmdk_snap import log
 from qemu_vmdk_snap.errors import CorruptChain, LockBusy
 from qemu_vmdk_snap.storage.durable import alone_in, sync_folder, working_in
 from qemu_vmdk_snap.storage.identity import identity_of, identity_of_open
+
+_log = log.of(__name__)
 
 _VERSION: Final = 2
 SUFFIX: Final = ".intent"
@@ -103,6 +106,7 @@ class Operation:
             see = os.path.relpath(self.path, pointer.parent)
             os.close(_store(pointer, {"version": _VERSION, "see": see}))
         self.hold.take(_store(self.path, _as_json(self)))
+        _log.info("%s: %s journaled in %s", self.image, self.name, self.path)
 
     def update(self, **details: object) -> Operation:
         """Return the operation with changed details, its record already durable."""
@@ -117,6 +121,7 @@ class Operation:
             path.unlink(missing_ok=True)
             sync_folder(path.parent)
         self.hold.close()
+        _log.info("%s: %s ended, its record is removed", self.image, self.name)
 
     def involves(self, image: Path) -> bool:
         """Return whether the operation changes `image`."""

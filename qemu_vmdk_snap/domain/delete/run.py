@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap import Census, Link, OnProgress, confined, ignore, open_chain
+from qemu_vmdk_snap import Census, Link, OnProgress, confined, ignore, log, open_chain
 from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.delete.plan import (
@@ -48,6 +48,8 @@ from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
+
+_log = log.of(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,12 @@ def delete(
                 "operations": [line for one in work for line in one.lines()],
             }
             with dropin.around("delete", domain.name(), plan, uri=conn.getURI()) as said:
+                _log.info(
+                    "domain %s: snapshot %r: %s",
+                    domain.name(),
+                    name,
+                    "; ".join(line for one in work for line in one.lines()),
+                )
                 _execute(conn, domain, store, intent, on_progress)
             notes += said
             deleted.append(Deleted(name, work))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import qemu_vmdk_snap as engine
+from qemu_vmdk_snap import log
 from qemu_vmdk_snap.domain import dropin, naming, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay, pending_overlays
@@ -34,6 +35,8 @@ from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
     import libvirt
+
+_log = log.of(__name__)
 
 After = Literal["as-saved", "shutoff", "running", "paused"]
 _LIVE: Final = ("running", "paused", "blocked")
@@ -231,6 +234,7 @@ def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentS
     try:
         store.write(intent)  # barrier: no file is made that nobody would know of after a crash
         for disk in plan.disks:
+            _log.info("domain %s: disk %s: new overlay %s on %s", domain.name(), disk.target, disk.overlay, disk.frozen)
             intent = intent.made(str(disk.overlay), make_overlay(domain.name(), disk))
         store.write(intent)
         with libvirt_errors(domain.name(), "go back to the snapshot"):
@@ -239,6 +243,7 @@ def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentS
                 domain.destroy()
             conn.defineXML(intent.new_xml)
             make_current(domain, intent.snapshot)
+        _log.info("domain %s: defined as of snapshot %r", domain.name(), intent.snapshot)
     except BaseException as error:
         _undo(conn, domain, store, intent, error)
         raise

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from qemu_vmdk_snap import log
 from qemu_vmdk_snap.chain.chain import Chain, open_chain, open_links
 from qemu_vmdk_snap.chain.change import open_for_change, open_link_for_change
 from qemu_vmdk_snap.chain.identity import on_parent, with_fresh_cid
@@ -45,6 +46,8 @@ from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
 from qemu_vmdk_snap.storage.record import Operation
 from qemu_vmdk_snap.vmdk.runs import HOLE, ZERO
+
+_log = log.of(__name__)
 
 OPERATION = "commit"
 
@@ -129,6 +132,7 @@ def commit(
         if others and not keep_siblings:
             reason = "would no longer read the same (--keep-siblings copies into it what it would lose)"
             raise StillNeeded(plan.base.path, tuple((link.path, reason) for link in others))
+        _log.info("%s: %d links are merged into %s", path, depth, plan.base.path)
         for sibling in plan.siblings:
             try:
                 _keep(plan, sibling, Meter("keep", chain.capacity, on_progress))
