@@ -107,12 +107,8 @@ def delete(
                 "operations": [line for one in work for line in one.lines()],
             }
             with dropin.around("delete", domain.name(), plan, uri=conn.getURI()) as said:
-                _log.info(
-                    "domain %s: snapshot %r: %s",
-                    domain.name(),
-                    name,
-                    "; ".join(line for one in work for line in one.lines()),
-                )
+                for one in work:
+                    _log.info("domain %s: snapshot %r: %s: %s", domain.name(), name, one.target, "; ".join(one.lines()))
                 _execute(conn, domain, store, intent, on_progress)
             notes += said
             deleted.append(Deleted(name, work))
