@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `demo`."""
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="work in DIR, which must not exist, and keep it")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="work in DIR, which must not exist, and keep it afterwards"
+    )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int:

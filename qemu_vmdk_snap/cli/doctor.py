@@ -21,11 +21,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--connect", metavar="URI", help="libvirt connection, as for the snapshot commands")
     parser.add_argument("domain", metavar="DOMAIN", nargs="?", help="name, id or UUID of a domain (default: the host)")
     add_all(parser)
-    parser.add_argument("--remove", action="store_true", help="remove orphan overlays that hold nothing")
+    parser.add_argument("--remove", action="store_true", help="remove orphaned overlays that store nothing")
     parser.add_argument(
-        "--discard", type=Path, metavar="FILE", action="append", default=[], help="remove this orphan with its data"
+        "--discard",
+        type=Path,
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="remove this orphaned overlay with its data (may be repeated)",
     )
-    parser.add_argument("--adopt", action="store_true", help="register every orphan overlay as a snapshot")
+    parser.add_argument("--adopt", action="store_true", help="register every orphaned overlay as a snapshot")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int:

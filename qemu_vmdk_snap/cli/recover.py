@@ -20,13 +20,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-c",
         "--connect",
         metavar="URI",
-        help="settle the unfinished operations on snapshots of this libvirt connection's domains",
+        help="finish or undo the operations on snapshots of the domains of this libvirt connection",
     )
-    parser.add_argument("--domains", action="store_true", help="the same, of libvirt's default connection")
+    parser.add_argument("--domains", action="store_true", help="the same for the default connection of libvirt")
     parser.add_argument(
         "--abandon",
         action="store_true",
-        help="show what is pending and forget it instead of finishing it; the images stay as they are",
+        help="delete the record of the operation instead of finishing it; the images are not changed",
     )
     add_allow_dir(parser)
     parser.add_argument(

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image info`."""
     add_open_options(parser, raw=True)
-    parser.add_argument(
-        "--backing-chain", action="store_true", help="tell about every image of the chain, the top first"
-    )
+    parser.add_argument("--backing-chain", action="store_true", help="show every image of the chain, the top first")
     parser.add_argument("filename", type=Path)
 
 

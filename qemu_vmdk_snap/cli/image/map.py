@@ -22,8 +22,10 @@ _HEADING: Final = f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File"
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image map`."""
     add_open_options(parser, raw=True)
-    parser.add_argument("-s", "--start-offset", type=size_argument, default=0, metavar="OFFSET", help="where to begin")
-    parser.add_argument("-l", "--max-length", type=size_argument, metavar="LENGTH", help="how much to tell about")
+    parser.add_argument(
+        "-s", "--start-offset", type=size_argument, default=0, metavar="OFFSET", help="first byte of the range"
+    )
+    parser.add_argument("-l", "--max-length", type=size_argument, metavar="LENGTH", help="length of the range")
     parser.add_argument("filename", type=Path)
 
 

@@ -14,7 +14,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_domain(parser)
     parser.add_argument(
-        "--vmsd", type=Path, metavar="FILE", help="VMware's snapshot dictionary (default: the one beside the disks)"
+        "--vmsd",
+        type=Path,
+        metavar="FILE",
+        help="snapshot dictionary of VMware (default: the .vmsd file in the folder of the disks)",
     )
     add_dry_run(parser)
 

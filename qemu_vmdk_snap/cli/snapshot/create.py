@@ -32,13 +32,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="the same, as virsh snapshot-create-as has it")
     parser.add_argument("--description", metavar="TEXT", help="description of the snapshot")
-    parser.add_argument(
-        "--disk-only", action="store_true", help="no memory: the disks alone, running or not (always so)"
-    )
+    parser.add_argument("--disk-only", action="store_true", help="only the disks, no memory (always the case)")
     parser.add_argument(
         "--memspec",
         metavar="FILE",
-        help="refused: QEMU's vmdk driver cannot be migrated, and saving memory is a migration to a file",
+        help="not supported: QEMU's vmdk driver blocks saving memory",
     )
     parser.add_argument(
         "--quiesce",
@@ -46,14 +44,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="require",
         default="no",
-        help="freeze a running guest's file systems by its agent: never (default), where it can, or else fail",
+        help="freeze the file systems of a running guest with its agent: no (default), auto (if possible), or require",
     )
     parser.add_argument(
         "--diskspec",
         metavar="DISK[,snapshot=no|external][,file=PATH]",
         action="append",
         default=[],
-        help="how one disk (target or file) takes part; a comma in PATH is doubled; may be repeated",
+        help="what to do with one disk, named by target or file; double a comma in PATH (may be repeated)",
     )
     add_dry_run(parser)
 
@@ -98,7 +96,7 @@ def _lines(report: SnapshotReport) -> list[str]:
 def _pause_line(pause: Pause) -> str:
     parts = [f"disk requests waited {pause.stalled:.1f} ms"]
     if pause.stopped is not None:
-        parts.append(f"its CPUs stood still for {pause.stopped:.1f} ms")
+        parts.append(f"its CPUs were stopped for {pause.stopped:.1f} ms")
     if pause.frozen is not None:
         parts.append(f"its file systems were frozen for {pause.frozen:.1f} ms")
     return "the guest ran on: " + ", ".join(parts)

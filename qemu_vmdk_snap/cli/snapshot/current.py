@@ -11,8 +11,10 @@ from qemu_vmdk_snap.cli.ui import Ui
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_domain(parser)
-    parser.add_argument("snapshotname", metavar="SNAPSHOT", nargs="?", help="make this one the current one")
-    parser.add_argument("--name", action="store_true", help="the name only (always so without --output=json)")
+    parser.add_argument("snapshotname", metavar="SNAPSHOT", nargs="?", help="make this snapshot the current one")
+    parser.add_argument(
+        "--name", action="store_true", help="print only the name (always the case without --output=json)"
+    )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

@@ -21,13 +21,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("snapshotname", metavar="SNAPSHOT", nargs="?", help="name of the snapshot")
     parser.add_argument("--current", action="store_true", help="the current snapshot")
     scope = parser.add_mutually_exclusive_group()
-    for option, what in (("children", "its descendants too"), ("children-only", "its descendants, not itself")):
+    for option, what in (("children", "the snapshot and its descendants"), ("children-only", "only its descendants")):
         scope.add_argument(
             f"--{option}", dest="scope", action="store_const", const=option, default="one", help=f"delete {what}"
         )
-    parser.add_argument("--metadata", action="store_true", help="make libvirt forget it; no file is touched")
+    parser.add_argument(
+        "--metadata", action="store_true", help="only delete the metadata in libvirt; files are not changed"
+    )
     add_dry_run(parser)
-    parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
+    parser.add_argument("-p", "--progress", action="store_true", help="show progress")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

@@ -20,10 +20,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_domain(parser, or_all=True)
     shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--tree", action="store_true", help="draw the tree of the snapshots")
-    shape.add_argument("--name", action="store_true", help="names only")
+    shape.add_argument("--tree", action="store_true", help="list the snapshots as a tree")
+    shape.add_argument("--name", action="store_true", help="print only names")
     shape.add_argument("--parent", action="store_true", help="add a column with the parent")
-    shape.add_argument("--sizes", action="store_true", help="add columns with the frozen bytes and the chain's depth")
+    shape.add_argument(
+        "--sizes", action="store_true", help="add columns with the size of the frozen files and the depth of the chain"
+    )
     parser.add_argument("--roots", action="store_true", help="only snapshots without a parent")
     parser.add_argument("--leaves", action="store_true", help="only snapshots without children")
     parser.add_argument("--current", action="store_true", help="only children of the current snapshot")

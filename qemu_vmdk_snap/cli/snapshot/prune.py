@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.delete.prune import PruneReport
 
 _RULES = {
-    "last": "the N youngest",
-    "hourly": "the youngest of each of the N latest hours that have one",
-    "daily": "... days",
-    "weekly": "... weeks",
-    "monthly": "... months",
+    "last": "the N newest",
+    "hourly": "the newest of each of the N latest hours that have a snapshot",
+    "daily": "the newest of each of the N latest days",
+    "weekly": "the newest of each of the N latest weeks",
+    "monthly": "the newest of each of the N latest months",
 }
 
 
@@ -27,9 +27,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_domain(parser)
     for rule, what in _RULES.items():
         parser.add_argument(f"--keep-{rule}", metavar="N", type=int, default=0, help=f"keep {what}")
-    parser.add_argument("--explain", action="store_true", help="say of every snapshot why it is kept, or that it goes")
-    parser.add_argument("-n", "--dry-run", action="store_true", help="print every operation on files, and do nothing")
-    parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
+    parser.add_argument("--explain", action="store_true", help="list every snapshot with the rules that keep it")
+    parser.add_argument(
+        "-n", "--dry-run", action="store_true", help="print every operation on files, and change nothing"
+    )
+    parser.add_argument("-p", "--progress", action="store_true", help="show progress")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -58,6 +60,6 @@ def _explain(report: PruneReport, ui: Ui) -> None:
     rows = []
     for one in report.decisions:
         created = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(one.creation_time))
-        rows.append([one.name, created, ", ".join(one.reasons) or "-", "kept" if one.reasons else "goes"])
+        rows.append([one.name, created, ", ".join(one.reasons) or "-", "kept" if one.reasons else "deleted"])
     ui.table(["Name", "Creation Time", "Kept By", "Decision"], rows)
     ui.text()

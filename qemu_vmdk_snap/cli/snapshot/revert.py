@@ -24,7 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         line = f"{what} the domain afterwards" if name != "shutoff" else "leave the domain shut off (as disks alone do)"
         state.add_argument(f"--{name}", dest="after", action="store_const", const=name, default="as-saved", help=line)
     parser.add_argument(
-        "--discard", action="store_true", help="delete what was written since the last snapshot; it is kept otherwise"
+        "--discard",
+        action="store_true",
+        help="delete what was written since the last snapshot (default: the file is kept)",
     )
     add_dry_run(parser)
 
@@ -50,6 +52,6 @@ def _lines(report: RevertReport) -> list[str]:
     return [
         f"Domain {report.domain} {is_back} at snapshot {report.snapshot}, {report.state}",
         *disk_lines(report.disks),
-        *(f"  kept: {path}: no snapshot has it" for path in report.kept),
+        *(f"  kept: {path} (not part of a snapshot)" for path in report.kept),
         *(f"  discarded: {path}" for path in report.discarded),
     ]
