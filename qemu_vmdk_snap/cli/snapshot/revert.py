@@ -52,6 +52,6 @@ def _lines(report: RevertReport) -> list[str]:
     return [
         f"Domain {report.domain} {is_back} at snapshot {report.snapshot}, {report.state}",
         *disk_lines(report.disks),
-        *(f"  kept: {path} (not part of a snapshot)" for path in report.kept),
+        *(f"  kept: {path}: no snapshot has it" for path in report.kept),
         *(f"  discarded: {path}" for path in report.discarded),
     ]
