@@ -51,12 +51,13 @@ class Ui:
         sys.stdout.write(json.dumps(value, indent=4, default=str) + "\n")
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Print `rows` in columns under `header`, as wide as their widest cell."""
+        """Print `rows` in columns under `header`, as wide as their widest cell on a terminal."""
         cells = [[printable(str(cell)) for cell in row] for row in rows]
-        widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
+        widths = [max(columns(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
         rule = "-" * (sum(widths) + 3 * (len(widths) - 1))
         for i, row in enumerate([list(header), [rule], *cells]):
-            self.text(row[0] if i == 1 else "   ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+            padded = [] if i == 1 else [c + " " * (w - columns(c)) for c, w in zip(row, widths, strict=True)]
+            self.text(rule if i == 1 else "   ".join(padded).rstrip())
 
     def progress(self, step: Progress) -> None:
         """Show how far an operation is: at once with `-p`, else on a terminal when it takes over a second."""
@@ -97,6 +98,16 @@ class Ui:
         if self._progress_open:
             sys.stderr.write("\n")
             self._progress_open = False
+
+
+def columns(text: str) -> int:
+    """Return how many columns of a terminal `text` takes: two for a wide character, none for a combining one."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    wide = sum(unicodedata.east_asian_width(char) in ("W", "F") for char in text)
+    return len(text) + wide - sum(unicodedata.category(char) in ("Mn", "Me", "Cf") for char in text)
 
 
 def keyed(pairs: Mapping[str, object]) -> list[str]:
