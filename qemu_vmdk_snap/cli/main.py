@@ -147,12 +147,17 @@ def make_parser(
     """
     formatter = functools.partial(argparse.HelpFormatter, width=width)
     parser = _Parser(prog=prog, description=command.help, allow_abbrev=False, formatter_class=formatter)
+    add_arguments(module, parser)
+    return parser
+
+
+def add_arguments(module: CommandModule, parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command, and those that all commands have."""
     module.configure(parser)
     parser.add_argument(
         "--output", dest="output_format", choices=("human", "json"), default="human", help="text (default) or JSON"
     )
     parser.add_argument("--debug", action="store_true", help="log what is done to standard error")
-    return parser
 
 
 def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
