@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from pathlib import Path
+from typing import ClassVar
 
 
 def printable(text: str) -> str:
@@ -30,6 +31,9 @@ def _escaped(char: str) -> str:
 class VmdkSnapError(Exception):
     """Anything that this package refuses or finds broken. Failures of the system itself stay `OSError`."""
 
+    code: ClassVar[str] = "error"
+    """What programs tell errors apart by: lower-case words with dashes, which never change their meaning."""
+
     def __str__(self) -> str:
         """Return the one line that says what is wrong; see `printable`."""
         return printable(self._sentence())
@@ -42,6 +46,8 @@ class VmdkSnapError(Exception):
 class FormatError(VmdkSnapError):
     """An on-disk value breaks the format. Never raised for I/O failures."""
 
+    code = "format"
+
     def __init__(self, path: Path, offset: int, field: str, value: object, rule: str) -> None:
         super().__init__(path, offset, field, value, rule)
         self.path, self.offset, self.field, self.value, self.rule = path, offset, field, value, rule
@@ -52,6 +58,8 @@ class FormatError(VmdkSnapError):
 
 class Unsupported(VmdkSnapError):
     """The file is valid, or may be, but this package cannot do what was asked with it."""
+
+    code = "unsupported"
 
     def __init__(self, path: Path, feature: str) -> None:
         super().__init__(path, feature)
@@ -64,6 +72,8 @@ class Unsupported(VmdkSnapError):
 class CorruptChain(VmdkSnapError):
     """A backing chain cannot be followed: a parent is missing, not allowed, in a loop, or does not fit."""
 
+    code = "corrupt-chain"
+
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(path, reason)
         self.path, self.reason = path, reason
@@ -75,9 +85,13 @@ class CorruptChain(VmdkSnapError):
 class MissingFile(CorruptChain):
     """A parent or an extent is not where the image says: it may be gone, moved, or not mounted."""
 
+    code = "missing-file"
+
 
 class CidMismatch(VmdkSnapError):
     """The parent was written after the overlay was made: what the overlay leaves out is no longer there."""
+
+    code = "cid-mismatch"
 
     def __init__(self, overlay: Path, parent: Path, parent_cid: int, cid: int) -> None:
         super().__init__(overlay, parent, parent_cid, cid)
@@ -94,6 +108,8 @@ class CidMismatch(VmdkSnapError):
 class LockBusy(VmdkSnapError):
     """Another process holds the image in a way that excludes what was asked."""
 
+    code = "locked"
+
     def __init__(self, path: Path, permission: str, holder: str | None = None) -> None:
         super().__init__(path, permission, holder)
         self.path, self.permission, self.holder = path, permission, holder
@@ -106,6 +122,8 @@ class LockBusy(VmdkSnapError):
 
 class StillNeeded(VmdkSnapError):
     """Something else needs a file that was to be removed or changed, or may need it; nothing was changed."""
+
+    code = "still-needed"
 
     def __init__(self, path: Path, dependents: tuple[tuple[Path | str, str], ...]) -> None:
         super().__init__(path, dependents)
@@ -120,6 +138,8 @@ class StillNeeded(VmdkSnapError):
 class InvalidRequest(VmdkSnapError):
     """What the caller asked for makes no sense for this image, whatever is on the disk."""
 
+    code = "invalid-request"
+
     def __init__(self, subject: Path | str, reason: str) -> None:
         super().__init__(subject, reason)
         self.subject, self.reason = subject, reason
@@ -129,18 +149,49 @@ class InvalidRequest(VmdkSnapError):
 
 
 class DomainError(VmdkSnapError):
-    """A libvirt domain, its XML or its connection does not allow what was asked."""
+    """A libvirt domain, its XML or its connection does not allow what was asked.
 
-    def __init__(self, domain: str, reason: str) -> None:
+    `snapshot` is the snapshot in question, if it is about one.
+    """
+
+    code = "domain"
+
+    def __init__(self, domain: str, reason: str, *, snapshot: str | None = None) -> None:
         super().__init__(domain, reason)
-        self.domain, self.reason = domain, reason
+        self.domain, self.reason, self.snapshot = domain, reason, snapshot
 
     def _sentence(self) -> str:
         return f"domain {self.domain}: {self.reason}"
 
 
+class NoDomain(DomainError):
+    """The connection has no domain of that name, id or UUID."""
+
+    code = "no-domain"
+
+
+class NoSnapshot(DomainError):
+    """The domain has no such snapshot, or no current one."""
+
+    code = "no-snapshot"
+
+
+class SnapshotExists(DomainError):
+    """The domain has a snapshot of that name."""
+
+    code = "snapshot-exists"
+
+
+class DomainBusy(DomainError):
+    """Another command is changing the snapshots of the domain."""
+
+    code = "locked"
+
+
 class GuestError(VmdkSnapError):
     """A guest did not do its part: QEMU died, an answer was late or damaged, or a command failed inside."""
+
+    code = "guest"
 
     def __init__(self, guest: str, reason: str) -> None:
         super().__init__(guest, reason)
@@ -152,6 +203,8 @@ class GuestError(VmdkSnapError):
 
 class PluginError(VmdkSnapError):
     """Something from outside that we called (a drop-in, a needed tool or library) is missing or failed."""
+
+    code = "plugin"
 
     def __init__(self, plugin: str, reason: str) -> None:
         super().__init__(plugin, reason)

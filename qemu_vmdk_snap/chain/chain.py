@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple, Self, overload
 
 import numpy as np
 
+from qemu_vmdk_snap import log
 from qemu_vmdk_snap.chain.link import Link, open_link
 from qemu_vmdk_snap.chain.parent import MAX_DEPTH, find_parent
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
@@ -34,6 +35,8 @@ from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, InvalidRequest, Vmd
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer, FileOpener, open_posix, open_posix_or_device
 from qemu_vmdk_snap.vmdk.extent import Below, PlacedExtent
 from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, HOLE, NO_SOURCE, Row, RunTable
+
+_log = log.of(__name__)
 
 
 class RunKind(IntEnum):
@@ -372,6 +375,7 @@ def open_chain(
             from qemu_vmdk_snap.storage.record import refuse_pending  # JSON and digests: readers need none
 
             refuse_pending(links[0].path)
+        _log.debug("%s: chain of %d opened for %s", path, len(links), "writing" if writable else "reading")
         return WritableChain(links) if writable else Chain(links)
     except BaseException:
         for link in links:

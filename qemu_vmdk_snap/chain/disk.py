@@ -46,7 +46,7 @@ class Disk(Protocol):
 class RawDisk:
     """A raw image, or a block device: guest byte n is byte n of it; a part of a sector at its end is filled up."""
 
-    def __init__(self, path: Path, *, lock: bool = True, devices: bool = False) -> None:
+    def __init__(self, path: Path | str, *, lock: bool = True, devices: bool = False) -> None:
         """Open `path` for reading, locked as QEMU locks it unless `lock` is False; `devices` allows a block device.
 
         Raises:
@@ -54,7 +54,7 @@ class RawDisk:
             Unsupported: it is a block device, and `devices` does not allow one.
             LockBusy: another process writes it.
         """
-        self.path = path
+        self.path = path = Path(path)
         if not devices and path.is_block_device():
             raise Unsupported(path, "is a block device: opened only where that is allowed (--allow-devices)")
         self._file = PosixFile.open(path, devices=devices)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.chain.identity import with_fresh_cid
 from qemu_vmdk_snap.chain.look import notes, opening
-from qemu_vmdk_snap.chain.resolver import Resolver, check_opened
+from qemu_vmdk_snap.chain.resolver import Resolver, check_opened, confined
 from qemu_vmdk_snap.chain.windows import windows
 from qemu_vmdk_snap.errors import FormatError, Unsupported
-from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix_or_device
+from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix, open_posix_or_device
 from qemu_vmdk_snap.storage.limits import allow_open_files
 from qemu_vmdk_snap.storage.locks import keep_from_writers
 from qemu_vmdk_snap.storage.opening import open_locked
@@ -209,17 +209,19 @@ def read_descriptor(file: BlockFile) -> tuple[Descriptor, bool]:
 
 
 def open_link(
-    path: Path,
+    path: Path | str,
     *,
-    opener: FileOpener,
-    writable: bool,
-    resolver: Resolver,
+    opener: FileOpener = open_posix,
+    writable: bool = False,
+    trusted_dirs: Sequence[Path | str] = (),
+    resolver: Resolver | None = None,
     first_source: int = 0,
     lock: bool = True,
     owner: Path | None = None,
 ) -> Link:
     """Open one image: its descriptor and its extents, locked as QEMU locks them.
 
+    Extents are opened beside the image and below `trusted_dirs`; `resolver` takes the place of that rule.
     `first_source` is the number that its first extent gets among the sources of the chain, `owner` the image whose hint
     `resolver` followed to it.
 
@@ -229,7 +231,8 @@ def open_link(
         LockBusy: another process excludes this open.
         CorruptChain: an extent is missing or lies where it may not be opened.
     """
-    files = _OpenFiles(path, opener, resolver, owner, lock=lock)
+    path, find = Path(path), resolver or confined(trusted_dirs)
+    files = _OpenFiles(path, opener, find, owner, lock=lock)
     try:
         file = files.open(path, writable)
         descriptor, embedded = read_descriptor(file)
@@ -243,7 +246,7 @@ def open_link(
             _refuse_device(line, path, opener)
             if embedded:
                 _check_embedded(line, file)
-            extent_file, extent_path, write = _extent_file(line, file, embedded, writable, resolver, files.open)
+            extent_file, extent_path, write = _extent_file(line, file, embedded, writable, find, files.open)
             extent = open_extent(ExtentSpec(line, extent_path, extent_file, write))
             extents.append(PlacedExtent(start, extent, first_source + number))
             start += sector_bytes(line.sectors)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from qemu_vmdk_snap.cli.commands import COMMANDS, TOP_LEVEL
-from qemu_vmdk_snap.cli.main import PROGRAM, CommandModule, make_parser
+from qemu_vmdk_snap.cli.main import PROGRAM, CommandModule, add_arguments
 
 
 class Entry(NamedTuple):
@@ -21,14 +21,39 @@ class Entry(NamedTuple):
     parser: argparse.ArgumentParser
 
 
+class _Listed:
+    """Takes the place of a parser while arguments are added, and lists them: argparse itself has no way to ask."""
+
+    def __init__(
+        self,
+        inner: Any,  # noqa: ANN401 - a parser, or a group of one
+        actions: list[argparse.Action] | None = None,
+    ) -> None:
+        self._inner = inner
+        self.actions: list[argparse.Action] = [] if actions is None else actions
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # noqa: ANN401 - argparse's own
+        self.actions.append(self._inner.add_argument(*names, **options))
+        return self.actions[-1]
+
+    def add_mutually_exclusive_group(self, *, required: bool = False) -> _Listed:
+        return _Listed(self._inner.add_mutually_exclusive_group(required=required), self.actions)
+
+    def set_defaults(self, **defaults: object) -> None:
+        self._inner.set_defaults(**defaults)
+
+
 def every_command() -> Iterator[Entry]:
     """Yield all commands, the grouped ones first."""
     rows = [((group, name), command) for group, table in COMMANDS.items() for name, command in table.items()]
     rows_alone = [((name,), command) for name, command in TOP_LEVEL.items()]
     for words, command in [*rows, *rows_alone]:
         module = cast(CommandModule, importlib.import_module(command.module))
-        parser = make_parser(module, command, " ".join([PROGRAM, *words]))
-        shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+        parser = argparse.ArgumentParser(" ".join([PROGRAM, *words]), add_help=False)
+        listed = _Listed(parser)
+        listed.add_argument("-h", "--help", action="help", help="show this help message and exit")
+        add_arguments(module, cast(argparse.ArgumentParser, listed))
+        shown = [action for action in listed.actions if action.help != argparse.SUPPRESS]
         options = tuple(action for action in shown if action.option_strings)
         positionals = tuple(action for action in shown if not action.option_strings)
         yield Entry(words, command.help, options, positionals, parser)

@@ -17,7 +17,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Print the script."""
-    for line in _fish() if args.shell == "fish" else _bash(zsh=args.shell == "zsh"):
+    lines = [*(_fish() if args.shell == "fish" else _bash(zsh=args.shell == "zsh"))]
+    if ui.json_output:
+        ui.json({"shell": args.shell, "script": "\n".join(lines) + "\n"})
+        return
+    for line in lines:
         ui.text(line)
 
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `demo`."""
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="work in DIR, which must not exist, and keep it")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="work in DIR, which must not exist, and keep it afterwards"
+    )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int:
@@ -47,7 +49,10 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
 
 def _show(demo: Demo, same: bool, seconds: float, ui: Ui) -> None:
     if ui.json_output:
-        rows = [{**row._asdict(), "same": row.same} for row in demo.seen]
+        rows = [
+            {**row._asdict(), "expected": f"{row.expected:08x}", "seen": f"{row.seen:08x}", "same": row.same}
+            for row in demo.seen
+        ]
         ui.json({"same": same, "seconds": seconds, "regions": rows, "snapshots": [s.name for s in demo.snapshots]})
         return
     ui.text()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.cli.snapshot.options import add_orphans
+from qemu_vmdk_snap.cli.snapshot.options import add_all, add_orphans
 from qemu_vmdk_snap.cli.ui import Ui
-from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.adopt.run import Settled
@@ -21,18 +20,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("-c", "--connect", metavar="URI", help="libvirt connection, as for the snapshot commands")
     parser.add_argument("domain", metavar="DOMAIN", nargs="?", help="name, id or UUID of a domain (default: the host)")
-    parser.add_argument("--remove", action="store_true", help="remove orphan overlays that hold nothing")
+    add_all(parser)
+    parser.add_argument("--remove", action="store_true", help="remove orphaned overlays that store nothing")
     parser.add_argument(
-        "--discard", type=Path, metavar="FILE", action="append", default=[], help="remove this orphan with its data"
+        "--discard",
+        type=Path,
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="remove this orphaned overlay with its data (may be repeated)",
     )
     add_orphans(parser)
-    parser.add_argument("--adopt", action="store_true", help="register every orphan overlay as a snapshot")
+    parser.add_argument("--adopt", action="store_true", help="register every orphaned overlay as a snapshot")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int:
     """Do what is asked for, then show every check; exit status 1 if something is bad."""
     if args.domain is None and (args.remove or args.discard or args.adopt):
         raise InvalidRequest("--remove, --discard, --adopt", "need a domain")
+    if args.all:
+        if args.domain is not None:
+            raise InvalidRequest("doctor", "give a domain or --all, not both")
+        return _check_all(args, ui)
     done: list[Settled] = []
     if args.domain is None:
         checks = [*_host(args.connect)]
@@ -55,12 +64,46 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
             checks = [*check_domain(conn, args.domain)]
     good = not any(check.verdict == "bad" for check in checks)
     if ui.json_output:
-        ui.json({"good": good, "done": [asdict(one) for one in done], "checks": [asdict(check) for check in checks]})
+        ui.json(
+            {"good": good, "done": [one.as_dict() for one in done], "checks": [check.as_dict() for check in checks]}
+        )
         return 0 if good else 1
     for one in done:
         ui.text(f"removed {one.path}" if one.snapshot is None else f"adopted {one.path} as snapshot {one.snapshot}")
+    _show(checks, ui)
+    return 0 if good else 1
+
+
+def _show(checks: Sequence[Check], ui: Ui) -> None:
     for check in checks:
         ui.text(f"[{check.verdict:^4}] {check.subject}: {check.text}")
+
+
+def _check_all(args: argparse.Namespace, ui: Ui) -> int:
+    """Show the checks of every domain; one that cannot be checked is bad, and the others are checked."""
+    from qemu_vmdk_snap.cli.exit_status import as_object, one_line, status_of
+    from qemu_vmdk_snap.domain.connect import connection
+    from qemu_vmdk_snap.domain.doctor import check_domain
+    from qemu_vmdk_snap.domain.registry import list_domains
+
+    domains: list[dict[str, object]] = []
+    with connection(args.connect) as conn:
+        for name in list_domains(conn):
+            try:
+                checks = [*check_domain(conn, name)]
+            except (VmdkSnapError, OSError) as error:
+                ui.error(one_line(error))
+                domains.append({"domain": name, "good": False, **as_object(error, one_line(error), status_of(error))})
+                continue
+            good = not any(check.verdict == "bad" for check in checks)
+            domains.append({"domain": name, "good": good, "checks": [check.as_dict() for check in checks]})
+            if not ui.json_output:
+                ui.text(f"Domain {name}:")
+                _show(checks, ui)
+                ui.text()
+    good = all(one["good"] for one in domains)
+    if ui.json_output:
+        ui.json({"good": good, "domains": domains})
     return 0 if good else 1
 
 

@@ -1,4 +1,4 @@
-"""The one table from error class to exit status.
+"""What programs tell errors apart by: the one table from error class to exit status, and the error as JSON.
 
 0 to 3 keep the meaning that qemu-img gives them command by command (compare: 0 same, 1 different, 2 error; check: 0
 good, 2 corrupt, 3 leaks), so the classes begin above. 63 is qemu-img's own status for "not supported".
@@ -6,6 +6,7 @@ good, 2 corrupt, 3 leaks), so the classes begin above. 63 is qemu-img's own stat
 
 from __future__ import annotations
 
+import os
 from typing import Final
 
 from qemu_vmdk_snap import errors
@@ -13,6 +14,11 @@ from qemu_vmdk_snap import errors
 USAGE: Final = 64
 SYSTEM: Final = 74
 CANCELLED: Final = 130
+
+
+class UsageError(Exception):
+    """A command line that cannot be parsed."""
+
 
 BY_CLASS: Final[dict[type[BaseException], int]] = {
     errors.Unsupported: 63,
@@ -28,6 +34,48 @@ BY_CLASS: Final[dict[type[BaseException], int]] = {
     OSError: SYSTEM,
     KeyboardInterrupt: CANCELLED,
 }
+
+
+_FIELDS: Final = ("path", "domain", "snapshot", "overlay", "parent", "offset", "field", "subject", "guest", "plugin")
+"""The attributes of errors that are passed on to programs, under the same names."""
+
+
+def as_object(error: BaseException, message: str, status: int) -> dict[str, object]:
+    """Return the error for programs: `{"error": {"class", "code", "message", ..., "exit-status"}}`.
+
+    `code` never changes its meaning; docs/json.md lists all of them. What the error is about (`path`, `domain`,
+    `snapshot`, ...) is there where it is known.
+    """
+    value: dict[str, object] = {"class": type(error).__name__, "code": code_of(error), "message": message}
+    for name in _FIELDS:
+        about = getattr(error, name, None)
+        if about is not None:
+            value[name] = about if isinstance(about, int) else str(about)
+    if isinstance(error, errors.StillNeeded):
+        value["dependents"] = [{"filename": str(file), "reason": reason} for file, reason in error.dependents]
+    if isinstance(error, OSError):
+        if error.filename is not None:
+            value["path"] = os.fsdecode(error.filename)
+        if error.errno is not None:
+            value["errno"] = error.errno
+    return {"error": {**value, "exit-status": status}}
+
+
+def one_line(error: Exception) -> str:
+    """Return what is wrong, in one line; of a failure of the system, the file and its reason."""
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{errors.printable(os.fsdecode(error.filename))}: " if error.filename else ""
+        return f"{name}{error.strerror}"
+    return str(error)
+
+
+def code_of(error: BaseException) -> str:
+    """Return the frozen code of the error."""
+    if isinstance(error, errors.VmdkSnapError):
+        return error.code
+    if isinstance(error, UsageError):
+        return "usage"
+    return "cancelled" if isinstance(error, KeyboardInterrupt) else "system"
 
 
 def status_of(error: BaseException) -> int:

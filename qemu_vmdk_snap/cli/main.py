@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib
 import io
+import itertools
 import os
 import signal
 import sys
@@ -37,8 +38,7 @@ class CommandModule(Protocol):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"{self.prog}: {printable(message)} (try {self.prog} --help)\n")
-        raise SystemExit(exit_status.USAGE)
+        raise exit_status.UsageError(f"{self.prog}: {printable(message)} (try {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,9 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.reconfigure(write_through=False)
     try:
         return _main(words)
+    except exit_status.UsageError as error:
+        return _usage_error(error, words)
     except KeyboardInterrupt:  # while modules were still being imported
         sys.stderr.write(f"{PROGRAM}: cancelled\n")
         return exit_status.CANCELLED
+
+
+def _usage_error(error: exit_status.UsageError, words: Sequence[str]) -> int:
+    """Show what is wrong with the command line, as JSON too where it asks for that, as far as it can be read."""
+    sys.stderr.write(f"{error}\n")
+    if "--output=json" in words or ("--output", "json") in itertools.pairwise(words):
+        Ui(json_output=True).json(exit_status.as_object(error, str(error), exit_status.USAGE))
+    return exit_status.USAGE
 
 
 def _main(words: list[str]) -> int:
@@ -70,7 +80,35 @@ def _main(words: list[str]) -> int:
     module = cast(CommandModule, importlib.import_module(command.module))
     # How wide a terminal is matters to those alone who ask for help; finding out takes 4 ms of imports.
     parser = make_parser(module, command, prog, width=None if _HELP & set(rest) else _ANY_WIDTH)
-    args = parser.parse_args(rest)
+    try:
+        args = parser.parse_args(rest)
+    except exit_status.UsageError as error:
+        raise SystemExit(_usage_error(error, words)) from None
+    if args.debug or os.environ.get("QEMU_VMDK_SNAP_LOG"):
+        return _logged(args, prog, rest, module)
+    return _shown(args, prog, rest, module)
+
+
+def _logged(args: argparse.Namespace, prog: str, rest: Sequence[str], module: CommandModule) -> int:
+    """Run the command with the log where `--debug` and QEMU_VMDK_SNAP_LOG want it."""
+    from qemu_vmdk_snap.cli import debug
+
+    file = os.environ.get(debug.VARIABLE)
+    try:
+        handlers = debug.start(stderr=args.debug, file=file)
+    except OSError as error:
+        sys.stderr.write(f"{PROGRAM}: {debug.VARIABLE}: {exit_status.one_line(error)}\n")
+        return exit_status.SYSTEM
+    try:
+        debug.command(prog, rest)
+        status = _shown(args, prog, rest, module)
+        debug.ended(status)
+    finally:
+        debug.stop(handlers)
+    return status
+
+
+def _shown(args: argparse.Namespace, prog: str, rest: Sequence[str], module: CommandModule) -> int:
     ui = Ui(
         json_output=getattr(args, "output_format", "human") == "json",
         quiet=getattr(args, "quiet", False),
@@ -109,11 +147,17 @@ def make_parser(
     """
     formatter = functools.partial(argparse.HelpFormatter, width=width)
     parser = _Parser(prog=prog, description=command.help, allow_abbrev=False, formatter_class=formatter)
+    add_arguments(module, parser)
+    return parser
+
+
+def add_arguments(module: CommandModule, parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command, and those that all commands have."""
     module.configure(parser)
     parser.add_argument(
         "--output", dest="output_format", choices=("human", "json"), default="human", help="text (default) or JSON"
     )
-    return parser
+    parser.add_argument("--debug", action="store_true", help="log what is done to standard error")
 
 
 def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
@@ -126,10 +170,11 @@ def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (VmdkSnapError, OSError) as error:
-        ui.error(_one_line(error) + _way_out(error, args))
-        return getattr(args, "error_status", None) or exit_status.status_of(error)
-    except KeyboardInterrupt:
-        ui.error("cancelled" + _half_done(args))
+        status = getattr(args, "error_status", None) or exit_status.status_of(error)
+        ui.error(exit_status.one_line(error) + _way_out(error, args), error, status)
+        return status
+    except KeyboardInterrupt as error:
+        ui.error("cancelled" + _half_done(args), error, exit_status.CANCELLED)
         return exit_status.CANCELLED
     return status
 
@@ -169,13 +214,6 @@ def _instead_of(path: Path) -> str:
     return "" if known is None else f"; {known}"
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        name = f"{printable(os.fsdecode(error.filename))}: " if error.filename else ""
-        return f"{name}{error.strerror}"
-    return str(error)
-
-
 def _find(words: Sequence[str]) -> tuple[Command | None, str, list[str]]:
     if words and words[0] in TOP_LEVEL:
         return TOP_LEVEL[words[0]], f"{PROGRAM} {words[0]}", list(words[1:])
@@ -187,20 +225,18 @@ def _find(words: Sequence[str]) -> tuple[Command | None, str, list[str]]:
 def _show_help(words: Sequence[str]) -> int:
     stray = next((word for word in words[:2] if word.startswith("-") and word not in _HELP), None)
     if stray is not None:
-        sys.stderr.write(f"{PROGRAM}: no option {stray!r} here: options follow the command (try {PROGRAM} --help)\n")
-        return exit_status.USAGE
+        reason = f"no option {stray!r} here: options follow the command"
+        raise exit_status.UsageError(f"{PROGRAM}: {reason} (try {PROGRAM} --help)")
     wanted = not words or words[-1] == "help" or not _HELP.isdisjoint(words)
     plain = [word for word in words if not word.startswith("-")]
     group = plain[0] if plain else None
     if group in COMMANDS:
         if len(plain) > 1 and not wanted:
-            sys.stderr.write(f"{PROGRAM} {group}: no command {plain[1]!r} (try {PROGRAM} {group} --help)\n")
-            return exit_status.USAGE
+            raise exit_status.UsageError(f"{PROGRAM} {group}: no command {plain[1]!r} (try {PROGRAM} {group} --help)")
         rows = [(f"{group} {name}", command.help) for name, command in COMMANDS[str(group)].items()]
         return _print_help(f"usage: {PROGRAM} {group} COMMAND ...\n\n{GROUPS[str(group)]}", rows, wanted)
     if group is not None and group != "help":
-        sys.stderr.write(f"{PROGRAM}: no command {group!r} (try {PROGRAM} --help)\n")
-        return exit_status.USAGE
+        raise exit_status.UsageError(f"{PROGRAM}: no command {group!r} (try {PROGRAM} --help)")
     rows = [(f"{name} {command}", entry.help) for name, table in COMMANDS.items() for command, entry in table.items()]
     rows += [(name, entry.help) for name, entry in TOP_LEVEL.items()]
     purpose = "Snapshots of VMDK disks under QEMU and libvirt, proven by booting a guest."

@@ -17,13 +17,13 @@ _STATUSES = (
     ("1", "compare: different; guest verify and demo: a guest saw something else."),
     ("2, 3", "check: corrupt, leaks. compare: 2 for any error."),
     ("63", "Not supported."),
-    ("64", "The command line or a request makes no sense."),
+    ("64", "The command line or the request is invalid."),
     ("65", "A file breaks the format."),
     ("66", "The backing chain cannot be followed."),
-    ("67", "A CID does not fit: a parent was modified."),
+    ("67", "CID mismatch: a parent was modified."),
     ("68", "Something else still needs a file that was to be removed or changed, or may need it."),
     ("69", "The libvirt domain does not allow it."),
-    ("70", "Something from outside (a library, a tool, a drop-in) is missing or failed."),
+    ("70", "A library, a tool or a drop-in is missing or failed."),
     ("71", "A guest, or the QEMU around it, failed."),
     ("74", "The system refused: no such file, no space, I/O error."),
     ("75", "Another process holds the image."),
@@ -33,7 +33,7 @@ _STATUSES = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `manual`."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where the pages go, e.g. ~/.local/share/man/man1")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder for the pages, e.g. ~/.local/share/man/man1")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

@@ -11,7 +11,6 @@ from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.journal.pending import Unfinished
-    from qemu_vmdk_snap.domain.journal.recover import Recovery as DomainRecovery
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +20,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-c",
         "--connect",
         metavar="URI",
-        help="settle the unfinished operations on snapshots of this libvirt connection's domains",
+        help="finish or undo the operations on snapshots of the domains of this libvirt connection",
     )
-    parser.add_argument("--domains", action="store_true", help="the same, of libvirt's default connection")
+    parser.add_argument("--domains", action="store_true", help="the same for the default connection of libvirt")
     parser.add_argument(
         "--domain",
         metavar="NAME",
@@ -34,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--abandon",
         action="store_true",
-        help="show what is pending and forget it instead of finishing it; images and domains stay as they are",
+        help="delete the record of what is unfinished instead of finishing it; images and domains stay as they are",
     )
     add_allow_dir(parser)
     parser.add_argument(
@@ -66,7 +65,7 @@ def _run_domains(args: argparse.Namespace, ui: Ui) -> None:
     with connection(args.connect) as conn:
         settled = recover(conn, names)
     if ui.json_output:
-        ui.json([_settled_json(one) for one in settled])
+        ui.json([one.as_dict() for one in settled])
         return
     for one in settled:
         what = "finished" if one.finished else "took back"
@@ -100,16 +99,6 @@ def _show_abandoned(gone: list[Unfinished], ui: Ui) -> None:
             ui.text(f"  left as it is: {path}")
     if not gone:
         ui.text("Nothing to abandon.")
-
-
-def _settled_json(one: DomainRecovery) -> dict[str, object]:
-    return {
-        "operation": one.operation,
-        "domain": one.domain,
-        "snapshot": one.snapshot,
-        "finished": one.finished,
-        "left": [str(path) for path in one.left],
-    }
 
 
 def _run_images(args: argparse.Namespace, ui: Ui) -> None:

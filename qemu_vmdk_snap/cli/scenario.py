@@ -106,11 +106,11 @@ class Demo:
         create_image(self.base, DISK_BYTES)
         self.regions = [
             Region("boot sectors", 0, bytearray(disk_image())),
-            Region("never changed", 1 * MIB, bytearray(_pattern(_BASE_SEED, 1 * MIB, MIB))),
-            Region("guest: whole grains", 8 * MIB, bytearray(_pattern(_BASE_SEED, 8 * MIB, MIB))),
-            Region("guest: inside a grain", 16 * MIB, bytearray(_pattern(_BASE_SEED, 16 * MIB, 192 * KIB))),
+            Region("never changed", 1 * MIB, bytearray(pattern(_BASE_SEED, 1 * MIB, MIB))),
+            Region("guest: whole grains", 8 * MIB, bytearray(pattern(_BASE_SEED, 8 * MIB, MIB))),
+            Region("guest: inside a grain", 16 * MIB, bytearray(pattern(_BASE_SEED, 16 * MIB, 192 * KIB))),
             Region("nothing stored", 24 * MIB, bytearray(4 * MIB)),
-            Region("engine: odd bytes", 40 * MIB, bytearray(_pattern(_BASE_SEED, 40 * MIB, 512 * KIB))),
+            Region("engine: odd bytes", 40 * MIB, bytearray(pattern(_BASE_SEED, 40 * MIB, 512 * KIB))),
             Region("both, into a hole", 50 * MIB, bytearray(256 * KIB)),
             Region("end of the disk", DISK_BYTES - MIB, bytearray(MIB)),
         ]
@@ -177,14 +177,14 @@ class Demo:
         ):
             region = self._region(name)
             probe.pattern(_GUEST_SEED, region.offset + start, length)
-            region.content[start : start + length] = _pattern(_GUEST_SEED, region.offset + start, length)
+            region.content[start : start + length] = pattern(_GUEST_SEED, region.offset + start, length)
 
     def _engine_writes(self) -> None:
         top = self.points[-1].image.with_name("disk-000002.vmdk")
         with open_chain(top, writable=True) as chain:
             for name, start, length in (("engine: odd bytes", 70_001, 200_003), ("both, into a hole", 100_000, 50_000)):
                 region = self._region(name)
-                data = _pattern(_ENGINE_SEED, 0, -(-length // SECTOR_SIZE) * SECTOR_SIZE)[:length]
+                data = pattern(_ENGINE_SEED, 0, -(-length // SECTOR_SIZE) * SECTOR_SIZE)[:length]
                 chain.write_at(region.offset + start, data)
                 region.content[start : start + length] = data
         self.say(f"engine: wrote into {top.name}")
@@ -206,10 +206,6 @@ class Demo:
 
     def _region(self, name: str) -> Region:
         return next(region for region in self.regions if region.name == name)
-
-
-def _pattern(seed: int, offset: int, length: int) -> bytes:
-    return pattern(seed, offset // SECTOR_SIZE, length // SECTOR_SIZE)
 
 
 def _domain_xml(disk: Path, serial: Path) -> str:

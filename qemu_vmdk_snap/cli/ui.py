@@ -27,6 +27,7 @@ class Ui:
         self._started = time.monotonic()
         self._last_progress = 0.0
         self._progress_open = False
+        self._streams = False
         self._warned: dict[str, None] = {}  # in their order
 
     def text(self, line: str = "") -> None:
@@ -50,12 +51,13 @@ class Ui:
         sys.stdout.write(json.dumps(value, indent=4, default=str) + "\n")
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Print `rows` in columns under `header`, as wide as their widest cell."""
+        """Print `rows` in columns under `header`, as wide as their widest cell on a terminal."""
         cells = [[printable(str(cell)) for cell in row] for row in rows]
-        widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
+        widths = [max(columns(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
         rule = "-" * (sum(widths) + 3 * (len(widths) - 1))
         for i, row in enumerate([list(header), [rule], *cells]):
-            self.text(row[0] if i == 1 else "   ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+            padded = [] if i == 1 else [c + " " * (w - columns(c)) for c, w in zip(row, widths, strict=True)]
+            self.text(rule if i == 1 else "   ".join(padded).rstrip())
 
     def progress(self, step: Progress) -> None:
         """Show how far an operation is: at once with `-p`, else on a terminal when it takes over a second."""
@@ -78,16 +80,34 @@ class Ui:
         self._end_progress()
         sys.stderr.write(f"qemu-vmdk-snap: warning: {line}\n")
 
-    def error(self, message: object) -> None:
-        """Print the one line that says why the command failed."""
+    def streams(self) -> None:
+        """Note that the answer goes to standard output piece by piece: nothing but it may be written there."""
+        self._streams = True
+
+    def error(self, message: object, error: BaseException | None = None, status: int = 1) -> None:
+        """Print the one line that says why the command failed; as JSON, the error is on standard output too."""
         self._end_progress()
         line = printable(" ".join(str(message).split("\n")))
         sys.stderr.write(f"qemu-vmdk-snap: {line}\n")
+        if self.json_output and error is not None and not self._streams:
+            from qemu_vmdk_snap.cli.exit_status import as_object
+
+            self.json(as_object(error, line, status))
 
     def _end_progress(self) -> None:
         if self._progress_open:
             sys.stderr.write("\n")
             self._progress_open = False
+
+
+def columns(text: str) -> int:
+    """Return how many columns of a terminal `text` takes: two for a wide character, none for a combining one."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    wide = sum(unicodedata.east_asian_width(char) in ("W", "F") for char in text)
+    return len(text) + wide - sum(unicodedata.category(char) in ("Mn", "Me", "Cf") for char in text)
 
 
 def keyed(pairs: Mapping[str, object]) -> list[str]:

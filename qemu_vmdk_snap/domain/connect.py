@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs, urlsplit
 
-from qemu_vmdk_snap.errors import DomainError, InvalidRequest, PluginError
+from qemu_vmdk_snap.errors import DomainError, InvalidRequest, NoDomain, PluginError
 
 if TYPE_CHECKING:
     import libvirt
@@ -152,7 +152,7 @@ def find_domain(conn: libvirt.virConnect, name: str) -> libvirt.virDomain:
         except libvirt.libvirtError as error:
             if error.get_error_code() not in (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_INVALID_ARG):
                 raise DomainError(name, _message(error)) from error
-    raise DomainError(name, "there is no domain of that name")
+    raise NoDomain(name, "there is no domain of that name")
 
 
 @contextlib.contextmanager

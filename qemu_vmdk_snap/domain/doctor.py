@@ -55,6 +55,10 @@ class Check:
     """`note`: not as it could be, and in nobody's way."""
     text: str
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types."""
+        return {"subject": self.subject, "verdict": self.verdict, "text": self.text}
+
 
 def check_host(uri: str | None = None, environ: dict[str, str] | os._Environ[str] = os.environ) -> Iterator[Check]:
     """Yield what there is to say about this machine's libvirt, QEMU, tools, hooks and folders."""

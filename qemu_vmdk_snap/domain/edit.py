@@ -15,7 +15,7 @@ from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, make_current, recover_domain
 from qemu_vmdk_snap.domain.state import find_snapshot
 from qemu_vmdk_snap.domain.xml.edits import keeping_description
-from qemu_vmdk_snap.errors import DomainError
+from qemu_vmdk_snap.errors import DomainError, SnapshotExists
 
 if TYPE_CHECKING:
     import libvirt
@@ -68,7 +68,7 @@ def rename(conn: libvirt.virConnect, domain_name: str, snapshot: str, name: str)
         texts, current = _read(domain, snapshot)
         renamed = xml.with_name(texts[snapshot], name)
         if name in texts:
-            raise DomainError(domain.name(), f"has a snapshot {name!r} already")
+            raise SnapshotExists(domain.name(), f"has a snapshot {name!r} already", snapshot=name)
         below = [other for other in texts if other != name and _below(other, snapshot, texts)]
         intent = Intent(
             uuid=domain.UUIDString(),

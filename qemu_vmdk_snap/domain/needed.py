@@ -164,7 +164,9 @@ class Needed:
             if at is not None:
                 if not any(map(orphans.has, walk.files[: at + 1])) and not settled(holder, walk):
                     yield holder.owner, _how(holder, top, walk.files[at])
-            elif walk.unseen is not None and not (top and orphans.has(top)) and not orphans.has(walk.unseen[0]):
+            elif walk.unseen is None or _is_past(holder, top):
+                continue
+            elif not (top and orphans.has(top)) and not orphans.has(walk.unseen[0]):
                 path, reason = walk.unseen
                 yield path, f"{reason}, and is of the {_disk(holder)} of {holder.owner}: it may depend on it"
 
@@ -255,6 +257,16 @@ def same_chain(one: Holder, other: Holder) -> bool:
     """Return whether both name the same files in the same order."""
     mine, others = one.chain.files, other.chain.files
     return len(mine) == len(others) and all(same_file(a.path, b.path) for a, b in zip(mine, others, strict=True))
+
+
+def _is_past(holder: Holder, top: Path | None) -> bool:
+    """Return whether this is a snapshot's overlay that is gone, as after a delete: nobody reads by that name."""
+    if holder.chain.role != "overlay" or top is None:
+        return False
+    try:
+        return identity_of(top) is None
+    except OSError:
+        return False
 
 
 def _disk(holder: Holder) -> str:

@@ -19,3 +19,12 @@ class PlannedDisk:
     def frozen(self) -> Path:
         """The top of today, the parent of the overlay."""
         return self.chain[0]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types; its chain is the one with the overlay."""
+        return {
+            "target": self.target,
+            "frozen": str(self.frozen),
+            "overlay": str(self.overlay),
+            "chain": [str(self.overlay), *map(str, self.chain)],
+        }

@@ -11,7 +11,7 @@ import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.state import volume_resolver
-from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
+from qemu_vmdk_snap.errors import NoSnapshot, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
@@ -37,6 +37,20 @@ class DiskState:
     problem: str | None
     """Why the frozen chain cannot be read, in one line."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types; sizes are bytes."""
+        return {
+            "target": self.target,
+            "snapshot": self.mode,
+            "frozen": None if self.frozen is None else str(self.frozen),
+            "overlay": None if self.overlay is None else str(self.overlay),
+            "frozen-size": self.frozen_bytes,
+            "overlay-size": self.overlay_bytes,
+            "chain-depth": self.depth,
+            "missing": [str(path) for path in self.missing],
+            "problem": self.problem,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class SnapshotInfo:
@@ -60,6 +74,32 @@ class SnapshotInfo:
         """Return `external` or `internal`, as virsh's snapshot-info decides it."""
         modes = {disk.mode for disk in self.disks} | {self.memory}
         return "external" if "external" in modes else "internal"
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the snapshot with JSON's own types, as `snapshot info --output=json` shows it."""
+        return {
+            "domain": self.domain,
+            "name": self.name,
+            "creation-time": self.creation_time,
+            "state": self.state,
+            "location": self.location,
+            "parent": self.parent,
+            "children": list(self.children),
+            "descendants": self.descendants,
+            "current": self.current,
+            "description": self.description,
+            "disks": [disk.as_dict() for disk in self.disks],
+        }
+
+
+def list_domains(conn: libvirt.virConnect) -> list[str]:
+    """Return the names of all domains of the connection, in their order.
+
+    Raises:
+        DomainError: libvirt cannot tell.
+    """
+    with libvirt_errors("-", "list the domains"):
+        return sorted(domain.name() for domain in conn.listAllDomains())
 
 
 def list_snapshots(conn: libvirt.virConnect, domain_name: str) -> list[SnapshotInfo]:
@@ -87,7 +127,8 @@ def snapshot_info(conn: libvirt.virConnect, domain_name: str, snapshot: str | No
     for info in list_snapshots(conn, domain_name):
         if info.name == snapshot or (snapshot is None and info.current):
             return info
-    raise DomainError(domain_name, "has no current snapshot" if snapshot is None else f"has no snapshot {snapshot!r}")
+    reason = "has no current snapshot" if snapshot is None else f"has no snapshot {snapshot!r}"
+    raise NoSnapshot(domain_name, reason, snapshot=snapshot)
 
 
 def tree_lines(snapshots: Sequence[SnapshotInfo]) -> Iterator[str]:

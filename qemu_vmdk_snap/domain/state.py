@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
-from qemu_vmdk_snap.errors import DomainError
+from qemu_vmdk_snap.errors import DomainError, NoSnapshot
 
 if TYPE_CHECKING:
     import libvirt
@@ -39,7 +39,7 @@ def find_snapshot(domain: libvirt.virDomain, name: str) -> libvirt.virDomainSnap
     for snapshot in domain.listAllSnapshots():
         if snapshot.getName() == name:
             return snapshot
-    raise DomainError(domain.name(), f"has no snapshot {name!r}")
+    raise NoSnapshot(domain.name(), f"has no snapshot {name!r}", snapshot=name)
 
 
 def inactive_xml(domain: libvirt.virDomain) -> str:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
+from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.units import SECTOR_SIZE
 
 _WORDS = SECTOR_SIZE // 4
 _MASK = 0xFFFF_FFFF
 
 
-def pattern(seed: int, lba: int, count: int) -> bytes:
-    """Return `count` sectors of the pattern of `seed` (32 bits), the first being sector `lba` of the disk."""
+def pattern(seed: int, offset: int, length: int) -> bytes:
+    """Return the `length` bytes of the pattern of `seed` (32 bits) from byte `offset` of the disk on.
+
+    Raises:
+        InvalidRequest: one of them is no multiple of the sector size.
+    """
+    if offset % SECTOR_SIZE or length % SECTOR_SIZE:
+        raise InvalidRequest("pattern", f"bytes {offset} to {offset + length} are no whole sectors of {SECTOR_SIZE}")
+    count = length // SECTOR_SIZE
+    lba = offset // SECTOR_SIZE
     sectors = np.arange(lba, lba + count, dtype=np.uint64)
     low, high = sectors & np.uint64(_MASK), sectors >> np.uint64(32)
     state = (low * np.uint64(0x9E3779B1)) ^ (high * np.uint64(0x85EBCA77)) ^ np.uint64(seed & _MASK)

@@ -327,5 +327,9 @@ def _read_piece(offset: int, length: int, kind: str, whole: str, blocks: str) ->
 
 
 def as_json(report: VerifyReport) -> dict[str, object]:
-    """Return the report as plain values, with the verdict."""
-    return {**asdict(report), "identical": report.identical}
+    """Return the report as JSON has it, with the verdict; its keys have dashes."""
+    answer = {**asdict(report), "identical": report.identical}
+    answer["mismatches"] = [
+        {key.replace("_", "-"): value for key, value in one.items()} for one in answer["mismatches"]
+    ]
+    return {key.replace("_", "-"): value for key, value in answer.items()}

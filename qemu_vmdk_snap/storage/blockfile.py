@@ -275,9 +275,9 @@ FileOpener = Callable[[Path, bool], BlockFile]
 """Opens (path, writable) as a BlockFile; the seam through which tests put another disk under the engine."""
 
 
-def open_posix(path: Path, writable: bool) -> BlockFile:
+def open_posix(path: Path | str, writable: bool) -> BlockFile:
     """Open `path` as a `PosixFile`: the opener that everything uses unless told otherwise."""
-    return PosixFile.open(path, writable=writable)
+    return PosixFile.open(Path(path), writable=writable)
 
 
 def open_posix_or_device(path: Path, writable: bool) -> BlockFile:

@@ -17,9 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from qemu_vmdk_snap import log
 from qemu_vmdk_snap.errors import LockBusy
 from qemu_vmdk_snap.storage.blockfile import PosixFile, naming
 from qemu_vmdk_snap.storage.locks import lock_image
+
+_log = log.of(__name__)
 
 _TEMPORARY: Final = ".qemu-vmdk-snap.tmp"
 _TEMPORARY_NAME: Final = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.qemu-vmdk-snap\.tmp", re.DOTALL)
@@ -265,6 +268,7 @@ def publish(temporary: Path, path: Path, *, parts: Sequence[Path] = (), durable:
         if parts:
             sync_folder(path.parent)  # barrier: the extents have their names before the descriptor that names them
     _link(temporary, path)
+    _log.debug("%s: complete, and has its name", path)
     _discard(temporary)
     if durable:
         sync_folder(path.parent)
@@ -318,7 +322,7 @@ def replacing(path: Path, mode: int = 0o600) -> Iterator[Replacement]:
     sync_folder(path.parent)
 
 
-def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
+def replace_file(path: Path | str, data: bytes, mode: int = 0o644) -> None:
     """Make `path` hold `data`, durably and in one step: a reader sees the old content or the new, never a part."""
-    with replacing(path, mode) as file:
+    with replacing(Path(path), mode) as file:
         file.write_at(0, data)

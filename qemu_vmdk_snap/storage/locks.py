@@ -14,7 +14,10 @@ import struct
 from pathlib import Path
 from typing import Final
 
+from qemu_vmdk_snap import log
 from qemu_vmdk_snap.errors import LockBusy
+
+_log = log.of(__name__)
 
 _USED: Final = 100
 _UNSHARED: Final = 200
@@ -49,6 +52,7 @@ def lock_image(fd: int, path: Path, *, writable: bool, share_writes: bool = Fals
         _check(fd, path, _UNSHARED + n, n)
     for n in unshared:
         _check(fd, path, _USED + n, n)
+    _log.debug("%s: locked for %s", path, "writing" if writable else "reading")
 
 
 def keep_from_writers(fd: int) -> None:

@@ -31,9 +31,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
+from qemu_vmdk_snap import log
 from qemu_vmdk_snap.errors import CorruptChain, LockBusy
 from qemu_vmdk_snap.storage.durable import alone_in, sync_folder, working_in
 from qemu_vmdk_snap.storage.identity import identity_of, identity_of_open
+
+_log = log.of(__name__)
 
 _VERSION: Final = 2
 SUFFIX: Final = ".intent"
@@ -105,6 +108,7 @@ class Operation:
                 see = os.path.relpath(self.path, pointer.parent)
                 os.close(_store(pointer, {"version": _VERSION, "see": see}))
             self.hold.take(_store(self.path, _as_json(self)))
+        _log.info("%s: %s journaled in %s", self.image, self.name, self.path)
 
     def begin_if(self, still: Callable[[], None]) -> None:
         """Begin, and then ask `still` once more whether it may: what it raises ends the operation, nothing changed."""
@@ -128,6 +132,7 @@ class Operation:
             path.unlink(missing_ok=True)
             sync_folder(path.parent)
         self.hold.close()
+        _log.info("%s: %s ended, its record is removed", self.image, self.name)
 
     def involves(self, image: Path) -> bool:
         """Return whether the operation changes `image`."""

@@ -142,7 +142,7 @@ def _pass_of(sector: bytes, lba: int, passes: range) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _region(number: int, lba: int) -> bytes:
-    return pattern(number, lba, REGION // SECTOR)
+    return pattern(number, lba * SECTOR, REGION)
 
 
 def _unshift(word: int, shift: int) -> int:

@@ -59,9 +59,9 @@ def chain_of(folder: Path, depth: int, *, zeroed: bool = False) -> Path:
         if link > 1:
             create_overlay(path, folder / f"{link - 1}.vmdk", durable=False)
         with open_chain(path, writable=True) as chain:
-            chain.write_at(link * MIB + 777, pattern(link, link, 300))
+            chain.write_at(link * MIB + 777, pattern(link, link * 512, 300 * 512))
             chain.write_at(35 * MIB + link * 1000, bytes([link]) * 5000)
-            chain.write_at(SIZE - 512 * link, pattern(link, 99, 1))
+            chain.write_at(SIZE - 512 * link, pattern(link, 99 * 512, 512))
     return folder / f"{depth}.vmdk"
 
 
@@ -91,8 +91,8 @@ def test_what_the_guest_writes_is_what_we_and_qemu_img_read(tmp_path: Path, dept
     with boot(top, writable=True) as machine:
         for seed, lba, count in writes:
             machine.probe.pattern(seed, lba * 512, count * 512)
-            model[lba * 512 : (lba + count) * 512] = pattern(seed, lba, count)
-        assert machine.probe.dump(MIB + 3 * 512) == pattern(8, MIB // 512 + 3, 1)
+            model[lba * 512 : (lba + count) * 512] = pattern(seed, lba * 512, count * 512)
+        assert machine.probe.dump(MIB + 3 * 512) == pattern(8, MIB + 3 * 512, 512)
         machine.power_off()
     with open_chain(top) as chain:
         assert chain.read_at(0, SIZE) == model
@@ -119,7 +119,7 @@ def test_booting_leaves_the_image_as_it_was(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with boot(top) as machine:
         machine.probe.pattern(1, 0, 4096)
-        assert machine.probe.dump(0) == pattern(1, 0, 1)
+        assert machine.probe.dump(0) == pattern(1, 0, 512)
         machine.power_off()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -317,7 +317,7 @@ def test_beyond_32_bits_and_what_the_probe_refuses(tmp_path: Path) -> None:
         probe = machine.probe
         assert probe.size() == 3 << 40
         probe.pattern(7, (border - 50) * 512, 300 * 512)
-        assert probe.crc((border - 50) * 512, 300 * 512) == zlib.crc32(pattern(7, border - 50, 300))
+        assert probe.crc((border - 50) * 512, 300 * 512) == zlib.crc32(pattern(7, (border - 50) * 512, 300 * 512))
         assert probe.dump(0) == bytes(512)
         end = (3 << 40) // 512
         for command, error in {

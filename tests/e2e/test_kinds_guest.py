@@ -26,7 +26,7 @@ def filled(folder: Path, kind: str) -> Path:
         file.truncate(SIZE)
         for sector, count in ((0, 3), (2047, 130), (SIZE // 512 - 1, 1)):
             file.seek(sector * 512)
-            file.write(pattern(5, sector, count))
+            file.write(pattern(5, sector * 512, count * 512))
     with RawDisk(raw) as source:
         convert(source, folder / "a.vmdk", options=ImageOptions(subformat=kind), sparse_size=4096, durable=False)
     raw.unlink()
@@ -56,14 +56,18 @@ def test_what_a_guest_writes_is_what_we_read(tmp_path: Path, kind: str) -> None:
     with boot(path, writable=True) as machine:
         for seed, lba, count in ((1, 0, 2), (2, MIB // 512 + 4, 300), (3, SIZE // 512 - 1, 1)):
             machine.probe.pattern(seed, lba * 512, count * 512)
-            model[lba * 512 : (lba + count) * 512] = pattern(seed, lba, count)
+            model[lba * 512 : (lba + count) * 512] = pattern(seed, lba * 512, count * 512)
         machine.power_off()
     with open_chain(path) as chain:
         assert chain.read_at(0, SIZE) == model
 
 
 def test_a_guest_reads_sesparse(tmp_path: Path) -> None:
-    sesparse(tmp_path / "a-sesparse.vmdk", SIZE // 512, {0: pattern(1, 0, 8), 1: "zero", 900: pattern(2, 7200, 8)})
+    sesparse(
+        tmp_path / "a-sesparse.vmdk",
+        SIZE // 512,
+        {0: pattern(1, 0, 4096), 1: "zero", 900: pattern(2, 7200 * 512, 4096)},
+    )
     line = [f'RW {SIZE // 512} SESPARSE "a-sesparse.vmdk"']
     report = verify_image(descriptor(tmp_path / "a.vmdk", "seSparse", line), samples=2)
     assert report.identical, report.mismatches

@@ -86,7 +86,13 @@ def one_sector(seed: int, lba: int) -> bytes:
 
 @pytest.mark.parametrize(("seed", "lba"), [(0, 0), (1, 0), (0xFFFFFFFF, 12345), (7, 1 << 33 | 5)])
 def test_the_pattern_is_the_documented_one(seed: int, lba: int) -> None:
-    assert pattern(seed, lba, 3) == b"".join(one_sector(seed, lba + i) for i in range(3))
+    assert pattern(seed, lba * 512, 3 * 512) == b"".join(one_sector(seed, lba + i) for i in range(3))
+
+
+@pytest.mark.parametrize(("offset", "length"), [(1, 512), (0, 3), (511, 1)])
+def test_the_pattern_is_of_whole_sectors_in_bytes(offset: int, length: int) -> None:
+    with pytest.raises(InvalidRequest, match="are no whole sectors of 512"):
+        pattern(1, offset, length)
 
 
 def test_deadlines_stretch(monkeypatch: pytest.MonkeyPatch) -> None:

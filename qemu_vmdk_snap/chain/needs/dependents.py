@@ -206,12 +206,12 @@ def refuse(subject: Path, dependents: Sequence[Dependent]) -> None:
 
 
 def children_of(
-    subject: Path,
-    files: Collection[Path],
+    subject: Path | str,
+    files: Collection[Path | str],
     census: Census,
     *,
-    named: Collection[Path] = (),
-    orphans: Collection[Path] = (),
+    named: Collection[Path | str] = (),
+    orphans: Collection[Path | str] = (),
 ) -> list[Dependent]:
     """Return the VMDK overlays that name `subject` as their parent: those that an operation may write and move.
 
@@ -223,22 +223,22 @@ def children_of(
     known = _identities(named)
     children: list[Dependent] = []
     others: list[Dependent] = []
-    for one in census.dependents(files, but=_identities(orphans)):
+    for one in census.dependents([Path(file) for file in files], but=_identities(orphans)):
         if one.how != "parent" or one.parent_cid in (None, NO_PARENT):
             others.append(one)
         elif one.path.suffix.lower() == ".vmdk" or one.identity in known:
             children.append(one)
         else:
             others.append(one._replace(reason=f"{one.reason}, and is not called .vmdk: name it (--child) to move it"))
-    refuse(subject, others)
+    refuse(Path(subject), others)
     return children
 
 
-def require_fit(subject: Path, cid: int, children: Iterable[Dependent]) -> None:
+def require_fit(subject: Path | str, cid: int, children: Iterable[Dependent]) -> None:
     """Raise CidMismatch for the first child whose parentCID is not `cid`: repairable while the parent exists."""
     for child in children:
         if child.parent_cid is not None and child.parent_cid != cid:
-            raise CidMismatch(child.path, subject, child.parent_cid, cid)
+            raise CidMismatch(child.path, Path(subject), child.parent_cid, cid)
 
 
 def search_folders(paths: Iterable[Path], resolver: object) -> set[Path]:
@@ -314,7 +314,7 @@ def candidates(owner: Path, name: Name) -> Iterator[str]:
                     yield os.path.join(home, candidate)  # noqa: PTH118
 
 
-def _identities(paths: Iterable[Path]) -> set[Identity]:
+def _identities(paths: Iterable[Path | str]) -> set[Identity]:
     return {one for path in paths if (one := _identity(path)) is not None}
 
 

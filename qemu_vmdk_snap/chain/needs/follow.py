@@ -27,8 +27,9 @@ class Followed(NamedTuple):
     """A file that could not be followed, and why, as the end of a sentence: there may be more."""
 
 
-def follow(path: Path) -> Followed:
+def follow(path: Path | str) -> Followed:
     """Return every file that `path` needs, as far as it can be made out."""
+    path = Path(path)
     files: list[Path] = []
     problem: tuple[Path, str] | None = None
     seen: set[Identity] = set()

@@ -15,17 +15,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-f", "--format", default="vmdk", choices=("vmdk", "raw"), help="format of the image (default vmdk)"
     )
-    parser.add_argument("--write", action="store_true", help="let what the guest writes reach the image")
+    parser.add_argument("--write", action="store_true", help="let the guest write to the image")
     add_orphan(parser)
     parser.add_argument(
-        "--from-disk", action="store_true", help="boot from the image itself, which begins with the probe"
+        "--from-disk", action="store_true", help="boot from the image itself, whose first sectors contain the probe"
     )
     parser.add_argument(
         "--timeout",
         type=float,
         default=15.0,
         metavar="SECONDS",
-        help="how long the probe may take to boot, on an ordinary machine that is idle (default 15)",
+        help="how long to wait for the probe to boot, on an idle machine (default 15)",
     )
     add_guest_options(parser)
     parser.add_argument("filename", type=Path, metavar="IMAGE")

@@ -15,5 +15,8 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
         help="how the disk is attached: ide, ahci (default), virtio-blk, virtio-scsi, pvscsi, lsi or nvme",
     )
     parser.add_argument(
-        "--log", type=Path, metavar="DIR", help="keep QEMU's command line, its stderr and the serial log in DIR"
+        "--log",
+        type=Path,
+        metavar="DIR",
+        help="keep the command line and standard error of QEMU, and the serial log, in DIR",
     )

@@ -19,13 +19,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `guest verify`."""
     add_guest_options(parser)
     parser.add_argument(
-        "--samples", type=int, default=8, metavar="N", help="places to look at inside each hole (default 8)"
+        "--samples", type=int, default=8, metavar="N", help="number of places to read in each hole (default 8)"
     )
     parser.add_argument(
         "--record", type=Path, metavar="FILE", help="write the checksums of what the guest read to FILE"
     )
     parser.add_argument(
-        "--against", type=Path, metavar="FILE", help="compare with the checksums of an earlier --record too"
+        "--against", type=Path, metavar="FILE", help="also compare with the checksums of an earlier --record"
     )
     add_quiet(parser)
     add_progress(parser)
@@ -62,5 +62,5 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
         + ("as the engine reads them" if report.identical else f"{len(report.mismatches)} differ")
     )
     if report.holes_left_out:
-        ui.text(f"{report.holes_left_out} more holes were not looked at")
+        ui.text(f"{report.holes_left_out} more holes were not read")
     return 0 if report.identical else 1

@@ -23,10 +23,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"its policy (default: that of its UUID, else DOMAIN.toml, in {FOLDER})",
     )
     parser.add_argument(
-        "--id", type=int, metavar="N", help="id of the run that has ended; a later run is not waited for"
+        "--id", type=int, metavar="N", help="libvirt id of the run that has ended; a later run is not waited for"
     )
     parser.add_argument(
-        "--wait", type=float, default=60.0, metavar="SECONDS", help="how long it may take to shut off (default: 60)"
+        "--wait",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to wait until the domain is shut off (default: 60)",
     )
 
 

@@ -11,7 +11,7 @@ from qemu_vmdk_snap.cli.ui import Ui
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image apply`."""
-    parser.add_argument("--force", action="store_true", help="do not ask for the CID that the delta was made against")
+    parser.add_argument("--force", action="store_true", help="apply the delta even if its base has another CID")
     add_quiet(parser)
     add_progress(parser)
     add_allow_dir(parser)

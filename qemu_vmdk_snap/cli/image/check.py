@@ -21,21 +21,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image check`."""
     add_open_options(parser)
     parser.add_argument(
-        "--backing-chain", action="store_true", help="check the tables of every link, not of the top alone"
+        "--backing-chain", action="store_true", help="check the tables of every image of the chain, not only of the top"
     )
     parser.add_argument(
         "-r",
         "--repair",
         choices=("leaks", "all"),
-        help="give back leaked grains, or repair all that can be, undo file first",
+        help="free leaked grains, or repair everything that can be repaired; an undo file is written first",
     )
     parser.add_argument("--undo-file", type=Path, metavar="FILE", help="the undo file of -r (default: FILENAME.undo)")
     parser.add_argument(
         "--relink-cids",
         action="store_true",
-        help="with -r all: trust each parent of the chain as it is, though its CID is another",
+        help="with -r all: accept each parent as it is and write its CID into its overlay",
     )
-    parser.add_argument("--take-back", type=Path, metavar="FILE", help="undo a repair from its undo file, then check")
+    parser.add_argument("--take-back", type=Path, metavar="FILE", help="undo a repair with its undo file, then check")
     parser.add_argument("-T", "--src-cache", help=argparse.SUPPRESS)
     add_progress(parser)
     parser.add_argument("filename", type=Path)

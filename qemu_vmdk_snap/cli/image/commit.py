@@ -18,21 +18,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--base",
         type=Path,
         metavar="BASE",
-        help="the image to merge into, named as seen from the image's folder; the parent by default",
+        help="the image to merge into, relative to the folder of the image (default: its parent)",
     )
     parser.add_argument(
         "-d",
         "--delete",
         action="store_true",
-        help="delete the image and those between instead of emptying it; its children move to the base",
+        help="delete the image and those between it and the base instead of emptying it; its children are rebased",
     )
     parser.add_argument(
         "--keep-siblings",
         action="store_true",
-        help="let other children of the base keep what they read, by copying first",
+        help="copy data first, so that other children of the base keep their contents",
     )
     parser.add_argument(
-        "--child", action="append", default=[], type=Path, metavar="FILE", help="a child that is in another folder"
+        "--child",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="a child of the image in another folder (may be repeated)",
     )
     add_quiet(parser)
     add_progress(parser)

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 def add_open_options(parser: argparse.ArgumentParser, *, raw: bool = False) -> None:
     """Add the options of a command that opens images: `-U`, `--allow-dir`, `-q`, and `-f` where `raw` may be read."""
-    kinds = "vmdk (default) or raw; raw is never guessed" if raw else "vmdk"
+    kinds = "vmdk (default) or raw; the format is never probed" if raw else "vmdk"
     parser.add_argument(
         "-f", "--format", dest="format", default="vmdk", metavar="FMT", help=f"format of the image: {kinds}"
     )
     parser.add_argument(
-        "-U", "--force-share", action="store_true", help="open the image even while another process writes it"
+        "-U", "--force-share", action="store_true", help="open the image even if another process is writing to it"
     )
     parser.add_argument(
         "--allow-devices",
         action="store_true",
-        help="open block devices of this machine: extents" + (", and raw images" if raw else ""),
+        help="allow block devices of this machine as extents" + (", and raw images" if raw else ""),
     )
     add_quiet(parser)
     add_allow_dir(parser)
@@ -39,7 +39,7 @@ def add_allow_dir(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=Path,
         metavar="DIR",
-        help="follow parents and extents into DIR too, not only beside the image (may be repeated)",
+        help="also open parents and extents in DIR, not only in the folder of the image (may be repeated)",
     )
 
 
@@ -51,13 +51,13 @@ def add_orphan(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=Path,
         metavar="FILE",
-        help="go on although FILE needs the image, or may need it: FILE is not touched, and loses it (may be repeated)",
+        help="continue although FILE needs the image, or may need it; FILE becomes unreadable (may be repeated)",
     )
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
     """Add `-q`."""
-    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print only errors")
 
 
 def add_progress(parser: argparse.ArgumentParser) -> None:

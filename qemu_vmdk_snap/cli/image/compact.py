@@ -30,4 +30,4 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         ui.json({"filename": str(report.path), "before": report.before, "after": report.after})
         return
     saved = report.before - report.after
-    ui.text(f"Image compacted: {format_size(saved)} given back." if saved else "Nothing to give back.")
+    ui.text(f"Image compacted: {format_size(saved)} freed." if saved else "Nothing to free.")

@@ -15,7 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-F", "--second-format", default="vmdk", metavar="FMT", help="format of the second image: vmdk (default) or raw"
     )
-    parser.add_argument("-s", "--strict", action="store_true", help="ask for equal sizes and equal allocation too")
+    parser.add_argument("-s", "--strict", action="store_true", help="also compare the sizes and what is allocated")
     parser.add_argument("-T", "--src-cache", help=argparse.SUPPRESS)
     add_progress(parser)
     parser.add_argument("filename1", type=Path)

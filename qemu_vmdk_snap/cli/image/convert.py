@@ -40,11 +40,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--backing",
         type=Path,
         metavar="FILE",
-        help="make an overlay on FILE, named as seen from the new image's folder, that stores what differs from it",
+        help="create an overlay backed by FILE (relative to the folder of the new image) that stores only what differs",
     )
     parser.add_argument("-F", "--backing-format", default="vmdk", metavar="FMT", help="format of the base: vmdk")
     parser.add_argument(
-        "-o", "--options", action="append", default=[], metavar="NAME=VALUE,...", help="options, as for create"
+        "-o", "--options", action="append", default=[], metavar="NAME=VALUE,...", help="options, as for image create"
     )
     parser.add_argument(
         "-S",
@@ -52,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=size_argument,
         default=0,
         metavar="SIZE",
-        help="also leave out stored zeros, in units of SIZE (default 0: what the source stores is stored)",
+        help="do not store zeros, in units of SIZE (default 0: everything that the source stores is stored)",
     )
     parser.add_argument(
         "-t",
@@ -60,17 +60,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="writeback",
         choices=CACHE_MODES,
         metavar="CACHE",
-        help="`unsafe`, qemu-img's default, does not wait until the new image is on the disk; all others do",
+        help="unsafe (the default of qemu-img) does not flush the new image to the disk; all others do",
     )
     for ignored in ("-T", "-m"):
         parser.add_argument(ignored, dest=f"ignored{ignored}", metavar="X", help=argparse.SUPPRESS)
     parser.add_argument("-W", dest="ignored_w", action="store_true", help=argparse.SUPPRESS)
     add_progress(parser)
-    parser.add_argument("filename", type=Path, help="the image; `-` is a streamOptimized or raw one from a pipe")
+    parser.add_argument(
+        "filename", type=Path, help="the image; - reads a streamOptimized or raw image from standard input"
+    )
     parser.add_argument(
         "output_filename",
         type=Path,
-        help="the new image; nothing is ever overwritten; `-` sends a streamOptimized or raw one to a pipe",
+        help="the new image, which must not exist; - writes a streamOptimized or raw image to standard output",
     )
 
 
@@ -93,6 +95,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     else:
         options = parse_options(words) if words else None
     to_pipe = str(args.output_filename) == "-"
+    if to_pipe:
+        ui.streams()
     with _open_source(args) as source:
         if to_pipe:
             report = _to_pipe(source, args, options)

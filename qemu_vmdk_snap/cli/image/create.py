@@ -19,13 +19,13 @@ OPTION_HELP: Final = {
     "backing_file": "file name of a base image",
     "backing_fmt": "must be 'vmdk' if present",
     "compat6": "VMDK version 6 image: hardware version 6 (on/off)",
-    "grain_size": "bytes allocated at once: a power of two from 4k to 1G (default 64k)",
+    "grain_size": "allocation unit in bytes: a power of two from 4k to 1G (default 64k)",
     "hwversion": "VMDK hardware version (default 4)",
     "size": "virtual disk size",
     "subformat": "monolithicSparse (default), monolithicFlat, twoGbMaxExtentSparse, twoGbMaxExtentFlat, "
     "streamOptimized, vmfs, vmfsThin or vmfsSparse",
     "toolsversion": "VMware guest tools version",
-    "zeroed_grain": "let grains be marked as zeros (on/off)",
+    "zeroed_grain": "allow grains to be marked as zeros, version 2 (on/off)",
 }
 
 
@@ -33,17 +33,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image create`."""
     parser.add_argument("-f", "--format", default="vmdk", metavar="FMT", help="format of the new image: vmdk")
     parser.add_argument(
-        "-b", "--backing", metavar="FILE", help="make an overlay on FILE, named as seen from the new image's folder"
+        "-b",
+        "--backing",
+        metavar="FILE",
+        help="create an overlay backed by FILE, relative to the folder of the new image",
     )
     parser.add_argument("-F", "--backing-format", metavar="FMT", help="format of the base: vmdk")
     parser.add_argument("-u", "--unsafe", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
-        "-o", "--options", action="append", default=[], metavar="NAME=VALUE,...", help="options; `-o help` lists them"
+        "-o", "--options", action="append", default=[], metavar="NAME=VALUE,...", help="options; -o help lists them"
     )
     add_quiet(parser)
-    parser.add_argument("filename", nargs="?", type=Path, help="the new image; nothing is ever overwritten")
+    parser.add_argument("filename", nargs="?", type=Path, help="the new image, which must not exist")
     parser.add_argument(
-        "size", nargs="?", type=size_argument, help="guest bytes, with suffix K, M, G, T; an overlay has its base's"
+        "size",
+        nargs="?",
+        type=size_argument,
+        help="virtual size in bytes, or with suffix K, M, G, T (default of an overlay: that of its base)",
     )
 
 
@@ -144,9 +150,7 @@ def _warn_if_written(base: Path, ui: Ui) -> None:
     try:
         lock_image(file.fileno(), base, writable=False)
     except LockBusy:
-        ui.warn(
-            f"{base} is being written: the overlay holds only what the base holds when its writer has gone over to it"
-        )
+        ui.warn(f"{base} is being written to: the overlay is valid only after its writer has switched to the overlay")
     finally:
         file.close()
 
@@ -159,6 +163,9 @@ def _warn_if_outside(overlay: Path, base: Path, ui: Ui) -> None:
 
 
 def _list_options(ui: Ui) -> int:
+    if ui.json_output:
+        ui.json([{"name": name, "description": text} for name, text in OPTION_HELP.items()])
+        return 0
     ui.text("Supported options:")
     for name, text in OPTION_HELP.items():
         ui.text(f"  {name:<16} - {text}")
@@ -166,7 +173,7 @@ def _list_options(ui: Ui) -> int:
 
 
 def _report(path: Path, ui: Ui) -> None:
-    if ui.quiet:
+    if ui.quiet and not ui.json_output:
         return
     from qemu_vmdk_snap.chain.link import read_descriptor
     from qemu_vmdk_snap.storage.blockfile import PosixFile
@@ -184,7 +191,7 @@ def _report(path: Path, ui: Ui) -> None:
                 "filename": str(path),
                 "format": "vmdk",
                 "virtual-size": size,
-                "cid": descriptor.cid,
+                "cid": f"{descriptor.cid:08x}",
                 "backing-filename": descriptor.parent_hint,
             }
         )

@@ -14,7 +14,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image diff`."""
     add_open_options(parser)
     parser.add_argument(
-        "-d", "--delta", type=Path, metavar="FILE", help="write the changes to FILE, an image for `apply`"
+        "-d", "--delta", type=Path, metavar="FILE", help="write the changes to FILE, an image for image apply"
     )
     parser.add_argument(
         "-o",

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image info`."""
     add_open_options(parser, raw=True)
-    parser.add_argument(
-        "--backing-chain", action="store_true", help="tell about every image of the chain, the top first"
-    )
+    parser.add_argument("--backing-chain", action="store_true", help="show every image of the chain, the top first")
     parser.add_argument("filename", type=Path)
 
 
@@ -80,8 +78,8 @@ def _as_json(image: ImageInfo) -> dict[str, object]:
         "format-specific": {
             "type": "vmdk",
             "data": {
-                "cid": image.cid,
-                "parent-cid": image.parent_cid,
+                "cid": f"{image.cid:08x}",
+                "parent-cid": f"{image.parent_cid:08x}",
                 "create-type": image.create_type,
                 "extents": [
                     {

@@ -22,8 +22,10 @@ _HEADING: Final = f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File"
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image map`."""
     add_open_options(parser, raw=True)
-    parser.add_argument("-s", "--start-offset", type=size_argument, default=0, metavar="OFFSET", help="where to begin")
-    parser.add_argument("-l", "--max-length", type=size_argument, metavar="LENGTH", help="how much to tell about")
+    parser.add_argument(
+        "-s", "--start-offset", type=size_argument, default=0, metavar="OFFSET", help="first byte of the range"
+    )
+    parser.add_argument("-l", "--max-length", type=size_argument, metavar="LENGTH", help="length of the range")
     parser.add_argument("filename", type=Path)
 
 
@@ -36,6 +38,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         if args.max_length is not None:
             length = min(length, args.max_length)
         if ui.json_output:
+            ui.streams()
             if isinstance(disk, Chain):
                 _write_json(_json_lines(disk, args.start_offset, length))
             else:
@@ -57,23 +60,33 @@ def _write_json(found: Iterable[list[str]]) -> None:
 
 def _raw_json_lines(disk: Disk, offset: int, length: int) -> Iterator[list[str]]:
     """Yield what qemu-img says of a raw image: a hole is stored as well, in its place."""
+    import json
+
     from qemu_vmdk_snap.vmdk.runs import DATA
+
+    name = json.dumps(str(disk.path))
 
     for row in disk.rows(offset, length):
         data = row.kind == DATA
         zero, words = ("false", "true") if data else ("true", "false")
         place = f'"depth": 0, "present": true, "zero": {zero}, "data": {words}, "compressed": false'
-        yield [f'{{ "start": {row.offset}, "length": {row.length}, {place}, "offset": {row.offset}}}']
+        yield [
+            f'{{ "start": {row.offset}, "length": {row.length}, {place}, "offset": {row.offset}, "filename": {name}}}'
+        ]
 
 
 def _json_lines(chain: Chain, offset: int, length: int) -> Iterator[list[str]]:
+    import json
+
     from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, NO_SOURCE, ZERO
 
+    files = [(source.placed.extent.file, chain.links[source.depth]) for source in chain.sources]
+    names = [json.dumps(str(link.path if file is None else file.path)) for file, link in files]
     base = chain.depth - 1
     depths = [source.depth for source in chain.sources]
     data = (
         '{ "start": %d, "length": %d, "depth": %d, "present": true, "zero": false, "data": true, "compressed": false, '
-        '"offset": %d}'
+        '"offset": %d, "filename": %s}'
     )
     other = '{ "start": %d, "length": %d, "depth": %d, %s}'
     words = {
@@ -84,11 +97,11 @@ def _json_lines(chain: Chain, offset: int, length: int) -> Iterator[list[str]]:
     lines: list[str] = []
     for start, size, kind, source, file_offset in _joined(chain.rows(offset, length), COMPRESSED):
         if kind == DATA:
-            lines.append(data % (start, size, depths[source], file_offset))
+            lines.append(data % (start, size, depths[source], file_offset, names[source]))
         elif source == NO_SOURCE:
             lines.append(other % (start, size, base, hole))
         else:
-            lines.append(other % (start, size, depths[source], words[kind]))
+            lines.append(other % (start, size, depths[source], f'{words[kind]}, "filename": {names[source]}'))
         if len(lines) == 1 << 16:
             yield lines
             lines = []

@@ -14,10 +14,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image measure`."""
     add_open_options(parser, raw=True)
     parser.add_argument(
-        "-O", "--target-format", default="vmdk", metavar="FMT", help="format to be: vmdk (default) or raw"
+        "-O", "--target-format", default="vmdk", metavar="FMT", help="format of the new image: vmdk (default) or raw"
     )
     parser.add_argument(
-        "-o", "--options", action="append", default=[], metavar="NAME=VALUE,...", help="options of the image to be"
+        "-o", "--options", action="append", default=[], metavar="NAME=VALUE,...", help="options of the new image"
     )
     parser.add_argument("--size", type=size_argument, metavar="SIZE", help="measure an empty disk of this size instead")
     add_progress(parser)

@@ -16,14 +16,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-t", "--cache", help=argparse.SUPPRESS)
     parser.add_argument("-T", "--src-cache", help=argparse.SUPPRESS)
     parser.add_argument(
-        "-u", "--unsafe", action="store_true", help="only write the new parent down: it is known to hold the same"
+        "-u", "--unsafe", action="store_true", help="only change the name of the parent: no data is copied"
     )
     parser.add_argument(
         "-b",
         "--backing",
         required=True,
         metavar="PARENT",
-        help='the new parent, named as seen from the image\'s folder; "" makes the image stand alone (flatten)',
+        help='the new parent, relative to the folder of the image; "" for none (flatten)',
     )
     add_quiet(parser)
     add_progress(parser)

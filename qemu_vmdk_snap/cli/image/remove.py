@@ -12,7 +12,12 @@ from qemu_vmdk_snap.cli.ui import Ui
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image remove`."""
     parser.add_argument(
-        "--child", action="append", default=[], type=Path, metavar="FILE", help="a child that is in another folder"
+        "--child",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="a child of the image in another folder (may be repeated)",
     )
     add_quiet(parser)
     add_progress(parser)

@@ -19,7 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_allow_dir(parser)
     add_orphan(parser)
     parser.add_argument("filename", type=Path)
-    parser.add_argument("size", metavar="[+]SIZE", help="the new size, or with + how much is added")
+    parser.add_argument("size", metavar="[+]SIZE", help="the new size, or with + the number of bytes to add")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

@@ -5,22 +5,21 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.cli.snapshot.options import add_domain
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_dry_run
 from qemu_vmdk_snap.cli.ui import Ui
-
-if TYPE_CHECKING:
-    from qemu_vmdk_snap.domain.adopt.run import AdoptReport
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_domain(parser)
     parser.add_argument(
-        "--vmsd", type=Path, metavar="FILE", help="VMware's snapshot dictionary (default: the one beside the disks)"
+        "--vmsd",
+        type=Path,
+        metavar="FILE",
+        help="snapshot dictionary of VMware (default: the .vmsd file in the folder of the disks)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be registered, and do nothing")
+    add_dry_run(parser)
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     with connection(args.connect) as conn:
         report = adopt(conn, args.domain, vmsd=args.vmsd, dry_run=args.dry_run)
     if ui.json_output:
-        ui.json(_as_json(report))
+        ui.json(report.as_dict())
         return
     verb = "would be registered" if args.dry_run else "registered"
     for one in report.adopted:
@@ -46,22 +45,3 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         ui.warn(f"domain {report.domain}: snapshot {name!r} of {report.vmsd} was left out: {reason}")
     if not report.adopted:
         ui.text("Nothing to adopt.")
-
-
-def _as_json(report: AdoptReport) -> dict[str, object]:
-    return {
-        "domain": report.domain,
-        "adopted": [
-            {
-                "name": one.name,
-                "creation-time": one.creation_time,
-                "parent": one.parent,
-                "description": one.description,
-                "frozen": {target: str(path) for target, path in one.frozen.items()},
-            }
-            for one in report.adopted
-        ],
-        "spelt-out": list(report.spelt_out),
-        "left-out": [{"name": name, "reason": reason} for name, reason in report.passed],
-        "vmsd": None if report.vmsd is None else str(report.vmsd),
-    }

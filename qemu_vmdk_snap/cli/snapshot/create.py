@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qemu_vmdk_snap.cli.snapshot.options import add_domain
-from qemu_vmdk_snap.cli.snapshot.report import disk_lines, disks_json, show
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_dry_run
+from qemu_vmdk_snap.cli.snapshot.report import disk_lines, show
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 
@@ -32,13 +32,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="the same, as virsh snapshot-create-as has it")
     parser.add_argument("--description", metavar="TEXT", help="description of the snapshot")
-    parser.add_argument(
-        "--disk-only", action="store_true", help="no memory: the disks alone, running or not (always so)"
-    )
+    parser.add_argument("--disk-only", action="store_true", help="only the disks, no memory (always the case)")
     parser.add_argument(
         "--memspec",
         metavar="FILE",
-        help="refused: QEMU's vmdk driver cannot be migrated, and saving memory is a migration to a file",
+        help="not supported: QEMU's vmdk driver blocks saving memory",
     )
     parser.add_argument(
         "--quiesce",
@@ -46,21 +44,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="require",
         default="no",
-        help="freeze a running guest's file systems by its agent: never (default), where it can, or else fail",
+        help="freeze the file systems of a running guest with its agent: no (default), auto (if possible), or require",
     )
     parser.add_argument(
         "--diskspec",
         metavar="DISK[,snapshot=no|external][,file=PATH]",
         action="append",
         default=[],
-        help="how one disk (target or file) takes part; a comma in PATH is doubled; may be repeated",
+        help="what to do with one disk, named by target or file; double a comma in PATH (may be repeated)",
     )
+    add_dry_run(parser)
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Take the snapshot and say what was done."""
     from qemu_vmdk_snap.domain.connect import connection
     from qemu_vmdk_snap.domain.create.run import create_snapshot
+    from qemu_vmdk_snap.domain.dry_run import plan_create
 
     if args.name is not None and args.snapshotname not in (None, args.name):
         raise InvalidRequest(f"snapshot names {args.snapshotname!r} and {args.name!r}", "give one")
@@ -69,7 +69,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         raise Unsupported(Path(args.memspec), f"{reason}; take the snapshot without --memspec")
     specs = [parse_diskspec(text) for text in args.diskspec]
     with connection(args.connect) as conn:
-        report = create_snapshot(
+        take = plan_create if args.dry_run else create_snapshot
+        report = take(
             conn,
             args.domain,
             args.snapshotname if args.name is None else args.name,
@@ -79,11 +80,14 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             overlays={spec.disk: spec.overlay for spec in specs if spec.overlay is not None},
             quiesce=args.quiesce,
         )
-    show(ui, report, as_json(report), _lines(report))
+    show(ui, report, report.as_dict(), _lines(report))
 
 
 def _lines(report: SnapshotReport) -> list[str]:
-    lines = [f"Domain snapshot {report.snapshot} created", *disk_lines(report.disks)]
+    lines = [
+        f"Domain snapshot {report.snapshot} {'would be created' if report.dry_run else 'created'}",
+        *disk_lines(report.disks),
+    ]
     if report.pause is not None:
         lines.append(f"  {_pause_line(report.pause)}")
     return lines + [f"  {target}: not part of it: {reason}" for target, reason in report.skipped]
@@ -92,7 +96,7 @@ def _lines(report: SnapshotReport) -> list[str]:
 def _pause_line(pause: Pause) -> str:
     parts = [f"disk requests waited {pause.stalled:.1f} ms"]
     if pause.stopped is not None:
-        parts.append(f"its CPUs stood still for {pause.stopped:.1f} ms")
+        parts.append(f"its CPUs were stopped for {pause.stopped:.1f} ms")
     if pause.frozen is not None:
         parts.append(f"its file systems were frozen for {pause.frozen:.1f} ms")
     return "the guest ran on: " + ", ".join(parts)
@@ -120,23 +124,3 @@ def parse_diskspec(text: str) -> DiskSpec:
     if not takes_part and overlay is not None:
         raise InvalidRequest(f"diskspec {text!r}", "snapshot=no leaves no use for file=")
     return DiskSpec(disk, takes_part, overlay)
-
-
-def as_json(report: SnapshotReport) -> dict[str, object]:
-    """Return the report for programs."""
-    return {
-        "domain": report.domain,
-        "snapshot": report.snapshot,
-        "creation-time": report.creation_time,
-        "parent": report.parent,
-        "disks": disks_json(report.disks),
-        "pause": None
-        if report.pause is None
-        else {
-            "disk-ms": report.pause.stalled,
-            "cpu-ms": report.pause.stopped,
-            "frozen-ms": report.pause.frozen,
-        },
-        "notes": list(report.notes),
-        "skipped": [{"target": target, "reason": reason} for target, reason in report.skipped],
-    }

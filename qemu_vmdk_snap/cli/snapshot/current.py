@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from qemu_vmdk_snap.cli.snapshot.info import as_json
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, tell_recovery, warn_pending
 from qemu_vmdk_snap.cli.ui import Ui
 
@@ -12,8 +11,10 @@ from qemu_vmdk_snap.cli.ui import Ui
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_domain(parser)
-    parser.add_argument("snapshotname", metavar="SNAPSHOT", nargs="?", help="make this one the current one")
-    parser.add_argument("--name", action="store_true", help="the name only (always so without --output=json)")
+    parser.add_argument("snapshotname", metavar="SNAPSHOT", nargs="?", help="make this snapshot the current one")
+    parser.add_argument(
+        "--name", action="store_true", help="print only the name (always the case without --output=json)"
+    )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -30,6 +31,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             warn_pending(pending_line(conn, args.domain), ui)
         info = snapshot_info(conn, args.domain)
     if ui.json_output:
-        ui.json(as_json(info))
+        ui.json(info.as_dict())
         return
     ui.text(info.name)

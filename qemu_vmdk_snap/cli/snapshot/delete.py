@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_orphans
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_dry_run, add_orphans
 from qemu_vmdk_snap.cli.snapshot.report import show
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
@@ -21,40 +21,46 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("snapshotname", metavar="SNAPSHOT", nargs="?", help="name of the snapshot")
     parser.add_argument("--current", action="store_true", help="the current snapshot")
     scope = parser.add_mutually_exclusive_group()
-    for option, what in (("children", "its descendants too"), ("children-only", "its descendants, not itself")):
+    for option, what in (("children", "the snapshot and its descendants"), ("children-only", "only its descendants")):
         scope.add_argument(
             f"--{option}", dest="scope", action="store_const", const=option, default="one", help=f"delete {what}"
         )
-    parser.add_argument("--metadata", action="store_true", help="make libvirt forget it; no file is touched")
+    parser.add_argument(
+        "--metadata", action="store_true", help="only delete the metadata in libvirt; files are not changed"
+    )
     add_orphans(parser)
-    parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
+    add_dry_run(parser)
+    parser.add_argument("-p", "--progress", action="store_true", help="show progress")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Delete, and say what was done."""
     from qemu_vmdk_snap.domain.connect import connection
     from qemu_vmdk_snap.domain.delete.run import delete
+    from qemu_vmdk_snap.domain.dry_run import plan_delete
     from qemu_vmdk_snap.domain.journal.pending import delete_of_current
     from qemu_vmdk_snap.domain.registry import snapshot_info
 
     if (args.snapshotname is None) is not args.current:
         raise InvalidRequest(f"domain {args.domain}", "name a snapshot, or say --current, one of them")
     with connection(args.connect) as conn:
-        name = args.snapshotname or delete_of_current(conn, args.domain) or snapshot_info(conn, args.domain).name
-        report = delete(
-            conn,
-            args.domain,
-            name,
-            scope=args.scope,
-            metadata=args.metadata,
-            orphans=[path.absolute() for path in args.orphan],
-            on_progress=ui.progress,
-        )
-    for_programs: dict[str, object] = {
-        "domain": report.domain,
-        "deleted": [deleted_json(one) for one in report.deleted],
-    }
-    show(ui, report, for_programs, deleted_lines(report.deleted))
+        orphans = [path.absolute() for path in args.orphan]
+        if args.dry_run:
+            name = args.snapshotname or snapshot_info(conn, args.domain).name
+            report = plan_delete(conn, args.domain, name, scope=args.scope, metadata=args.metadata, orphans=orphans)
+        else:
+            name = args.snapshotname or delete_of_current(conn, args.domain) or snapshot_info(conn, args.domain).name
+            report = delete(
+                conn,
+                args.domain,
+                name,
+                scope=args.scope,
+                metadata=args.metadata,
+                orphans=orphans,
+                on_progress=ui.progress,
+            )
+    lines = deleted_lines(report.deleted, "would be deleted" if args.dry_run else "deleted")
+    show(ui, report, report.as_dict(), lines)
 
 
 def deleted_lines(deleted: Iterable[Deleted], verb: str = "deleted") -> Iterator[str]:
@@ -63,11 +69,3 @@ def deleted_lines(deleted: Iterable[Deleted], verb: str = "deleted") -> Iterator
         yield f"Domain snapshot {snapshot.name} {verb}"
         for work in snapshot.work:
             yield from (f"  {work.target}: {line}" for line in work.lines())
-
-
-def deleted_json(snapshot: Deleted) -> dict[str, object]:
-    """Return one deleted snapshot for programs."""
-    return {
-        "snapshot": snapshot.name,
-        "disks": [{"target": work.target, "mode": work.mode, "operations": work.lines()} for work in snapshot.work],
-    }

@@ -12,7 +12,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_domain(parser)
     parser.add_argument("snapshotname", metavar="SNAPSHOT", help="name of the snapshot")
-    parser.add_argument("description", metavar="TEXT", nargs="?", help="the description (default: none any more)")
+    parser.add_argument("description", metavar="TEXT", nargs="?", help="the new description (default: remove it)")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

@@ -33,44 +33,13 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         warn_pending(pending_line(conn, args.domain), ui)
         snapshot = snapshot_info(conn, args.domain, args.snapshotname)
     if ui.json_output:
-        ui.json(as_json(snapshot))
+        ui.json(snapshot.as_dict())
         return
     for line in keyed(_fields(snapshot)):
         ui.text(line)
     for disk in snapshot.disks:
         for line in _disk_lines(disk):
             ui.text(line)
-
-
-def as_json(snapshot: SnapshotInfo) -> dict[str, object]:
-    """Return the snapshot for programs."""
-    return {
-        "domain": snapshot.domain,
-        "name": snapshot.name,
-        "creation-time": snapshot.creation_time,
-        "state": snapshot.state,
-        "location": snapshot.location,
-        "parent": snapshot.parent,
-        "children": list(snapshot.children),
-        "descendants": snapshot.descendants,
-        "current": snapshot.current,
-        "description": snapshot.description,
-        "disks": [_disk_json(disk) for disk in snapshot.disks],
-    }
-
-
-def _disk_json(disk: DiskState) -> dict[str, object]:
-    return {
-        "target": disk.target,
-        "snapshot": disk.mode,
-        "frozen": None if disk.frozen is None else str(disk.frozen),
-        "overlay": None if disk.overlay is None else str(disk.overlay),
-        "frozen-size": disk.frozen_bytes,
-        "overlay-size": disk.overlay_bytes,
-        "chain-depth": disk.depth,
-        "missing": [str(path) for path in disk.missing],
-        "problem": disk.problem,
-    }
 
 
 def _fields(snapshot: SnapshotInfo) -> dict[str, object]:

@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.cli.snapshot.info import as_json
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, warn_pending
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
 from qemu_vmdk_snap.units import format_size
 
 if TYPE_CHECKING:
@@ -18,29 +18,73 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    add_domain(parser)
+    add_domain(parser, or_all=True)
     shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--tree", action="store_true", help="draw the tree of the snapshots")
-    shape.add_argument("--name", action="store_true", help="names only")
+    shape.add_argument("--tree", action="store_true", help="list the snapshots as a tree")
+    shape.add_argument("--name", action="store_true", help="print only names")
     shape.add_argument("--parent", action="store_true", help="add a column with the parent")
-    shape.add_argument("--sizes", action="store_true", help="add columns with the frozen bytes and the chain's depth")
+    shape.add_argument(
+        "--sizes", action="store_true", help="add columns with the size of the frozen files and the depth of the chain"
+    )
     parser.add_argument("--roots", action="store_true", help="only snapshots without a parent")
     parser.add_argument("--leaves", action="store_true", help="only snapshots without children")
     parser.add_argument("--current", action="store_true", help="only children of the current snapshot")
 
 
-def run(args: argparse.Namespace, ui: Ui) -> None:
+def run(args: argparse.Namespace, ui: Ui) -> int:
     """Show the snapshots."""
     from qemu_vmdk_snap.domain.connect import connection
     from qemu_vmdk_snap.domain.journal.pending import pending_line
-    from qemu_vmdk_snap.domain.registry import list_snapshots, tree_lines
+    from qemu_vmdk_snap.domain.registry import list_snapshots
 
+    if (args.domain is None) is not args.all:
+        raise InvalidRequest("snapshot list", "give a domain or --all, one of them")
+    if args.all:
+        return _list_all(args, ui)
     with connection(args.connect) as conn:
         warn_pending(pending_line(conn, args.domain), ui)
         snapshots = _wanted(list_snapshots(conn, args.domain), args)
     if ui.json_output:
-        ui.json([as_json(snapshot) for snapshot in snapshots])
-    elif args.tree:
+        ui.json([snapshot.as_dict() for snapshot in snapshots])
+    else:
+        _show(snapshots, args, ui)
+    return 0
+
+
+def _list_all(args: argparse.Namespace, ui: Ui) -> int:
+    """Show the snapshots of every domain; return the exit status of the first domain that fails, or 0."""
+    from qemu_vmdk_snap.cli.exit_status import as_object, one_line, status_of
+    from qemu_vmdk_snap.domain.connect import connection
+    from qemu_vmdk_snap.domain.journal.pending import pending_line
+    from qemu_vmdk_snap.domain.registry import list_domains, list_snapshots
+
+    answer: list[dict[str, object]] = []
+    first = 0
+    with connection(args.connect) as conn:
+        for name in list_domains(conn):
+            try:
+                warn_pending(pending_line(conn, name), ui)
+                snapshots = _wanted(list_snapshots(conn, name), args)
+            except (VmdkSnapError, OSError) as error:
+                status = status_of(error)
+                first = first or status
+                ui.error(one_line(error))
+                answer.append({"domain": name, **as_object(error, one_line(error), status)})
+                continue
+            answer.append({"domain": name, "snapshots": [snapshot.as_dict() for snapshot in snapshots]})
+            if not ui.json_output:
+                ui.text(f"Domain {name}:")
+                _show(snapshots, args, ui)
+                ui.text()
+    if ui.json_output:
+        ui.json(answer)
+    return first
+
+
+def _show(snapshots: Sequence[SnapshotInfo], args: argparse.Namespace, ui: Ui) -> None:
+    from qemu_vmdk_snap.domain.registry import tree_lines
+
+    if args.tree:
         for line in tree_lines(snapshots):
             ui.text(line)
     elif args.name:

@@ -12,15 +12,30 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.journal.recover import Recovery
 
 
-def add_domain(parser: argparse.ArgumentParser) -> None:
-    """Add the connection and the domain, as virsh has them."""
+def add_domain(parser: argparse.ArgumentParser, *, or_all: bool = False) -> None:
+    """Add the connection and the domain, as virsh has them; `or_all`: every domain of the connection may be meant."""
     parser.add_argument(
         "-c",
         "--connect",
         metavar="URI",
         help="libvirt connection (default: LIBVIRT_DEFAULT_URI, or libvirt's own); qemu:///embed?root=/DIR: no daemon",
     )
-    parser.add_argument("domain", metavar="DOMAIN", help="name, id or UUID of the domain")
+    if or_all:
+        add_all(parser)
+    nargs = "?" if or_all else None
+    parser.add_argument("domain", metavar="DOMAIN", nargs=nargs, help="name, id or UUID of the domain")
+
+
+def add_all(parser: argparse.ArgumentParser) -> None:
+    """Add `--all`."""
+    parser.add_argument(
+        "--all", action="store_true", help="every domain of the connection; one that fails does not stop the others"
+    )
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """Add `--dry-run`."""
+    parser.add_argument("-n", "--dry-run", action="store_true", help="print what would be done, and change nothing")
 
 
 def add_orphans(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.cli.snapshot.delete import deleted_json, deleted_lines
+from qemu_vmdk_snap.cli.snapshot.delete import deleted_lines
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_orphans, tell_recovery, warn_pending
 from qemu_vmdk_snap.cli.ui import Ui
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.delete.prune import PruneReport
 
 _RULES = {
-    "last": "the N youngest",
-    "hourly": "the youngest of each of the N latest hours that have one",
-    "daily": "... days",
-    "weekly": "... weeks",
-    "monthly": "... months",
+    "last": "the N newest",
+    "hourly": "the newest of each of the N latest hours that have a snapshot",
+    "daily": "the newest of each of the N latest days",
+    "weekly": "the newest of each of the N latest weeks",
+    "monthly": "the newest of each of the N latest months",
 }
 
 
@@ -27,10 +27,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_domain(parser)
     for rule, what in _RULES.items():
         parser.add_argument(f"--keep-{rule}", metavar="N", type=int, default=0, help=f"keep {what}")
-    parser.add_argument("--explain", action="store_true", help="say of every snapshot why it is kept, or that it goes")
-    parser.add_argument("-n", "--dry-run", action="store_true", help="print every operation on files, and do nothing")
+    parser.add_argument("--explain", action="store_true", help="list every snapshot with the rules that keep it")
+    parser.add_argument(
+        "-n", "--dry-run", action="store_true", help="print every operation on files, and change nothing"
+    )
     add_orphans(parser)
-    parser.add_argument("-p", "--progress", action="store_true", help="show how far it is")
+    parser.add_argument("-p", "--progress", action="store_true", help="show progress")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     for note in report.notes:
         ui.warn(f"domain {report.domain}: {note}")
     if ui.json_output:
-        ui.json(as_json(report, dry_run=args.dry_run))
+        ui.json(report.as_dict())
     else:
         _show(report, args, ui)
     for name, error in report.failed[1:]:
@@ -69,24 +71,10 @@ def _show(report: PruneReport, args: argparse.Namespace, ui: Ui) -> None:
         ui.text("Nothing to delete.")
 
 
-def as_json(report: PruneReport, *, dry_run: bool) -> dict[str, object]:
-    """Return the report for programs."""
-    return {
-        "domain": report.domain,
-        "dry-run": dry_run,
-        "snapshots": [
-            {"name": one.name, "creation-time": one.creation_time, "kept-by": list(one.reasons)}
-            for one in report.decisions
-        ],
-        "deleted": [deleted_json(one) for one in report.deleted],
-        "failed": [{"snapshot": name, "reason": str(error)} for name, error in report.failed],
-    }
-
-
 def _explain(report: PruneReport, ui: Ui) -> None:
     rows = []
     for one in report.decisions:
         created = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(one.creation_time))
-        rows.append([one.name, created, ", ".join(one.reasons) or "-", "kept" if one.reasons else "goes"])
+        rows.append([one.name, created, ", ".join(one.reasons) or "-", "kept" if one.reasons else "deleted"])
     ui.table(["Name", "Creation Time", "Kept By", "Decision"], rows)
     ui.text()

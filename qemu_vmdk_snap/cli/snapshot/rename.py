@@ -12,7 +12,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_domain(parser)
     parser.add_argument("snapshotname", metavar="SNAPSHOT", help="name of the snapshot")
-    parser.add_argument("newname", metavar="NEW-NAME", help="what it is to be called")
+    parser.add_argument("newname", metavar="NEW-NAME", help="the new name")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

@@ -44,16 +44,3 @@ def show(ui: Ui, report: Report, for_programs: dict[str, object], lines: Iterabl
 def disk_lines(disks: Iterable[PlannedDisk]) -> list[str]:
     """Return where each disk goes on."""
     return [f"  {disk.target}: {disk.overlay} on {disk.frozen} (chain of {len(disk.chain) + 1})" for disk in disks]
-
-
-def disks_json(disks: Iterable[PlannedDisk]) -> list[dict[str, object]]:
-    """Return the same for programs."""
-    return [
-        {
-            "target": disk.target,
-            "frozen": str(disk.frozen),
-            "overlay": str(disk.overlay),
-            "chain": [str(disk.overlay), *map(str, disk.chain)],
-        }
-        for disk in disks
-    ]

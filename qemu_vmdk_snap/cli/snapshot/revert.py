@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_orphans
-from qemu_vmdk_snap.cli.snapshot.report import disk_lines, disks_json, show
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_dry_run, add_orphans
+from qemu_vmdk_snap.cli.snapshot.report import disk_lines, show
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
 
@@ -24,14 +24,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         line = f"{what} the domain afterwards" if name != "shutoff" else "leave the domain shut off (as disks alone do)"
         state.add_argument(f"--{name}", dest="after", action="store_const", const=name, default="as-saved", help=line)
     parser.add_argument(
-        "--discard", action="store_true", help="delete what was written since the last snapshot; it is kept otherwise"
+        "--discard",
+        action="store_true",
+        help="delete what was written since the last snapshot (default: the file is kept)",
     )
     add_orphans(parser)
+    add_dry_run(parser)
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Go back and say what was done."""
     from qemu_vmdk_snap.domain.connect import connection
+    from qemu_vmdk_snap.domain.dry_run import plan_revert
     from qemu_vmdk_snap.domain.registry import snapshot_info
     from qemu_vmdk_snap.domain.revert.run import revert
 
@@ -39,28 +43,19 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         raise InvalidRequest(f"domain {args.domain}", "name a snapshot, or say --current, one of them")
     with connection(args.connect) as conn:
         name = args.snapshotname or snapshot_info(conn, args.domain).name
-        orphans = [path.absolute() for path in args.orphan]
-        report = revert(conn, args.domain, name, after=args.after, discard=args.discard, orphans=orphans)
-    show(ui, report, as_json(report), _lines(report))
+        if args.dry_run:
+            report = plan_revert(conn, args.domain, name, after=args.after, discard=args.discard)
+        else:
+            orphans = [path.absolute() for path in args.orphan]
+            report = revert(conn, args.domain, name, after=args.after, discard=args.discard, orphans=orphans)
+    show(ui, report, report.as_dict(), _lines(report))
 
 
 def _lines(report: RevertReport) -> list[str]:
+    is_back = "would be back" if report.dry_run else "is back"
     return [
-        f"Domain {report.domain} is back at snapshot {report.snapshot}, {report.state}",
+        f"Domain {report.domain} {is_back} at snapshot {report.snapshot}, {report.state}",
         *disk_lines(report.disks),
         *(f"  kept: {path}: no snapshot has it" for path in report.kept),
         *(f"  discarded: {path}" for path in report.discarded),
     ]
-
-
-def as_json(report: RevertReport) -> dict[str, object]:
-    """Return the report for programs."""
-    return {
-        "domain": report.domain,
-        "snapshot": report.snapshot,
-        "state": report.state,
-        "disks": disks_json(report.disks),
-        "kept": [str(path) for path in report.kept],
-        "discarded": [str(path) for path in report.discarded],
-        "notes": list(report.notes),
-    }

@@ -50,6 +50,16 @@ class Adopted:
     frozen: Mapping[str, Path]
     """Target -> the file that holds the disk as it was."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types."""
+        return {
+            "name": self.name,
+            "creation-time": self.creation_time,
+            "parent": self.parent,
+            "description": self.description,
+            "frozen": {target: str(path) for target, path in self.frozen.items()},
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class AdoptReport:
@@ -62,6 +72,23 @@ class AdoptReport:
     spelt_out: tuple[str, ...]
     """Disks whose chain the domain's XML names now; without that libvirt starts no chain of three."""
     vmsd: Path | None
+    dry_run: bool = False
+    """Whether this is only what would be done."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was changed."""
+        return bool(self.adopted or self.spelt_out) and not self.dry_run
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `snapshot adopt --output=json` shows it."""
+        return {
+            "domain": self.domain,
+            "adopted": [one.as_dict() for one in self.adopted],
+            "spelt-out": list(self.spelt_out),
+            "left-out": [{"name": name, "reason": reason} for name, reason in self.passed],
+            "vmsd": None if self.vmsd is None else str(self.vmsd),
+        } | ({"dry-run": True} if self.dry_run else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +98,10 @@ class Settled:
     path: Path
     snapshot: str | None
     """The snapshot that it was registered as; None: it was removed."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types."""
+        return {"path": str(self.path), "snapshot": self.snapshot}
 
 
 @dataclass(slots=True)
@@ -146,7 +177,7 @@ def adopt(
         if not dry_run:
             _reparent(registry)
     path = None if dictionary is None else dictionary.path
-    return AdoptReport(domain.name(), tuple(adopted), tuple(passed), spelt_out, path)
+    return AdoptReport(domain.name(), tuple(adopted), tuple(passed), spelt_out, path, dry_run=dry_run)
 
 
 def adopt_orphan(conn: libvirt.virConnect, domain: libvirt.virDomain, path: Path) -> str:

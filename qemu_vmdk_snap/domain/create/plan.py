@@ -18,7 +18,7 @@ from qemu_vmdk_snap.domain.qemu.depth import check_depth
 from qemu_vmdk_snap.domain.qemu.options import lacks_direct_io, read_options
 from qemu_vmdk_snap.domain.qemu.switch import Tops, check_disks
 from qemu_vmdk_snap.domain.state import check_state, inactive_xml, volume_resolver
-from qemu_vmdk_snap.errors import DomainError
+from qemu_vmdk_snap.errors import DomainError, SnapshotExists
 
 if TYPE_CHECKING:
     import libvirt
@@ -138,7 +138,7 @@ def _header(
     naming.check_snapshot_name(name)
     naming.check_description(request.description or "")
     if name in snapshots:  # libvirt would replace it without a word
-        raise DomainError(domain, f"has a snapshot {name!r} already")
+        raise SnapshotExists(domain, f"has a snapshot {name!r} already", snapshot=name)
     created = int(naming.default_snapshot_name())
     return xml.SnapshotXml(name, "disk-snapshot" if live else "shutoff", created, request.description, parent)
 

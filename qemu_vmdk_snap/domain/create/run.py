@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qemu_vmdk_snap import log
 from qemu_vmdk_snap.domain import dropin
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.create.plan import Plan, Request, make_plan
@@ -36,6 +37,8 @@ from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
     import libvirt
+
+_log = log.of(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,29 @@ class SnapshotReport:
     """How a running guest was held up; None for one that was shut off."""
     notes: tuple[str, ...] = ()
     """What did not go as wished and stood in nobody's way."""
+    dry_run: bool = False
+    """Whether this is only what would be done."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was changed."""
+        return not self.dry_run
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `snapshot create --output=json` shows it."""
+        pause = self.pause
+        return {
+            "domain": self.domain,
+            "snapshot": self.snapshot,
+            "creation-time": self.creation_time,
+            "parent": self.parent,
+            "disks": [disk.as_dict() for disk in self.disks],
+            "pause": None
+            if pause is None
+            else {"disk-ms": pause.stalled, "cpu-ms": pause.stopped, "frozen-ms": pause.frozen},
+            "notes": list(self.notes),
+            "skipped": [{"target": target, "reason": reason} for target, reason in self.skipped],
+        } | ({"dry-run": True} if self.dry_run else {})
 
 
 def create_snapshot(
@@ -128,11 +154,13 @@ def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentS
     try:
         store.write(intent)  # barrier: no file is made that nobody would know of after a crash
         for disk in plan.disks:
+            _log.info("domain %s: disk %s: new overlay %s on %s", domain.name(), disk.target, disk.overlay, disk.frozen)
             intent = intent.made(str(disk.overlay), make_overlay(domain.name(), disk))
         store.write(intent)
         _define(conn, domain, intent)
         with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):
             register(domain, intent)
+        _log.info("domain %s: snapshot %r registered with libvirt", domain.name(), intent.snapshot)
         if intent.live:
             pause = switch(domain, plan.disks, plan.quiesce, plan.tops)
     except BaseException as error:

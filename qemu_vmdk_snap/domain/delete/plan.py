@@ -26,7 +26,7 @@ from qemu_vmdk_snap.domain.needed import (
 )
 from qemu_vmdk_snap.domain.qemu.merge import node_of, written_here
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
-from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
+from qemu_vmdk_snap.errors import DomainError, NoSnapshot, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
@@ -96,6 +96,11 @@ class Deleted:
 
     name: str
     work: tuple[Work, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types."""
+        disks = [{"target": work.target, "mode": work.mode, "operations": work.lines()} for work in self.work]
+        return {"snapshot": self.name, "disks": disks}
 
 
 @dataclass(slots=True)
@@ -249,7 +254,7 @@ def chosen(domain: libvirt.virDomain, names: Sequence[str], scope: Scope) -> lis
         parents = {s.getName(): xml.parse_snapshot(s.getXMLDesc(0)).parent for s in domain.listAllSnapshots()}
     for name in names:
         if name not in parents:
-            raise DomainError(domain.name(), f"has no snapshot {name!r}")
+            raise NoSnapshot(domain.name(), f"has no snapshot {name!r}", snapshot=name)
     wanted = set(names)
     if scope != "one":
         below = set().union(*(_descendants(name, parents) for name in names))
@@ -277,7 +282,7 @@ def make_intent(state: State, name: str, *, metadata: bool) -> Intent:
         DomainError: there is no such snapshot, or its files are in use.
     """
     if name not in state.snapshots:
-        raise DomainError(state.name, f"has no snapshot {name!r}")
+        raise NoSnapshot(state.name, f"has no snapshot {name!r}", snapshot=name)
     texts = {other: text for other, text in state.snapshots.items() if other != name}
     mine = state.snapshots[name]
     work: tuple[Work, ...] = ()
@@ -465,3 +470,10 @@ def open_one(path: Path, folders: Collection[Path], *, lock: bool) -> Iterator[L
         yield link
     finally:
         link.close()
+
+
+def folders_of(intent: Intent) -> list[Path]:
+    """Return where the images lie: nothing else is opened, whatever the files say of their parents."""
+    named = [Path(name) for one in work_of(intent) for name in (one.frozen, one.child, one.parent, *one.moving) if name]
+    files = xml.files_in(intent.old_xml) | xml.files_in(intent.snapshot_xml) | set(named)
+    return sorted({folder for file in files for folder in (file.parent, real_file(file).parent)})

@@ -64,6 +64,26 @@ class PruneReport:
     notes: tuple[str, ...] = ()
     failed: tuple[tuple[str, VmdkSnapError | OSError], ...] = ()
     """Snapshots that were to go and are as they were, and why."""
+    dry_run: bool = False
+    """Whether this is only what would be done."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was changed."""
+        return bool(self.deleted) and not self.dry_run
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `snapshot prune --output=json` shows it."""
+        return {
+            "domain": self.domain,
+            "dry-run": self.dry_run,
+            "snapshots": [
+                {"name": one.name, "creation-time": one.creation_time, "kept-by": list(one.reasons)}
+                for one in self.decisions
+            ],
+            "deleted": [one.as_dict() for one in self.deleted],
+            "failed": [{"snapshot": name, "reason": str(error)} for name, error in self.failed],
+        }
 
 
 def decide(snapshots: Sequence[SnapshotInfo], retention: Retention) -> list[Decision]:
@@ -133,4 +153,4 @@ def prune(
     else:
         report = delete(conn, domain_name, going, orphans=orphans, keep_going=True, on_progress=on_progress)
         deleted, notes, failed = report.deleted, report.notes, report.failed
-    return PruneReport(domain.name(), tuple(decisions), deleted, recovered, notes, failed)
+    return PruneReport(domain.name(), tuple(decisions), deleted, recovered, notes, failed, dry_run=dry_run)

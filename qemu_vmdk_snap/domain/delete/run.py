@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap import Census, Link, OnProgress, confined, ignore, open_chain, own_files, read_facts
+from qemu_vmdk_snap import Census, Link, OnProgress, confined, ignore, log, open_chain, own_files, read_facts
 from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.delete.plan import (
@@ -36,6 +36,7 @@ from qemu_vmdk_snap.domain.delete.plan import (
     Work,
     change_of,
     chosen,
+    folders_of,
     make_intent,
     open_one,
     work_of,
@@ -54,6 +55,8 @@ from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 if TYPE_CHECKING:
     import libvirt
 
+_log = log.of(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class DeleteReport:
@@ -65,6 +68,18 @@ class DeleteReport:
     notes: tuple[str, ...] = ()
     failed: tuple[tuple[str, VmdkSnapError | OSError], ...] = ()
     """Snapshots that are as they were, and why; only with `keep_going`."""
+    dry_run: bool = False
+    """Whether this is only what would be done."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was changed."""
+        return bool(self.deleted) and not self.dry_run
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `snapshot delete --output=json` shows it."""
+        answer: dict[str, object] = {"domain": self.domain, "deleted": [one.as_dict() for one in self.deleted]}
+        return answer | ({"dry-run": True} if self.dry_run else {})
 
 
 def delete(
@@ -128,9 +143,11 @@ def _delete_one(
     work = work_of(intent)
     if not metadata:
         _settle(intent)
-        check_work(domain.name(), work, _folders(intent))
+        check_work(domain.name(), work, folders_of(intent))
     plan = {"snapshot": name, "metadata": metadata, "operations": [line for one in work for line in one.lines()]}
     with dropin.around("delete", domain.name(), plan, uri=conn.getURI()) as said:
+        for one in work:
+            _log.info("domain %s: snapshot %r: %s: %s", domain.name(), name, one.target, "; ".join(one.lines()))
         _execute(conn, domain, store, intent, on_progress)
     return work, said
 
@@ -177,7 +194,7 @@ def _unfinished(intent: Intent, error: VmdkSnapError | OSError) -> str:
 
 def _cids(intent: Intent) -> list[int]:
     """Return the CIDs of the files that are merged into: another one says that what the snapshot held is gone."""
-    return [read_facts(one.frozen, confined(_folders(intent))).cid for one in work_of(intent) if one.mode == "merge"]
+    return [read_facts(one.frozen, confined(folders_of(intent))).cid for one in work_of(intent) if one.mode == "merge"]
 
 
 def finish(
@@ -228,11 +245,11 @@ def _names_merged(domain: libvirt.virDomain, intent: Intent) -> bool:
 def _merge_down(intent: Intent, on_progress: OnProgress) -> None:
     from qemu_vmdk_snap import commit
 
-    resolver = confined(_folders(intent))
+    resolver = confined(folders_of(intent))
     for one in work_of(intent):
         if one.mode != "merge" or one.child is None or not Path(one.child).exists():
             continue
-        with open_one(Path(one.child), _folders(intent), lock=False) as link:
+        with open_one(Path(one.child), folders_of(intent), lock=False) as link:
             done = is_empty(link)
         if not done:  # done already, its children may stand on the base by now: they must keep what they read
             commit(
@@ -249,13 +266,13 @@ def _merge_down(intent: Intent, on_progress: OnProgress) -> None:
 def _move(intent: Intent, on_progress: OnProgress) -> None:
     from qemu_vmdk_snap import rebase
 
-    resolver = confined(_folders(intent))
+    resolver = confined(folders_of(intent))
     for one in work_of(intent):
         onto = Path(one.frozen) if one.mode == "merge" else None if one.parent is None else Path(one.parent)
         if one.removed is None or not one.removed.exists():
             continue
         for image in map(Path, one.moving):
-            if _is_backed_by(image, one.removed, _folders(intent)):
+            if _is_backed_by(image, one.removed, folders_of(intent)):
                 rebase(image, onto, resolver=resolver, on_progress=on_progress)
 
 
@@ -268,7 +285,7 @@ def _hold(domain: str, work: Work, intent: Intent, held: contextlib.ExitStack) -
     """Lock what will be deleted; None where it is gone already."""
     if work.removed is None or not work.removed.exists():
         return None
-    folders = _folders(intent)
+    folders = folders_of(intent)
     link = held.enter_context(open_one(work.removed, folders, lock=True))
     if work.mode == "merge" and not work.live and not is_empty(link):
         raise DomainError(domain, f"disk {work.target}: {work.removed} was written to meanwhile")
@@ -307,10 +324,3 @@ def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
 def _restore(conn: libvirt.virConnect, domain: libvirt.virDomain, before: str) -> None:
     if inactive_xml(domain) != before:
         conn.defineXML(before)
-
-
-def _folders(intent: Intent) -> list[Path]:
-    """Return where the images lie: nothing else is opened, whatever the files say of their parents."""
-    named = [Path(name) for one in work_of(intent) for name in (one.frozen, one.child, one.parent, *one.moving) if name]
-    files = xml.files_in(intent.old_xml) | xml.files_in(intent.snapshot_xml) | set(named)
-    return sorted({folder for file in files for folder in (file.parent, real_file(file).parent)})

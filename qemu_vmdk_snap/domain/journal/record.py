@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from qemu_vmdk_snap import replace_file
 from qemu_vmdk_snap.domain.connect import embed_root
 from qemu_vmdk_snap.domain.journal import fields
-from qemu_vmdk_snap.errors import DomainError, InvalidRequest
+from qemu_vmdk_snap.errors import DomainBusy, DomainError, InvalidRequest
 
 if TYPE_CHECKING:
     from logging import Logger
@@ -194,7 +194,7 @@ class IntentStore:
         fd = os.open(self._lock(uuid), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             if not _flocked(fd):
-                raise DomainError(domain, "another command is changing its snapshots")
+                raise DomainBusy(domain, "another command is changing its snapshots")
             _logger().debug("domain %s: locked by %s", domain, self._lock(uuid))
             yield
         finally:

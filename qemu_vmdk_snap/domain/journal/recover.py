@@ -69,6 +69,16 @@ class Recovery:
     """Overlays that were not removed, because they hold data or are not known to be ours."""
     operation: str = "create"
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types."""
+        return {
+            "operation": self.operation,
+            "domain": self.domain,
+            "snapshot": self.snapshot,
+            "finished": self.finished,
+            "left": [str(path) for path in self.left],
+        }
+
 
 def recover(conn: libvirt.virConnect, names: Sequence[str] = ()) -> list[Recovery]:
     """Settle the unfinished operations of these domains (of all, without names), and return what became of each.

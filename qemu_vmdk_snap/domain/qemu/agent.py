@@ -14,11 +14,14 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
+from qemu_vmdk_snap import log
 from qemu_vmdk_snap.domain.qemu.monitor import import_binding
 from qemu_vmdk_snap.errors import DomainError, InvalidRequest
 
 if TYPE_CHECKING:
     import libvirt
+
+_log = log.of(__name__)
 
 QUIESCE: Final = ("no", "auto", "require")
 PING_SECONDS: Final = 5
@@ -121,6 +124,7 @@ def _thaw(domain: libvirt.virDomain) -> tuple[int, str | None]:
 
 def _ask(domain: libvirt.virDomain, command: str, seconds: int) -> Any:  # noqa: ANN401
     """Return what the agent answers; its "no" is a libvirtError as well."""
+    _log.debug("domain %s: sent to the guest's agent: %s", domain.name(), command)
     answer = import_binding().qemuAgentCommand(domain, json.dumps({"execute": command}), seconds, 0)
     return json.loads(answer)["return"]
 

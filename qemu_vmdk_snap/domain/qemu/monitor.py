@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
+from qemu_vmdk_snap import log
 from qemu_vmdk_snap.domain.connect import INSTALL_HINT, libvirt_errors
 from qemu_vmdk_snap.domain.qemu.graph import FILE_SUFFIX, BlockGraph, node_name
 from qemu_vmdk_snap.domain.qemu.options import DriverOptions
@@ -22,6 +23,8 @@ from qemu_vmdk_snap.errors import DomainError, PluginError
 
 if TYPE_CHECKING:
     import libvirt
+
+_log = log.of(__name__)
 
 
 _OPAQUE: Final = "qemu-vmdk-snap:"
@@ -73,6 +76,7 @@ class Monitor:
         """
         words = {name.replace("_", "-"): value for name, value in arguments.items()}
         text = json.dumps({"execute": command, "arguments": words})
+        _log.debug("domain %s: sent to QEMU: %s", self.domain, text)
         with libvirt_errors(self.domain, f"ask QEMU to {command}"):
             if files:
                 answer, _ = self._binding.qemuMonitorCommandWithFiles(self._domain, text, list(files), 0)

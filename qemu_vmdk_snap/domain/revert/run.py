@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import qemu_vmdk_snap as engine
+from qemu_vmdk_snap import log
 from qemu_vmdk_snap.domain import dropin, naming, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.discard import unlink_discarded
@@ -39,6 +40,8 @@ from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
+
+_log = log.of(__name__)
 
 After = Literal["as-saved", "shutoff", "running", "paused"]
 _LIVE: Final = ("running", "paused", "blocked")
@@ -61,10 +64,31 @@ class RevertReport:
     discarded: tuple[Path, ...]
     recovered: Recovery | None
     notes: tuple[str, ...] = ()
+    dry_run: bool = False
+    """Whether this is only what would be done."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was changed."""
+        return not self.dry_run
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `snapshot revert --output=json` shows it."""
+        return {
+            "domain": self.domain,
+            "snapshot": self.snapshot,
+            "state": self.state,
+            "disks": [disk.as_dict() for disk in self.disks],
+            "kept": [str(path) for path in self.kept],
+            "discarded": [str(path) for path in self.discarded],
+            "notes": list(self.notes),
+        } | ({"dry-run": True} if self.dry_run else {})
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
+    """A revert ready to be done."""
+
     disks: tuple[PlannedDisk, ...]
     old_tops: tuple[Path, ...]
     state: str
@@ -98,7 +122,7 @@ def revert(
     store = IntentStore.of(conn)
     with store.locked(domain.UUIDString(), domain.name()), contextlib.ExitStack() as held:
         recovered = recover_domain(conn, domain, store)
-        plan = _make_plan(conn, domain, snapshot, after, store, held, discard=discard)
+        plan = make_plan(conn, domain, snapshot, after, store, held, discard=discard)
         said = [*plan.notes]
         with dropin.around("revert", domain.name(), _as_plan(plan, discard=discard), uri=conn.getURI()) as notes:
             gone = _execute(conn, domain, store, plan, orphans, said)
@@ -133,7 +157,7 @@ class _Now:
             )
 
 
-def _make_plan(
+def make_plan(
     conn: libvirt.virConnect,
     domain: libvirt.virDomain,
     name: str,
@@ -142,7 +166,8 @@ def _make_plan(
     held: contextlib.ExitStack,
     *,
     discard: bool,
-) -> _Plan:
+) -> Plan:
+    """Return the plan. The frozen chains stay open in `held`; `revert` says what is raised."""
     now = _Now.read(domain, name)
     volume_path = volume_resolver(conn, domain.name())
     saved = xml.parse_snapshot(now.target, volume_path)
@@ -173,7 +198,7 @@ def _make_plan(
         discard_inodes=tuple(top.stat().st_ino if top.exists() else 0 for top in given_up),
     )
     state = after if after != "as-saved" else saved.state if saved.state in _LIVE else "shutoff"
-    return _Plan(disks, old_tops, "running" if state == "blocked" else state, intent, _replaced(then, now.old_xml))
+    return Plan(disks, old_tops, "running" if state == "blocked" else state, intent, _replaced(then, now.old_xml))
 
 
 def _replaced(then: str, today: str) -> tuple[str, ...]:
@@ -286,7 +311,7 @@ def _overlays_of(tops: Collection[tuple[str, Path]], targets: Collection[str]) -
     return tuple(found)
 
 
-def _as_plan(plan: _Plan, *, discard: bool) -> dict[str, object]:
+def _as_plan(plan: Plan, *, discard: bool) -> dict[str, object]:
     return {
         "snapshot": plan.intent.snapshot,
         "state": plan.state,
@@ -301,7 +326,7 @@ def _execute(
     conn: libvirt.virConnect,
     domain: libvirt.virDomain,
     store: IntentStore,
-    plan: _Plan,
+    plan: Plan,
     orphans: Sequence[Path],
     notes: list[str],
 ) -> tuple[Path, ...]:
@@ -309,6 +334,7 @@ def _execute(
     try:
         store.write(intent)  # barrier: no file is made that nobody would know of after a crash
         for disk in plan.disks:
+            _log.info("domain %s: disk %s: new overlay %s on %s", domain.name(), disk.target, disk.overlay, disk.frozen)
             intent = intent.made(str(disk.overlay), make_overlay(domain.name(), disk))
         store.write(intent)
         with libvirt_errors(domain.name(), "go back to the snapshot"):
@@ -317,6 +343,7 @@ def _execute(
                 domain.destroy()
             conn.defineXML(intent.new_xml)
             make_current(domain, intent.snapshot)
+        _log.info("domain %s: defined as of snapshot %r", domain.name(), intent.snapshot)
     except BaseException as error:
         _undo(conn, domain, store, intent, error)
         raise

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qemu_vmdk_snap.chain.parent import MAX_DEPTH, find_parent
-from qemu_vmdk_snap.chain.resolver import Resolver
+from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CorruptChain, FormatError, Unsupported
 from qemu_vmdk_snap.ops.check.findings import Finding, Findings, Severity
 from qemu_vmdk_snap.ops.check.runs import audit_runs
@@ -67,7 +68,8 @@ class _Image:
 def check_image(
     path: Path | str,
     *,
-    resolver: Resolver,
+    trusted_dirs: Sequence[Path | str] = (),
+    resolver: Resolver | None = None,
     whole_chain: bool = False,
     opener: FileOpener = open_posix,
     lock: bool = True,
@@ -75,7 +77,8 @@ def check_image(
 ) -> CheckReport:
     """Check the tables of the image and how the links of its chain fit; `whole_chain` checks every link's tables.
 
-    What is broken becomes a finding; nothing is written. Parents and extents are opened where `resolver` allows it.
+    What is broken becomes a finding; nothing is written. Parents and extents are opened beside the
+    file that names them and below `trusted_dirs`; `resolver` takes the place of that rule.
 
     Raises:
         FormatError: `path` is no VMDK at all, or its descriptor cannot be read.
@@ -83,7 +86,7 @@ def check_image(
         LockBusy: another process writes one of the images.
         OSError: `path` cannot be read.
     """
-    checker = _Checker(resolver, opener, lock, on_progress)
+    checker = _Checker(resolver or confined(trusted_dirs), opener, lock, on_progress)
     return checker.run(Path(path), whole_chain)
 
 

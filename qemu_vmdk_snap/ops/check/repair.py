@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from qemu_vmdk_snap.chain.resolver import Resolver
+from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CorruptChain, Unsupported
 from qemu_vmdk_snap.ops.check.check import CheckReport, check_image
 from qemu_vmdk_snap.ops.check.opening import open_for_change
@@ -59,7 +59,8 @@ class RepairReport:
 def repair(
     path: Path | str,
     *,
-    resolver: Resolver,
+    trusted_dirs: Sequence[Path | str] = (),
+    resolver: Resolver | None = None,
     leaks_only: bool = False,
     relink_cids: bool = False,
     undo: Path | str | None = None,
@@ -80,23 +81,23 @@ def repair(
     """
     from qemu_vmdk_snap.ops.journal.recover import settle
 
-    path = Path(path)
+    path, find = Path(path), resolver or confined(trusted_dirs)
     settle(path.parent, opener=opener)
-    before = check_image(path, resolver=resolver, opener=opener, on_progress=on_progress)
+    before = check_image(path, resolver=find, opener=opener, on_progress=on_progress)
     # Space that one copy of the tables alone names is in use: where entries are missing, they are added first.
     repairing = before.repairable > 0 if leaks_only else before.corruptions + before.repairable > 0
     if (leaks_only and (before.corruptions or not before.leaks)) or not (repairing or before.leaks):
         return RepairReport(before, before, None)
     relinked: tuple[Path, ...] = ()
     with contextlib.ExitStack() as stack:
-        plans = [_plan(file, repairing=repairing) for file in _files(path, resolver, opener, stack)]
+        plans = [_plan(file, repairing=repairing) for file in _files(path, find, opener, stack)]
         if relink_cids:
-            relinked = plan_relinks(plans, resolver, opener, stack)
+            relinked = plan_relinks(plans, find, opener, stack)
         if not any(plan.changes for plan in plans):
             return RepairReport(before, before, None)
         record = Path(undo) if undo is not None else path.with_name(path.name + ".undo")
         _carry_out(path, plans, record)
-    after = check_image(path, resolver=resolver, opener=opener, on_progress=on_progress)
+    after = check_image(path, resolver=find, opener=opener, on_progress=on_progress)
     return RepairReport(before, after, record, relinked)
 
 

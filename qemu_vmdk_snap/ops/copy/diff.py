@@ -53,13 +53,13 @@ class DeltaReport:
     changed: int
 
 
-def depth_of(chain: Chain, base: Path) -> int:
+def depth_of(chain: Chain, base: Path | str) -> int:
     """Return how deep in the chain `base` is.
 
     Raises:
         InvalidRequest: it is not below the top.
     """
-    real = base.resolve()
+    real = Path(base).resolve()
     for depth, link in enumerate(chain.links):
         if depth and link.path.resolve() == real:
             return depth

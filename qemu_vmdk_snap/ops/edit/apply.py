@@ -50,6 +50,7 @@ def apply_delta(
     *,
     force: bool = False,
     orphans: Sequence[Path | str] = (),
+    trusted_dirs: Sequence[Path | str] = (),
     resolver: Resolver | None = None,
     opener: FileOpener = open_posix,
     on_progress: OnProgress = ignore,
@@ -70,7 +71,7 @@ def apply_delta(
     """
     delta, path = Path(delta), Path(path)
     path = path.resolve() if path.is_symlink() else path
-    find = resolver or confined()
+    find = resolver or confined(trusted_dirs)
     settle(path.parent, opener=opener, resolver=find)
     with contextlib.ExitStack() as stack:
         chain = stack.enter_context(open_for_change(path, depths=[0], resolver=find, opener=opener))

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from qemu_vmdk_snap import log
 from qemu_vmdk_snap.chain.chain import Chain, open_chain, open_links
 from qemu_vmdk_snap.chain.change import open_for_change, open_link_for_change
 from qemu_vmdk_snap.chain.identity import on_parent, with_fresh_cid
@@ -47,6 +48,8 @@ from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
 from qemu_vmdk_snap.storage.record import Operation
 from qemu_vmdk_snap.vmdk.runs import HOLE, ZERO
+
+_log = log.of(__name__)
 
 OPERATION = "commit"
 
@@ -94,6 +97,7 @@ def commit(
     keep_siblings: bool = False,
     children: Sequence[Path | str] = (),
     orphans: Sequence[Path | str] = (),
+    trusted_dirs: Sequence[Path | str] = (),
     resolver: Resolver | None = None,
     opener: FileOpener = open_posix,
     on_progress: OnProgress = ignore,
@@ -119,7 +123,7 @@ def commit(
     """
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path
-    find = resolver or confined()
+    find = resolver or confined(trusted_dirs)
     settle(path.parent, opener=opener, resolver=find)
     depth = _depth_of(path, base, find, opener)
     with contextlib.ExitStack() as stack:
@@ -131,6 +135,7 @@ def commit(
         if others and not keep_siblings:
             reason = "would no longer read the same (--keep-siblings copies into it what it would lose)"
             raise StillNeeded(plan.base.path, tuple((link.path, reason) for link in others))
+        _log.info("%s: %d links are merged into %s", path, depth, plan.base.path)
         for sibling in plan.siblings:
             try:
                 _keep(plan, sibling, Meter("keep", chain.capacity, on_progress))

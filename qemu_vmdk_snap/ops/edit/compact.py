@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -56,6 +56,7 @@ class CompactReport:
 def compact(
     path: Path | str,
     *,
+    trusted_dirs: Sequence[Path | str] = (),
     resolver: Resolver | None = None,
     opener: FileOpener = open_posix,
     on_progress: OnProgress = ignore,
@@ -71,7 +72,7 @@ def compact(
     """
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path
-    find = resolver or confined()
+    find = resolver or confined(trusted_dirs)
     settle(path.parent, opener=opener, resolver=find)
     with open_for_change(path, depths=[0], resolver=find, opener=opener) as chain:
         top = chain.links[0]

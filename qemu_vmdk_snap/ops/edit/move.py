@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qemu_vmdk_snap import log
 from qemu_vmdk_snap.chain.chain import Chain, open_chain, open_links
 from qemu_vmdk_snap.chain.change import open_for_change
 from qemu_vmdk_snap.chain.identity import on_parent
@@ -35,6 +36,8 @@ from qemu_vmdk_snap.storage.opening import open_locked
 from qemu_vmdk_snap.storage.record import Operation
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, NO_SOURCE, ZERO, Row, RunTable
+
+_log = log.of(__name__)
 
 
 @dataclass(slots=True)
@@ -114,6 +117,7 @@ def run_moves(
                 record.end()
                 raise
             move.change.apply(move.chain.links[0])
+            _log.info("%s: its parent is now %s", move.change.path, None if move.target is None else move.target.path)
         delete_files(unlinked)
         record.end()
 
@@ -162,6 +166,7 @@ def delete_files(paths: Iterable[Path]) -> None:
     folders = set()
     for path in paths:
         path.unlink(missing_ok=True)
+        _log.info("%s: deleted", path)
         folders.add(path.parent)
     for folder in folders:
         sync_folder(folder)

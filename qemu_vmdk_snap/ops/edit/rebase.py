@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def rebase(
     parent: Path | str | None,
     *,
     unsafe: bool = False,
+    trusted_dirs: Sequence[Path | str] = (),
     resolver: Resolver | None = None,
     opener: FileOpener = open_posix,
     on_progress: OnProgress = ignore,
@@ -57,7 +59,7 @@ def rebase(
     """
     path, parent = Path(path), None if parent is None else Path(parent)
     path = path.resolve() if path.is_symlink() else path
-    find = resolver or confined([] if parent is None else [parent.parent])
+    find = resolver or confined([*trusted_dirs, *([] if parent is None else [parent.parent])])
     settle(path.parent, opener=opener, resolver=find)
     if unsafe:
         _relink(path, parent, find, opener)

@@ -42,6 +42,7 @@ def remove(
     *,
     children: Sequence[Path | str] = (),
     orphans: Sequence[Path | str] = (),
+    trusted_dirs: Sequence[Path | str] = (),
     resolver: Resolver | None = None,
     opener: FileOpener = open_posix,
     on_progress: OnProgress = ignore,
@@ -66,7 +67,7 @@ def remove(
     path = Path(path)
     if path.is_symlink():
         raise InvalidRequest(path, f"is a symbolic link to {path.resolve()}: name the image itself")
-    find = resolver or confined()
+    find = resolver or confined(trusted_dirs)
     settle(path.parent, opener=opener, resolver=find)
     given = [Path(child) for child in children]
     with contextlib.ExitStack() as stack:

@@ -62,6 +62,7 @@ def resize(
     size: int,
     *,
     orphans: Sequence[Path | str] = (),
+    trusted_dirs: Sequence[Path | str] = (),
     resolver: Resolver | None = None,
     opener: FileOpener = open_posix,
     on_progress: OnProgress = ignore,
@@ -79,7 +80,7 @@ def resize(
     """
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path
-    find = resolver or confined()
+    find = resolver or confined(trusted_dirs)
     settle(path.parent, opener=opener, resolver=find)
     with contextlib.ExitStack() as stack:
         link = open_link_for_change(path, resolver=find, opener=opener, stack=stack)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.hooks import after_stop as hooks_after
 from qemu_vmdk_snap.domain.registry import list_snapshots
 from tests.domain.lab import Lab
+from tests.support.schemas import check
 
 pytestmark = pytest.mark.needs("libvirt", "qemu-system-x86_64")
 
@@ -31,7 +31,7 @@ def test_a_shut_off_domain_gets_its_snapshot_and_loses_the_oldest(
     taken: list[str] = []
     for number in range(3):
         assert main(["hook", "after-stop", domain, "--policy", str(policy), "--output=json"]) == 0
-        answer = json.loads(capsys.readouterr().out)
+        answer = check("hook after-stop", capsys.readouterr().out)
         assert answer["deleted"] == taken[-1:]
         assert answer["snapshot"].startswith("stop-")
         taken.append(answer["snapshot"])

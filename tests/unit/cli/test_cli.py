@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +14,12 @@ import pytest
 
 from qemu_vmdk_snap import __version__, create_image, errors
 from qemu_vmdk_snap.cli import demo, exit_status
+from qemu_vmdk_snap.cli.catalogue import every_command
 from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL
 from qemu_vmdk_snap.cli.main import main, make_parser
 from qemu_vmdk_snap.cli.scenario import Demo, Point, Region, Seen
 from qemu_vmdk_snap.cli.ui import Ui
+from tests.support.schemas import check
 
 EVERY = [(f"{group} {name}", c) for group, table in COMMANDS.items() for name, c in table.items()] + list(
     TOP_LEVEL.items()
@@ -177,4 +179,16 @@ def test_the_demo_fails_on_any_difference(
     assert demo.run(argparse.Namespace(keep=None), Ui()) == status
     assert word in capsys.readouterr().out
     assert demo.run(argparse.Namespace(keep=None), Ui(json_output=True)) == status
-    assert json.loads(capsys.readouterr().out)["same"] is (status == 0)
+    assert check("demo", capsys.readouterr().out)["same"] is (status == 0)
+
+
+def test_every_argument_is_in_the_catalogue() -> None:
+    for entry in every_command():
+        words = entry.words
+        command = TOP_LEVEL[words[0]] if len(words) == 1 else COMMANDS[words[0]][words[1]]
+        parser = make_parser(importlib.import_module(command.module), command, entry.parser.prog)
+        assert entry.parser.format_usage() == parser.format_usage()
+        names = {name for option in entry.options for name in option.option_strings}
+        shown = parser.format_usage() + parser.format_help()
+        assert {"-h", "--output", "--debug"} <= names
+        assert {word for word in re.findall(r"(?<![\w-])--[a-z-]+", shown.split("\noptions:")[0])} <= names

@@ -31,6 +31,14 @@ def test_printable(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
+def test_a_table_with_wide_and_combining_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    Ui().table(["Name", "State"], [["磁盘", "a"], ["e\u0301te\u0301", "b"], ["plain", "c"]])
+    header, rule, *rows = capsys.readouterr().out.splitlines()
+    assert header == "Name    State"
+    assert rule == "-" * 13
+    assert rows == ["磁盘    a", "e\u0301te\u0301     b", "plain   c"]
+
+
 def test_errors_are_one_line() -> None:
     error = FormatError(Path(EVIL), 3, "field\n", b"\n", "rule\n")
     assert str(error) == rf"{SHOWN}: byte 0x3: field\n = b'\n': rule\n"

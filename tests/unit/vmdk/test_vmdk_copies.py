@@ -322,4 +322,4 @@ def test_a_file_that_ends_inside_a_grain_is_noted(image: Image) -> None:
         extent.resolve(0, header.capacity * 512)
     finally:
         file_.close()
-    assert any("what is missing reads as zeros" in note for note in extent.notes), extent.notes
+    assert any("past the end of the file of" in note for note in extent.notes), extent.notes

@@ -1,0 +1,60 @@
+"""`--debug` and QEMU_VMDK_SNAP_LOG: where the log goes. Imported only where one of them asks for it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from qemu_vmdk_snap import __version__
+from qemu_vmdk_snap.errors import printable
+
+_log = logging.getLogger(__name__)
+VARIABLE = "QEMU_VMDK_SNAP_LOG"
+
+
+class _OneLine(logging.Formatter):
+    """Names come from untrusted files: a message stays one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def start(*, stderr: bool, file: str | None) -> list[logging.Handler]:
+    """Let the package's log go to standard error, or to the end of a file, or to both; return what does so.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    handlers: list[logging.Handler] = []
+    if file:
+        handlers.append(logging.FileHandler(file, encoding="utf-8", errors="backslashreplace"))
+        handlers[-1].setFormatter(_OneLine(f"%(asctime)s [{os.getpid()}] %(levelname)s %(name)s: %(message)s"))
+    if stderr:
+        handlers.append(logging.StreamHandler(sys.stderr))
+        handlers[-1].setFormatter(_OneLine("qemu-vmdk-snap: debug: %(name)s: %(message)s"))
+    logger = logging.getLogger("qemu_vmdk_snap")
+    logger.setLevel(logging.DEBUG)
+    for handler in handlers:
+        logger.addHandler(handler)
+    return handlers
+
+
+def stop(handlers: list[logging.Handler]) -> None:
+    """Undo `start`."""
+    logger = logging.getLogger("qemu_vmdk_snap")
+    for handler in handlers:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def command(prog: str, words: Sequence[str]) -> None:
+    """Log the command line."""
+    _log.info("%s, version %s", shlex.join([*prog.split(), *words]), __version__)
+
+
+def ended(status: int) -> None:
+    """Log how the command ended."""
+    _log.info("exit status %d", status)

@@ -1,0 +1,200 @@
+"""The public functions of the plugin: each is one command on the snapshots of a domain, and returns its report.
+
+Those that change something take `dry_run`: the same plan, the same refusals, the same report, and no change. All may be
+called from several threads, also for one domain: the second caller is refused with `DomainBusy`. A connection may be
+shared by threads, as libvirt's own are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap import OnProgress, ignore
+from qemu_vmdk_snap.domain import edit
+from qemu_vmdk_snap.domain.adopt.run import AdoptReport, adopt
+from qemu_vmdk_snap.domain.create import run as create_run
+from qemu_vmdk_snap.domain.create.run import SnapshotReport
+from qemu_vmdk_snap.domain.delete.plan import Scope
+from qemu_vmdk_snap.domain.delete.prune import PruneReport, Retention, prune
+from qemu_vmdk_snap.domain.delete.run import DeleteReport, delete
+from qemu_vmdk_snap.domain.dry_run import plan_create, plan_delete, plan_revert
+from qemu_vmdk_snap.domain.journal import recover as journal
+from qemu_vmdk_snap.domain.journal.recover import Recovery
+from qemu_vmdk_snap.domain.revert.run import After, RevertReport, revert
+
+if TYPE_CHECKING:
+    import libvirt
+
+
+def create_snapshot(
+    conn: libvirt.virConnect,
+    domain: str,
+    name: str | None = None,
+    description: str | None = None,
+    *,
+    disks: Sequence[str] | None = None,
+    required: Collection[str] = (),
+    exclude: Collection[str] = (),
+    overlays: Mapping[str, Path | str] | None = None,
+    quiesce: str = "no",
+    dry_run: bool = False,
+) -> SnapshotReport:
+    """Freeze the VMDK disks of a domain, which continues in new overlays, and register the snapshot with libvirt.
+
+    Without a `name` it is the second since 1970. Disks are named by target or by file: `disks` are the only ones that
+    take part, those in `required` must be able to, those in `exclude` are left out, and `overlays` says where the
+    overlay of a disk goes, if not beside it. `quiesce` is "no", "auto" or "require".
+
+    Raises:
+        SnapshotExists: the domain has a snapshot of that name.
+        NoDomain, DomainBusy, DomainError: the domain is not there, is being changed, or does not allow it.
+        InvalidRequest: the name cannot be.
+        CidMismatch, CorruptChain, FormatError, LockBusy: a chain is broken, or in use.
+        OSError: a file could not be made.
+    """
+    take = plan_create if dry_run else create_run.create_snapshot
+    return take(
+        conn,
+        domain,
+        name,
+        description,
+        disks=disks,
+        required=required,
+        exclude=exclude,
+        overlays={disk: Path(path) for disk, path in (overlays or {}).items()},
+        quiesce=quiesce,
+    )
+
+
+def revert_snapshot(
+    conn: libvirt.virConnect,
+    domain: str,
+    snapshot: str,
+    *,
+    after: After = "as-saved",
+    discard: bool = False,
+    dry_run: bool = False,
+) -> RevertReport:
+    """Return a domain to a snapshot, in new overlays. A guest that runs is ended without being asked.
+
+    `after` is the state of the domain then: "as-saved", "shutoff", "running" or "paused". What was written since the
+    last snapshot is kept in its file unless `discard` deletes it.
+
+    Raises:
+        NoSnapshot: the domain has no such snapshot.
+        NoDomain, DomainBusy, DomainError: see `create_snapshot`.
+        CidMismatch, CorruptChain, FormatError, LockBusy: a frozen chain is broken, or in use.
+        OSError: a file could not be made.
+    """
+    return (plan_revert if dry_run else revert)(conn, domain, snapshot, after=after, discard=discard)
+
+
+def delete_snapshots(
+    conn: libvirt.virConnect,
+    domain: str,
+    names: str | Sequence[str],
+    *,
+    scope: Scope = "one",
+    metadata: bool = False,
+    orphans: Sequence[Path | str] = (),
+    keep_going: bool = False,
+    dry_run: bool = False,
+    on_progress: OnProgress = ignore,
+) -> DeleteReport:
+    """Delete snapshots; the domain and every other snapshot keep reading what they read.
+
+    `scope` is "one", "children" (with their descendants) or "children-only". With `metadata` libvirt forgets them
+    and no file is touched. `orphans` are files that need what goes and are given up. With `keep_going` a snapshot that
+    cannot be deleted is left as it was, and is in the report's `failed`; the next one is tried.
+
+    Raises:
+        NoSnapshot: the domain has no such snapshot.
+        NoDomain, DomainBusy, DomainError: see `create_snapshot`.
+        StillNeeded: something else needs a file that would change or go, or may need it; it names what.
+        VmdkSnapError, OSError: an image is broken or in use; what is not finished is left to `recover_domains`.
+    """
+    given_up = [Path(path).absolute() for path in orphans]
+    if dry_run:
+        return plan_delete(conn, domain, names, scope=scope, metadata=metadata, orphans=given_up)
+    return delete(
+        conn,
+        domain,
+        names,
+        scope=scope,
+        metadata=metadata,
+        orphans=given_up,
+        keep_going=keep_going,
+        on_progress=on_progress,
+    )
+
+
+def prune_snapshots(
+    conn: libvirt.virConnect,
+    domain: str,
+    policy: Retention,
+    *,
+    orphans: Sequence[Path | str] = (),
+    dry_run: bool = False,
+    on_progress: OnProgress = ignore,
+) -> PruneReport:
+    """Delete the snapshots that the policy does not keep; the report has the reason of each that stays.
+
+    One that cannot be deleted is left as it was, and is in the report's `failed`. `orphans`: see `delete_snapshots`.
+
+    Raises:
+        InvalidRequest: the policy keeps nothing, or a number is negative.
+        VmdkSnapError, OSError: see `delete_snapshots`.
+    """
+    given_up = [Path(path).absolute() for path in orphans]
+    return prune(conn, domain, policy, dry_run=dry_run, orphans=given_up, on_progress=on_progress)
+
+
+def adopt_snapshots(
+    conn: libvirt.virConnect, domain: str, *, vmsd: Path | str | None = None, dry_run: bool = False
+) -> AdoptReport:
+    """Register snapshots that VMware made, or that were made by hand; files are only read.
+
+    Raises:
+        NoDomain, DomainBusy, DomainError: see `create_snapshot`.
+        VmdkSnapError, OSError: a chain or the dictionary `vmsd` cannot be read.
+    """
+    return adopt(conn, domain, vmsd=None if vmsd is None else Path(vmsd), dry_run=dry_run)
+
+
+def rename_snapshot(conn: libvirt.virConnect, domain: str, snapshot: str, name: str) -> None:
+    """Give the snapshot another name; files and tree stay.
+
+    Raises:
+        NoSnapshot, SnapshotExists, NoDomain, DomainBusy, DomainError: see `create_snapshot`.
+        InvalidRequest: the name cannot be.
+    """
+    edit.rename(conn, domain, snapshot, name)
+
+
+def describe_snapshot(conn: libvirt.virConnect, domain: str, snapshot: str, description: str | None) -> None:
+    """Give the snapshot another description; None removes it.
+
+    Raises:
+        NoSnapshot, NoDomain, DomainBusy, DomainError: see `create_snapshot`.
+    """
+    edit.describe(conn, domain, snapshot, description)
+
+
+def set_current_snapshot(conn: libvirt.virConnect, domain: str, snapshot: str) -> None:
+    """Make the snapshot the current one: the next one is its child.
+
+    Raises:
+        NoSnapshot, NoDomain, DomainBusy, DomainError: see `create_snapshot`.
+    """
+    edit.set_current(conn, domain, snapshot)
+
+
+def recover_domains(conn: libvirt.virConnect) -> list[Recovery]:
+    """Finish every unfinished operation on this connection's domains, or undo it, and return what became of each.
+
+    Raises:
+        DomainError: one could not be settled; its record stays. The others are settled.
+    """
+    return journal.recover(conn)

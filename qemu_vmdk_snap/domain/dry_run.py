@@ -1,0 +1,116 @@
+"""What a create, a revert or a delete would do: the plan of the command itself, and nothing is changed.
+
+The plan is made as the run makes it, under the same locks and with the same refusals, and is given up. Drop-ins are not
+run. An operation that is unfinished would be settled by the run first, so there is no plan while one is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap.domain.connect import find_domain
+from qemu_vmdk_snap.domain.create.plan import Request, make_plan
+from qemu_vmdk_snap.domain.create.run import SnapshotReport
+from qemu_vmdk_snap.domain.delete.plan import Deleted, Scope, State, chosen, folders_of, make_intent, work_of
+from qemu_vmdk_snap.domain.delete.preflight import check_work
+from qemu_vmdk_snap.domain.delete.run import DeleteReport
+from qemu_vmdk_snap.domain.journal.record import IntentStore
+from qemu_vmdk_snap.domain.revert.run import After, RevertReport
+from qemu_vmdk_snap.domain.revert.run import make_plan as plan_of_revert
+from qemu_vmdk_snap.errors import DomainError
+
+if TYPE_CHECKING:
+    import libvirt
+
+
+def plan_create(
+    conn: libvirt.virConnect,
+    domain_name: str,
+    name: str | None = None,
+    description: str | None = None,
+    *,
+    disks: Sequence[str] | None = None,
+    required: Collection[str] = (),
+    exclude: Collection[str] = (),
+    overlays: Mapping[str, Path] | None = None,
+    quiesce: str = "no",
+) -> SnapshotReport:
+    """Return what `create_snapshot` would report, with `dry_run` set.
+
+    Raises:
+        DomainError: an operation on the domain is unfinished; and all that `create_snapshot` raises before its first
+            change.
+    """
+    request = Request(name, description, disks, required, exclude, overlays or {}, quiesce)
+    with _planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
+        plan = make_plan(conn, domain, request, store, held)
+    header = plan.snapshot
+    return SnapshotReport(
+        domain.name(),
+        header.name,
+        header.creation_time,
+        header.parent,
+        plan.disks,
+        plan.skipped,
+        recovered=None,
+        dry_run=True,
+    )
+
+
+def plan_revert(
+    conn: libvirt.virConnect, domain_name: str, snapshot: str, *, after: After = "as-saved", discard: bool = False
+) -> RevertReport:
+    """Return what `revert` would report, with `dry_run` set.
+
+    What else needs a file that would be discarded is looked for by the run: such a file is kept, and named.
+
+    Raises:
+        DomainError: an operation on the domain is unfinished; and all that `revert` raises before its first change.
+    """
+    with _planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
+        plan = plan_of_revert(conn, domain, snapshot, after, store, held, discard=discard)
+    kept, gone = ((), plan.old_tops) if discard else (plan.old_tops, ())
+    return RevertReport(domain.name(), snapshot, plan.state, plan.disks, kept, gone, recovered=None, dry_run=True)
+
+
+def plan_delete(
+    conn: libvirt.virConnect,
+    domain_name: str,
+    names: str | Sequence[str],
+    *,
+    scope: Scope = "one",
+    metadata: bool = False,
+    orphans: Sequence[Path] = (),
+) -> DeleteReport:
+    """Return what `delete` would report, with `dry_run` set: every operation on files, in their order.
+
+    Raises:
+        DomainError: an operation on the domain is unfinished; and all that `delete` raises before its first change.
+    """
+    deleted: list[Deleted] = []
+    with _planning(conn, domain_name) as (domain, _):
+        state = State.read(conn, domain, orphans)
+        for name in chosen(domain, [names] if isinstance(names, str) else names, scope):
+            intent = make_intent(state, name, metadata=metadata)
+            work = work_of(intent)
+            if not deleted and not metadata:  # of the others only once this one is gone
+                check_work(domain.name(), work, folders_of(intent))
+            deleted.append(Deleted(name, work))
+            state = state.after(intent)
+    return DeleteReport(domain.name(), tuple(deleted), recovered=None, dry_run=True)
+
+
+@contextlib.contextmanager
+def _planning(conn: libvirt.virConnect, domain_name: str) -> Iterator[tuple[libvirt.virDomain, IntentStore]]:
+    domain = find_domain(conn, domain_name)
+    store = IntentStore.of(conn)
+    uuid = domain.UUIDString()
+    with store.locked(uuid, domain.name()):
+        if store.path(uuid).exists():
+            raise DomainError(
+                domain.name(), "an operation is unfinished: `recover` settles it; there is no plan before"
+            )
+        yield domain, store

@@ -1,0 +1,11 @@
+from qemu_vmdk_snap.harness.machine import CONTROLLERS as CONTROLLERS
+from qemu_vmdk_snap.harness.machine import Machine as Machine
+from qemu_vmdk_snap.harness.machine import boot as boot
+from qemu_vmdk_snap.harness.probe import disk_image as disk_image
+from qemu_vmdk_snap.harness.probe import floppy_image as floppy_image
+from qemu_vmdk_snap.harness.seeded import pattern as pattern
+from qemu_vmdk_snap.harness.session import ProbeSession as ProbeSession
+from qemu_vmdk_snap.harness.session import attach as attach
+from qemu_vmdk_snap.harness.verify import Mismatch as Mismatch
+from qemu_vmdk_snap.harness.verify import VerifyReport as VerifyReport
+from qemu_vmdk_snap.harness.verify import verify_image as verify_image
