@@ -200,6 +200,8 @@ def _way_out(error: Exception, args: argparse.Namespace) -> str:
         return _half_done(args)
     if isinstance(error, FormatError) and (error.offset, error.field) == (0, "magic"):
         return _instead_of(error.path)
+    if isinstance(error, FormatError) and (error.field, error.value) == ("descriptor", b""):
+        return _instead_of(error.path)  # as QEMU makes the extents of a split disk
     if isinstance(error, Unsupported) and error.feature.startswith("has no descriptor"):
         return _instead_of(error.path)
     reads = getattr(args, "force_share", True) is False and not getattr(args, "repair", None)

@@ -33,6 +33,7 @@ from typing import Any, Final, NamedTuple, Self
 
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.errors import CorruptChain, LockBusy
+from qemu_vmdk_snap.storage.blockfile import naming
 from qemu_vmdk_snap.storage.durable import alone_in, sync_folder, working_in
 from qemu_vmdk_snap.storage.identity import identity_of, identity_of_open
 
@@ -372,9 +373,10 @@ def _store(path: Path, record: Mapping[str, Any]) -> int:
             with contextlib.suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             data = memoryview(json.dumps(record, indent=1).encode())
-            while data:
-                data = data[os.write(fd, data) :]
-            os.fsync(fd)
+            with naming(path):
+                while data:
+                    data = data[os.write(fd, data) :]
+                os.fsync(fd)
             draft.replace(path)
         except BaseException:
             os.close(fd)

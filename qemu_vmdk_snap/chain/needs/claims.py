@@ -53,6 +53,8 @@ class Claims(NamedTuple):
     parent_cid: int | None = None
     problem: str | None = None
     """Why there may be names that cannot be made out, as the end of a sentence about the file."""
+    blank: bool = False
+    """Whether the room for its descriptor holds zeros: QEMU leaves it so in the extents of a split disk."""
 
     @property
     def nameless_parent(self) -> bool:
@@ -101,7 +103,8 @@ def _hosted_sparse(descriptor: int, head: bytes) -> Claims:
         start = os.pread(descriptor, _SEARCHED, 0)
         found = start.lower().find(FIRST_LINE.lower().encode())
         if found < 0:
-            return Claims(problem="has no descriptor where its header says, so it cannot be told what it needs")
+            problem = "has no descriptor where its header says, so it cannot be told what it needs"
+            return Claims(problem=problem, blank=bool(text) and not text.strip(b"\0"))
         text = start[found:]
     # Embedded: what the extent line calls the file it is in does not matter.
     claims = _descriptor(text.split(b"\0", 1)[0])

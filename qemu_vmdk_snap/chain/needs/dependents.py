@@ -59,6 +59,7 @@ class Census:
     folders: tuple[Path, ...]
     files: list[_File] = field(default_factory=list)
     _found: dict[str, Identity | OSError | None] = field(default_factory=dict)
+    _extents: set[Identity] | None = None
 
     @classmethod
     def of(cls, folders: Iterable[Path]) -> Census:
@@ -117,7 +118,7 @@ class Census:
             if self._leads_to(file.path, name, wanted):
                 what = {"parent": "its parent", "extent": "an extent of its own", "data": "its data file"}[name.role]
                 return Dependent(file.path, name.role, f"names it as {what}", claims.parent_cid, file.identity)
-        if claims.problem is not None:
+        if claims.problem is not None and not (claims.blank and file.identity in self._known_extents()):
             return Dependent(file.path, "unknown", f"{claims.problem}: it may depend on it", None, file.identity)
         if claims.nameless_parent and (claims.parent_cid in cids or not self._has_cid(claims.parent_cid)):
             reason = f"has a parent (CID {claims.parent_cid:08x}) and does not name it: it may depend on it"
@@ -127,6 +128,13 @@ class Census:
                 reason = f"names a parent {name.texts[0]!r} that cannot be found: it may depend on it"
                 return Dependent(file.path, "unknown", reason, None, file.identity)
         return None
+
+    def _known_extents(self) -> set[Identity]:
+        """Return what a descriptor names as its extent: that descriptor says what such a file needs."""
+        if self._extents is None:
+            places = (place for file in self.files for one in file.claims.names for place in _extent(file.path, one))
+            self._extents = {found for place in places if (found := self._identity_at(place)) is not None}
+        return self._extents
 
     def _has_cid(self, cid: int | None) -> bool:
         return any(file.claims.cid == cid for file in self.files)
@@ -312,6 +320,10 @@ def candidates(owner: Path, name: Name) -> Iterator[str]:
             for candidate in (text, plain, plain.removeprefix("file:"), plain.rsplit("/", 1)[-1]):
                 if candidate and "\0" not in candidate:
                     yield os.path.join(home, candidate)  # noqa: PTH118
+
+
+def _extent(owner: Path, name: Name) -> Iterator[str]:
+    return candidates(owner, name) if name.role == "extent" else iter(())
 
 
 def _identities(paths: Iterable[Path | str]) -> set[Identity]:

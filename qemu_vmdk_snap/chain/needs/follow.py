@@ -33,9 +33,9 @@ def follow(path: Path | str) -> Followed:
     files: list[Path] = []
     problem: tuple[Path, str] | None = None
     seen: set[Identity] = set()
-    queue = [path]
+    queue = [(path, False)]
     while queue:
-        here = queue.pop(0)
+        here, is_extent = queue.pop(0)
         try:
             identity = identity_of(here)
             if identity is None:
@@ -49,6 +49,8 @@ def follow(path: Path | str) -> Followed:
         except OSError as error:
             problem = problem or (here, f"cannot be read ({error.strerror})")
             continue
+        if is_extent and claims.blank:
+            continue  # the descriptor that led here has said what it needs
         below, lost = _below(here, claims)
         queue += below
         problem = problem or (None if lost is None else (here, lost))
@@ -64,15 +66,15 @@ def _claims(path: Path) -> Claims:
         os.close(descriptor)
 
 
-def _below(owner: Path, claims: Claims) -> tuple[list[Path], str | None]:
-    """Return the files that the claims lead to, and why there may be more."""
+def _below(owner: Path, claims: Claims) -> tuple[list[tuple[Path, bool]], str | None]:
+    """Return the files that the claims lead to, each with whether it is an extent, and why there may be more."""
     lost = claims.problem
     if claims.nameless_parent:
         lost = lost or f"has a parent (CID {claims.parent_cid:08x}) and does not name it"
-    below: list[Path] = []
+    below: list[tuple[Path, bool]] = []
     for name in claims.names:
         found = [place for text in candidates(owner, name) if _is_file(place := Path(text))]
-        below += found
+        below += [(place, name.role == "extent") for place in found]
         if not found and name.role == "parent" and not _remote(name):
             lost = lost or f"names a parent {name.texts[0]!r} that cannot be found"
     return below, lost

@@ -75,7 +75,8 @@ def settle_copies(file: BlockFile, header: SparseExtentHeader) -> int:
     Only entries that the other copy has are added, so a power cut or a kill at any point leaves less to do.
 
     Raises:
-        FormatError: the copies conflict: the first difference is named. Nothing was written.
+        FormatError: the copies conflict: the first difference is named; or neither has a table, so that what it named
+            cannot be told from what was never written. Nothing was written.
     """
     if not _has_two(header):
         return 0
@@ -85,6 +86,10 @@ def settle_copies(file: BlockFile, header: SparseExtentHeader) -> int:
         first = report.conflicts[0]
         rule = f"{first.rule}: repair the image first: image check -r all {file.path}"
         raise FormatError(file.path, first.offset, first.field, first.value, rule)
+    if (absent := comparison.absent()) is not None:
+        rule = "must name a grain table in one of the two directories: nothing is changed while one is lost"
+        at = sector_bytes(header.gd_offset) + 4 * absent
+        raise FormatError(file.path, at, f"grain directory entry {absent}", 0, rule)
     if report.missing_count:
         file.flush()  # barrier: the grains that are named may be in the page cache alone, after a kill
         for offset, data in comparison.writes():
@@ -150,6 +155,14 @@ class Comparison:
             missing += self._list_missing(window, lacking, LISTED - len(missing))
             conflicts += self._list_conflicts(window, contrary, LISTED - len(conflicts))
         return CopiesReport(tuple(missing), tuple(conflicts), missing_count, count)
+
+    def absent(self) -> int | None:
+        """Return the first table that neither directory names: every writer makes all tables when it makes the file."""
+        if len(self._tables) == self._header.gd_entries:
+            return None
+        there = np.zeros(self._header.gd_entries, np.bool_)
+        there[self._tables] = True
+        return int(np.argmin(there))
 
     def writes(self) -> Iterator[tuple[int, bytes]]:
         """Yield (byte, entries) for each table that lacks entries of the other copy."""

@@ -20,6 +20,7 @@ from qemu_vmdk_snap import (
 )
 from qemu_vmdk_snap.chain.needs.claims import read_claims
 from qemu_vmdk_snap.chain.needs.dependents import Census, children_of, require_fit, require_one_name, require_unneeded
+from qemu_vmdk_snap.chain.needs.follow import follow
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.ops.edit.remove import remove
 
@@ -287,6 +288,26 @@ def test_an_overlay_of_an_odd_name_is_moved_only_when_it_is_named(base: Path) ->
     assert remove(base, children=[base.with_name("web.snap1")]).moved == (base.with_name("web.snap1"),)
     with open_chain(base.with_name("web.snap1")) as chain:
         assert chain.depth == 1
+
+
+def test_an_extent_whose_room_for_a_descriptor_is_empty(base: Path) -> None:
+    # As QEMU makes the extents of a split disk: descriptorOffset is 1, and there are zeros.
+    raw = bytearray((base.with_name("base.vmdk")).read_bytes())
+    place, size = (512 * value for value in struct.unpack_from("<QQ", raw, 28))
+    raw[place : place + size] = bytes(size)
+    part = base.with_name("split-s001.vmdk")
+    part.write_bytes(raw)
+    assert found(base) == [("split-s001.vmdk", "unknown")]
+    assert (problem := follow(part).problem) is not None
+    assert "no descriptor" in problem[1]
+    text = f'# Disk DescriptorFile\nCID=1\nparentCID=ffffffff\nRW {MIB // 512} SPARSE "split-s001.vmdk"\n'
+    base.with_name("split.vmdk").write_text(text)
+    assert found(base) == []
+    assert follow(base.with_name("split.vmdk")).problem is None
+    raw[place : place + 4] = b"junk"
+    part.write_bytes(raw)
+    assert found(base) == [("split-s001.vmdk", "unknown")]
+    assert follow(base.with_name("split.vmdk")).problem is not None
 
 
 def test_claims_never_raise_but_for_io(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import re
+import struct
 import tarfile
 import zipfile
 from pathlib import Path
@@ -128,3 +129,15 @@ def test_a_descriptor_in_another_encoding_names_its_extent(tmp_path: Path) -> No
     (tmp_path / "a.vmdk").write_bytes(text.encode("gbk"))
     (tmp_path / name).write_bytes(bytes(4096))
     assert descriptor_naming(tmp_path / name) == tmp_path / "a.vmdk"
+
+
+def test_an_extent_whose_room_for_a_descriptor_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # As QEMU makes the extents of a split disk.
+    create_image(tmp_path / "a-s001.vmdk", 1 << 20, durable=False)
+    raw = bytearray((tmp_path / "a-s001.vmdk").read_bytes())
+    place, size = (512 * value for value in struct.unpack_from("<QQ", raw, 28))
+    raw[place : place + size] = bytes(size)
+    (tmp_path / "a-s001.vmdk").write_bytes(raw)
+    path = esxi.descriptor(tmp_path / "a.vmdk", "twoGbMaxExtentSparse", ['RW 2048 SPARSE "a-s001.vmdk"'])
+    assert main(["image", "info", str(tmp_path / "a-s001.vmdk")]) == 65
+    assert f"it is an extent of {path}: open that descriptor instead" in capsys.readouterr().err

@@ -220,8 +220,9 @@ def test_a_record_that_finds_no_room_leaves_nothing(
 
     before, opened = set(folders[0].iterdir()), set(Path("/proc/self/fd").iterdir())
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as raised:
         make_operation("resize", folders[0] / "a.vmdk", [], {}).begin()
+    assert Path(raised.value.filename).parent == folders[0]
     assert set(folders[0].iterdir()) == before
     assert set(Path("/proc/self/fd").iterdir()) == opened
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import ImageOptions, create_image, open_chain
+from qemu_vmdk_snap import ImageOptions, compact, create_image, open_chain, resize
 from qemu_vmdk_snap.chain.link import open_link
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import FormatError, Unsupported
@@ -323,3 +323,17 @@ def test_a_file_that_ends_inside_a_grain_is_noted(image: Image) -> None:
     finally:
         file_.close()
     assert any("past the end of the file of" in note for note in extent.notes), extent.notes
+
+
+def test_nothing_is_changed_while_a_table_is_lost_in_both_directories(image: Image) -> None:
+    for directory in (image.header.gd_offset, image.header.rgd_offset):
+        with image.path.open("r+b") as file:
+            file.seek(directory * 512)
+            file.write(bytes(4))
+    before = image.path.read_bytes()
+    with pytest.raises(FormatError, match="grain directory entry 0 = 0: must name a grain table") as caught:
+        compact(image.path)
+    assert caught.value.offset == image.header.gd_offset * 512
+    with pytest.raises(FormatError, match="must name a grain table"):
+        resize(image.path, 64 << 20)
+    assert image.path.read_bytes() == before
