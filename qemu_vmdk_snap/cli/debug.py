@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from qemu_vmdk_snap import __version__
 from qemu_vmdk_snap.errors import printable
@@ -22,8 +23,16 @@ class _OneLine(logging.Formatter):
         return printable(super().format(record))
 
 
-def start(*, stderr: bool, file: str | None) -> list[logging.Handler]:
-    """Let the package's log go to standard error, or to the end of a file, or to both; return what does so.
+class Started(NamedTuple):
+    """What `start` has changed."""
+
+    handlers: list[logging.Handler]
+    level: int
+    """The level before."""
+
+
+def start(*, stderr: bool, file: str | None) -> Started:
+    """Let the package's log go to standard error, or to the end of a file, or to both; return what `stop` takes.
 
     Raises:
         OSError: the file cannot be opened.
@@ -36,16 +45,18 @@ def start(*, stderr: bool, file: str | None) -> list[logging.Handler]:
         handlers.append(logging.StreamHandler(sys.stderr))
         handlers[-1].setFormatter(_OneLine("qemu-vmdk-snap: debug: %(name)s: %(message)s"))
     logger = logging.getLogger("qemu_vmdk_snap")
+    started = Started(handlers, logger.level)
     logger.setLevel(logging.DEBUG)
     for handler in handlers:
         logger.addHandler(handler)
-    return handlers
+    return started
 
 
-def stop(handlers: list[logging.Handler]) -> None:
+def stop(started: Started) -> None:
     """Undo `start`."""
     logger = logging.getLogger("qemu_vmdk_snap")
-    for handler in handlers:
+    logger.setLevel(started.level)
+    for handler in started.handlers:
         logger.removeHandler(handler)
         handler.close()
 

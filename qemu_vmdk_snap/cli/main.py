@@ -95,7 +95,7 @@ def _logged(args: argparse.Namespace, prog: str, rest: Sequence[str], module: Co
 
     file = os.environ.get(debug.VARIABLE)
     try:
-        handlers = debug.start(stderr=args.debug, file=file)
+        started = debug.start(stderr=args.debug, file=file)
     except OSError as error:
         sys.stderr.write(f"{PROGRAM}: {debug.VARIABLE}: {exit_status.one_line(error)}\n")
         return exit_status.SYSTEM
@@ -104,7 +104,7 @@ def _logged(args: argparse.Namespace, prog: str, rest: Sequence[str], module: Co
         status = _shown(args, prog, rest, module)
         debug.ended(status)
     finally:
-        debug.stop(handlers)
+        debug.stop(started)
     return status
 
 

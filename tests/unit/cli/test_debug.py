@@ -31,6 +31,7 @@ def test_debug_says_what_was_locked_and_journaled(top: Path, capsys: pytest.Capt
     assert f"{top}: commit journaled in " in said
     assert said.index("journaled") < said.index("ended, its record is removed")
     assert lines[-1].endswith("exit status 0")
+    assert logging.getLogger("qemu_vmdk_snap").level == logging.NOTSET  # as before
 
 
 def test_a_log_file_is_added_to(top: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
