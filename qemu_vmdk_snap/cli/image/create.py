@@ -191,7 +191,7 @@ def _report(path: Path, ui: Ui) -> None:
                 "filename": str(path),
                 "format": "vmdk",
                 "virtual-size": size,
-                "cid": f"{descriptor.cid:08x}",
+                "cid": descriptor.cid,
                 "backing-filename": descriptor.parent_hint,
             }
         )

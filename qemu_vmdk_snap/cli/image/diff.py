@@ -44,8 +44,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         facts = {
             "base": str(args.base),
             "top": str(args.top),
-            "base-cid": f"{chain.links[depth].cid:08x}",
-            "top-cid": f"{chain.links[0].cid:08x}",
+            "base-cid": chain.links[depth].cid,
+            "top-cid": chain.links[0].cid,
             "virtual-size": chain.capacity,
         }
         if args.delta is not None:

@@ -78,8 +78,8 @@ def _as_json(image: ImageInfo) -> dict[str, object]:
         "format-specific": {
             "type": "vmdk",
             "data": {
-                "cid": f"{image.cid:08x}",
-                "parent-cid": f"{image.parent_cid:08x}",
+                "cid": image.cid,
+                "parent-cid": image.parent_cid,
                 "create-type": image.create_type,
                 "extents": [
                     {
