@@ -440,7 +440,7 @@ def test_a_command_that_is_killed_while_the_guest_is_frozen(guest: Guest, name: 
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert guest.ask("guest-fsfreeze-status") == "frozen"
-    assert recover(guest.conn)
+    assert recover(guest.conn, [guest.name])
     assert guest.ask("guest-fsfreeze-status") == "thawed"
     guest.counts()
 
