@@ -98,16 +98,6 @@ def _all_named(conn: libvirt.virConnect) -> set[Path]:
     return named
 
 
-def _all_frozen(conn: libvirt.virConnect) -> set[Path]:
-    """Return every file that a domain of the connection uses, or a snapshot of one has frozen."""
-    frozen: set[Path] = set()
-    for domain in conn.listAllDomains():
-        frozen |= xml.files_in(domain.XMLDesc(0)) | xml.files_in(inactive_xml(domain))
-        for snapshot in domain.listAllSnapshots():
-            frozen |= xml.files_in(xml.domain_of(snapshot.getXMLDesc(0)))
-    return frozen
-
-
 def _identity(path: Path) -> tuple[int, int]:
     status = path.lstat()
     return status.st_dev, status.st_ino
