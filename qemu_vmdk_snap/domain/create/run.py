@@ -29,8 +29,8 @@ from qemu_vmdk_snap.domain.create.plan import Plan, Request, make_plan
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain, register
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
-from qemu_vmdk_snap.domain.newfile import make_overlay, refresh_pools
-from qemu_vmdk_snap.domain.planned import PlannedDisk
+from qemu_vmdk_snap.domain.overlay.newfile import make_overlay, refresh_pools
+from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.switch import Pause, switch
 from qemu_vmdk_snap.domain.state import check_state, inactive_xml
 from qemu_vmdk_snap.errors import DomainError

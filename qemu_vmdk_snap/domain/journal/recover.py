@@ -219,7 +219,7 @@ def _settle_revert(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: 
     if intent.snapshot in {snapshot.getName() for snapshot in domain.listAllSnapshots()}:  # not deleted meanwhile
         make_current(domain, intent.snapshot)
     # By name, as the finishers: what it asks knows of the records.
-    importlib.import_module("qemu_vmdk_snap.domain.discard").unlink_discarded(conn, domain, intent)
+    importlib.import_module("qemu_vmdk_snap.domain.needs.discard").unlink_discarded(conn, domain, intent)
     return Recovery(domain.name(), intent.snapshot, finished=True, operation="revert")
 
 
