@@ -29,8 +29,8 @@ from qemu_vmdk_snap.ops.edit.remove import remove
 from qemu_vmdk_snap.ops.edit.renew import renew_overlay
 from qemu_vmdk_snap.ops.journal.recover import recover
 from qemu_vmdk_snap.storage.record import Operation
-from tests.crash.test_killed_operations import CASES, SIZE, copy_of, killed_at, unclean_with_leaks
-from tests.support.faults import FAULTS, SHORT, Fault, calls
+from tests.crash.killed.test_killed_operations import CASES, SIZE, copy_of, killed_at, unclean_with_leaks
+from tests.support.crash.faults import FAULTS, SHORT, Fault, calls
 from tests.support.tree import Tree, line
 
 EACH: Final = bool(os.environ.get("VMDK_FAULTS_EACH"))

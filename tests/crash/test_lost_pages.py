@@ -19,6 +19,7 @@ from qemu_vmdk_snap import VmdkSnapError, create_image, create_overlay, open_cha
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.ops.check.check import check_image
 from qemu_vmdk_snap.ops.journal.recover import recover
+from tests.crash.killed.test_killed_operations import SIZE
 from tests.crash.test_faults_everywhere import (
     WORKS,
     Work,
@@ -28,8 +29,7 @@ from tests.crash.test_faults_everywhere import (
     model_after,
     open_descriptors,
 )
-from tests.crash.test_killed_operations import SIZE
-from tests.support.faults import LostPages, losing_pages
+from tests.support.crash.faults import LostPages, losing_pages
 from tests.support.qemu import content
 from tests.support.tree import Tree, line
 
