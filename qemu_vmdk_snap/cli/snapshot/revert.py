@@ -53,8 +53,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def _lines(report: RevertReport) -> list[str]:
     is_back = "would be back" if report.dry_run else "is back"
+    already = ["  nothing was written since: it is there already"] if report.already else []
     return [
         f"Domain {report.domain} {is_back} at snapshot {report.snapshot}, {report.state}",
+        *already,
         *disk_lines(report.disks),
         *(f"  kept: {path}: no snapshot has it" for path in report.kept),
         *(f"  discarded: {path}" for path in report.discarded),
