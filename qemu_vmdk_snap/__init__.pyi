@@ -54,6 +54,8 @@ from qemu_vmdk_snap.ops.copy.diff import depth_of as depth_of
 from qemu_vmdk_snap.ops.copy.diff import make_delta as make_delta
 from qemu_vmdk_snap.ops.copy.measure import Measurement as Measurement
 from qemu_vmdk_snap.ops.copy.measure import measure as measure
+from qemu_vmdk_snap.ops.copy.merge import MergeReport as MergeReport
+from qemu_vmdk_snap.ops.copy.merge import merge_links as merge_links
 from qemu_vmdk_snap.ops.edit.apply import ApplyReport as ApplyReport
 from qemu_vmdk_snap.ops.edit.apply import apply_delta as apply_delta
 from qemu_vmdk_snap.ops.edit.commit import CommitReport as CommitReport
