@@ -31,6 +31,7 @@ from qemu_vmdk_snap.errors import LockBusy as LockBusy
 from qemu_vmdk_snap.errors import MissingFile as MissingFile
 from qemu_vmdk_snap.errors import NoDomain as NoDomain
 from qemu_vmdk_snap.errors import NoSnapshot as NoSnapshot
+from qemu_vmdk_snap.errors import NotWhileRunning as NotWhileRunning
 from qemu_vmdk_snap.errors import PluginError as PluginError
 from qemu_vmdk_snap.errors import SnapshotExists as SnapshotExists
 from qemu_vmdk_snap.errors import StillNeeded as StillNeeded
@@ -90,6 +91,7 @@ from qemu_vmdk_snap.storage.blockfile import BlockFile as BlockFile
 from qemu_vmdk_snap.storage.blockfile import FileOpener as FileOpener
 from qemu_vmdk_snap.storage.blockfile import PosixFile as PosixFile
 from qemu_vmdk_snap.storage.blockfile import open_posix as open_posix
+from qemu_vmdk_snap.storage.durable import link_over as link_over
 from qemu_vmdk_snap.storage.durable import replace_file as replace_file
 from qemu_vmdk_snap.storage.identity import Identity as Identity
 from qemu_vmdk_snap.storage.identity import identity_of as identity_of

@@ -12,7 +12,7 @@ from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.domain.delete.plan import Deleted
+    from qemu_vmdk_snap.domain.delete.work import Deleted
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

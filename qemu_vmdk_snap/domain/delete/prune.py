@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qemu_vmdk_snap import OnProgress, ignore
 from qemu_vmdk_snap.domain.connect import find_domain
-from qemu_vmdk_snap.domain.delete.plan import Deleted, State, chosen, preview
+from qemu_vmdk_snap.domain.delete.plan import State, chosen
+from qemu_vmdk_snap.domain.delete.preview import preview
 from qemu_vmdk_snap.domain.delete.run import delete
+from qemu_vmdk_snap.domain.delete.work import Deleted
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_by_name
 from qemu_vmdk_snap.domain.registry import SnapshotInfo, list_snapshots
 from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
@@ -149,7 +151,7 @@ def prune(
     if not going:
         deleted: tuple[Deleted, ...] = ()
     elif dry_run:
-        deleted, failed = preview(State.read(conn, domain, orphans), chosen(domain, going, "one"))
+        deleted, failed = preview(State.read(conn, domain, orphans), domain, chosen(domain, going, "one"))
     else:
         report = delete(conn, domain_name, going, orphans=orphans, keep_going=True, on_progress=on_progress)
         deleted, notes, failed = report.deleted, report.notes, report.failed

@@ -60,12 +60,11 @@ def merge_links(
     mode: int = 0o666,
     on_progress: OnProgress = ignore,
 ) -> MergeReport:
-    """Make `image` of the links from `path` down to `lowest`: it reads as `path`, bears its CID, and needs none of them.
+    """Make `image` of the links from `path` down to `lowest`: it reads as `path`, has its CID, and needs none of these.
 
-    It is backed by what `lowest` is backed by. The links may be open in a running guest, for reading: they are locked as
-    readers lock them. The image is of the kind monolithicSparse; it is
-    compared with `path` before it gets its name, and durable when this returns. A failure, or a callback that raises,
-    leaves nothing behind.
+    It is backed by what `lowest` is backed by. The links may be open in a running guest, for reading: they are locked
+    as readers lock them. The image is of the kind monolithicSparse; it is compared with `path` before it gets its name,
+    and durable when this returns. A failure, or a callback that raises, leaves nothing behind.
 
     Raises:
         InvalidRequest: `lowest` is not in the chain of `path`.

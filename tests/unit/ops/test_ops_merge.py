@@ -19,6 +19,7 @@ from qemu_vmdk_snap import (
 )
 from qemu_vmdk_snap.ops.copy import merge as module
 from qemu_vmdk_snap.ops.copy.compare import CompareReport
+from qemu_vmdk_snap.ops.copy.transfer import LinkWriter
 from qemu_vmdk_snap.ops.progress import Progress
 from tests.domain.lab import contents
 from tests.support.tree import Tree, line
@@ -114,13 +115,13 @@ def test_refused_and_nothing_is_left(tree: Tree, monkeypatch: pytest.MonkeyPatch
 
 def test_what_is_written_wrong_is_noticed(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison is a real one: a row that is left out is found."""
-    real = module.LinkWriter.put_rows
+    real = LinkWriter.put_rows
 
-    def forgetful(self: module.LinkWriter, rows: object, source: object) -> None:
+    def forgetful(self: LinkWriter, rows: object, source: object) -> None:
         assert isinstance(rows, list)
         real(self, rows[:-2], source)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module.LinkWriter, "put_rows", forgetful)
+    monkeypatch.setattr(LinkWriter, "put_rows", forgetful)
     with pytest.raises(CorruptChain, match="would not read as"):
         merge_links(tree.path("image-4"), tree.path("image-1"), tree.folder / "made.vmdk")
     assert not (tree.folder / "made.vmdk").exists()
