@@ -12,7 +12,7 @@ import pytest
 
 from qemu_vmdk_snap import open_chain
 from qemu_vmdk_snap.domain.create.run import create_snapshot
-from qemu_vmdk_snap.domain.delete.run import DeleteReport, delete
+from qemu_vmdk_snap.domain.delete.run import delete
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.registry import list_snapshots
 from tests.e2e.live_chain import ChainGuest, both
@@ -45,8 +45,8 @@ def check_sound(guest: ChainGuest, expected: dict[str, list[tuple[int, int]]]) -
     """Check that the snapshots there are read what they did, by two readers, and that XML and files say the same."""
     found = frozen_files(guest)
     assert set(found) == set(expected)
-    for name, files in found.items():
-        assert list(both(files).values()) == expected[name], name
+    for name, frozen in found.items():
+        assert list(both(frozen).values()) == expected[name], name
     named = {path for files in guest.disks.values() for path in files}
     assert {path for path in guest.folder.glob("*.vmdk")} == named
     for files in guest.disks.values():
@@ -77,12 +77,12 @@ def test_created_and_deleted_at_random_while_the_guest_writes(guest: ChainGuest)
             del expected[name]
             writer.wait(1)
             check_sound(guest, expected)
-            kept = {path for files in frozen_files(guest).values() for path in files}
+            kept = {path for frozen in frozen_files(guest).values() for path in frozen}
             for files in guest.disks.values():  # no more links than snapshots, one that is frozen, and the top
                 assert len([path for path in files[1:] if path not in kept]) <= 1
-    for name, files in frozen_files(guest).items():
+    for name, frozen in frozen_files(guest).items():
         if name in points:
-            check_frozen(files[0], *points[name])
+            check_frozen(frozen[0], *points[name])
     shown = guest.guest_sees()
     guest.domain.destroy()
     guest.probe.close()

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ from qemu_vmdk_snap import Census, Link, OnProgress, confined, ignore, log, open
 from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.create.run import freeze_tops
-from qemu_vmdk_snap.domain.delete import steps
+from qemu_vmdk_snap.domain.delete import steps, waiting
 from qemu_vmdk_snap.domain.delete.live import LivePlan, is_live, make_live_plan
 from qemu_vmdk_snap.domain.delete.plan import Scope, State, chosen, folders_of, make_intent, open_one
 from qemu_vmdk_snap.domain.delete.preflight import check_live, check_work
@@ -47,7 +47,7 @@ from qemu_vmdk_snap.domain.overlay.newfile import refresh_pools
 from qemu_vmdk_snap.domain.qemu.switch import Pause
 from qemu_vmdk_snap.domain.state import inactive_xml
 from qemu_vmdk_snap.domain.xml.edits import keeping_description
-from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
+from qemu_vmdk_snap.errors import DomainError, NotWhileRunning, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
@@ -67,6 +67,8 @@ class DeleteReport:
     """Snapshots that are as they were, and why; only with `keep_going`."""
     pause: Pause | None = None
     """How a running guest was held up; None where it was not."""
+    waiting: tuple[str, ...] = ()
+    """Of those that failed: which are noted, and deleted once the guest is shut off."""
     dry_run: bool = False
     """Whether this is only what would be done."""
 
@@ -107,12 +109,23 @@ class _Run:
     failed: Failed
     notes: list[str]
     pause: Pause | None = None
+    waiting: list[str] = field(default_factory=list)
 
     def fail(self, name: str, error: VmdkSnapError | OSError) -> None:
         """Take note of a snapshot that stays, or let the error end the call."""
+        if isinstance(error, NotWhileRunning):
+            waiting.note(self.domain, [name])
+            self.waiting.append(name)
+            reason = f"{error.reason}; the delete is noted, and done once it is shut off"
+            error = NotWhileRunning(error.domain, reason, snapshot=name)
         if not self.keep_going:
             raise error
         self.failed.append((name, error))
+
+    def settle_notes(self) -> None:
+        """Strike the notes of what is deleted; one that stays says nothing, and is struck by the next delete."""
+        with contextlib.suppress(DomainError):
+            waiting.forget(self.domain, [one.name for one in self.deleted])
 
     @property
     def is_stuck(self) -> bool:
@@ -138,7 +151,8 @@ def delete(
     left as it was and reported, and the others are deleted; a delete that was begun and not finished ends it.
 
     Raises:
-        NotWhileRunning: the guest uses its files, and they cannot be exchanged beneath it.
+        NotWhileRunning: the guest uses its files, and they cannot be exchanged beneath it. The delete is noted, and
+            done with the next one while the domain is shut off.
         DomainError: there is no such snapshot, or a disk of the guest cannot be changed now.
         StillNeeded: something else needs a file that would change or go, or may need it; it names what.
         VmdkSnapError, OSError: an image is broken or in use, or there is no space: the snapshot is as before, or its
@@ -151,6 +165,8 @@ def delete(
         recovered = recover_domain(conn, domain, store)
         wanted = without_finished([names] if isinstance(names, str) else names, domain, recovered)
         wanted = chosen(domain, wanted, scope)
+        if not metadata and not domain.isActive():
+            wanted = chosen(domain, [*wanted, *waiting.waiting(domain)], "one")
         live = [] if metadata or not domain.isActive() else _live_ones(run, wanted)
         if live:
             _delete_live(run, live)
@@ -162,9 +178,16 @@ def delete(
                     _delete_one(run, name, metadata=metadata)
                 except (VmdkSnapError, OSError) as error:
                     run.fail(name, error)
+        run.settle_notes()
     refresh_pools(conn, [Path(one.frozen) for snapshot in run.deleted for one in snapshot.work])
     return DeleteReport(
-        domain.name(), tuple(run.deleted), recovered, tuple(run.notes), tuple(run.failed), pause=run.pause
+        domain.name(),
+        tuple(run.deleted),
+        recovered,
+        tuple(run.notes),
+        tuple(run.failed),
+        pause=run.pause,
+        waiting=tuple(run.waiting),
     )
 
 
