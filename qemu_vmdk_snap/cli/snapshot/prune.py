@@ -58,6 +58,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     for name, error in report.failed[1:]:
         ui.warn(f"snapshot {name} was not deleted: {error}")
     if report.failed:
+        ui.streams()  # the report has been printed, and names what failed
         raise report.failed[0][1]
 
 

@@ -164,7 +164,7 @@ class _LivePlanner:
             if self._planner.is_kept(files[at]):
                 continue
             try:
-                reason = self._obstacle(files, at)
+                reason = self._obstacle(target, files, at)
             except (VmdkSnapError, OSError):
                 if at in doomed:
                     raise
@@ -179,7 +179,7 @@ class _LivePlanner:
         for at, name in sorted(doomed.items()):
             works[name] += self._work(target, files, at, stays.get(at))
 
-    def _obstacle(self, files: Sequence[Path], at: int) -> str | None:
+    def _obstacle(self, target: str, files: Sequence[Path], at: int) -> str | None:
         """Return None where the link may go, or why it stays.
 
         Raises:
@@ -198,7 +198,8 @@ class _LivePlanner:
             below = place_in(walk.files, path)
             return holder.uuid == state.uuid and bool(below) and same_file(walk.files[(below or 0) - 1], above)
 
-        found = [*state.needed.holding(own, self._holders, state.orphans, settled=settled)]
+        apart = planner.other_disks(target)
+        found = [*state.needed.holding(own, self._holders, state.orphans, settled=settled, apart=apart)]
         found += state.needed.around(own, [above, *empty, *state.gone], state.orphans)
         require_none(path, [*found, *planner.other_names(own)])
         self._dropped[path] = empty

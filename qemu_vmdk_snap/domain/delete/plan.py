@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -356,11 +356,20 @@ class Planner:
             return holder.uuid == state.uuid and _keeps_reading(work, walk, holder, state.gone)
 
         handled = [*images, *map(Path, (*work.moving, *work.siblings, *work.copied)), *dropped, *state.gone]
-        found = [*state.needed.holding(files, holders, state.orphans, settled=settled)]
+        apart = self.other_disks(work.target)
+        found = [*state.needed.holding(files, holders, state.orphans, settled=settled, apart=apart)]
         found += state.needed.around(files, handled, state.orphans)
         if work.mode == "merge":
             found += self.other_names(files)
         require_none(Path(work.frozen), found)
+
+    def other_disks(self, target: str) -> Callable[[Holder], bool]:
+        """Return what says of a chain whether it is of another disk in one of the domain's own snapshots.
+
+        Where such a disk has lost its folder, that snapshot is broken, and has nothing to do with this disk.
+        """
+        uuid = self._state.uuid
+        return lambda holder: holder.uuid == uuid and holder.snapshot is not None and holder.chain.disk != target
 
     def other_names(self, files: Collection[Path]) -> list[tuple[Path, str]]:
         """Return the other names of files whose users would see a change, and what to say of each."""
