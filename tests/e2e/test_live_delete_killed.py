@@ -95,8 +95,9 @@ def test_killed_after_each_change(daemon: Daemon, guest: ChainGuest, which: str)
                 writer.wait(1)
             victim = f"{'b' if which == 'newest' else 'a'}{number}"
             status = killed(daemon, guest, at, victim)
-            if number % 3 != 1:
-                writer.wait(1)
+            if not guest.monitor.execute("query-status")["running"]:
+                recover(guest.conn)  # its top was never written: it was stopped for the freeze, and runs on now
+            writer.wait(1)
         if number % 3 == 1:
             guest.domain.destroy()  # SIGTERM, then SIGKILL: the chain of the XML must be whole
         if number % 3 == 2:
