@@ -188,6 +188,12 @@ class DomainBusy(DomainError):
     code = "locked"
 
 
+class NotWhileRunning(DomainError):
+    """What was asked for cannot be done while the guest runs; it can once it is shut off."""
+
+    code = "not-while-running"
+
+
 class GuestError(VmdkSnapError):
     """A guest did not do its part: QEMU died, an answer was late or damaged, or a command failed inside."""
 

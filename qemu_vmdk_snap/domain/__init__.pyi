@@ -12,12 +12,12 @@ from qemu_vmdk_snap.domain.api import set_current_snapshot as set_current_snapsh
 from qemu_vmdk_snap.domain.connect import connection as connection
 from qemu_vmdk_snap.domain.connect import open_connection as open_connection
 from qemu_vmdk_snap.domain.create.run import SnapshotReport as SnapshotReport
-from qemu_vmdk_snap.domain.delete.plan import Deleted as Deleted
-from qemu_vmdk_snap.domain.delete.plan import Work as Work
 from qemu_vmdk_snap.domain.delete.prune import Decision as Decision
 from qemu_vmdk_snap.domain.delete.prune import PruneReport as PruneReport
 from qemu_vmdk_snap.domain.delete.prune import Retention as Retention
 from qemu_vmdk_snap.domain.delete.run import DeleteReport as DeleteReport
+from qemu_vmdk_snap.domain.delete.work import Deleted as Deleted
+from qemu_vmdk_snap.domain.delete.work import Work as Work
 from qemu_vmdk_snap.domain.doctor import Check as Check
 from qemu_vmdk_snap.domain.doctor import check_domain as check_domain
 from qemu_vmdk_snap.domain.doctor import check_host as check_host

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,9 +76,7 @@ class SnapshotReport:
             "creation-time": self.creation_time,
             "parent": self.parent,
             "disks": [disk.as_dict() for disk in self.disks],
-            "pause": None
-            if pause is None
-            else {"disk-ms": pause.stalled, "cpu-ms": pause.stopped, "frozen-ms": pause.frozen},
+            "pause": None if pause is None else pause.as_dict(),
             "notes": list(self.notes),
             "skipped": [{"target": target, "reason": reason} for target, reason in self.skipped],
         } | ({"dry-run": True} if self.dry_run else {})
@@ -121,6 +119,22 @@ def create_snapshot(
     return _report(plan, recovered, pause, notes)
 
 
+def freeze_tops(
+    conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, targets: Sequence[str], snapshot: str
+) -> Pause | None:
+    """Let a running guest go on in new overlays on these disks, without a snapshot: what it wrote is frozen then.
+
+    The caller holds the domain's lock; `snapshot` is the one that this is done for. Returns how the guest was held up.
+
+    Raises:
+        VmdkSnapError, OSError: see `create_snapshot`.
+    """
+    with contextlib.ExitStack() as held:
+        plan = make_plan(conn, domain, Request(disks=targets), store, held)
+        intent = replace(plan.intent, operation="freeze", snapshot=snapshot, snapshot_xml="")
+        return _execute(conn, domain, store, replace(plan, intent=intent))
+
+
 def _report(plan: Plan, recovered: Recovery | None, pause: Pause | None, notes: Sequence[str]) -> SnapshotReport:
     header = plan.snapshot
     return SnapshotReport(
@@ -158,9 +172,10 @@ def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentS
             intent = intent.made(str(disk.overlay), make_overlay(domain.name(), disk))
         store.write(intent)
         _define(conn, domain, intent)
-        with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):
-            register(domain, intent)
-        _log.info("domain %s: snapshot %r registered with libvirt", domain.name(), intent.snapshot)
+        if intent.operation == "create":
+            with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):
+                register(domain, intent)
+            _log.info("domain %s: snapshot %r registered with libvirt", domain.name(), intent.snapshot)
         if intent.live:
             pause = switch(domain, plan.disks, plan.quiesce, plan.tops)
     except BaseException as error:

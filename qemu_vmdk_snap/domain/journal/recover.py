@@ -44,8 +44,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-Finisher = Callable[["libvirt.virConnect", "libvirt.virDomain", Intent], None]
-"""Does every step of a recorded operation that is not done yet; doing it twice does no harm."""
+Finisher = Callable[["libvirt.virConnect", "libvirt.virDomain", Intent], bool]
+"""Does every step of a recorded operation that is not done yet; doing it twice does no harm.
+
+False: it had changed nothing that anybody reads, and was taken back.
+"""
 
 FINISHERS: Final[dict[str, tuple[str, str]]] = {
     "delete": ("qemu_vmdk_snap.domain.delete.run", "finish"),
@@ -68,6 +71,8 @@ class Recovery:
     left: tuple[Path, ...] = ()
     """Overlays that were not removed, because they hold data or are not known to be ours."""
     operation: str = "create"
+    also: tuple[str, ...] = ()
+    """Snapshots that were deleted, or are not, in the same step."""
 
     def as_dict(self) -> dict[str, object]:
         """Return it with JSON's own types."""
@@ -168,10 +173,8 @@ def _settle(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
     if intent.operation in FINISHERS:
         module, function = FINISHERS[intent.operation]
         finish = cast(Finisher, getattr(importlib.import_module(module), function))
-        finish(conn, domain, intent)
-        if intent.live and intent.resume and domain.isActive():
-            _resume(domain)
-        return Recovery(name, intent.snapshot, finished=True, operation=intent.operation)
+        finished = finish(conn, domain, intent)
+        return Recovery(name, intent.snapshot, finished=finished, operation=intent.operation, also=intent.also)
     with libvirt_errors(name, f"settle its unfinished snapshot {intent.snapshot!r}"):
         if intent.live and domain.isActive() and not _switched(domain, intent):
             _back_to_old(conn, domain, intent)
@@ -191,13 +194,13 @@ def _settle_create(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: 
     name = domain.name()
     if _named(domain, intent):
         _repair_cids(intent)
-        if _registered(domain, intent) is None:
+        if intent.operation == "create" and _registered(domain, intent) is None:
             _register_late(domain, intent)
-        return Recovery(name, intent.snapshot, finished=True)
+        return Recovery(name, intent.snapshot, finished=True, operation=intent.operation)
     if _registered(domain, intent) is not None:
         return Recovery(name, intent.snapshot, finished=True)
     left = overlays.unlink_overlays(conn, domain, intent)
-    return Recovery(name, intent.snapshot, finished=False, left=left)
+    return Recovery(name, intent.snapshot, finished=False, left=left, operation=intent.operation)
 
 
 def _register_late(domain: libvirt.virDomain, intent: Intent) -> None:
