@@ -51,6 +51,8 @@ class SnapshotDisk:
     """The file that the domain had when the snapshot was made."""
     backing: tuple[Path, ...] = ()
     """The files below the frozen one, as far as the domain's XML spelt them out."""
+    format: str | None = field(default=None, compare=False)
+    """Of the overlay, as the XML says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,4 +386,8 @@ def _chain_element(chain: Sequence[Path]) -> ET.Element:
 def _snapshot_disk(element: ET.Element, frozen: Mapping[str, tuple[Path | None, tuple[Path, ...]]]) -> SnapshotDisk:
     target, mode = element.get("name", ""), element.get("snapshot", "external")
     name = _named_by(element.find("source"))
-    return SnapshotDisk(target, mode, Path(name) if name else None, *frozen.get(target, (None, ())))
+    driver = element.find("driver")
+    overlay_format = None if driver is None else driver.get("type")
+    return SnapshotDisk(
+        target, mode, Path(name) if name else None, *frozen.get(target, (None, ())), format=overlay_format
+    )
