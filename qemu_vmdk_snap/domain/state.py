@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
-from qemu_vmdk_snap.errors import DomainError, NoSnapshot
+from qemu_vmdk_snap.errors import DomainError, NoSnapshot, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
@@ -59,6 +59,18 @@ def volume_resolver(conn: libvirt.virConnect, domain: str) -> xml.VolumePath:
             if not found.isActive():
                 return volume_by_pool_xml(domain, found.XMLDesc(0), pool, volume)
             return Path(found.storageVolLookupByName(volume).path())
+
+    return resolve
+
+
+def lenient(volume_path: xml.VolumePath) -> xml.VolumePath:
+    """Return a resolver for which a volume that cannot be found is a path that does not exist."""
+
+    def resolve(pool: str, volume: str) -> Path:
+        try:
+            return volume_path(pool, volume)
+        except VmdkSnapError:
+            return Path(f"/volume {volume!r} of pool {pool!r}, which cannot be found")
 
     return resolve
 

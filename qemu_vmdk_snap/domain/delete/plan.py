@@ -26,6 +26,7 @@ from qemu_vmdk_snap.domain.needs.needed import (
 )
 from qemu_vmdk_snap.domain.qemu.merge import node_of, written_here
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
+from qemu_vmdk_snap.domain.xml.origin import refuse_foreign
 from qemu_vmdk_snap.errors import DomainError, NoSnapshot, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -289,6 +290,7 @@ def make_intent(state: State, name: str, *, metadata: bool) -> Intent:
     if not metadata:
         planner = _Planner(state, name, texts)
         saved = xml.parse_snapshot(mine, state.volume_path)
+        refuse_foreign(state.name, saved)
         work = tuple(planner.plan(disk) for disk in saved.disks if disk.mode == "external")
     change = change_of(work)
     parents = {other: xml.parse_snapshot(text).parent for other, text in {**texts, name: mine}.items()}

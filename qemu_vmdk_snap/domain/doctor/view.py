@@ -12,7 +12,7 @@ from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.needs.needed import Needed, same_file
 from qemu_vmdk_snap.domain.qemu.depth import max_links
-from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
+from qemu_vmdk_snap.domain.state import inactive_xml, lenient, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches
 from qemu_vmdk_snap.domain.xml.named import named_chains
 from qemu_vmdk_snap.errors import CidMismatch, VmdkSnapError
@@ -122,18 +122,6 @@ class View:
             if not above and self.frozen_by(here) is None:
                 found.append(here)
         return found
-
-
-def lenient(volume_path: xml.VolumePath) -> xml.VolumePath:
-    """Return a resolver for which a volume that cannot be found is a path that does not exist."""
-
-    def resolve(pool: str, volume: str) -> Path:
-        try:
-            return volume_path(pool, volume)
-        except VmdkSnapError:
-            return Path(f"/volume {volume!r} of pool {pool!r}, which cannot be found")
-
-    return resolve
 
 
 def folders_named(volume_path: xml.VolumePath, *texts: str) -> Sequence[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qemu_vmdk_snap.domain.xml import SnapshotXml
+from qemu_vmdk_snap.errors import DomainError
 
 
 def maker_of(snapshot: SnapshotXml) -> str | None:
@@ -19,3 +20,15 @@ def maker_of(snapshot: SnapshotXml) -> str | None:
         return f"with memory, {snapshot.memory}"
     formats = {disk.format for disk in snapshot.disks if disk.mode == "external" and disk.format} - {"vmdk"}
     return f"{', '.join(sorted(formats))} overlays" if formats else None
+
+
+def refuse_foreign(domain: str, snapshot: SnapshotXml) -> None:
+    """Accept a snapshot that was made here, whose deletion is more than that of its metadata.
+
+    Raises:
+        DomainError: it was not.
+    """
+    maker = maker_of(snapshot)
+    if maker is not None:
+        reason = f"snapshot {snapshot.name!r} was not made here ({maker})"
+        raise DomainError(domain, f"{reason}: `virsh snapshot-delete` deletes it, --metadata only forgets it")
