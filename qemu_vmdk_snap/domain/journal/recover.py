@@ -35,6 +35,7 @@ from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.qemu.agent import thaw_left
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.switch import follow_cid, written_files
+from qemu_vmdk_snap.domain.qemu.unused import release_unused
 from qemu_vmdk_snap.domain.registration import register_anew, register_text
 from qemu_vmdk_snap.domain.state import find_snapshot, inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.edits import same_xml, with_disks_back
@@ -93,11 +94,14 @@ def recover(conn: libvirt.virConnect, names: Sequence[str] = ()) -> list[Recover
     failure: VmdkSnapError | OSError | None = None
     for uuid in [uuid_of(conn, store, name) for name in names] if names else store.uuids():
         try:
-            if not store.has(uuid):
+            if not store.has(uuid) and not names:
                 continue
             domain = _lookup(conn, store, uuid)
             with store.locked(uuid, domain.name()):
-                result = recover_domain(conn, domain, store)
+                result = recover_domain(conn, domain, store) if store.has(uuid) else None
+                if names and domain.isActive():
+                    with contextlib.suppress(VmdkSnapError):  # a detached disk that stays open is in nobody's way here
+                        release_unused(Monitor(domain))
         except (VmdkSnapError, OSError) as error:
             failure = failure or error
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import time
@@ -220,8 +219,9 @@ def test_a_qcow2_top_that_libvirts_own_revert_has_left(case: Case) -> None:
     case.domain.create()
 
 
+@pytest.mark.parametrize("how", ["repair", "recover", "create"])
 def test_nodes_of_a_detached_disk_are_closed(
-    daemon: Daemon, daemon_lab: Lab, capsys: pytest.CaptureFixture[str]
+    how: str, daemon: Daemon, daemon_lab: Lab, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lab = daemon_lab
     second = lab.disk("b")
@@ -235,12 +235,29 @@ def test_nodes_of_a_detached_disk_are_closed(
     wait_for(lambda: unused_nodes(Monitor(domain).edges()))
     assert main(["doctor", "-c", lab.uri, domain.name()]) == 1
     assert "nodes of a detached disk open" in capsys.readouterr().out
-    with contextlib.suppress(SystemExit):
-        assert main(["doctor", "-c", lab.uri, domain.name(), "--repair"]) == 0
+    words = {
+        "repair": ["doctor", domain.name(), "--repair"],
+        "recover": ["recover", "--domain", domain.name()],
+        "create": ["snapshot", "create", domain.name(), "s2", "--diskspec", "sda,snapshot=no"],
+    }[how]
+    assert main([*words, "-c", lab.uri]) == 0
     assert unused_nodes(Monitor(domain).edges()) == []
     assert not [node for node in Monitor(domain).graph().nodes.values() if str(second) in node.file]
     with open_chain(lab.folder / "b-000001.vmdk", writable=True):
         pass  # nobody has it locked
+
+
+def test_that_the_live_xml_is_stale_is_said_once(case: Case) -> None:
+    case.domain.create()
+    words = ["snapshot", "create", "-c", case.lab.uri, case.name]
+    said = []
+    for name in ("l1", "l2"):
+        assert main([*words, name]) == 0
+        said.append("libvirt's live XML names the files of before" in case.capsys.readouterr().out)
+    case.domain.destroy()
+    case.domain.create()
+    assert create_snapshot(case.lab.conn, case.name, "l3").live_xml_stale
+    assert said == [True, False]
 
 
 def wait_for(look: Callable[[], object]) -> None:
