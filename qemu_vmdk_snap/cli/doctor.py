@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qemu_vmdk_snap.cli.image.common import add_allow_dir
 from qemu_vmdk_snap.cli.snapshot.options import add_all, add_orphans
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
@@ -21,6 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--connect", metavar="URI", help="libvirt connection, as for the snapshot commands")
     parser.add_argument("domain", metavar="DOMAIN", nargs="?", help="name, id or UUID of a domain (default: the host)")
     add_all(parser)
+    add_allow_dir(parser)
     parser.add_argument(
         "--repair", action="store_true", help="relink CIDs, spell out chains, register snapshots anew: what is found"
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
+from qemu_vmdk_snap.domain.xml.named import folders_named
 from qemu_vmdk_snap.errors import DomainError, NoSnapshot, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -61,6 +62,17 @@ def volume_resolver(conn: libvirt.virConnect, domain: str) -> xml.VolumePath:
             return Path(found.storageVolLookupByName(volume).path())
 
     return resolve
+
+
+def named_folders(conn: libvirt.virConnect, domain: libvirt.virDomain) -> list[Path]:
+    """Return the folders of all files that the domain's persistent XML and its snapshots name.
+
+    Raises:
+        DomainError: libvirt cannot tell.
+    """
+    with libvirt_errors(domain.name(), "read its XML and snapshots"):
+        texts = [inactive_xml(domain), *(snapshot.getXMLDesc(0) for snapshot in domain.listAllSnapshots())]
+    return folders_named(lenient(volume_resolver(conn, domain.name())), *texts)
 
 
 def lenient(volume_path: xml.VolumePath) -> xml.VolumePath:

@@ -29,7 +29,7 @@ from qemu_vmdk_snap.domain.needs.needed import place_in, same_file
 from qemu_vmdk_snap.domain.needs.orphans import find_orphans, remove_orphan
 from qemu_vmdk_snap.domain.overlay.naming import next_overlay
 from qemu_vmdk_snap.domain.registration import register_text
-from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
+from qemu_vmdk_snap.domain.state import inactive_xml, named_folders, volume_resolver
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -166,7 +166,8 @@ def adopt(
     """
     domain = find_domain(conn, domain_name)
     store = IntentStore.of(conn)
-    with store.locked(domain.UUIDString(), domain.name()):
+    allowed = engine.allowing(*named_folders(conn, domain), below=False)
+    with store.locked(domain.UUIDString(), domain.name()), allowed:
         recover_domain(conn, domain, store)
         registry = _look(conn, domain)
         dictionary = read_vmsd(vmsd) if vmsd is not None else _find_vmsd(registry)
@@ -189,7 +190,8 @@ def adopt_orphan(conn: libvirt.virConnect, domain: libvirt.virDomain, path: Path
         VmdkSnapError, OSError: see `adopt`.
     """
     store = IntentStore.of(conn)
-    with store.locked(domain.UUIDString(), domain.name()):
+    allowed = engine.allowing(*named_folders(conn, domain), below=False)
+    with store.locked(domain.UUIDString(), domain.name()), allowed:
         recover_domain(conn, domain, store)
         registry = _look(conn, domain)
         target = registry.target_of(path)

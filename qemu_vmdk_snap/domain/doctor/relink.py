@@ -26,7 +26,8 @@ def relinking(view: View, mismatch: CidMismatch | None) -> tuple[str | None, Rep
     changed = f", which was changed: so was what snapshot {frozen_by!r} reads" if frozen_by else ""
 
     def relink() -> None:
-        engine.rebase(overlay, parent, unsafe=True, trusted_dirs=view.folders)
+        with engine.allowing(*view.folders, below=False):
+            engine.rebase(overlay, parent, unsafe=True)
 
     line = f"{overlay} is relinked to {parent}{changed}"
     return f"`doctor {view.name} --repair` does it", Repair(line, relink)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from qemu_vmdk_snap.domain.needs.needed import Needed, same_file
 from qemu_vmdk_snap.domain.qemu.depth import max_links
 from qemu_vmdk_snap.domain.state import inactive_xml, lenient, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches
-from qemu_vmdk_snap.domain.xml.named import named_chains
+from qemu_vmdk_snap.domain.xml.named import folders_named
 from qemu_vmdk_snap.errors import CidMismatch, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ class View:
     def links(self, top: Path) -> tuple[tuple[engine.LinkFacts, ...] | None, str, CidMismatch | None]:
         """Return the links of a chain; or None, why it does not hold together, and the CIDs that do not fit."""
         try:
-            return engine.read_links(top, trusted_dirs=self.folders), "", None
+            with engine.allowing(*self.folders, below=False):
+                return engine.read_links(top), "", None
         except CidMismatch as error:
             return None, str(error), error
         except VmdkSnapError as error:
@@ -122,9 +123,3 @@ class View:
             if not above and self.frozen_by(here) is None:
                 found.append(here)
         return found
-
-
-def folders_named(volume_path: xml.VolumePath, *texts: str) -> Sequence[Path]:
-    """Return the folders of all files that the XML names."""
-    chains = [chain for text in texts for chain in named_chains(text, volume_path)]
-    return sorted({file.path.parent for chain in chains for file in chain.files if file.path.is_absolute()})

@@ -148,11 +148,13 @@ def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
         extend(policy.deadline)
         text = _read_xml(stdin)
         disks = vmdk_disks(text, name)
-        if policy.verify != "no":
-            check_disks(disks, policy, name)
-            require_tops(disks, policy, name)
-        if policy.revert:
-            _revert(disks, policy, name, text)
+        named = {path.parent for disk in disks if disk.path is not None for path in (disk.path, *disk.backing)}
+        with engine.allowing(*named, below=False):
+            if policy.verify != "no":
+                check_disks(disks, policy, name)
+                require_tops(disks, policy, name)
+            if policy.revert:
+                _revert(disks, policy, name, text)
 
 
 def _revert(disks: Sequence[Disk], policy: Policy, name: str, domain_xml: str) -> None:
