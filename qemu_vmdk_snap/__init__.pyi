@@ -19,6 +19,7 @@ from qemu_vmdk_snap.chain.needs.follow import Followed as Followed
 from qemu_vmdk_snap.chain.needs.follow import follow as follow
 from qemu_vmdk_snap.chain.needs.own import own_files as own_files
 from qemu_vmdk_snap.chain.resolver import Resolver as Resolver
+from qemu_vmdk_snap.chain.resolver import allowing as allowing
 from qemu_vmdk_snap.chain.resolver import confined as confined
 from qemu_vmdk_snap.errors import CidMismatch as CidMismatch
 from qemu_vmdk_snap.errors import CorruptChain as CorruptChain

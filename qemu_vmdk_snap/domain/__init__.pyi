@@ -18,9 +18,10 @@ from qemu_vmdk_snap.domain.delete.prune import Retention as Retention
 from qemu_vmdk_snap.domain.delete.run import DeleteReport as DeleteReport
 from qemu_vmdk_snap.domain.delete.work import Deleted as Deleted
 from qemu_vmdk_snap.domain.delete.work import Work as Work
-from qemu_vmdk_snap.domain.doctor import Check as Check
-from qemu_vmdk_snap.domain.doctor import check_domain as check_domain
-from qemu_vmdk_snap.domain.doctor import check_host as check_host
+from qemu_vmdk_snap.domain.doctor.check import Check as Check
+from qemu_vmdk_snap.domain.doctor.domain import check_domain as check_domain
+from qemu_vmdk_snap.domain.doctor.domain import repair_domain as repair_domain
+from qemu_vmdk_snap.domain.doctor.host import check_host as check_host
 from qemu_vmdk_snap.domain.journal.recover import Recovery as Recovery
 from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk as PlannedDisk
 from qemu_vmdk_snap.domain.qemu.switch import Pause as Pause

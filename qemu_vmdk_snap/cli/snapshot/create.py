@@ -89,6 +89,9 @@ def _lines(report: SnapshotReport) -> list[str]:
     ]
     if report.pause is not None:
         lines.append(f"  {pause_line(report.pause)}")
+    if report.live_xml_stale:
+        what = "until the guest stops, libvirt's live XML names the files of before"
+        lines.append(f"  {what}: define nothing but `virsh dumpxml --inactive`")
     return lines + [f"  {target}: not part of it: {reason}" for target, reason in report.skipped]
 
 

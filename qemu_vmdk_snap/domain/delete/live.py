@@ -29,6 +29,7 @@ from qemu_vmdk_snap.domain.delete.work import Deleted, Work
 from qemu_vmdk_snap.domain.journal.record import Intent, Merge
 from qemu_vmdk_snap.domain.needs.needed import Holder, Walk, place_in, real_file, require_none, same_file
 from qemu_vmdk_snap.domain.overlay.naming import next_overlay
+from qemu_vmdk_snap.domain.xml.origin import refuse_foreign
 from qemu_vmdk_snap.errors import NoSnapshot, VmdkSnapError
 
 _CHEAP: Final = 256 << 20
@@ -129,6 +130,7 @@ class _LivePlanner:
         doomed: dict[str, dict[int, str]] = {}
         for name in self._names:
             saved = xml.parse_snapshot(self._state.snapshots[name], self._state.volume_path)
+            refuse_foreign(self._state.name, saved)
             for disk in saved.disks:
                 place = self._place(disk) if disk.mode == "external" else None
                 if place is not None:

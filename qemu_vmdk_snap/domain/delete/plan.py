@@ -28,6 +28,7 @@ from qemu_vmdk_snap.domain.needs.needed import (
 )
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches
+from qemu_vmdk_snap.domain.xml.origin import refuse_foreign
 from qemu_vmdk_snap.errors import DomainError, NoSnapshot, NotWhileRunning, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -200,6 +201,7 @@ def make_intent(state: State, name: str, *, metadata: bool) -> Intent:
     if not metadata:
         planner = Planner(state, [name])
         saved = xml.parse_snapshot(state.snapshots[name], state.volume_path)
+        refuse_foreign(state.name, saved)
         for disk in saved.disks:
             work += planner.plan(disk) if disk.mode == "external" else []
     return intent_of(state, [name], work)

@@ -121,6 +121,8 @@ def decide(snapshots: Sequence[SnapshotInfo], retention: Retention) -> list[Deci
     for one in youngest:
         if one.memory != "no" or one.location != "external":
             reasons[one.name].append("is no external snapshot of disks alone")
+        elif one.foreign is not None:
+            reasons[one.name].append(f"was not made here ({one.foreign})")
     return [Decision(one.name, one.creation_time, tuple(reasons[one.name])) for one in youngest]
 
 

@@ -45,6 +45,7 @@ from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain
 from qemu_vmdk_snap.domain.needs.needed import Given, place_in, real_file, require_none, same_file
 from qemu_vmdk_snap.domain.overlay.newfile import refresh_pools
 from qemu_vmdk_snap.domain.qemu.switch import Pause
+from qemu_vmdk_snap.domain.registration import register_text
 from qemu_vmdk_snap.domain.state import inactive_xml
 from qemu_vmdk_snap.domain.xml.edits import keeping_description
 from qemu_vmdk_snap.errors import DomainError, NotWhileRunning, VmdkSnapError
@@ -469,12 +470,10 @@ def _change_xml(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Int
         if name in there:
             there.pop(name).delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
     current = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
-    redefine = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
     for name, text in intent.snapshots:
         if name in there:
-            as_current = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT if name == current else 0
             edited = keeping_description(text, there[name].getXMLDesc(0))
-            domain.snapshotCreateXML(edited, redefine | as_current)
+            register_text(domain, edited, current=name == current)
 
 
 def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:

@@ -35,6 +35,8 @@ from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.qemu.agent import thaw_left
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.switch import follow_cid, written_files
+from qemu_vmdk_snap.domain.qemu.unused import release_unused
+from qemu_vmdk_snap.domain.registration import register_anew, register_text
 from qemu_vmdk_snap.domain.state import find_snapshot, inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.edits import same_xml, with_disks_back
 from qemu_vmdk_snap.errors import DomainError, LockBusy, VmdkSnapError
@@ -97,11 +99,14 @@ def recover(conn: libvirt.virConnect, names: Sequence[str] = ()) -> list[Recover
     failure: VmdkSnapError | OSError | None = None
     for uuid in [uuid_of(conn, store, name) for name in names] if names else store.uuids():
         try:
-            if not store.has(uuid):
+            if not store.has(uuid) and not names:
                 continue
             domain = _lookup(conn, store, uuid)
             with store.locked(uuid, domain.name()):
-                result = recover_domain(conn, domain, store)
+                result = recover_domain(conn, domain, store) if store.has(uuid) else None
+                if names and domain.isActive():
+                    with contextlib.suppress(VmdkSnapError):  # a detached disk that stays open is in nobody's way here
+                        release_unused(Monitor(domain))
         except (VmdkSnapError, OSError) as error:
             failure = failure or error
         else:
@@ -152,6 +157,7 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
     except DomainError as error:
         raise DomainError(name, f"{error.reason}: {abandoning(uri, name)}") from error
     if intent is None:
+        register_anew(domain)  # what an earlier version has registered
         return None
     _log.info("domain %s: the %s of snapshot %r is not finished: settling it", name, intent.operation, intent.snapshot)
     try:
@@ -230,9 +236,7 @@ def make_current(domain: libvirt.virDomain, name: str) -> None:
     """Let the snapshot be the current one, whose child the next one will be."""
     import libvirt
 
-    text = find_snapshot(domain, name).getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE)
-    flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT
-    domain.snapshotCreateXML(text, flags)
+    register_text(domain, find_snapshot(domain, name).getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE), current=True)
 
 
 def _switched(domain: libvirt.virDomain, intent: Intent) -> bool:
@@ -369,10 +373,7 @@ def _registered(domain: libvirt.virDomain, intent: Intent) -> libvirt.virDomainS
 
 def register(domain: libvirt.virDomain, intent: Intent) -> None:
     """Add the snapshot to libvirt's metadata, as the current one, with the domain as it was before inside."""
-    import libvirt
-
-    flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT
-    domain.snapshotCreateXML(intent.snapshot_xml, flags)
+    register_text(domain, intent.snapshot_xml, current=True)
 
 
 def _forget(snapshot: libvirt.virDomainSnapshot) -> None:
