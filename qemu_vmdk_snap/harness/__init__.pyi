@@ -1,4 +1,5 @@
-from qemu_vmdk_snap.harness.machine import CONTROLLERS as CONTROLLERS
+from qemu_vmdk_snap.harness.hardware import CONTROLLERS as CONTROLLERS
+from qemu_vmdk_snap.harness.hardware import Disk as Disk
 from qemu_vmdk_snap.harness.machine import Machine as Machine
 from qemu_vmdk_snap.harness.machine import boot as boot
 from qemu_vmdk_snap.harness.probe import disk_image as disk_image

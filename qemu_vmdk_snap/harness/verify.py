@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from qemu_vmdk_snap import Chain, FormatError, InvalidRequest, Run, RunKind, open_chain
-from qemu_vmdk_snap.harness.machine import DEFAULT_CONTROLLER, REACH, boot
+from qemu_vmdk_snap.harness.hardware import DEFAULT_CONTROLLER, REACH
+from qemu_vmdk_snap.harness.machine import boot
 from qemu_vmdk_snap.harness.session import ProbeError, ProbeSession
 from qemu_vmdk_snap.units import KIB, MIB, SECTOR_SIZE, format_size
 
