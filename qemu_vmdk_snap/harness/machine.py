@@ -15,10 +15,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final, Self
 
-from qemu_vmdk_snap.errors import GuestError, PluginError, VmdkSnapError
+from qemu_vmdk_snap import read_links
+from qemu_vmdk_snap.errors import GuestError, InvalidRequest, PluginError, VmdkSnapError
 from qemu_vmdk_snap.harness.accelerator import choose_accelerator
 from qemu_vmdk_snap.harness.deadlines import scaled
 from qemu_vmdk_snap.harness.hardware import DEFAULT_CONTROLLER, EXECUTABLE, Channels, Disk, Setup, arguments, by_hand
+from qemu_vmdk_snap.harness.known.chain import KnownChain
+from qemu_vmdk_snap.harness.known.content import Content
 from qemu_vmdk_snap.harness.probe import floppy_image
 from qemu_vmdk_snap.harness.session import BOOT_SECONDS, ProbeSession
 from qemu_vmdk_snap.harness.watch.console import PANICS, Console, bad_news
@@ -51,6 +54,8 @@ class Machine:
         """
         self.setup = setup
         self.folder = folder
+        self.known: KnownChain | None = None
+        """The chain of known content that it was booted on, if it was one."""
         self.report: FailureReport | None = None
         """What is told of the guest, once it has failed."""
         executable = shutil.which(setup.qemu)
@@ -92,6 +97,7 @@ class Machine:
         self.console = line
         """The guest's serial line: `expect` and `send` as pexpect has them."""
         self.probe = ProbeSession(line, setup.image.name, self._death, self.failure)
+        self.probe.memory = self.memory
 
     @property
     def pid(self) -> int:
@@ -112,6 +118,37 @@ class Machine:
         if self.setup.hold and self._process.poll() is None:
             error.add_note(self._hold())
         return error
+
+    def memory(self, address: int, length: int) -> bytes:
+        """Return so many bytes of the guest's memory, at a physical address."""
+        path = self.folder / "memory.bin"
+        self.qmp("pmemsave", {"val": address, "size": length, "filename": str(path.absolute())})
+        data = path.read_bytes()
+        path.unlink()
+        return data
+
+    def assert_reads(self, content: Content | KnownChain | None = None, *, disk: int = 0, samples: int = 8) -> int:
+        """Let the guest read from a disk what was written to it, and return the bytes that were compared.
+
+        Without `content` that of the chain that the machine was booted on. See `ProbeSession.assert_reads`.
+
+        Raises:
+            WrongContent, WrongSize (AssertionError): it reads something else.
+            InvalidRequest: nothing is known of what was written.
+        """
+        known = self.known if content is None else content
+        if known is None:
+            raise InvalidRequest("assert_reads", "needs the content, unless a known chain was booted")
+        model = known if isinstance(known, Content) else known.model
+        if disk:
+            self.probe.select(disk)
+        try:
+            setup = self.setup.images[disk]
+            image = setup.image if setup.image_format == "vmdk" else None
+            return self.probe.assert_reads(model, image=image, samples=samples)
+        finally:
+            if disk:
+                self.probe.select(0)
 
     def power_off(self, status: int = 0) -> None:
         """Let the probe switch off, and return when QEMU has ended and let go of the image.
@@ -195,12 +232,14 @@ class Machine:
 class _Booting(AbstractContextManager[Machine]):
     """A machine from its start to its end, and what becomes of its logs."""
 
-    def __init__(self, setup: Setup, log_dir: Path | None, options: dict[str, Any]) -> None:
-        self._setup, self._log_dir, self._options = setup, log_dir, options
+    def __init__(self, setup: Setup, log_dir: Path | None, chain: KnownChain | None, options: dict[str, Any]) -> None:
+        self._setup, self._log_dir, self._chain, self._options = setup, log_dir, chain, options
         self._machine: Machine | None = None
 
     def __enter__(self) -> Machine:
         self._setup.validate()
+        if self._chain is not None:
+            read_links(self._chain.top)
         self._folder = self._log_dir or Path(tempfile.mkdtemp(prefix="qemu-vmdk-snap-guest-"))
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -210,6 +249,7 @@ class _Booting(AbstractContextManager[Machine]):
         except BaseException:
             self._clean()
             raise
+        self._machine.known = self._chain
         return self._machine
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -238,7 +278,7 @@ class _Booting(AbstractContextManager[Machine]):
 
 
 def boot(
-    image: Path | str,
+    image: KnownChain | Path | str,
     *,
     image_format: str = "vmdk",
     controller: str = DEFAULT_CONTROLLER,
@@ -259,6 +299,8 @@ def boot(
 ) -> AbstractContextManager[Machine]:
     """Give a machine with the probe booted on `image` (and the chain behind it, as QEMU's own driver opens it).
 
+    `image` may be a `KnownChain`: then `assert_reads` knows what should be read, and the CIDs are checked first.
+
     With `expect` the disk's own system boots, and is ready when that pattern has come out of its first serial port;
     one of `failures` there, or the firmware that finds nothing to boot, ends the wait.
 
@@ -273,6 +315,7 @@ def boot(
         InvalidRequest: there is no such controller, or there are too many disks.
         PluginError: QEMU is not installed.
         GuestError: QEMU died, or the guest did not boot or answer; its notes have the whole report.
+        CidMismatch, CorruptChain, FormatError: the known chain is not what it was.
     """
     pattern = expect.encode() if isinstance(expect, str) else expect
     own_system = expect is not None
@@ -291,4 +334,5 @@ def boot(
         memory_mib=memory_mib or (512 if own_system else 16),
         hold=hold,
     )
-    return _Booting(setup, log_dir, {"seconds": seconds, "expect": pattern, "failures": failures})
+    chain = image if isinstance(image, KnownChain) else None
+    return _Booting(setup, log_dir, chain, {"seconds": seconds, "expect": pattern, "failures": failures})

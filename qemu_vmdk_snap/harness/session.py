@@ -7,9 +7,10 @@ import os
 import socket
 import stat
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple, Protocol, cast
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, Protocol, cast
 
 from qemu_vmdk_snap.errors import GuestError
 from qemu_vmdk_snap.harness.deadlines import scaled
@@ -19,6 +20,9 @@ from qemu_vmdk_snap.units import MIB, SECTOR_SIZE
 
 import pexpect  # isort: skip # once it is known to be there
 
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.harness.known.content import Content
+
 __tracebackhide__ = True
 
 BOOT_SECONDS: Final = 15.0
@@ -27,6 +31,9 @@ _SECONDS_PER_MIB: Final = 0.5
 _FIRST_PATIENCE: Final = 0.2
 _LONGEST_PATIENCE: Final = 1.0
 _TRIES: Final = 3
+_BATCH: Final = 127  # sectors that the probe moves at once
+_LOADED: Final = 7  # sectors that a line to it has room for
+_BUFFER: Final = 0x20000  # where they are in its memory
 _LINE: Final = rb"([^\r\n]*)\r\n"
 
 
@@ -82,6 +89,8 @@ class ProbeSession:
         """Talk over `line`; `explain` tells why when the other end is gone, `fail` makes the error of a failure."""
         self._over = line
         self._name = name
+        self.memory: Callable[[int, int], bytes] | None = None
+        """Reads so many bytes of the guest's memory at an address, where there is a way to do that."""
         self._explain = explain or (lambda: "its serial line was closed")
         self._fail = fail or (lambda reason: GuestError(name, reason))
         self._sequence = 0
@@ -103,6 +112,15 @@ class ProbeSession:
                 raise self._fail(f"says {answer.text!r}, which is not the probe of protocol {PROTOCOL}")
             return
 
+    @property
+    def name(self) -> str:
+        """What the guest is called in errors."""
+        return self._name
+
+    def select(self, disk: int) -> None:
+        """Let all that follows be about the disk of this number: 0 is the first that the BIOS found."""
+        self.command(f"disk {disk:x}")
+
     def size(self) -> int:
         """Return the bytes of the disk as the BIOS sees it."""
         return int(self.command("size"), 16) * SECTOR_SIZE
@@ -115,6 +133,45 @@ class ProbeSession:
     def dump(self, offset: int) -> bytes:
         """Return the sector at `offset` as the guest reads it."""
         return bytes.fromhex(self.command(f"dump {_sectors(offset):x}"))
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes of the range as the guest reads them, up to 127 sectors in one call of its BIOS."""
+        lba, count = _sectors(offset), _sectors(length)
+        pieces = []
+        for at in range(0, count, _BATCH):
+            size = min(_BATCH, count - at)
+            if self.memory is None:
+                pieces += [self.dump((lba + at + i) * SECTOR_SIZE) for i in range(size)]
+                continue
+            told = int(self.command(f"fetch {lba + at:x} {size:x}"), 16)
+            pieces.append(self.memory(_BUFFER, size * SECTOR_SIZE))
+            if zlib.crc32(pieces[-1]) != told:
+                raise self._fail("QEMU gives other bytes of the guest's memory than the guest has there")
+        return b"".join(pieces)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Let the guest write `data` at `offset`, up to 127 sectors in one call of its BIOS."""
+        lba, count = _sectors(offset), _sectors(len(data))
+        for at in range(0, count, _BATCH):
+            size = min(_BATCH, count - at)
+            for i in range(0, size, _LOADED):
+                start = (at + i) * SECTOR_SIZE
+                piece = data[start : start + min(_LOADED, size - i) * SECTOR_SIZE]
+                self.command(f"load {i:x} {piece.hex()}")
+            self.command(f"write {lba + at:x} {size:x}")
+
+    def assert_reads(self, content: Content, *, image: Path | str | None = None, samples: int = 8) -> int:
+        """Let the guest read all of `content` that was written, all that `image` stores, and samples of the rest.
+
+        Return the bytes that were compared.
+
+        Raises:
+            WrongContent, WrongSize (AssertionError): it reads something else; the first wrong sector is named, with the
+                link and the byte of the file that it comes from, where `image` is given.
+        """
+        from qemu_vmdk_snap.harness.known.reads import assert_reads
+
+        return assert_reads(self, content, image=None if image is None else Path(image), samples=samples)
 
     def pattern(self, seed: int, offset: int, length: int) -> None:
         """Let the guest write the pattern of `seed` over the range; see `harness.seeded`."""

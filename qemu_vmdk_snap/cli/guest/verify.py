@@ -12,7 +12,7 @@ from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.units import format_size
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.harness.verify import Checked
+    from qemu_vmdk_snap.harness.verify import Checked, VerifyReport
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--record", type=Path, metavar="FILE", help="write the checksums of what the guest read to FILE"
     )
     parser.add_argument(
-        "--against", type=Path, metavar="FILE", help="also compare with the checksums of an earlier --record"
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="also compare with what was written: the checksums of an earlier --record, or a raw image",
     )
     add_quiet(parser)
     add_progress(parser)
@@ -59,8 +62,16 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     ui.text(
         f"{report.path}: {report.depth} link{'s' if report.depth > 1 else ''}, {format_size(report.stored)} stored and "
         f"{format_size(report.sampled)} of holes read by the guest ({report.controller}) in {report.seconds:.1f} s: "
-        + ("as the engine reads them" if report.identical else f"{len(report.mismatches)} differ")
+        + _verdict(report)
     )
     if report.holes_left_out:
         ui.text(f"{report.holes_left_out} more holes were not read")
     return 0 if report.identical else 1
+
+
+def _verdict(report: VerifyReport) -> str:
+    """Return no more than was proven: guest and engine may be wrong alike, if nothing else tells what was written."""
+    if not report.identical:
+        return f"{len(report.mismatches)} differ"
+    agreed = "guest and engine agree"
+    return agreed if report.against is None else f"as written in {report.against}, and {agreed}"

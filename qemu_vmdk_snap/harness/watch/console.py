@@ -38,6 +38,7 @@ PANICS: Final = (
 _FIRMWARE_GIVES_UP: Final = re.compile(rb"No bootable device")
 _LOOK: Final = 0.05  # seconds between two looks at what does not wake us
 _SUSPECT: Final = 0.4  # guest seconds without a sign of life after which the disks' counters are asked for
+_CHARACTERS: Final = 0.0002  # seconds in which some more come
 _TAIL: Final = 4096
 _MONITOR_SECONDS: Final = 1.0
 
@@ -57,6 +58,8 @@ class Console(SpawnBase):  # type: ignore[type-arg]
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
         self._poll.register(qmp.fileno(), select.POLLIN)
+        self._serial = select.poll()
+        self._serial.register(fd, select.POLLIN)
         self._idle = self._spent = self._next_look = 0.0
         self._limit: float | None = None
         self._asked = 0
@@ -148,6 +151,12 @@ class Console(SpawnBase):  # type: ignore[type-arg]
     def _received(self, size: int) -> bytes:
         try:
             data = os.read(self.child_fd, size)
+            # QEMU sends each character by itself: wait a little for the rest of the line.
+            while data and len(data) < size and not data.endswith(b"\n"):
+                time.sleep(_CHARACTERS)
+                if not self._serial.poll(0) or not (more := os.read(self.child_fd, size - len(data))):
+                    break
+                data += more
         except OSError:  # a socket is reset, not closed, when QEMU dies with our words unread
             data = b""
         if not data:
