@@ -1,8 +1,8 @@
+from qemu_vmdk_snap.harness.chains import ChainMaker as ChainMaker
+from qemu_vmdk_snap.harness.chains import KnownChain as KnownChain
+from qemu_vmdk_snap.harness.chains import KnownLink as KnownLink
 from qemu_vmdk_snap.harness.hardware import CONTROLLERS as CONTROLLERS
 from qemu_vmdk_snap.harness.hardware import Disk as Disk
-from qemu_vmdk_snap.harness.known.chain import ChainMaker as ChainMaker
-from qemu_vmdk_snap.harness.known.chain import KnownChain as KnownChain
-from qemu_vmdk_snap.harness.known.chain import KnownLink as KnownLink
 from qemu_vmdk_snap.harness.known.content import Content as Content
 from qemu_vmdk_snap.harness.known.reads import WrongContent as WrongContent
 from qemu_vmdk_snap.harness.known.reads import WrongSize as WrongSize

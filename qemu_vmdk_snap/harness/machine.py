@@ -20,8 +20,7 @@ from qemu_vmdk_snap.errors import GuestError, InvalidRequest, PluginError, VmdkS
 from qemu_vmdk_snap.harness.accelerator import choose_accelerator
 from qemu_vmdk_snap.harness.deadlines import scaled
 from qemu_vmdk_snap.harness.hardware import DEFAULT_CONTROLLER, EXECUTABLE, Channels, Disk, Setup, arguments, by_hand
-from qemu_vmdk_snap.harness.known.chain import KnownChain
-from qemu_vmdk_snap.harness.known.content import Content
+from qemu_vmdk_snap.harness.known.content import Content, Known
 from qemu_vmdk_snap.harness.probe import floppy_image
 from qemu_vmdk_snap.harness.session import BOOT_SECONDS, ProbeSession
 from qemu_vmdk_snap.harness.watch.console import PANICS, Console, bad_news
@@ -54,7 +53,7 @@ class Machine:
         """
         self.setup = setup
         self.folder = folder
-        self.known: KnownChain | None = None
+        self.known: Known | None = None
         """The chain of known content that it was booted on, if it was one."""
         self.report: FailureReport | None = None
         """What is told of the guest, once it has failed."""
@@ -127,7 +126,7 @@ class Machine:
         path.unlink()
         return data
 
-    def assert_reads(self, content: Content | KnownChain | None = None, *, disk: int = 0, samples: int = 8) -> int:
+    def assert_reads(self, content: Content | Known | None = None, *, disk: int = 0, samples: int = 8) -> int:
         """Let the guest read from a disk what was written to it, and return the bytes that were compared.
 
         Without `content` that of the chain that the machine was booted on. See `ProbeSession.assert_reads`.
@@ -232,7 +231,7 @@ class Machine:
 class _Booting(AbstractContextManager[Machine]):
     """A machine from its start to its end, and what becomes of its logs."""
 
-    def __init__(self, setup: Setup, log_dir: Path | None, chain: KnownChain | None, options: dict[str, Any]) -> None:
+    def __init__(self, setup: Setup, log_dir: Path | None, chain: Known | None, options: dict[str, Any]) -> None:
         self._setup, self._log_dir, self._chain, self._options = setup, log_dir, chain, options
         self._machine: Machine | None = None
 
@@ -278,7 +277,7 @@ class _Booting(AbstractContextManager[Machine]):
 
 
 def boot(
-    image: KnownChain | Path | str,
+    image: Known | Path | str,
     *,
     image_format: str = "vmdk",
     controller: str = DEFAULT_CONTROLLER,
@@ -320,7 +319,7 @@ def boot(
     pattern = expect.encode() if isinstance(expect, str) else expect
     own_system = expect is not None
     setup = Setup(
-        Path(image),
+        image.top if isinstance(image, Known) else Path(image),
         image_format,
         controller,
         from_disk or own_system,
@@ -334,5 +333,5 @@ def boot(
         memory_mib=memory_mib or (512 if own_system else 16),
         hold=hold,
     )
-    chain = image if isinstance(image, KnownChain) else None
-    return _Booting(setup, log_dir, chain, {"seconds": seconds, "expect": pattern, "failures": failures})
+    known = image if isinstance(image, Known) else None
+    return _Booting(setup, log_dir, known, {"seconds": seconds, "expect": pattern, "failures": failures})

@@ -10,18 +10,18 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, Protocol, cast
+from typing import IO, Any, Final, NamedTuple, Protocol, cast
 
 from qemu_vmdk_snap.errors import GuestError
 from qemu_vmdk_snap.harness.deadlines import scaled
+from qemu_vmdk_snap.harness.known.content import Content
+from qemu_vmdk_snap.harness.known.reads import assert_reads
 from qemu_vmdk_snap.harness.probe import BAD_SUM, PROTOCOL, Answer, command_line, parse_answer
+from qemu_vmdk_snap.harness.probe import ProbeError as ProbeError
 from qemu_vmdk_snap.harness.watch.console import Console
 from qemu_vmdk_snap.units import MIB, SECTOR_SIZE
 
 import pexpect  # isort: skip # once it is known to be there
-
-if TYPE_CHECKING:
-    from qemu_vmdk_snap.harness.known.content import Content
 
 __tracebackhide__ = True
 
@@ -65,15 +65,6 @@ class _NoAnswer(GuestError):
 
 class _LineClosed(GuestError):
     """The other end of the line is gone."""
-
-
-class ProbeError(GuestError):
-    """The probe is well, and says that it cannot do what it was told; `answer` is what it says: `bios 0c`."""
-
-    def __init__(self, guest: str, command: str, answer: str) -> None:
-        super().__init__(guest, f"{command!r}: {answer}")
-        self.args = (guest, command, answer)
-        self.command, self.answer = command, answer
 
 
 class ProbeSession:
@@ -169,8 +160,6 @@ class ProbeSession:
             WrongContent, WrongSize (AssertionError): it reads something else; the first wrong sector is named, with the
                 link and the byte of the file that it comes from, where `image` is given.
         """
-        from qemu_vmdk_snap.harness.known.reads import assert_reads
-
         return assert_reads(self, content, image=None if image is None else Path(image), samples=samples)
 
     def pattern(self, seed: int, offset: int, length: int) -> None:

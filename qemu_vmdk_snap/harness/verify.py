@@ -255,12 +255,11 @@ class _Verification:
         """Yield what the raw image stores and the chain does not: to be read whole, not by samples."""
         if self._raw is None:
             return
-        whole = {piece.offset: piece.length for piece in planned if piece.kind == "data"}
+        whole = sorted((piece.offset, piece.offset + piece.length) for piece in planned if piece.kind == "data")
         for offset, length in self._raw.stored(self._chain.capacity):
-            for start in range(offset, offset + length, PIECE):
-                size = min(PIECE, offset + length - start)
-                if whole.get(start, 0) < size:
-                    yield Piece(start, size, "data")
+            for start, end in _outside(offset, offset + length, whole):
+                for at in range(start, end, PIECE):
+                    yield Piece(at, min(PIECE, end - at), "data")
 
     def _check_size(self, earlier: Record | None) -> int:
         """Compare the sizes of the disk, and return the smallest."""
@@ -320,6 +319,20 @@ class _Verification:
         path = str(run.path) if run.path else None
         kind = run.kind.name.lower()
         self.mismatches.append(Mismatch(offset, length, expected, kind, run.depth, path, run.file_offset, failure))
+
+
+def _outside(start: int, end: int, taken: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield the parts of a stretch that are in none of those taken, which are sorted and do not overlap."""
+    for first, last in taken:
+        if last <= start:
+            continue
+        if first >= end:
+            break
+        if first > start:
+            yield start, first
+        start = last
+    if start < end:
+        yield start, end
 
 
 def _write_record(path: Path, record: Record) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from qemu_vmdk_snap import CidMismatch, InvalidRequest, create_image, open_chain
 from qemu_vmdk_snap.harness import ChainMaker, Content, Disk, KnownChain, WrongContent, WrongSize, boot, verify_image
-from qemu_vmdk_snap.harness.session import ProbeError
+from qemu_vmdk_snap.harness.probe import ProbeError
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Protocol, Self, runtime_checkable
 
 from qemu_vmdk_snap import HOLE, InvalidRequest, RawDisk
 from qemu_vmdk_snap.units import KIB, SECTOR_SIZE, parse_size, round_up
@@ -28,6 +28,19 @@ def in_bytes(size: Size) -> int:
     if value < 0:
         raise InvalidRequest("size", f"{value} bytes are less than none")
     return value
+
+
+@runtime_checkable
+class Known(Protocol):
+    """An image whose content is known; a `KnownChain` is one."""
+
+    @property
+    def top(self) -> Path:
+        """The image."""
+
+    @property
+    def model(self) -> Content:
+        """What should be read from it."""
 
 
 class Content:

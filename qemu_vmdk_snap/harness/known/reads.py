@@ -5,21 +5,36 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from qemu_vmdk_snap import Chain, Run, RunKind, open_chain
 from qemu_vmdk_snap.errors import VmdkSnapError, printable
 from qemu_vmdk_snap.harness.known.content import Content
+from qemu_vmdk_snap.harness.probe import ProbeError
 from qemu_vmdk_snap.units import KIB, MIB, SECTOR_SIZE
-
-if TYPE_CHECKING:
-    from qemu_vmdk_snap.harness.session import ProbeSession
 
 __tracebackhide__ = True
 
 _PIECE: Final = MIB
 _SAMPLE: Final = 64 * KIB
 _SHOWN: Final = 8
+
+
+class Reader(Protocol):
+    """What a guest is asked; a probe's session is one."""
+
+    @property
+    def name(self) -> str:
+        """What the guest is called in errors."""
+
+    def size(self) -> int:
+        """Return the bytes of the disk."""
+
+    def crc(self, offset: int, length: int) -> int:
+        """Return the CRC-32 of the bytes in the range."""
+
+    def dump(self, offset: int) -> bytes:
+        """Return one sector."""
 
 
 class Stored(NamedTuple):
@@ -87,7 +102,7 @@ class WrongSize(AssertionError):
 
 
 def assert_reads(
-    probe: ProbeSession, content: Content, *, image: Path | None, samples: int = 8, trusted_dirs: tuple[Path, ...] = ()
+    probe: Reader, content: Content, *, image: Path | None, samples: int = 8, trusted_dirs: tuple[Path, ...] = ()
 ) -> int:
     """Let the guest read all that was written, all that `image` stores, and samples of the rest; return the bytes.
 
@@ -95,8 +110,6 @@ def assert_reads(
         WrongContent, WrongSize: it reads something else; the first such sector is named.
         GuestError: the guest does not answer.
     """
-    from qemu_vmdk_snap.harness.session import ProbeError
-
     size = probe.size()
     if size != content.capacity:
         raise WrongSize(probe.name, content.capacity, size)
@@ -152,10 +165,9 @@ def _opened(image: Path, trusted: tuple[Path, ...]) -> Chain:
 
 
 def _first_wrong(
-    probe: ProbeSession, content: Content, offset: int, length: int, image: Path | None, trusted: tuple[Path, ...]
+    probe: Reader, content: Content, offset: int, length: int, image: Path | None, trusted: tuple[Path, ...]
 ) -> WrongContent:
     """Return the error for the first wrong sector of a range that is wrong, found by halves."""
-    from qemu_vmdk_snap.harness.session import ProbeError
 
     def wrong(at: int, size: int) -> str | None:
         try:

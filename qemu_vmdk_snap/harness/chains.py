@@ -12,6 +12,7 @@ from typing import Final, Literal, NamedTuple, Self
 
 from qemu_vmdk_snap import ImageOptions, InvalidRequest, PluginError, convert, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.harness.known.content import Content, Size, in_bytes
+from qemu_vmdk_snap.harness.machine import boot
 from qemu_vmdk_snap.harness.seeded import pattern
 
 __tracebackhide__ = True
@@ -176,8 +177,6 @@ def _write_by_qemu(image: Path, offset: int, data: bytes) -> None:
 
 
 def _write_by_guest(image: Path, offset: int, data: bytes) -> None:
-    from qemu_vmdk_snap.harness.machine import boot
-
     with boot(image, writable=True) as guest:
         guest.probe.write(offset, data)
         guest.power_off()
