@@ -12,7 +12,6 @@ from typing import Final, Literal, NamedTuple, Self
 
 from qemu_vmdk_snap import ImageOptions, InvalidRequest, PluginError, convert, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.harness.known.content import Content, Size, in_bytes
-from qemu_vmdk_snap.harness.machine import boot
 from qemu_vmdk_snap.harness.seeded import pattern
 
 __tracebackhide__ = True
@@ -20,6 +19,11 @@ __tracebackhide__ = True
 Writer = Literal["engine", "qemu", "guest"]
 WRITERS: Final[tuple[Writer, ...]] = ("engine", "qemu", "guest")
 STREAM: Final = "streamOptimized"
+CREATABLE: Final = (
+    *("monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"),
+    *("streamOptimized", "vmfs", "vmfsThin", "vmfsSparse"),
+)
+"""Every kind of image that a chain can begin with."""
 
 
 class KnownLink(NamedTuple):
@@ -123,23 +127,24 @@ class KnownChain:
 
 
 class ChainMaker:
-    """Makes chains of known content, each in a folder of its own below `folder`."""
+    """Makes chains of known content, each in a folder of its own; `kind` and `depth` where a call does not say."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, kind: str | None = None, depth: int = 1) -> None:
+        self._folder, self._kind, self._depth = folder, kind, depth
 
     def base(self, size: Size = "64M", *, kind: str | None = None, options: ImageOptions | None = None) -> KnownChain:
         """Return a new chain of one link: of any kind that can be created, monolithicSparse without a name."""
         names = (self._folder / f"chain{number}" for number in itertools.count(1))
         folder = next(folder for folder in names if not folder.exists())
-        return KnownChain(folder, size, kind=kind, options=options)
+        return KnownChain(folder, size, kind=kind or self._kind, options=options)
 
-    def of_depth(self, depth: int, size: Size = "64M", *, kind: str | None = None) -> KnownChain:
+    def of_depth(self, depth: int | None = None, size: Size = "64M", *, kind: str | None = None) -> KnownChain:
         """Return a chain of `depth` links, each with data of its own that shows through the next ones.
 
         Raises:
             InvalidRequest: `depth` is below 1, or the disk is smaller than 1 MiB.
         """
+        depth = self._depth if depth is None else depth
         if depth < 1:
             raise InvalidRequest("depth", f"{depth} links are no chain")
         chain = self.base(size, kind=kind)
@@ -177,6 +182,8 @@ def _write_by_qemu(image: Path, offset: int, data: bytes) -> None:
 
 
 def _write_by_guest(image: Path, offset: int, data: bytes) -> None:
+    from qemu_vmdk_snap.harness.machine import boot  # chains alone need neither QEMU nor pexpect
+
     with boot(image, writable=True) as guest:
         guest.probe.write(offset, data)
         guest.power_off()

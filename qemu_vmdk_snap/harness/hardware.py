@@ -71,7 +71,7 @@ class Setup:
     kernel: tuple[str, ...] = ()
     """QEMU's arguments for a kernel that it boots itself, in the probe's place."""
     hold: bool = False
-    """Leave a guest that fails running, its console and monitor on sockets in the folder of the logs."""
+    """Leave a guest that fails running, its console and monitor on sockets."""
 
     @property
     def images(self) -> tuple[Disk, ...]:
@@ -92,10 +92,11 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """The descriptors that QEMU inherits."""
+    """The descriptors that QEMU inherits, and the folder for the sockets of a guest that is to be held."""
 
     serial: int
     qmp: int
+    sockets: Path | None = None
 
 
 def arguments(setup: Setup, folder: Path, channels: Channels) -> list[str]:
@@ -103,8 +104,8 @@ def arguments(setup: Setup, folder: Path, channels: Channels) -> list[str]:
     words = ["-chardev", f"socket,id=line,fd={channels.serial}", "-serial", "chardev:line"]
     words += ["-chardev", f"socket,id=qmp,fd={channels.qmp}", "-mon", "chardev=qmp,mode=control"]
     words += ["-chardev", f"file,id=firmware,path={_escaped(folder / 'firmware.log')}"]
-    if setup.hold:
-        words += ["-chardev", f"socket,id=monitor,path={_escaped(folder / 'monitor')},server=on,wait=off"]
+    if channels.sockets is not None:
+        words += ["-chardev", f"socket,id=monitor,path={_escaped(channels.sockets / 'monitor')},server=on,wait=off"]
         words += ["-mon", "chardev=monitor,mode=readline", "-no-shutdown"]
     return [*_board(setup), *words, *_disks(setup, {}), *_boot(setup, folder), *setup.qemu_args]
 

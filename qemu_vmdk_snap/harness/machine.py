@@ -82,7 +82,9 @@ class Machine:
         monitor, their_monitor = socket.socketpair()
         with serial, their_serial, their_monitor, (folder / "stderr.log").open("wb") as stderr:
             fds = their_serial.fileno(), their_monitor.fileno()
-            self.command = [executable, *arguments(setup, folder, Channels(*fds))]
+            # A path of pytest's is often too long for a Unix socket.
+            self._sockets = Path(tempfile.mkdtemp(prefix="vmdk-", dir="/tmp")) if setup.hold else None
+            self.command = [executable, *arguments(setup, folder, Channels(*fds, self._sockets))]
             self.command_by_hand = shlex.join([executable, *by_hand(setup, folder)])
             (folder / "command").write_text(f"{self.command_by_hand}\n")
             self._log = (folder / "serial.log").open("wb", buffering=0)
@@ -114,8 +116,8 @@ class Machine:
             (self.folder / "report.txt").write_text(f"{self.report}\n")
         error.logs = self.folder
         error.add_note(str(self.report))
-        if self.setup.hold and self._process.poll() is None:
-            error.add_note(self._hold())
+        if self._sockets is not None and self._process.poll() is None:
+            error.add_note(self._hold(self._sockets))
         return error
 
     def memory(self, address: int, length: int) -> bytes:
@@ -191,6 +193,8 @@ class Machine:
         self.probe.close()
         self.qmp.close()
         self._log.close()
+        if self._sockets is not None and not self._held:
+            shutil.rmtree(self._sockets, ignore_errors=True)
 
     def __enter__(self) -> Self:
         """Return the machine."""
@@ -214,11 +218,11 @@ class Machine:
         lines = (self.folder / "stderr.log").read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
 
-    def _hold(self) -> str:
+    def _hold(self, sockets: Path) -> str:
         """Hand the console over to a socket, and return how to get at the guest and end it."""
-        console, monitor = self.folder / "console", self.folder / "monitor"
+        console, monitor = sockets / "console", sockets / "monitor"
         if not self._held:
-            address = {"type": "unix", "data": {"path": str(console.absolute())}}
+            address = {"type": "unix", "data": {"path": str(console)}}
             backend = {"type": "socket", "data": {"addr": address, "server": True, "wait": False}}
             self.qmp("chardev-change", {"id": "line", "backend": backend})
             self._held = True
