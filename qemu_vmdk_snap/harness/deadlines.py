@@ -13,6 +13,12 @@ VARIABLE: Final = "QEMU_VMDK_SNAP_TIMEOUT_SCALE"
 HUNG_SECONDS: Final = 2.0
 """Seconds of its own time (see `watch.clock`) after which a guest that shows no sign of life hangs."""
 
+SYSTEM_SECONDS: Final = 300.0
+"""The same for a whole system that boots, which may well be silent: what it may take in all."""
+
+SILENT_SECONDS: Final = 30.0
+"""How long such a system may show no sign of life, unless its processor has been halted for good."""
+
 _REFERENCE: Final = 0.012  # seconds that the loop below takes on an ordinary machine
 _LONGEST: Final = 20.0
 

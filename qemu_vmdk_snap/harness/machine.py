@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 from qemu_vmdk_snap import read_links
 from qemu_vmdk_snap.errors import GuestError, InvalidRequest, PluginError, VmdkSnapError
 from qemu_vmdk_snap.harness.accelerator import choose_accelerator
-from qemu_vmdk_snap.harness.deadlines import scaled
+from qemu_vmdk_snap.harness.deadlines import SILENT_SECONDS, SYSTEM_SECONDS, scaled
 from qemu_vmdk_snap.harness.hardware import DEFAULT_CONTROLLER, EXECUTABLE, Channels, Disk, Setup, arguments, by_hand
 from qemu_vmdk_snap.harness.known.content import Content, Known
 from qemu_vmdk_snap.harness.probe import floppy_image
@@ -61,13 +61,16 @@ class Machine:
         if executable is None:
             raise PluginError(setup.qemu, "is not installed (Debian: qemu-system-x86, Fedora: qemu-system-x86-core)")
         self._held = False
+        self.found: re.Match[bytes] | None = None
+        """What matched `expect`."""
         started = time.monotonic()
         self._start(executable)
         try:
             if expect is None:
                 self.probe.wait_for_boot(seconds)
             else:
-                self.console.wait_for(expect, seconds, failures)
+                self.console.patience = SILENT_SECONDS
+                self.found = self.console.wait_for(expect, seconds, failures)
         except BaseException:
             self.kill()
             raise
@@ -289,7 +292,7 @@ def boot(
     writable: bool = False,
     accelerator: str | None = None,
     log_dir: Path | None = None,
-    seconds: float = BOOT_SECONDS,
+    seconds: float | None = None,
     machine: str = "pc",
     disks: Sequence[Disk] = (),
     qemu: str = EXECUTABLE,
@@ -307,8 +310,9 @@ def boot(
     With `expect` the disk's own system boots, and is ready when that pattern has come out of its first serial port;
     one of `failures` there, or the firmware that finds nothing to boot, ends the wait.
 
-    A guest that shows no sign of life for two seconds of its own time hangs; `seconds`, of its own time too, is the
-    limit for one that does. Waiting for a processor or for the host's disk is not its own time.
+    A guest that shows no sign of life for two seconds of its own time hangs (with `expect` for thirty, unless its
+    processor is halted for good); `seconds`, of its own time too, is the limit for one that does: 15, or with `expect`
+    300. Waiting for a processor or for the host's disk is not its own time.
 
     The logs (QEMU's command line, its standard error, serial line, firmware, QMP) go to `log_dir`, or to a temporary
     folder that is kept when the guest or the caller's own check fails; the error, or a note on it, then names it.
@@ -338,4 +342,13 @@ def boot(
         hold=hold,
     )
     known = image if isinstance(image, Known) else None
-    return _Booting(setup, log_dir, known, {"seconds": seconds, "expect": pattern, "failures": failures})
+    return _Booting(
+        setup,
+        log_dir,
+        known,
+        {
+            "seconds": seconds or (SYSTEM_SECONDS if own_system else BOOT_SECONDS),
+            "expect": pattern,
+            "failures": failures,
+        },
+    )

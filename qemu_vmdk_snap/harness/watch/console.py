@@ -61,10 +61,13 @@ class Console(SpawnBase):  # type: ignore[type-arg]
         self._serial = select.poll()
         self._serial.register(fd, select.POLLIN)
         self._idle = self._spent = self._next_look = 0.0
+        self._next_judgement = HUNG_SECONDS
         self._limit: float | None = None
         self._asked = 0
         self._counters: object = None
         self._events = 0
+        self.patience = HUNG_SECONDS
+        """Guest seconds without a sign of life after which it hangs; halted for good, it hangs after the usual ones."""
         self.waits_for = "the serial line"
         self.end_is_expected = False
         """The guest was told to switch off: then its end is pexpect.EOF, and no error."""
@@ -146,6 +149,7 @@ class Console(SpawnBase):  # type: ignore[type-arg]
     def _begin(self, timeout: float | None) -> None:
         self._clock.tick()
         self._idle = self._spent = 0.0
+        self._next_judgement = HUNG_SECONDS
         self._limit = None if timeout is None else float(self.timeout or 30) if timeout < 0 else timeout
 
     def _received(self, size: int) -> bytes:
@@ -187,8 +191,11 @@ class Console(SpawnBase):  # type: ignore[type-arg]
         if self._idle > _SUSPECT:
             self._look_at_disks()
         scale = timeout_scale()
-        if self._idle > HUNG_SECONDS * scale:
-            raise self._fail(f"waiting for {self.waits_for}: {self._hangs()}")
+        if self._idle > self._next_judgement * scale:
+            what, surely = self._hangs()
+            if surely or self._idle > self.patience * scale:
+                raise self._fail(f"waiting for {self.waits_for}: {what}")
+            self._next_judgement += HUNG_SECONDS
         if self._limit is not None and self._spent > self._limit * scale:
             raise self._fail(f"waiting for {self.waits_for}: not in {self._limit * scale:g} s of the guest's own time")
 
@@ -236,17 +243,18 @@ class Console(SpawnBase):  # type: ignore[type-arg]
             return
         self._asked = self._qmp.send("query-blockstats", log=False)
 
-    def _hangs(self) -> str:
-        """Return how the guest hangs, by two looks at its processor."""
+    def _hangs(self) -> tuple[str, bool]:
+        """Return how the guest hangs, by two looks at its processor, and whether it cannot but hang."""
         what = f"the guest hangs: no output and no disk access for {self._idle:.1f} s of its own time"
         try:
             status = self._qmp("query-status", seconds=_MONITOR_SECONDS)["status"]
             one, two = (self._qmp.monitor("info registers", _MONITOR_SECONDS) for _ in range(2))
         except GuestError:
-            return f"{what}; QEMU's monitor does not answer either"
+            return f"{what}; QEMU's monitor does not answer either", True
         if status != "running":
-            return f"{what}; QEMU says that it is {status}"
-        return f"{what}; {_processor(one, two)}"
+            return f"{what}; QEMU says that it is {status}", True
+        state, surely = _processor(one, two)
+        return f"{what}; {state}", surely
 
 
 def bad_news(event: dict[str, Any]) -> str | None:
@@ -270,15 +278,15 @@ def bad_news(event: dict[str, Any]) -> str | None:
     return reasons.get(data.get("reason", ""), f"QEMU ended: {data.get('reason')}")
 
 
-def _processor(one: str, two: str) -> str:
-    """Return what the processor does, from two `info registers`."""
+def _processor(one: str, two: str) -> tuple[str, bool]:
+    """Return what the processor does, from two `info registers`, and whether it can never do anything else."""
     places = [re.search(r"[ER]IP=([0-9a-f]+)", text) for text in (one, two)]
     if places[0] is None or places[1] is None:
-        return "its processor cannot be read"
+        return "its processor cannot be read", False
     code = re.search(r"^CS =([0-9a-f]+)", two, re.MULTILINE)
     at = f"{code[1] if code else '?'}:{places[1][1]}"
     if "HLT=1" in one and "HLT=1" in two:
         flags = re.search(r"FL=([0-9a-f]+)", two)
         off = flags is not None and not int(flags[1], 16) & 0x200
-        return f"halted at {at}" + (" with interrupts off" if off else ", waiting for an interrupt")
-    return f"it runs in a loop at {at}" if places[0][1] == places[1][1] else f"it runs, last seen at {at}"
+        return f"halted at {at}" + (" with interrupts off" if off else ", waiting for an interrupt"), off
+    return (f"it runs in a loop at {at}" if places[0][1] == places[1][1] else f"it runs, last seen at {at}"), False
