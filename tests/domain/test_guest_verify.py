@@ -105,7 +105,8 @@ def test_a_machine_like_that_of_the_domain(lab: Lab) -> None:
     disks = disk.format("vmdk", lab.disk("a"), "sda", "scsi") + disk.format("qcow2", "/b.qcow2", "vda", "virtio")
     domain = lab.conn.defineXML(
         "<domain type='qemu'><name>like</name><memory unit='MiB'>200</memory>"
-        "<os><type arch='x86_64' machine='q35'>hvm</type><loader type='pflash' readonly='yes'>/code.fd</loader></os><features><acpi/></features>"
+        "<os><type arch='x86_64' machine='q35'>hvm</type><loader type='pflash' readonly='yes'>/code.fd</loader></os>"
+        "<features><acpi/></features>"
         f"<devices>{disks}<controller type='scsi' model='lsilogic'/></devices></domain>"
     )
     try:
