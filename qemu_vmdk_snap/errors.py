@@ -202,9 +202,11 @@ class GuestError(VmdkSnapError):
     def __init__(self, guest: str, reason: str) -> None:
         super().__init__(guest, reason)
         self.guest, self.reason = guest, reason
+        self.logs: Path | None = None
+        """The folder with the logs of the guest, where they are kept; the notes of the error have the whole report."""
 
     def _sentence(self) -> str:
-        return f"guest {self.guest}: {self.reason}"
+        return f"guest {self.guest}: {self.reason}" + (f" (logs: {self.logs})" if self.logs is not None else "")
 
 
 class PluginError(VmdkSnapError):

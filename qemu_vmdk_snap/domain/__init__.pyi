@@ -22,6 +22,9 @@ from qemu_vmdk_snap.domain.doctor.check import Check as Check
 from qemu_vmdk_snap.domain.doctor.domain import check_domain as check_domain
 from qemu_vmdk_snap.domain.doctor.domain import repair_domain as repair_domain
 from qemu_vmdk_snap.domain.doctor.host import check_host as check_host
+from qemu_vmdk_snap.domain.guest import DomainDisk as DomainDisk
+from qemu_vmdk_snap.domain.guest import DomainHardware as DomainHardware
+from qemu_vmdk_snap.domain.guest import hardware_of as hardware_of
 from qemu_vmdk_snap.domain.journal.recover import Recovery as Recovery
 from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk as PlannedDisk
 from qemu_vmdk_snap.domain.qemu.switch import Pause as Pause
