@@ -192,7 +192,7 @@ def test_a_hostile_control_client_gets_errors(served: Served) -> None:
         answer = control.raw(line)
         assert answer["error"]["code"] == "invalid-request", line[:40]
     for arguments in ({"overlay": "relative"}, {"overlay": 5}, {"overlay": "/nowhere/x.vmdk"}, {"overlay": "/a\0b"}):
-        with pytest.raises(Exception, match="(path|No such)"):
+        with pytest.raises(Exception, match=r"(path|No such)"):
             control("snapshot", **arguments)
     assert control("status")["clean"]
     control.close()
