@@ -11,7 +11,7 @@ from qemu_vmdk_snap.errors import CorruptChain
 from qemu_vmdk_snap.ops.edit.trim import trim_link
 from qemu_vmdk_snap.storage.grainlog import GrainLog, Noted, waiting
 from qemu_vmdk_snap.units import sector_bytes
-from qemu_vmdk_snap.vmdk.grains import GTE_ZEROED, GrainExtent
+from qemu_vmdk_snap.vmdk.grain.extent import GTE_ZEROED, GrainExtent
 
 _log = log.of(__name__)
 

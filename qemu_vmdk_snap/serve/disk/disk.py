@@ -27,7 +27,7 @@ from qemu_vmdk_snap.serve.disk.stack import MOST_NOTED, Stack
 from qemu_vmdk_snap.storage.blockfile import naming
 from qemu_vmdk_snap.units import MIB, sector_bytes
 from qemu_vmdk_snap.vmdk.extent import PlacedExtent
-from qemu_vmdk_snap.vmdk.grains import GTE_ZEROED, GrainExtent
+from qemu_vmdk_snap.vmdk.grain.extent import GTE_ZEROED, GrainExtent
 
 _LAST: Final = WINDOW_UNITS - 1
 _ZEROS: Final = memoryview(bytes(MIB))
