@@ -24,6 +24,7 @@ from qemu_vmdk_snap.errors import CidMismatch as CidMismatch
 from qemu_vmdk_snap.errors import CorruptChain as CorruptChain
 from qemu_vmdk_snap.errors import DomainBusy as DomainBusy
 from qemu_vmdk_snap.errors import DomainError as DomainError
+from qemu_vmdk_snap.errors import DomainExists as DomainExists
 from qemu_vmdk_snap.errors import FormatError as FormatError
 from qemu_vmdk_snap.errors import GuestError as GuestError
 from qemu_vmdk_snap.errors import InvalidRequest as InvalidRequest
@@ -54,6 +55,7 @@ from qemu_vmdk_snap.ops.copy.diff import depth_of as depth_of
 from qemu_vmdk_snap.ops.copy.diff import make_delta as make_delta
 from qemu_vmdk_snap.ops.copy.measure import Measurement as Measurement
 from qemu_vmdk_snap.ops.copy.measure import measure as measure
+from qemu_vmdk_snap.ops.copy.whole import copy_file as copy_file
 from qemu_vmdk_snap.ops.edit.apply import ApplyReport as ApplyReport
 from qemu_vmdk_snap.ops.edit.apply import apply_delta as apply_delta
 from qemu_vmdk_snap.ops.edit.commit import CommitReport as CommitReport

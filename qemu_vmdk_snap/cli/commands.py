@@ -57,6 +57,9 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
         "current": Command(f"{_HERE}.snapshot.show.current", "show or set the current snapshot"),
         "rename": Command(f"{_HERE}.snapshot.edit.rename", "rename a snapshot"),
         "describe": Command(f"{_HERE}.snapshot.edit.describe", "change the description of a snapshot"),
+        "clone": Command(
+            f"{_HERE}.snapshot.whole.clone", "make a new domain of a snapshot, or of a domain that is shut off"
+        ),
     },
     "guest": {
         "boot": Command(f"{_HERE}.guest.boot", "boot the probe guest on an image"),

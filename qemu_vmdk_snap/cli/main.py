@@ -81,7 +81,7 @@ def _main(words: list[str]) -> int:
     # How wide a terminal is matters to those alone who ask for help; finding out takes 4 ms of imports.
     parser = make_parser(module, command, prog, width=None if _HELP & set(rest) else _ANY_WIDTH)
     try:
-        args = parser.parse_args(rest)
+        args = parser.parse_intermixed_args(rest)
     except exit_status.UsageError as error:
         raise SystemExit(_usage_error(error, words)) from None
     if args.debug or os.environ.get("QEMU_VMDK_SNAP_LOG"):

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from qemu_vmdk_snap import OnProgress, ignore
 from qemu_vmdk_snap.domain import edit
 from qemu_vmdk_snap.domain.adopt.run import AdoptReport, adopt
+from qemu_vmdk_snap.domain.clone.plan import Mode
+from qemu_vmdk_snap.domain.clone.run import CloneReport, clone
 from qemu_vmdk_snap.domain.create import run as create_run
 from qemu_vmdk_snap.domain.create.run import SnapshotReport
 from qemu_vmdk_snap.domain.delete.plan import Scope
@@ -189,6 +191,33 @@ def set_current_snapshot(conn: libvirt.virConnect, domain: str, snapshot: str) -
         NoSnapshot, NoDomain, DomainBusy, DomainError: see `create_snapshot`.
     """
     edit.set_current(conn, domain, snapshot)
+
+
+def clone_domain(
+    conn: libvirt.virConnect,
+    domain: str,
+    snapshot: str | None,
+    name: str,
+    *,
+    mode: Mode | None = None,
+    folder: Path | str | None = None,
+    dry_run: bool = False,
+    on_progress: OnProgress = ignore,
+) -> CloneReport:
+    """Define a new domain `name` that shows what the snapshot holds; without a snapshot, what the domain has now.
+
+    It has a UUID, MAC addresses and UEFI variables of its own. `mode` is "linked" (overlays on the frozen files, which
+    the original then keeps; the default of a snapshot) or "full" (copies; of a domain as it is the only one). New files
+    are beside those of the original, or in `folder`.
+
+    Raises:
+        DomainExists: there is a domain of that name.
+        NoSnapshot, NoDomain, DomainBusy, DomainError: see `create_snapshot`.
+        InvalidRequest: the name cannot be, or a linked clone of no snapshot is asked for.
+        VmdkSnapError, OSError: a chain is broken or in use, or a file could not be made.
+    """
+    home = None if folder is None else Path(folder).absolute()
+    return clone(conn, domain, snapshot, name, mode=mode, folder=home, dry_run=dry_run, on_progress=on_progress)
 
 
 def recover_domains(conn: libvirt.virConnect) -> list[Recovery]:

@@ -45,7 +45,7 @@ def plan_create(
             change.
     """
     request = Request(name, description, disks, required, exclude, overlays or {}, quiesce)
-    with _planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
+    with planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
         plan = make_plan(conn, domain, request, store, held)
     header = plan.snapshot
     return SnapshotReport(
@@ -70,7 +70,7 @@ def plan_revert(
     Raises:
         DomainError: an operation on the domain is unfinished; and all that `revert` raises before its first change.
     """
-    with _planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
+    with planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
         plan = plan_of_revert(conn, domain, snapshot, after, store, held, discard=discard)
     kept, gone = ((), plan.old_tops) if discard else (plan.old_tops, ())
     return RevertReport(domain.name(), snapshot, plan.state, plan.disks, kept, gone, recovered=None, dry_run=True)
@@ -91,7 +91,7 @@ def plan_delete(
         DomainError: an operation on the domain is unfinished; and all that `delete` raises before its first change.
     """
     deleted: list[Deleted] = []
-    with _planning(conn, domain_name) as (domain, _):
+    with planning(conn, domain_name) as (domain, _):
         state = State.read(conn, domain, orphans)
         for name in chosen(domain, [names] if isinstance(names, str) else names, scope):
             intent = make_intent(state, name, metadata=metadata)
@@ -104,7 +104,12 @@ def plan_delete(
 
 
 @contextlib.contextmanager
-def _planning(conn: libvirt.virConnect, domain_name: str) -> Iterator[tuple[libvirt.virDomain, IntentStore]]:
+def planning(conn: libvirt.virConnect, domain_name: str) -> Iterator[tuple[libvirt.virDomain, IntentStore]]:
+    """Be the only command on the domain while a plan is made.
+
+    Raises:
+        DomainError: there is no such domain, it is being changed, or an operation on it is unfinished.
+    """
     domain = find_domain(conn, domain_name)
     store = IntentStore.of(conn)
     uuid = domain.UUIDString()
