@@ -60,6 +60,9 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
         "clone": Command(
             f"{_HERE}.snapshot.whole.clone", "make a new domain of a snapshot, or of a domain that is shut off"
         ),
+        "destroy": Command(
+            f"{_HERE}.snapshot.whole.destroy", "undefine a domain and delete every file that is its alone"
+        ),
     },
     "guest": {
         "boot": Command(f"{_HERE}.guest.boot", "boot the probe guest on an image"),

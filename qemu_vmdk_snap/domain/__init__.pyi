@@ -5,6 +5,7 @@ from qemu_vmdk_snap.domain.api import clone_domain as clone_domain
 from qemu_vmdk_snap.domain.api import create_snapshot as create_snapshot
 from qemu_vmdk_snap.domain.api import delete_snapshots as delete_snapshots
 from qemu_vmdk_snap.domain.api import describe_snapshot as describe_snapshot
+from qemu_vmdk_snap.domain.api import destroy_domain as destroy_domain
 from qemu_vmdk_snap.domain.api import prune_snapshots as prune_snapshots
 from qemu_vmdk_snap.domain.api import recover_domains as recover_domains
 from qemu_vmdk_snap.domain.api import rename_snapshot as rename_snapshot
@@ -21,6 +22,7 @@ from qemu_vmdk_snap.domain.delete.prune import Decision as Decision
 from qemu_vmdk_snap.domain.delete.prune import PruneReport as PruneReport
 from qemu_vmdk_snap.domain.delete.prune import Retention as Retention
 from qemu_vmdk_snap.domain.delete.run import DeleteReport as DeleteReport
+from qemu_vmdk_snap.domain.destroy.run import DestroyReport as DestroyReport
 from qemu_vmdk_snap.domain.doctor import Check as Check
 from qemu_vmdk_snap.domain.doctor import check_domain as check_domain
 from qemu_vmdk_snap.domain.doctor import check_host as check_host

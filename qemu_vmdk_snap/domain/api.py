@@ -21,6 +21,7 @@ from qemu_vmdk_snap.domain.create.run import SnapshotReport
 from qemu_vmdk_snap.domain.delete.plan import Scope
 from qemu_vmdk_snap.domain.delete.prune import PruneReport, Retention, prune
 from qemu_vmdk_snap.domain.delete.run import DeleteReport, delete
+from qemu_vmdk_snap.domain.destroy.run import DestroyReport, destroy
 from qemu_vmdk_snap.domain.dry_run import plan_create, plan_delete, plan_revert
 from qemu_vmdk_snap.domain.journal import recover as journal
 from qemu_vmdk_snap.domain.journal.recover import Recovery
@@ -218,6 +219,22 @@ def clone_domain(
     """
     home = None if folder is None else Path(folder).absolute()
     return clone(conn, domain, snapshot, name, mode=mode, folder=home, dry_run=dry_run, on_progress=on_progress)
+
+
+def destroy_domain(
+    conn: libvirt.virConnect, domain: str, *, orphans: Sequence[Path | str] = (), dry_run: bool = False
+) -> DestroyReport:
+    """Undefine a domain that is shut off, with its snapshots, and delete every file that is its alone.
+
+    Its alone are the images that it or one of its snapshots has or had on top of a disk; what is only below them (the
+    base of a clone, a template) stays. `orphans`: see `delete_snapshots`.
+
+    Raises:
+        NoDomain, DomainBusy, DomainError: see `create_snapshot`.
+        StillNeeded: something else needs one of the files, or may; it names what.
+        VmdkSnapError, OSError: an image is broken or in use; what is not finished is left to `recover_domains`.
+    """
+    return destroy(conn, domain, orphans=[Path(path).absolute() for path in orphans], dry_run=dry_run)
 
 
 def recover_domains(conn: libvirt.virConnect) -> list[Recovery]:

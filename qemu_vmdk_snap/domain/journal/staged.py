@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def publish_staged(staged: Path, path: Path) -> None:
     if staged.exists():
         if not (path.exists() and path.samefile(staged)):
             path.hardlink_to(staged)
-        _sync(path.parent)
+        sync_folder(path.parent)
     drop_staged(staged)
 
 
@@ -47,7 +47,7 @@ def drop_staged(staged: Path) -> None:
         staged.parent.rmdir()
 
 
-def is_ours(path: Path, work: dict[str, Any]) -> bool:
+def is_ours(path: Path, work: Mapping[str, Any]) -> bool:
     """Return whether the file that bears the name is the one that the record tells of."""
     identity = work.get("identity")
     if not isinstance(identity, (list, tuple)) or not os.path.lexists(path):
@@ -57,7 +57,8 @@ def is_ours(path: Path, work: dict[str, Any]) -> bool:
     return bool(facts.st_ino == identity[1])
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Return when the names in the folder are durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
