@@ -63,6 +63,9 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
         "destroy": Command(
             f"{_HERE}.snapshot.whole.destroy", "undefine a domain and delete every file that is its alone"
         ),
+        "move": Command(
+            f"{_HERE}.snapshot.whole.move", "move the files of a domain and its snapshots to another folder"
+        ),
     },
     "guest": {
         "boot": Command(f"{_HERE}.guest.boot", "boot the probe guest on an image"),

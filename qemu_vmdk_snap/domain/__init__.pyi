@@ -6,6 +6,7 @@ from qemu_vmdk_snap.domain.api import create_snapshot as create_snapshot
 from qemu_vmdk_snap.domain.api import delete_snapshots as delete_snapshots
 from qemu_vmdk_snap.domain.api import describe_snapshot as describe_snapshot
 from qemu_vmdk_snap.domain.api import destroy_domain as destroy_domain
+from qemu_vmdk_snap.domain.api import move_domain as move_domain
 from qemu_vmdk_snap.domain.api import prune_snapshots as prune_snapshots
 from qemu_vmdk_snap.domain.api import recover_domains as recover_domains
 from qemu_vmdk_snap.domain.api import rename_snapshot as rename_snapshot
@@ -27,6 +28,8 @@ from qemu_vmdk_snap.domain.doctor import Check as Check
 from qemu_vmdk_snap.domain.doctor import check_domain as check_domain
 from qemu_vmdk_snap.domain.doctor import check_host as check_host
 from qemu_vmdk_snap.domain.journal.recover import Recovery as Recovery
+from qemu_vmdk_snap.domain.move.plan import MovedFile as MovedFile
+from qemu_vmdk_snap.domain.move.run import MoveReport as MoveReport
 from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk as PlannedDisk
 from qemu_vmdk_snap.domain.qemu.switch import Pause as Pause
 from qemu_vmdk_snap.domain.registry import DiskState as DiskState

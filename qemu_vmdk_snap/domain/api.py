@@ -25,6 +25,7 @@ from qemu_vmdk_snap.domain.destroy.run import DestroyReport, destroy
 from qemu_vmdk_snap.domain.dry_run import plan_create, plan_delete, plan_revert
 from qemu_vmdk_snap.domain.journal import recover as journal
 from qemu_vmdk_snap.domain.journal.recover import Recovery
+from qemu_vmdk_snap.domain.move.run import MoveReport, move
 from qemu_vmdk_snap.domain.revert.run import After, RevertReport, revert
 
 if TYPE_CHECKING:
@@ -235,6 +236,29 @@ def destroy_domain(
         VmdkSnapError, OSError: an image is broken or in use; what is not finished is left to `recover_domains`.
     """
     return destroy(conn, domain, orphans=[Path(path).absolute() for path in orphans], dry_run=dry_run)
+
+
+def move_domain(
+    conn: libvirt.virConnect,
+    domain: str,
+    folder: Path | str,
+    *,
+    orphans: Sequence[Path | str] = (),
+    dry_run: bool = False,
+    on_progress: OnProgress = ignore,
+) -> MoveReport:
+    """Move the VMDK files that are the alone of a domain to `folder`; its XML and that of its snapshots follow.
+
+    On one file system the files get other names, else they are copied. `orphans`: see `delete_snapshots`.
+
+    Raises:
+        InvalidRequest: the folder is none.
+        NoDomain, DomainBusy, DomainError: see `create_snapshot`.
+        StillNeeded: something else needs a file where it is, or may; it names what.
+        VmdkSnapError, OSError: an image is broken or in use; what is not finished is left to `recover_domains`.
+    """
+    given_up = [Path(path).absolute() for path in orphans]
+    return move(conn, domain, Path(folder).absolute(), orphans=given_up, dry_run=dry_run, on_progress=on_progress)
 
 
 def recover_domains(conn: libvirt.virConnect) -> list[Recovery]:
