@@ -66,6 +66,9 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
         "move": Command(
             f"{_HERE}.snapshot.whole.move", "move the files of a domain and its snapshots to another folder"
         ),
+        "consolidate": Command(
+            f"{_HERE}.snapshot.whole.consolidate", "merge the links of a domain's chains that no snapshot has"
+        ),
     },
     "guest": {
         "boot": Command(f"{_HERE}.guest.boot", "boot the probe guest on an image"),

@@ -2,6 +2,7 @@ from qemu_vmdk_snap.domain.adopt.run import Adopted as Adopted
 from qemu_vmdk_snap.domain.adopt.run import AdoptReport as AdoptReport
 from qemu_vmdk_snap.domain.api import adopt_snapshots as adopt_snapshots
 from qemu_vmdk_snap.domain.api import clone_domain as clone_domain
+from qemu_vmdk_snap.domain.api import consolidate_domain as consolidate_domain
 from qemu_vmdk_snap.domain.api import create_snapshot as create_snapshot
 from qemu_vmdk_snap.domain.api import delete_snapshots as delete_snapshots
 from qemu_vmdk_snap.domain.api import describe_snapshot as describe_snapshot
@@ -16,6 +17,8 @@ from qemu_vmdk_snap.domain.clone.plan import ClonedDisk as ClonedDisk
 from qemu_vmdk_snap.domain.clone.run import CloneReport as CloneReport
 from qemu_vmdk_snap.domain.connect import connection as connection
 from qemu_vmdk_snap.domain.connect import open_connection as open_connection
+from qemu_vmdk_snap.domain.consolidate.run import ConsolidateReport as ConsolidateReport
+from qemu_vmdk_snap.domain.consolidate.run import Merged as Merged
 from qemu_vmdk_snap.domain.create.run import SnapshotReport as SnapshotReport
 from qemu_vmdk_snap.domain.delete.plan import Deleted as Deleted
 from qemu_vmdk_snap.domain.delete.plan import Work as Work

@@ -16,6 +16,7 @@ from qemu_vmdk_snap.domain import edit
 from qemu_vmdk_snap.domain.adopt.run import AdoptReport, adopt
 from qemu_vmdk_snap.domain.clone.plan import Mode
 from qemu_vmdk_snap.domain.clone.run import CloneReport, clone
+from qemu_vmdk_snap.domain.consolidate.run import ConsolidateReport, consolidate
 from qemu_vmdk_snap.domain.create import run as create_run
 from qemu_vmdk_snap.domain.create.run import SnapshotReport
 from qemu_vmdk_snap.domain.delete.plan import Scope
@@ -259,6 +260,28 @@ def move_domain(
     """
     given_up = [Path(path).absolute() for path in orphans]
     return move(conn, domain, Path(folder).absolute(), orphans=given_up, dry_run=dry_run, on_progress=on_progress)
+
+
+def consolidate_domain(
+    conn: libvirt.virConnect,
+    domain: str,
+    *,
+    include: Sequence[Path | str] = (),
+    orphans: Sequence[Path | str] = (),
+    dry_run: bool = False,
+    on_progress: OnProgress = ignore,
+) -> ConsolidateReport:
+    """Merge the links of the chains of a domain that no snapshot has; it and its snapshots keep reading what they read.
+
+    A link whose overlay is not called after it may be a template: it is merged only where `include` names it. The
+    report has each link that stays, and why. `orphans`: see `delete_snapshots`.
+
+    Raises:
+        NoDomain, DomainBusy, DomainError: see `create_snapshot`.
+        VmdkSnapError, OSError: an image is broken or in use; what is not finished is left to `recover_domains`.
+    """
+    named, given_up = ([Path(path).absolute() for path in paths] for paths in (include, orphans))
+    return consolidate(conn, domain, include=named, orphans=given_up, dry_run=dry_run, on_progress=on_progress)
 
 
 def recover_domains(conn: libvirt.virConnect) -> list[Recovery]:

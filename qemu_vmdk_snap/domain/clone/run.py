@@ -128,6 +128,9 @@ def settle(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) 
             drop_staged(Path(one["staged"]))
         return None
     left = [*unlink_overlays(conn, domain, intent)]
+    for folder in {Path(overlay.path).parent for overlay in intent.overlays}:
+        with contextlib.suppress(VmdkSnapError, OSError):
+            engine.recover(folder)  # what is left of files that never became complete
     for one in intent.work:
         drop_staged(Path(one["staged"]))
         if is_ours(Path(one["path"]), one):
