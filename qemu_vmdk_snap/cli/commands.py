@@ -48,6 +48,8 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
         ),
         "list": Command(f"{_HERE}.snapshot.show.list", "list the snapshots of a domain"),
         "info": Command(f"{_HERE}.snapshot.show.info", "show one snapshot and its disks"),
+        "parent": Command(f"{_HERE}.snapshot.show.parent", "show the parent of a snapshot"),
+        "dumpxml": Command(f"{_HERE}.snapshot.show.dumpxml", "print the XML of a snapshot"),
         "adopt": Command(
             f"{_HERE}.snapshot.edit.adopt", "register snapshots that VMware made, or that were made by hand"
         ),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
-from qemu_vmdk_snap.domain.state import volume_resolver
+from qemu_vmdk_snap.domain.state import find_snapshot, volume_resolver
 from qemu_vmdk_snap.errors import NoSnapshot, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -129,6 +129,20 @@ def snapshot_info(conn: libvirt.virConnect, domain_name: str, snapshot: str | No
             return info
     reason = "has no current snapshot" if snapshot is None else f"has no snapshot {snapshot!r}"
     raise NoSnapshot(domain_name, reason, snapshot=snapshot)
+
+
+def snapshot_xml(conn: libvirt.virConnect, domain_name: str, snapshot: str, *, secure: bool = False) -> str:
+    """Return the XML of a snapshot as libvirt keeps it; `secure`: with passwords.
+
+    Raises:
+        DomainError: there is no such domain or snapshot, or libvirt refuses.
+    """
+    import libvirt
+
+    domain = find_domain(conn, domain_name)
+    with libvirt_errors(domain.name(), f"read its snapshot {snapshot!r}"):
+        flags = libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE if secure else 0
+        return str(find_snapshot(domain, snapshot).getXMLDesc(flags))
 
 
 def tree_lines(snapshots: Sequence[SnapshotInfo]) -> Iterator[str]:
