@@ -25,6 +25,8 @@ from qemu_vmdk_snap.errors import FormatError, LockBusy, Unsupported, VmdkSnapEr
 PROGRAM = "qemu-vmdk-snap"
 _HELP = frozenset({"-h", "--help"})
 _ANY_WIDTH = 80
+_NAMED = frozenset({"--domain", "--snapshotname"})
+"""What virsh calls its positional arguments where they are given as options."""
 
 
 class CommandModule(Protocol):
@@ -82,7 +84,8 @@ def _main(words: list[str]) -> int:
     # How wide a terminal is matters to those alone who ask for help; finding out takes 4 ms of imports.
     parser = make_parser(module, command, prog, width=None if _HELP & set(rest) else _ANY_WIDTH)
     try:
-        args = parser.parse_args(rest)
+        words_in_order, found = _as_positionals(module, _with_values(module, rest))
+        args = parser.parse_intermixed_args(words_in_order, found or argparse.Namespace())
     except exit_status.UsageError as error:
         if command.monitoring:
             return _unknown(str(error))
@@ -153,6 +156,25 @@ def _cancel_on_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # not where somebody (nohup) wants it ignored
             signal.signal(number, cancel)
+
+
+def _with_values(module: CommandModule, rest: Sequence[str]) -> list[str]:
+    """Return the words with the value of each option that may be without: virsh's `--quiesce NAME` names a domain."""
+    optional: dict[str, tuple[str, ...]] = getattr(module, "OPTIONAL_VALUES", {})
+    words = []
+    for word, following in itertools.zip_longest(rest, rest[1:]):
+        alone = word in optional and following not in optional[word]
+        words.append(f"{word}={optional[word][0]}" if alone else word)
+    return words
+
+
+def _as_positionals(module: CommandModule, rest: list[str]) -> tuple[list[str], argparse.Namespace | None]:
+    """Return the words, with those that virsh lets name by an option (`--domain web`) in place, and what is parsed."""
+    if not any(word.partition("=")[0] in _NAMED for word in rest):
+        return rest, None
+    from qemu_vmdk_snap.cli.named import as_positionals
+
+    return as_positionals(module, rest)
 
 
 def make_parser(

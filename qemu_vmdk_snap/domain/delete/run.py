@@ -345,10 +345,11 @@ def finish(
     *,
     on_progress: OnProgress = ignore,
     notes: list[str] | None = None,
-) -> bool:
+) -> Recovery | None:
     """Do every step that is not done yet; what had to stay goes to `notes`.
 
-    False: nothing of it was begun that anybody reads, and it was taken back.
+    Returns None once it is finished. Where nothing of it was begun that anybody reads it is taken back, as the returned
+    recovery says.
 
     Raises:
         VmdkSnapError, OSError: a step cannot be done now; the record must stay.
@@ -357,7 +358,8 @@ def finish(
     if intent.merges:
         if not steps.is_begun(domain, intent):
             steps.take_back(domain, intent)
-            return False
+            name, also = domain.name(), intent.also
+            return Recovery(name, intent.snapshot, finished=False, operation=intent.operation, also=also)
         steps.place_images(conn, domain, intent)
     _drop_empty(domain.name(), intent)
     _copy_up(intent, on_progress)
@@ -373,7 +375,7 @@ def finish(
     said = steps.clear(intent)
     if notes is not None:
         notes += said
-    return True
+    return None
 
 
 def _settle(intent: Intent) -> None:
