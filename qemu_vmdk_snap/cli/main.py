@@ -19,11 +19,13 @@ from qemu_vmdk_snap.chain.look.notes import listening
 from qemu_vmdk_snap.cli import exit_status
 from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL, Command
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.cli.words import sorted_words
 from qemu_vmdk_snap.errors import FormatError, LockBusy, Unsupported, VmdkSnapError, printable
 
 PROGRAM = "qemu-vmdk-snap"
 _HELP = frozenset({"-h", "--help"})
 _ANY_WIDTH = 80
+_NUMBERS = tuple(f"-{digit}" for digit in range(10))
 
 
 class CommandModule(Protocol):
@@ -39,6 +41,10 @@ class CommandModule(Protocol):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise exit_status.UsageError(f"{self.prog}: {printable(message)} (try {self.prog} --help)")
+
+    def parse_sorted(self, words: Sequence[str]) -> argparse.Namespace:
+        """Return what the words say, options wherever they are among them; a size such as -1G is no option."""
+        return self.parse_args(sorted_words(words, self._option_string_actions, self.error, plain=_NUMBERS))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +87,7 @@ def _main(words: list[str]) -> int:
     # How wide a terminal is matters to those alone who ask for help; finding out takes 4 ms of imports.
     parser = make_parser(module, command, prog, width=None if _HELP & set(rest) else _ANY_WIDTH)
     try:
-        args = parser.parse_args(rest)
+        args = parser.parse_sorted(rest)
     except exit_status.UsageError as error:
         raise SystemExit(_usage_error(error, words)) from None
     if args.debug or os.environ.get("QEMU_VMDK_SNAP_LOG"):
@@ -140,7 +146,7 @@ def _cancel_on_signals() -> None:
 
 def make_parser(
     module: CommandModule, command: Command, prog: str, *, width: int | None = None
-) -> argparse.ArgumentParser:
+) -> _Parser:
     """Return the argument parser of one command, with the options that all of them have.
 
     Its help is `width` columns wide; None asks the terminal.
