@@ -64,12 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_status.CANCELLED
 
 
-def _usage_error(error: exit_status.UsageError, words: Sequence[str]) -> int:
+def _usage_error(error: Exception, words: Sequence[str], status: int = exit_status.USAGE) -> int:
     """Show what is wrong with the command line, as JSON too where it asks for that, as far as it can be read."""
-    sys.stderr.write(f"{error}\n")
+    begin = "" if isinstance(error, exit_status.UsageError) else f"{PROGRAM}: "
+    sys.stderr.write(f"{begin}{error}\n")
     if "--output=json" in words or ("--output", "json") in itertools.pairwise(words):
-        Ui(json_output=True).json(exit_status.as_object(error, str(error), exit_status.USAGE))
-    return exit_status.USAGE
+        Ui(json_output=True).json(exit_status.as_object(error, str(error), status))
+    return status
 
 
 def _main(words: list[str]) -> int:
@@ -90,6 +91,9 @@ def _main(words: list[str]) -> int:
         args = parser.parse_sorted(rest)
     except exit_status.UsageError as error:
         raise SystemExit(_usage_error(error, words)) from None
+    except Unsupported as error:  # a name that means something else than a file
+        status = parser.get_default("error_status") or exit_status.status_of(error)
+        raise SystemExit(_usage_error(error, words, status)) from None
     if args.debug or os.environ.get("QEMU_VMDK_SNAP_LOG"):
         return _logged(args, prog, rest, module)
     return _shown(args, prog, rest, module)
@@ -144,9 +148,7 @@ def _cancel_on_signals() -> None:
             signal.signal(number, cancel)
 
 
-def make_parser(
-    module: CommandModule, command: Command, prog: str, *, width: int | None = None
-) -> _Parser:
+def make_parser(module: CommandModule, command: Command, prog: str, *, width: int | None = None) -> _Parser:
     """Return the argument parser of one command, with the options that all of them have.
 
     Its help is `width` columns wide; None asks the terminal.
@@ -202,6 +204,8 @@ def _half_done(args: argparse.Namespace) -> str:
 
 def _way_out(error: Exception, args: argparse.Namespace) -> str:
     """Return what to add to the error: what can be done, or what the file is that was given by mistake."""
+    if isinstance(error, FileExistsError) and "no_create" in args:
+        return " (nothing is overwritten; -n writes into an image that is there)"
     if isinstance(error, OSError):
         return _half_done(args)
     if isinstance(error, FormatError) and (error.offset, error.field) == (0, "magic"):

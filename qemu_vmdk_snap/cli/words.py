@@ -7,7 +7,7 @@ getopt_long sorts them, and what is unknown or incomplete is named.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NoReturn, Protocol
 
 _ENDS: Final = "--"
@@ -44,9 +44,7 @@ def sorted_words(
     return [*first, _ENDS, *rest] if rest else first
 
 
-def _long(
-    word: str, left: Iterable[str], options: Mapping[str, Option], wrong: Callable[[str], NoReturn]
-) -> list[str]:
+def _long(word: str, left: Iterator[str], options: Mapping[str, Option], wrong: Callable[[str], NoReturn]) -> list[str]:
     name, equals, value = word.partition("=")
     option = options.get(name)
     if option is None:
@@ -59,7 +57,7 @@ def _long(
 
 
 def _short(
-    word: str, left: Iterable[str], options: Mapping[str, Option], wrong: Callable[[str], NoReturn]
+    word: str, left: Iterator[str], options: Mapping[str, Option], wrong: Callable[[str], NoReturn]
 ) -> list[str]:
     found: list[str] = []
     for at in range(1, len(word)):
@@ -75,7 +73,8 @@ def _short(
     return found
 
 
-def _value(name: str, left: Iterable[str], wrong: Callable[[str], NoReturn]) -> str:
-    for word in left:
-        return word
-    wrong(f"option {name!r} needs a value")
+def _value(name: str, left: Iterator[str], wrong: Callable[[str], NoReturn]) -> str:
+    word = next(left, None)
+    if word is None:
+        wrong(f"option {name!r} needs a value")
+    return word

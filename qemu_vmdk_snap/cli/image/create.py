@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qemu_vmdk_snap.cli.image.common import add_quiet, as_bool, as_seen_from, need_vmdk, size_argument, split_options
+from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 from qemu_vmdk_snap.ops.make.create import ImageOptions, create_image, create_overlay, inherited_options
@@ -28,6 +29,8 @@ OPTION_HELP: Final = {
     "zeroed_grain": "allow grains to be marked as zeros, version 2 (on/off)",
 }
 
+RAW_OPTION_HELP: Final = {"preallocation": "space set aside: off (default), falloc or full"}
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image create`."""
@@ -44,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-o", "--options", action="append", default=[], metavar="NAME=VALUE,...", help="options; -o help lists them"
     )
     add_quiet(parser)
-    parser.add_argument("filename", nargs="?", type=Path, help="the new image, which must not exist")
+    parser.add_argument("filename", nargs="?", type=image_file, help="the new image, which must not exist")
     parser.add_argument(
         "size",
         nargs="?",
@@ -57,7 +60,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int | None:
     """Make the image and say what was made, as qemu-img does."""
     words = split_options(args.options)
     if "help" in words or "?" in words:
-        return _list_options(ui)
+        return list_options(ui)
     if args.filename is None:
         raise InvalidRequest("image create", "the name of the new image is missing")
     need_vmdk(args.filename, args.format)
@@ -162,12 +165,14 @@ def _warn_if_outside(overlay: Path, base: Path, ui: Ui) -> None:
         ui.warn(f"{base} is outside the folder of {overlay}: opening the overlay needs --allow-dir {folder}")
 
 
-def _list_options(ui: Ui) -> int:
+def list_options(ui: Ui, *, raw: bool = False) -> int:
+    """Show what `-o` takes for a VMDK image, or for a raw one."""
+    known = RAW_OPTION_HELP if raw else OPTION_HELP
     if ui.json_output:
-        ui.json([{"name": name, "description": text} for name, text in OPTION_HELP.items()])
+        ui.json([{"name": name, "description": text} for name, text in known.items()])
         return 0
     ui.text("Supported options:")
-    for name, text in OPTION_HELP.items():
+    for name, text in known.items():
         ui.text(f"  {name:<16} - {text}")
     return 0
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from qemu_vmdk_snap.cli.image.common import add_open_options, add_progress, open_disk, size_argument, split_options
+from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 
@@ -21,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", type=size_argument, metavar="SIZE", help="measure an empty disk of this size instead")
     add_progress(parser)
-    parser.add_argument("filename", type=Path, nargs="?")
+    parser.add_argument("filename", type=image_file, nargs="?")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

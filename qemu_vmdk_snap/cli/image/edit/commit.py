@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_orphan, add_progress, add_quiet, as_seen_from, need_vmdk
+from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
 
 
@@ -16,7 +17,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-b",
         "--base",
-        type=Path,
         metavar="BASE",
         help="the image to merge into, relative to the folder of the image (default: its parent)",
     )
@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_progress(parser)
     add_allow_dir(parser)
     add_orphan(parser)
-    parser.add_argument("filename", type=Path)
+    parser.add_argument("filename", type=image_file)
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

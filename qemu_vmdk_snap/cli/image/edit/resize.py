@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_orphan, add_progress, add_quiet, need_vmdk
+from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.units import parse_size
@@ -18,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_progress(parser)
     add_allow_dir(parser)
     add_orphan(parser)
-    parser.add_argument("filename", type=Path)
+    parser.add_argument("filename", type=image_file)
     parser.add_argument("size", metavar="[+]SIZE", help="the new size, or with + the number of bytes to add")
 
 
