@@ -11,7 +11,8 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol, cast
 
@@ -170,8 +171,9 @@ def add_arguments(module: CommandModule, parser: argparse.ArgumentParser) -> Non
 
 def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
     try:
-        with listening(ui.warn):
+        with listening(ui.warn), _telling_progress(ui):
             status = module.run(args, ui) or 0
+        ui.end()
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing to tell, and nothing more to flush at exit.
@@ -185,6 +187,19 @@ def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
         ui.error("cancelled" + _half_done(args), error, exit_status.CANCELLED)
         return exit_status.CANCELLED
     return status
+
+
+@contextlib.contextmanager
+def _telling_progress(ui: Ui) -> Iterator[None]:
+    """Let SIGUSR1 show how far the command is, as qemu-img does, where nobody else wants that signal."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGUSR1, lambda *_: ui.tell_progress())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
 def _half_done(args: argparse.Namespace) -> str:

@@ -71,6 +71,20 @@ def add_cache(parser: argparse.ArgumentParser, short: str, long: str, meaning: s
     parser.add_argument(short, long, default=default, choices=CACHE_MODES, metavar="CACHE", help=meaning)
 
 
+def add_rate_limit(parser: argparse.ArgumentParser) -> None:
+    """Add `-r`."""
+    parser.add_argument(
+        "-r", "--rate-limit", type=_rate, default=0, metavar="RATE", help="store at most RATE bytes a second"
+    )
+
+
+def _rate(text: str) -> int:
+    rate = size_argument(text)
+    if not rate:
+        raise argparse.ArgumentTypeError("must be more than 0 bytes a second")
+    return rate
+
+
 def add_progress(parser: argparse.ArgumentParser) -> None:
     """Add `-p`."""
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")

@@ -13,6 +13,7 @@ from qemu_vmdk_snap.cli.image.common import (
     add_open_options,
     add_orphan,
     add_progress,
+    add_rate_limit,
     as_seen_from,
     need_vmdk,
     open_disk,
@@ -94,9 +95,7 @@ def _add_existing(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_how(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-r", "--rate-limit", type=_rate, default=0, metavar="RATE", help="store at most RATE bytes a second"
-    )
+    add_rate_limit(parser)
     parser.add_argument(
         "--salvage", action="store_true", help="read as zeros what cannot be read (I/O errors), and say so"
     )
@@ -276,13 +275,6 @@ def _sparse_size(text: str) -> int:
     if size % SECTOR_SIZE or size > _MAX_SPARSE:
         raise argparse.ArgumentTypeError(f"{text!r} must be a multiple of {SECTOR_SIZE} up to {_MAX_SPARSE}, or 0")
     return size
-
-
-def _rate(text: str) -> int:
-    rate = size_argument(text)
-    if not rate:
-        raise argparse.ArgumentTypeError("must be more than 0 bytes a second")
-    return rate
 
 
 def _coroutines(text: str) -> int:

@@ -34,6 +34,18 @@ class Pace:
             self._wait(early)
 
 
+def paced(on_step: Callable[[int], object], rate: int) -> Callable[[int], None]:
+    """Return `on_step` with a wait after each step, so that no more than `rate` bytes a second pass; 0 is no limit."""
+    pace = Pace(rate) if rate else None
+
+    def step(length: int) -> None:
+        on_step(length)
+        if pace is not None:
+            pace.passed(length)
+
+    return step
+
+
 class LimitedWriter:
     """A writer of new images that stores at the pace given."""
 
