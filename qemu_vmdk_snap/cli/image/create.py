@@ -94,7 +94,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int | None:
         create_overlay(args.filename, base, hint=hint, size=size, options=options, over_empty=True)
         _warn_if_outside(args.filename, base, ui)
     if named or ui.json_output:
-        _report(args.filename, ui)
+        _report(args.filename, size, ui)
     else:
         ui.text(str(args.filename))  # nobody else can know it
     return None
@@ -200,7 +200,7 @@ def list_options(ui: Ui, *, raw: bool = False) -> int:
     return 0
 
 
-def _report(path: Path, ui: Ui) -> None:
+def _report(path: Path, asked: int | None, ui: Ui) -> None:
     if ui.quiet and not ui.json_output:
         return
     from qemu_vmdk_snap.chain.link import read_descriptor
@@ -225,4 +225,5 @@ def _report(path: Path, ui: Ui) -> None:
         )
         return
     backing = f" backing_file={descriptor.parent_hint} backing_fmt=vmdk" if descriptor.parent_hint else ""
-    ui.text(f"Formatting '{path}', fmt=vmdk size={size}{backing} subformat={descriptor.create_type}")
+    shown = size if asked is None else asked  # as qemu-img: what was asked for, not what it is rounded up to
+    ui.text(f"Formatting '{path}', fmt=vmdk size={shown}{backing} subformat={descriptor.create_type}")

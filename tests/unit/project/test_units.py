@@ -26,7 +26,9 @@ def test_parse_size(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "K", "-1", "1KB", "1X", "0.3", "nan", "1e3x", "1 2", ".", "0x", "0x10k", "0x1_0", "-0x1"])
+@pytest.mark.parametrize(
+    "text", ["", "K", "-1", "1KB", "1X", "0.3", "nan", "1e3x", "1 2", ".", "0x", "0x10k", "0x1_0", "-0x1"]
+)
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="size"):
         parse_size(text)
