@@ -23,6 +23,7 @@ _log = log.of(__name__)
 MOST_CLIENTS: Final = 128
 _HANDSHAKE_SECONDS: Final = 30.0
 _SEND_BUFFER: Final = 4 << 20
+_SO_SNDBUFFORCE: Final = 32
 
 
 class Server:
@@ -124,8 +125,9 @@ class Server:
     def _serve(self, client: socket.socket) -> None:
         disk: Disk | None = None
         try:
-            with contextlib.suppress(OSError):
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            for option in (socket.SO_SNDBUF, _SO_SNDBUFFORCE):  # the second goes beyond the limit, where it is allowed
+                with contextlib.suppress(OSError):
+                    client.setsockopt(socket.SOL_SOCKET, option, _SEND_BUFFER)
             client.settimeout(_HANDSHAKE_SECONDS)
             agreed = shake_hands(client, self)
             if agreed is not None:
