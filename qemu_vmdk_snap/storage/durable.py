@@ -274,11 +274,12 @@ def publish(temporary: Path, path: Path, *, parts: Sequence[Path] = (), durable:
         sync_folder(path.parent)
 
 
-def link_over(file: Path, path: Path) -> None:
+def link_over(file: Path | str, path: Path | str) -> None:
     """Let the complete file `file` bear the name `path` as well, in one step and durably, over what bears it now.
 
     Done again after an interruption it ends what was begun. Where there are no hard links it loses its first name.
     """
+    file, path = Path(file), Path(path)
     inode = file.stat().st_ino
     temporary = path.with_name(f".{path.name[:_NAME_LENGTH]}.{inode & 0xFFFF_FFFF_FFFF:012x}{_TEMPORARY}")
     with working_in(path.parent):
