@@ -46,6 +46,7 @@ from qemu_vmdk_snap.domain.journal.overlays import is_empty
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain
 from qemu_vmdk_snap.domain.needs.needed import Given, place_in, real_file, require_none, same_file
+from qemu_vmdk_snap.domain.nvram import discard_nvram
 from qemu_vmdk_snap.domain.overlay.newfile import refresh_pools
 from qemu_vmdk_snap.domain.qemu.merge import merge_active
 from qemu_vmdk_snap.domain.registration import register_text
@@ -219,6 +220,8 @@ def finish(
         for link in doomed:
             for file in own_files(link):
                 real_file(file).unlink(missing_ok=True)  # a symbolic link to it is the user's, and stays
+    if intent.work:  # not where libvirt alone is to forget it
+        discard_nvram(conn, domain, intent.snapshot_xml)
 
 
 def _settle(intent: Intent) -> None:
