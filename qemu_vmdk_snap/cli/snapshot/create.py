@@ -129,6 +129,8 @@ def _lines(report: SnapshotReport) -> list[str]:
         f"Domain snapshot {report.snapshot} {'would be created' if report.dry_run else 'created'}",
         *disk_lines(report.disks),
     ]
+    if report.nvram is not None:
+        lines.append(f"  nvram: {report.nvram}")
     if report.pause is not None:
         lines.append(f"  {pause_line(report.pause)}")
     if report.live_xml_stale:
