@@ -130,7 +130,9 @@ def _settle_destroyed(conn: libvirt.virConnect, store: IntentStore, uuid: str) -
     with contextlib.suppress(libvirt.libvirtError):
         conn.lookupByUUIDString(uuid)
         return None
-    intent = store.read(uuid)
+    intent = None
+    with contextlib.suppress(DomainError):  # one that cannot be followed is told of as ever
+        intent = store.read(uuid)
     if intent is None or intent.operation != "destroy":
         return None
     with store.locked(uuid, intent.domain):
