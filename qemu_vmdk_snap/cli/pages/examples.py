@@ -83,7 +83,7 @@ EXAMPLES: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     "snapshot consolidate": (("snapshot consolidate web --dry-run", "does the domain need it?"),),
     "guest boot": (("guest boot top.vmdk crc 0 4096", "what a guest reads in the first 4096 bytes"),),
     "guest verify": (("guest verify top.vmdk", "does a guest read what the engine reads?"),),
-    "hook install": (("hook install", "as root: policies are in /etc/libvirt/hooks/qemu-vmdk-snap.d"),),
+    "hook install": (("hook install", "as root: policies are in /etc/qemu-vmdk-snap/domains"),),
     "hook uninstall": (("hook uninstall", "policies stay"),),
     "hook status": (("hook status", "is it installed, and is every policy valid?"),),
     "hook after-stop": (("hook after-stop web", "what the hook runs when the guest has stopped"),),
@@ -95,6 +95,19 @@ EXAMPLES: Final[dict[str, tuple[tuple[str, str], ...]]] = {
         ("doctor", "this host"),
         ("doctor web", "one domain, its snapshots, and what was left behind"),
         ("doctor --all --output=json", "every domain, for a monitor"),
+    ),
+    "serve": (
+        ("serve top.vmdk --socket /run/vm/top.sock", "to any NBD client; snapshots by its control socket"),
+        ("serve top.vmdk --socket /run/vm/top.sock --read-only", "to look into it, or to copy it"),
+    ),
+    "metrics": (
+        ("metrics", "every domain, in Prometheus' text format"),
+        ("metrics --textfile /var/lib/prometheus/node-exporter/qemu_vmdk_snap.prom", "for node_exporter, from a timer"),
+    ),
+    "monitor": (
+        ("monitor age -w 7d -c 30d", "WARNING where a domain has a snapshot that is older than a week"),
+        ("monitor age web --newest -w 26h -c 50h", "has the nightly snapshot been made?"),
+        ("monitor doctor", "CRITICAL where a finding is bad"),
     ),
     "demo": (("demo --keep /tmp/demo", "and look at the images afterwards"),),
     "completion": (
