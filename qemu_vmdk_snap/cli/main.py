@@ -217,10 +217,10 @@ def _instead_of(path: Path) -> str:
 
 
 def _find(words: Sequence[str]) -> tuple[Command | None, str, list[str]]:
+    if len(words) > 1 and words[1] in COMMANDS.get(words[0], {}):  # first: `serve` is a command and a group
+        return COMMANDS[words[0]][words[1]], f"{PROGRAM} {words[0]} {words[1]}", list(words[2:])
     if words and words[0] in TOP_LEVEL:
         return TOP_LEVEL[words[0]], f"{PROGRAM} {words[0]}", list(words[1:])
-    if len(words) > 1 and words[1] in COMMANDS.get(words[0], {}):
-        return COMMANDS[words[0]][words[1]], f"{PROGRAM} {words[0]} {words[1]}", list(words[2:])
     return None, PROGRAM, []
 
 

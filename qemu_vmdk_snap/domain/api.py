@@ -39,13 +39,15 @@ def create_snapshot(
     exclude: Collection[str] = (),
     overlays: Mapping[str, Path | str] | None = None,
     quiesce: str = "no",
+    memory: Path | str | None = None,
     dry_run: bool = False,
 ) -> SnapshotReport:
     """Freeze the VMDK disks of a domain, which continues in new overlays, and register the snapshot with libvirt.
 
     Without a `name` it is the second since 1970. Disks are named by target or by file: `disks` are the only ones that
     take part, those in `required` must be able to, those in `exclude` are left out, and `overlays` says where the
-    overlay of a disk goes, if not beside it. `quiesce` is "no", "auto" or "require".
+    overlay of a disk goes, if not beside it. `quiesce` is "no", "auto" or "require". `memory` is the file for the
+    memory of a running guest whose disks are all served: memory and disks are of one instant.
 
     Raises:
         SnapshotExists: the domain has a snapshot of that name.
@@ -65,6 +67,7 @@ def create_snapshot(
         exclude=exclude,
         overlays={disk: Path(path) for disk, path in (overlays or {}).items()},
         quiesce=quiesce,
+        memory=None if memory is None else Path(memory).absolute(),
     )
 
 

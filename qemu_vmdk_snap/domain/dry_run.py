@@ -37,6 +37,7 @@ def plan_create(
     exclude: Collection[str] = (),
     overlays: Mapping[str, Path] | None = None,
     quiesce: str = "no",
+    memory: Path | None = None,
 ) -> SnapshotReport:
     """Return what `create_snapshot` would report, with `dry_run` set.
 
@@ -44,7 +45,7 @@ def plan_create(
         DomainError: an operation on the domain is unfinished; and all that `create_snapshot` raises before its first
             change.
     """
-    request = Request(name, description, disks, required, exclude, overlays or {}, quiesce)
+    request = Request(name, description, disks, required, exclude, overlays or {}, quiesce, memory)
     with _planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
         plan = make_plan(conn, domain, request, store, held)
     header = plan.snapshot
@@ -57,6 +58,7 @@ def plan_create(
         plan.skipped,
         recovered=None,
         dry_run=True,
+        memory=header.memory_file,
     )
 
 
@@ -73,7 +75,10 @@ def plan_revert(
     with _planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
         plan = plan_of_revert(conn, domain, snapshot, after, store, held, discard=discard)
     kept, gone = ((), plan.old_tops) if discard else (plan.old_tops, ())
-    return RevertReport(domain.name(), snapshot, plan.state, plan.disks, kept, gone, recovered=None, dry_run=True)
+    memory = None if plan.intent.memory is None else Path(plan.intent.memory)
+    return RevertReport(
+        domain.name(), snapshot, plan.state, plan.disks, kept, gone, recovered=None, dry_run=True, memory=memory
+    )
 
 
 def plan_delete(

@@ -29,6 +29,15 @@ def make_overlay(domain: str, disk: PlannedDisk) -> tuple[int, int]:
         FileExistsError: something bears the name.
     """
     engine.create_overlay(disk.overlay, disk.frozen, mode=0o600)
+    return follow_attributes(domain, disk)
+
+
+def follow_attributes(domain: str, disk: PlannedDisk) -> tuple[int, int]:
+    """Give a new overlay owner, mode, ACL and label of its base; return its device and inode.
+
+    Raises:
+        DomainError: it cannot be given the owner or the label; it is not left behind.
+    """
     try:
         with contextlib.ExitStack() as stack:
             base = _opened(disk.frozen, os.O_RDONLY, stack)

@@ -68,6 +68,8 @@ class SnapshotInfo:
     description: str | None
     memory: str
     disks: tuple[DiskState, ...]
+    memory_file: Path | None = None
+    """The file with the guest's memory of then."""
 
     @property
     def location(self) -> str:
@@ -88,6 +90,7 @@ class SnapshotInfo:
             "descendants": self.descendants,
             "current": self.current,
             "description": self.description,
+            "memory": None if self.memory_file is None else str(self.memory_file),
             "disks": [disk.as_dict() for disk in self.disks],
         }
 
@@ -169,6 +172,7 @@ def _info(
         description=snapshot.description,
         memory=snapshot.memory,
         disks=tuple(_disk_state(disk) for disk in snapshot.disks),
+        memory_file=snapshot.memory_file,
     )
 
 

@@ -55,6 +55,8 @@ def _fields(snapshot: SnapshotInfo) -> dict[str, object]:
         "Descendants": snapshot.descendants,
         "Metadata": "yes",
     }
+    if snapshot.memory_file is not None:
+        fields["Memory"] = snapshot.memory_file
     if snapshot.description:
         fields["Description"] = " ".join(snapshot.description.split())
     return fields

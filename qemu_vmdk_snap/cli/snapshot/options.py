@@ -56,8 +56,8 @@ def tell_recovery(recovery: Recovery | None, ui: Ui) -> None:
         return
     what = "was finished" if recovery.finished else "was taken back"
     left = f"; left in place: {', '.join(map(str, recovery.left))}" if recovery.left else ""
-    which = "snapshot" if recovery.operation == "create" else f"{recovery.operation} of snapshot"
-    ui.warn(f"domain {recovery.domain}: the interrupted {which} {recovery.snapshot!r} {what}{left}")
+    which = f"snapshot {recovery.snapshot!r}" if recovery.operation == "create" else recovery.subject
+    ui.warn(f"domain {recovery.domain}: the interrupted {which} {what}{left}")
 
 
 def warn_pending(line: str | None, ui: Ui) -> None:

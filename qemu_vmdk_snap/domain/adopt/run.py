@@ -28,7 +28,7 @@ from qemu_vmdk_snap.domain.journal.recover import recover_domain
 from qemu_vmdk_snap.domain.naming import next_overlay
 from qemu_vmdk_snap.domain.needed import place_in, same_file
 from qemu_vmdk_snap.domain.orphans import find_orphans, remove_orphan
-from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
+from qemu_vmdk_snap.domain.state import define, inactive_xml, volume_resolver
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -452,7 +452,7 @@ def _spell_out(conn: libvirt.virConnect, registry: _Registry, *, dry_run: bool) 
     if tops and not dry_run:
         registry.text = xml.stack(registry.text, tops)
         with libvirt_errors(registry.domain.name(), "define it with its whole chains"):
-            conn.defineXML(registry.text)
+            define(conn, registry.text)
     return tuple(tops)
 
 

@@ -48,7 +48,7 @@ from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain
 from qemu_vmdk_snap.domain.needed import Given, place_in, real_file, require_none, same_file
 from qemu_vmdk_snap.domain.newfile import refresh_pools
 from qemu_vmdk_snap.domain.qemu.merge import merge_active
-from qemu_vmdk_snap.domain.state import inactive_xml
+from qemu_vmdk_snap.domain.state import define, inactive_xml
 from qemu_vmdk_snap.domain.xml.edits import keeping_description
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
@@ -318,9 +318,9 @@ def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
     changed = xml.relink(now, change_of(work_of(intent)))
     files = xml.files_in(now)
     if changed != now and any(place_in(files, one.removed) is not None for one in work_of(intent)):
-        conn.defineXML(changed)
+        define(conn, changed)
 
 
 def _restore(conn: libvirt.virConnect, domain: libvirt.virDomain, before: str) -> None:
     if inactive_xml(domain) != before:
-        conn.defineXML(before)
+        define(conn, before)

@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Final
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain.hooks import policy as policies
+from qemu_vmdk_snap.domain.xml.served import direct_view, served_disks
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -125,14 +126,26 @@ def _guarded(name: str, work: Callable[[], None], stderr: IO[str], *, failed: in
 
 def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
     with _deadline(policies.DEFAULT_DEADLINE) as extend:
-        policy = policies.load(path)
+        text = direct_view(_read_xml(stdin))
+        policy = _policy(path, text)
         extend(policy.deadline)
-        text = _read_xml(stdin)
         disks = vmdk_disks(text, name)
         if policy.verify != "no":
             check_disks(disks, policy, name)
         if policy.revert:
             _revert(disks, policy, name, text)
+        if policy.serve and served_disks(text):
+            from qemu_vmdk_snap.domain.hooks.serve import start_servers
+
+            start_servers(text, policy, name)
+
+
+def _policy(path: Path, text: str) -> Policy:
+    """Return the policy; a domain with served disks needs none."""
+    if not path.exists() and served_disks(text):
+        connect = policies.DEFAULT_CONNECT if os.geteuid() == 0 else "qemu:///session"
+        return policies.Policy(path, connect=connect)
+    return policies.load(path)
 
 
 def _revert(disks: Sequence[Disk], policy: Policy, name: str, domain_xml: str) -> None:
@@ -153,13 +166,18 @@ def _revert(disks: Sequence[Disk], policy: Policy, name: str, domain_xml: str) -
 
 def _release(path: Path, name: str, stdin: IO[bytes]) -> None:
     with _deadline(policies.DEFAULT_DEADLINE):
-        policy = policies.load(path)
+        text = _read_xml(stdin)
+        policy = _policy(path, text)
+        if policy.serve and served_disks(text):
+            from qemu_vmdk_snap.domain.hooks.serve import stop_servers
+
+            stop_servers(text, name)
         if not policy.snapshot_after_stop:
             return
         import re
 
         # The id tells the run that has ended from a next one. Not worth a parser: libvirt writes it first of all.
-        found = re.search(r"<domain\b[^>]*\bid='(\d+)'", _read_xml(stdin)[:4096])
+        found = re.search(r"<domain\b[^>]*\bid='(\d+)'", text[:4096])
         run = found[1] if found else "-1"
     root = Path(__file__).resolve().parents[2]
     code = f"import sys; sys.path.append({str(root)!r}); from qemu_vmdk_snap.cli.main import main; sys.exit(main())"

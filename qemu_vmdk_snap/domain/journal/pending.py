@@ -52,6 +52,7 @@ class Unfinished:
         if self.intent is None:
             return ()
         named: set[object] = {*(overlay.path for overlay in self.intent.overlays), *self.intent.discard}
+        named.add(self.intent.memory)
         for one in self.intent.work:
             moving = one.get("moving")
             named |= {one.get("frozen"), one.get("child"), *(moving if isinstance(moving, list) else ())}
@@ -63,7 +64,8 @@ class Unfinished:
             return "another command is changing its snapshots now"
         if self.problem is not None:
             return f"{self.problem}: {abandoning(self.uri, self.domain)}"
-        what = f"the {self.operation} of snapshot {self.snapshot!r} is not finished"
+        subject = self.operation if self.intent is None else self.intent.subject
+        what = f"the {subject} is not finished"
         return f"{what}: {ways_out(self.uri, self.domain)}"
 
 

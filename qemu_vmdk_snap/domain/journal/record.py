@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import libvirt
 
 STATE_VARIABLE: Final = "QEMU_VMDK_SNAP_STATE"
-OPERATIONS: Final = ("create", "revert", "delete", "rename")
+OPERATIONS: Final = ("create", "revert", "delete", "rename", "attach", "detach")
 _VERSION: Final = 1
 _MAX_BYTES: Final = 64 << 20
 _PATIENCE: Final = 0.3
@@ -75,7 +75,7 @@ class Intent:
     thaw: bool = False
     """Whether its file systems were to be frozen: left so, they must be thawed."""
     operation: str = "create"
-    """`create`, `revert`, `delete` or `rename`."""
+    """One of `OPERATIONS`."""
     current: str | None = None
     """The current snapshot before; of a rename, afterwards."""
     discard: tuple[str, ...] = ()
@@ -86,11 +86,25 @@ class Intent:
     """Of a delete: what happens to each disk; see `delete.Work`."""
     snapshots: tuple[tuple[str, str], ...] = ()
     """Of a delete: (name, new XML) of the snapshots that stay and name other files then."""
+    memory: str | None = None
+    """The file with the guest's memory that is made, restored or deleted."""
+
+    @property
+    def subject(self) -> str:
+        """Return what the operation is of, for a message."""
+        return subject_of(self.operation, self.snapshot)
 
     def made(self, path: str, identity: tuple[int, int]) -> Intent:
         """Return the record that knows the overlay at `path` by its identity."""
         made = tuple(replace(o, identity=identity) if o.path == path else o for o in self.overlays)
         return replace(self, overlays=made)
+
+
+def subject_of(operation: str, snapshot: str) -> str:
+    """Return what an operation is of, for a message."""
+    if operation in ("attach", "detach"):
+        return f"{operation} of disks"
+    return f"{operation} of snapshot {snapshot!r}"
 
 
 class IntentStore:
@@ -161,7 +175,7 @@ class IntentStore:
         self._make_folder()
         data = json.dumps({"version": _VERSION, **asdict(intent)}, indent=1).encode()
         replace_file(self.path(intent.uuid), data, mode=0o600)  # the XML may hold passwords
-        _logger().info("domain %s: %s of snapshot %r journaled", intent.domain, intent.operation, intent.snapshot)
+        _logger().info("domain %s: %s journaled", intent.domain, intent.subject)
 
     def remove(self, uuid: str) -> None:
         """Forget the record; the order of the steps before it is safe without waiting for the disk."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,12 +32,16 @@ from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.journal import overlays
 from qemu_vmdk_snap.domain.journal.pending import abandoning, uuid_of, ways_out
-from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
+from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, subject_of
 from qemu_vmdk_snap.domain.qemu.agent import thaw_left
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.switch import follow_cid, written_files
-from qemu_vmdk_snap.domain.state import find_snapshot, inactive_xml, volume_resolver
+from qemu_vmdk_snap.domain.served.guest import resume_from_memory
+from qemu_vmdk_snap.domain.served.hold import complete_switch, written_by_servers
+from qemu_vmdk_snap.domain.served.memory import unlink_memory
+from qemu_vmdk_snap.domain.state import define, find_snapshot, inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.edits import same_xml, with_disks_back
+from qemu_vmdk_snap.domain.xml.served import served_disks
 from qemu_vmdk_snap.errors import DomainError, LockBusy, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -50,6 +55,8 @@ Finisher = Callable[["libvirt.virConnect", "libvirt.virDomain", Intent], None]
 FINISHERS: Final[dict[str, tuple[str, str]]] = {
     "delete": ("qemu_vmdk_snap.domain.delete.run", "finish"),
     "rename": ("qemu_vmdk_snap.domain.edit", "finish_rename"),
+    "attach": ("qemu_vmdk_snap.domain.attach.run", "finish"),
+    "detach": ("qemu_vmdk_snap.domain.attach.run", "finish"),
 }
 """Operation -> module and function of its `Finisher`. One that is not here is settled by what the XML names."""
 
@@ -68,6 +75,11 @@ class Recovery:
     left: tuple[Path, ...] = ()
     """Overlays that were not removed, because they hold data or are not known to be ours."""
     operation: str = "create"
+
+    @property
+    def subject(self) -> str:
+        """Return what was settled, for a message."""
+        return subject_of(self.operation, self.snapshot)
 
     def as_dict(self) -> dict[str, object]:
         """Return it with JSON's own types."""
@@ -148,7 +160,7 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
         raise DomainError(name, f"{error.reason}: {abandoning(uri, name)}") from error
     if intent is None:
         return None
-    _log.info("domain %s: the %s of snapshot %r is not finished: settling it", name, intent.operation, intent.snapshot)
+    _log.info("domain %s: the %s is not finished: settling it", name, intent.subject)
     try:
         result = _settle(conn, domain, intent)
         store.remove(intent.uuid)
@@ -157,7 +169,7 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
             reason = f"its record {store.path(intent.uuid)} is damaged ({type(error).__name__})"
         else:
             reason = error.reason if isinstance(error, DomainError) else str(error)
-        what = f"the {intent.operation} of snapshot {intent.snapshot!r} is not finished"
+        what = f"the {intent.subject} is not finished"
         raise DomainError(name, f"{reason}; {what}: {ways_out(uri, name)}") from error
     _log.info("domain %s: the %s is %s", name, intent.operation, "finished" if result.finished else "taken back")
     return result
@@ -173,8 +185,11 @@ def _settle(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
             _resume(domain)
         return Recovery(name, intent.snapshot, finished=True, operation=intent.operation)
     with libvirt_errors(name, f"settle its unfinished snapshot {intent.snapshot!r}"):
-        if intent.live and domain.isActive() and not _switched(domain, intent):
-            _back_to_old(conn, domain, intent)
+        if intent.live and domain.isActive():
+            if _switched(domain, intent):
+                complete_switch(name, intent.new_xml, _overlays(intent))
+            else:
+                _back_to_old(conn, domain, intent)
         result = (
             _settle_revert(conn, domain, intent)
             if intent.operation == "revert"
@@ -197,6 +212,7 @@ def _settle_create(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: 
     if _registered(domain, intent) is not None:
         return Recovery(name, intent.snapshot, finished=True)
     left = overlays.unlink_overlays(conn, domain, intent)
+    unlink_memory(intent.memory, name, intent.uuid)
     return Recovery(name, intent.snapshot, finished=False, left=left)
 
 
@@ -218,6 +234,8 @@ def _settle_revert(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: 
         return Recovery(domain.name(), intent.snapshot, finished=False, left=left, operation="revert")
     if intent.snapshot in {snapshot.getName() for snapshot in domain.listAllSnapshots()}:  # not deleted meanwhile
         make_current(domain, intent.snapshot)
+    if intent.memory is not None and not domain.isActive() and overlays.all_empty(intent):
+        resume_from_memory(conn, domain, intent)
     # By name, as the finishers: what it asks knows of the records.
     importlib.import_module("qemu_vmdk_snap.domain.discard").unlink_discarded(conn, domain, intent)
     return Recovery(domain.name(), intent.snapshot, finished=True, operation="revert")
@@ -233,9 +251,16 @@ def make_current(domain: libvirt.virDomain, name: str) -> None:
 
 
 def _switched(domain: libvirt.virDomain, intent: Intent) -> bool:
-    """Return whether QEMU writes to the overlays: all, or none, as it goes over in one step."""
-    candidates = {overlay.target: [Path(overlay.path)] for overlay in intent.overlays}
-    return bool(written_files(domain, candidates))
+    """Return whether QEMU, or a server, writes to the overlays: all, or none, as they go over in one step."""
+    served = served_disks(intent.new_xml)
+    direct = {target: [path] for target, path in _overlays(intent).items() if target not in served}
+    if direct and written_files(domain, direct):
+        return True
+    return bool(written_by_servers(domain.name(), intent.new_xml, _overlays(intent)))
+
+
+def _overlays(intent: Intent) -> dict[str, Path]:
+    return {overlay.target: Path(overlay.path) for overlay in intent.overlays}
 
 
 def _back_to_old(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
@@ -254,7 +279,7 @@ def _back_to_old(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: In
 def _put_disks_back(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
     """Take the overlays out of the persistent XML; whatever was edited in it meanwhile stays."""
     tops = {Path(overlay.path): overlay.target for overlay in intent.overlays}
-    conn.defineXML(with_disks_back(inactive_xml(domain), intent.old_xml, intent.new_xml, tops))
+    define(conn, with_disks_back(inactive_xml(domain), intent.old_xml, intent.new_xml, tops))
     _log.info("domain %s: its disks are back on the files before %s", domain.name(), ", ".join(map(str, tops)))
 
 
@@ -266,7 +291,7 @@ def _put_all_back(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: I
     """
     if not same_xml(inactive_xml(domain), intent.new_xml):
         raise DomainError(domain.name(), "was edited since it went back to the snapshot")
-    conn.defineXML(intent.old_xml)
+    define(conn, intent.old_xml)
 
 
 def _repair_cids(intent: Intent) -> None:
@@ -300,6 +325,7 @@ def take_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: Intent
         raise DomainError(name, "QEMU writes to the overlays already")
     with libvirt_errors(name, "take the snapshot back"), contextlib.ExitStack() as held:
         made = [overlay for overlay in intent.overlays if overlay.identity is not None]
+        made = [overlay for overlay in made if os.path.lexists(overlay.path)]  # a server removes its own
         if _named(domain, intent):
             for overlay in made:
                 overlays.hold_empty(overlay, overlays.folders_of(intent), held)  # from here on no guest can start on it
@@ -317,6 +343,10 @@ def take_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: Intent
         held.close()
         for overlay in made:
             overlays.unlink_made(overlay)
+        if intent.operation == "create" and intent.memory is not None:
+            unlink_memory(intent.memory, name, intent.uuid)
+            if intent.resume:
+                _resume(domain)
     store.remove(intent.uuid)
 
 
