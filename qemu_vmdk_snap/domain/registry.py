@@ -90,8 +90,8 @@ class SnapshotInfo:
             "descendants": self.descendants,
             "current": self.current,
             "description": self.description,
-            "memory": None if self.memory_file is None else str(self.memory_file),
             "disks": [disk.as_dict() for disk in self.disks],
+            **({} if self.memory_file is None else {"memory": str(self.memory_file)}),
         }
 
 

@@ -85,9 +85,9 @@ class SnapshotReport:
             "pause": None
             if pause is None
             else {"disk-ms": pause.stalled, "cpu-ms": pause.stopped, "frozen-ms": pause.frozen},
-            "memory": None if self.memory is None else str(self.memory),
             "notes": list(self.notes),
             "skipped": [{"target": target, "reason": reason} for target, reason in self.skipped],
+            **({} if self.memory is None else {"memory": str(self.memory)}),
         } | ({"dry-run": True} if self.dry_run else {})
 
 

@@ -88,8 +88,8 @@ class RevertReport:
             "disks": [disk.as_dict() for disk in self.disks],
             "kept": [str(path) for path in self.kept],
             "discarded": [str(path) for path in self.discarded],
-            "memory": None if self.memory is None else str(self.memory),
             "notes": list(self.notes),
+            **({} if self.memory is None else {"memory": str(self.memory)}),
         } | ({"dry-run": True} if self.dry_run else {})
 
 
