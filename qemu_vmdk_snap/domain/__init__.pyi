@@ -22,7 +22,7 @@ from qemu_vmdk_snap.domain.doctor import Check as Check
 from qemu_vmdk_snap.domain.doctor import check_domain as check_domain
 from qemu_vmdk_snap.domain.doctor import check_host as check_host
 from qemu_vmdk_snap.domain.journal.recover import Recovery as Recovery
-from qemu_vmdk_snap.domain.planned import PlannedDisk as PlannedDisk
+from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk as PlannedDisk
 from qemu_vmdk_snap.domain.qemu.switch import Pause as Pause
 from qemu_vmdk_snap.domain.registry import DiskState as DiskState
 from qemu_vmdk_snap.domain.registry import SnapshotInfo as SnapshotInfo

@@ -18,8 +18,8 @@ from qemu_vmdk_snap.domain.hooks import install as hooks
 from qemu_vmdk_snap.domain.hooks.owners import without_domain
 from qemu_vmdk_snap.domain.journal.pending import all_unfinished, unfinished_of
 from qemu_vmdk_snap.domain.journal.record import IntentStore
-from qemu_vmdk_snap.domain.needed import NOTHING, Needed, place_in, same_file
-from qemu_vmdk_snap.domain.orphans import Orphan, find_orphans
+from qemu_vmdk_snap.domain.needs.needed import NOTHING, Needed, place_in, same_file
+from qemu_vmdk_snap.domain.needs.orphans import Orphan, find_orphans
 from qemu_vmdk_snap.domain.qemu.depth import max_links
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches

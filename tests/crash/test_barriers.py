@@ -12,7 +12,7 @@ from typing import Final
 
 import pytest
 
-from tests.support.cutplans import PLANS, Cutter, Lost
+from tests.support.crash.cutplans import PLANS, Cutter, Lost
 
 STATES: Final = 80
 NOTICED: Final[dict[str, tuple[str, str]]] = {

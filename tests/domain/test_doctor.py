@@ -18,7 +18,7 @@ from qemu_vmdk_snap.domain.connect import find_domain
 from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.delete.run import delete
 from qemu_vmdk_snap.domain.doctor import check_host
-from qemu_vmdk_snap.domain.orphans import find_orphans, remove_orphan
+from qemu_vmdk_snap.domain.needs.orphans import find_orphans, remove_orphan
 from qemu_vmdk_snap.domain.registry import list_snapshots
 from qemu_vmdk_snap.domain.revert.run import revert
 from qemu_vmdk_snap.domain.xml.kept import kept_branches

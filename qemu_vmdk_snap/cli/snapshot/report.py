@@ -10,7 +10,7 @@ from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.journal.recover import Recovery
-    from qemu_vmdk_snap.domain.planned import PlannedDisk
+    from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 
 
 class Report(Protocol):

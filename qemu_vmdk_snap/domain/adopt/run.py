@@ -25,9 +25,9 @@ from qemu_vmdk_snap.domain.adopt.vmsd import Vmsd, read_vmsd
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.journal.recover import recover_domain
-from qemu_vmdk_snap.domain.naming import next_overlay
-from qemu_vmdk_snap.domain.needed import place_in, same_file
-from qemu_vmdk_snap.domain.orphans import find_orphans, remove_orphan
+from qemu_vmdk_snap.domain.needs.needed import place_in, same_file
+from qemu_vmdk_snap.domain.needs.orphans import find_orphans, remove_orphan
+from qemu_vmdk_snap.domain.overlay.naming import next_overlay
 from qemu_vmdk_snap.domain.state import define, inactive_xml, volume_resolver
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import qemu_vmdk_snap as engine
-from qemu_vmdk_snap.domain import naming, xml
+from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay, pending_overlays
-from qemu_vmdk_snap.domain.planned import PlannedDisk
+from qemu_vmdk_snap.domain.overlay import naming
+from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.agent import check_quiesce
 from qemu_vmdk_snap.domain.qemu.depth import check_depth
 from qemu_vmdk_snap.domain.qemu.options import lacks_direct_io, read_options

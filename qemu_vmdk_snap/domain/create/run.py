@@ -30,8 +30,8 @@ from qemu_vmdk_snap.domain.create.switch import switch_all
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain, register
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
-from qemu_vmdk_snap.domain.newfile import follow_attributes, make_overlay, refresh_pools
-from qemu_vmdk_snap.domain.planned import PlannedDisk
+from qemu_vmdk_snap.domain.overlay.newfile import follow_attributes, make_overlay, refresh_pools
+from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.switch import Pause
 from qemu_vmdk_snap.domain.served.guest import ready
 from qemu_vmdk_snap.domain.served.hold import Holds
@@ -68,6 +68,10 @@ class SnapshotReport:
     memory: Path | None = None
     """The file with the guest's memory."""
 
+    def _more(self) -> dict[str, object]:
+        memory: dict[str, object] = {} if self.memory is None else {"memory": str(self.memory)}
+        return memory | ({"dry-run": True} if self.dry_run else {})
+
     @property
     def changed(self) -> bool:
         """Whether anything was changed."""
@@ -87,8 +91,7 @@ class SnapshotReport:
             else {"disk-ms": pause.stalled, "cpu-ms": pause.stopped, "frozen-ms": pause.frozen},
             "notes": list(self.notes),
             "skipped": [{"target": target, "reason": reason} for target, reason in self.skipped],
-            **({} if self.memory is None else {"memory": str(self.memory)}),
-        } | ({"dry-run": True} if self.dry_run else {})
+        } | self._more()
 
 
 def create_snapshot(

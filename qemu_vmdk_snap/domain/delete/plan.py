@@ -12,7 +12,7 @@ from qemu_vmdk_snap import Link, children_of, confined, open_chain, open_link, o
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.journal.record import Intent
-from qemu_vmdk_snap.domain.needed import (
+from qemu_vmdk_snap.domain.needs.needed import (
     Given,
     Holder,
     Needed,

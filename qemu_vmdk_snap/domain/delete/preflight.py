@@ -9,7 +9,7 @@ from pathlib import Path
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain.delete.plan import Work, open_one
-from qemu_vmdk_snap.domain.needed import real_file
+from qemu_vmdk_snap.domain.needs.needed import real_file
 from qemu_vmdk_snap.errors import DomainError
 
 

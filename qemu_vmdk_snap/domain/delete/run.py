@@ -45,8 +45,8 @@ from qemu_vmdk_snap.domain.delete.preflight import check_work
 from qemu_vmdk_snap.domain.journal.overlays import is_empty
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain
-from qemu_vmdk_snap.domain.needed import Given, place_in, real_file, require_none, same_file
-from qemu_vmdk_snap.domain.newfile import refresh_pools
+from qemu_vmdk_snap.domain.needs.needed import Given, place_in, real_file, require_none, same_file
+from qemu_vmdk_snap.domain.overlay.newfile import refresh_pools
 from qemu_vmdk_snap.domain.qemu.merge import merge_active
 from qemu_vmdk_snap.domain.state import define, inactive_xml
 from qemu_vmdk_snap.domain.xml.edits import keeping_description

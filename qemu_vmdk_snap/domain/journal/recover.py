@@ -237,7 +237,7 @@ def _settle_revert(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: 
     if intent.memory is not None and not domain.isActive() and overlays.all_empty(intent):
         resume_from_memory(conn, domain, intent)
     # By name, as the finishers: what it asks knows of the records.
-    importlib.import_module("qemu_vmdk_snap.domain.discard").unlink_discarded(conn, domain, intent)
+    importlib.import_module("qemu_vmdk_snap.domain.needs.discard").unlink_discarded(conn, domain, intent)
     return Recovery(domain.name(), intent.snapshot, finished=True, operation="revert")
 
 

@@ -32,7 +32,7 @@ from qemu_vmdk_snap.errors import DomainError
 if TYPE_CHECKING:
     import libvirt
 
-    from qemu_vmdk_snap.domain.planned import PlannedDisk
+    from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 
 _TRIES: Final = 3
 _FRESH: Final = 1.0

@@ -23,15 +23,16 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap import log
-from qemu_vmdk_snap.domain import dropin, naming, xml
+from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
-from qemu_vmdk_snap.domain.discard import unlink_discarded
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay, pending_overlays
 from qemu_vmdk_snap.domain.journal.recover import Recovery, make_current, recover_domain
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
-from qemu_vmdk_snap.domain.needed import NOTHING, Needed, place_in, same_file
-from qemu_vmdk_snap.domain.newfile import make_overlay, refresh_pools
-from qemu_vmdk_snap.domain.planned import PlannedDisk
+from qemu_vmdk_snap.domain.needs.discard import unlink_discarded
+from qemu_vmdk_snap.domain.needs.needed import NOTHING, Needed, place_in, same_file
+from qemu_vmdk_snap.domain.overlay import naming
+from qemu_vmdk_snap.domain.overlay.newfile import make_overlay, refresh_pools
+from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.depth import check_depth
 from qemu_vmdk_snap.domain.revert.apart import replaced_by, with_disks_of_today
 from qemu_vmdk_snap.domain.served import server

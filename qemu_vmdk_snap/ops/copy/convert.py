@@ -21,7 +21,7 @@ from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.storage.durable import NewFiles, publish, temporary_name, working_in
 from qemu_vmdk_snap.storage.pipes import PipeWriter
 from qemu_vmdk_snap.units import MIB
-from qemu_vmdk_snap.vmdk.bulk import BulkFlat, BulkWriter
+from qemu_vmdk_snap.vmdk.grain.bulk import BulkFlat, BulkWriter
 from qemu_vmdk_snap.vmdk.runs import DATA, ZERO, Row
 
 _STEP: Final = 4 * MIB

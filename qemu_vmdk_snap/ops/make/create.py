@@ -35,7 +35,7 @@ from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor
 from qemu_vmdk_snap.vmdk.sparse.header import MAGIC, MAX_GRAIN_SECTORS, HeaderFlag, SparseExtentHeader
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.vmdk.bulk import BulkWriter
+    from qemu_vmdk_snap.vmdk.grain.bulk import BulkWriter
 
 __all__ = [
     "ImageOptions",

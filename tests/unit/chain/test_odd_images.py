@@ -25,7 +25,7 @@ from qemu_vmdk_snap import (
 )
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.storage.blockfile import PosixFile
-from qemu_vmdk_snap.vmdk.tables import GrainTables
+from qemu_vmdk_snap.vmdk.grain.tables import GrainTables
 
 MIB = 1 << 20
 

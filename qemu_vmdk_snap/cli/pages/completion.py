@@ -26,7 +26,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _bash(*, zsh: bool) -> Iterator[str]:
-    from qemu_vmdk_snap.cli.catalogue import every_command, takes_value
+    from qemu_vmdk_snap.cli.pages.catalogue import every_command, takes_value
 
     entries = list(every_command())
     first = sorted({entry.words[0] for entry in entries})
@@ -68,8 +68,8 @@ def _bash(*, zsh: bool) -> Iterator[str]:
 
 
 def _fish() -> Iterator[str]:
-    from qemu_vmdk_snap.cli.catalogue import every_command, takes_value
     from qemu_vmdk_snap.cli.commands import GROUPS
+    from qemu_vmdk_snap.cli.pages.catalogue import every_command, takes_value
 
     begin = "complete -c qemu-vmdk-snap"
     for group, text in GROUPS.items():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap import confined, open_link, open_posix, own_files
 from qemu_vmdk_snap.domain import xml
-from qemu_vmdk_snap.domain.needed import Given, Needed, real_file
+from qemu_vmdk_snap.domain.needs.needed import Given, Needed, real_file
 from qemu_vmdk_snap.errors import VmdkSnapError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.cli.catalogue import Entry
+    from qemu_vmdk_snap.cli.pages.catalogue import Entry
 
 _STATUSES = (
     ("0", "Done; for compare: the same; for check: good; for guest verify and demo: as expected."),
@@ -38,8 +38,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Write the pages and name them."""
-    from qemu_vmdk_snap.cli.catalogue import every_command
     from qemu_vmdk_snap.cli.main import PROGRAM
+    from qemu_vmdk_snap.cli.pages.catalogue import every_command
 
     args.folder.mkdir(parents=True, exist_ok=True)
     entries = list(every_command())

@@ -35,7 +35,7 @@ from qemu_vmdk_snap import (
 )
 from qemu_vmdk_snap.ops.check.repair import take_back
 from qemu_vmdk_snap.storage.record import pending_in
-from tests.support.powercut import Recorder, State
+from tests.support.crash.powercut import Recorder, State
 
 SIZE: Final = 96 << 10
 GRAIN: Final = 4096

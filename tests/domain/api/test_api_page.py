@@ -11,7 +11,7 @@ import pytest
 
 from tests.domain.lab import Lab
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "api.md"
 
 pytestmark = pytest.mark.needs("libvirt", "qemu-system-x86_64")
 

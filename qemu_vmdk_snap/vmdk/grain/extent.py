@@ -23,8 +23,8 @@ from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, byte_sectors, round_up, sector_bytes
 from qemu_vmdk_snap.vmdk import shortfall
 from qemu_vmdk_snap.vmdk.extent import Below, Place
+from qemu_vmdk_snap.vmdk.grain.tables import MAX_DIRTY_TABLES, Entries, GrainTables
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, ZERO, Int64s, Kinds, RunTable, from_entries
-from qemu_vmdk_snap.vmdk.tables import MAX_DIRTY_TABLES, Entries, GrainTables
 
 GTE_UNALLOCATED: Final = 0
 GTE_ZEROED: Final = 1

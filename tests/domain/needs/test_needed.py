@@ -16,7 +16,7 @@ from qemu_vmdk_snap.domain.delete import preflight
 from qemu_vmdk_snap.domain.delete.run import delete
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.journal.recover import recover
-from qemu_vmdk_snap.domain.needed import Needed
+from qemu_vmdk_snap.domain.needs.needed import Needed
 from qemu_vmdk_snap.domain.registry import list_snapshots
 from qemu_vmdk_snap.domain.revert.run import revert
 from qemu_vmdk_snap.domain.xml import list_disks

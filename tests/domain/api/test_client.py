@@ -11,7 +11,7 @@ import pytest
 from qemu_vmdk_snap.domain import list_snapshots
 from tests.domain.lab import Lab
 
-CLIENT = Path(__file__).resolve().parents[2] / "examples" / "client" / "nightly.py"
+CLIENT = Path(__file__).resolve().parents[3] / "examples" / "client" / "nightly.py"
 
 pytestmark = pytest.mark.needs("libvirt", "qemu-system-x86_64")
 

@@ -30,7 +30,7 @@ from tests.support.kinds import GRAIN, HOLE, SECTORS, SIZE, Sample, content, pat
 
 pytestmark = pytest.mark.needs("qemu-img", "qemu-io")
 
-DOCS: Final = Path(__file__).parents[2] / "docs" / "formats.md"
+DOCS: Final = Path(__file__).parents[3] / "docs" / "formats.md"
 DEVICES: Final = "a device in an extent line; vmfsRDM, vmfsRDMP, vmfsRaw"
 PEERS: Final = """
 import hashlib, importlib.metadata, json, sys

@@ -14,7 +14,7 @@ import pytest
 from qemu_vmdk_snap import FormatError, Unsupported, create_overlay, open_chain
 from qemu_vmdk_snap.ops.copy.convert import convert
 from qemu_vmdk_snap.ops.make.layout import KINDS
-from tests.oracle.test_kinds import make, pattern
+from tests.oracle.kinds.test_kinds import make, pattern
 from tests.support.esxi import cowd, descriptor, sesparse
 from tests.support.qemu import content, qemu_content, qemu_img
 

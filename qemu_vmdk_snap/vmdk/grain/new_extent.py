@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.vmdk.bulk import BulkWriter
+    from qemu_vmdk_snap.vmdk.grain.bulk import BulkWriter
 
 
 @dataclass(frozen=True, slots=True)

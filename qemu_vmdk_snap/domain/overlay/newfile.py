@@ -15,7 +15,7 @@ from qemu_vmdk_snap.errors import DomainError
 if TYPE_CHECKING:
     import libvirt
 
-    from qemu_vmdk_snap.domain.planned import PlannedDisk
+    from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 
 _FOLLOWED: Final = ("system.posix_acl_access", "security.selinux")
 """Extended attributes that decide who may open a file. libvirt's own (trusted.libvirt.*) tell of one file alone."""

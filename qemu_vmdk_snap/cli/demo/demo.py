@@ -14,7 +14,7 @@ from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.units import format_size
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.cli.scenario import Demo
+    from qemu_vmdk_snap.cli.demo.scenario import Demo
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> int:
     """Run it, show the table and the tree; exit status 1 on any difference."""
-    from qemu_vmdk_snap.cli.scenario import Demo
+    from qemu_vmdk_snap.cli.demo.scenario import Demo
 
     started = time.monotonic()
     # Not TMPDIR, which can be long: the domain's sockets must fit into 108 bytes.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain.journal.record import IntentStore
-from qemu_vmdk_snap.domain.needed import Given, Needed, identity, real_file, same_file
+from qemu_vmdk_snap.domain.needs.needed import Given, Needed, identity, real_file, same_file
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
