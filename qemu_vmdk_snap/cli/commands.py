@@ -81,6 +81,7 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
 }
 
 TOP_LEVEL: Final[dict[str, Command]] = {
+    "serve": Command(f"{_HERE}.serve", "serve the disk of an image over NBD: snapshots and merges while it is used"),
     "recover": Command(f"{_HERE}.recover", "finish or undo an operation that was interrupted"),
     "doctor": Command(f"{_HERE}.doctor", "check this host, or a domain and its snapshots, for problems"),
     "metrics": Command(

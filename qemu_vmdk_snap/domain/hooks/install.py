@@ -52,10 +52,16 @@ esac
 policies={policies}
 policy="$policies/$1.toml"
 # A policy by UUID goes before one by name. Disks that are to be served are told of in the metadata, and need no policy.
-# The XML is read no further than that.
+# The XML is read no further than that, and only where there are policies by UUID, or there is none by name.
 head=
 served=
-while IFS= read -r line || [ -n "$line" ]; do
+read=
+[ -e "$policy" ] || read=1
+for file in "$policies"/????????-????-????-????-????????????.toml; do
+    [ -e "$file" ] && read=1
+    break
+done
+while [ -n "$read" ] && {{ IFS= read -r line || [ -n "$line" ]; }}; do
     head="$head$line
 "
     case "$line" in
@@ -74,10 +80,14 @@ if [ ! -x "$python" ]; then
     echo "qemu-vmdk-snap: $python is gone: install the hook again, or remove $policy" >&2
     exit "$refused"
 fi
-{exports}{{
-    printf '%s' "$head"
-    cat
-}} | "$python" -I -S -c {code} "$policy" "$@"
+{exports}if [ -n "$head" ]; then
+    {{
+        printf '%s' "$head"
+        cat
+    }} | "$python" -I -S -c {code} "$policy" "$@"
+    exit
+fi
+exec "$python" -I -S -c {code} "$policy" "$@"
 """
 _CODE: Final = (
     "import sys; sys.path.insert(0, {root!r}); "

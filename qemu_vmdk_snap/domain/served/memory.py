@@ -101,6 +101,8 @@ def saved_xml(file: Path, domain: str, uuid: str, *, complete: bool = True) -> s
         DomainError: it is none, none of this domain, or not complete where that is asked for.
         OSError: it cannot be read.
     """
+    if not file.exists():
+        raise DomainError(domain, f"{file}, which has its memory, is not there")
     with file.open("rb") as saved:
         head = saved.read(_HEADER_BYTES)
         if len(head) < _HEADER_BYTES or not head.startswith(_MAGIC):

@@ -21,7 +21,6 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from xml.sax.saxutils import quoteattr
 
 from qemu_vmdk_snap.domain.xml import Disk, list_disks, spans
 
@@ -241,5 +240,5 @@ def _spelt(notes: ET.Element) -> bytes:
     notes.text = None
     inner = "".join(ET.tostring(note, encoding="unicode") for note in notes)
     owner = notes.get("owner")
-    told = "" if owner is None else f" owner={quoteattr(owner)}"
+    told = "" if owner is None else f' owner="{owner}"'  # numbers and a colon
     return f'<{PREFIX}:disks xmlns:{PREFIX}="{NAMESPACE}"{told}>{inner}</{PREFIX}:disks>'.encode()
