@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,10 @@ from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.needs.needed import NOTHING, Needed, place_in, same_file
 from qemu_vmdk_snap.domain.needs.orphans import Orphan, find_orphans
 from qemu_vmdk_snap.domain.qemu.depth import max_links
+from qemu_vmdk_snap.domain.served.commands import served_status
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches
+from qemu_vmdk_snap.domain.xml.served import served_disks
 from qemu_vmdk_snap.errors import CidMismatch, InvalidRequest, StillNeeded, VmdkSnapError
 from qemu_vmdk_snap.units import format_size
 
@@ -81,8 +84,10 @@ def check_domain(conn: libvirt.virConnect, domain_name: str) -> Iterator[Check]:
         current = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
         limit = max_links(conn.getLibVersion())
     chains: dict[str, list[Path]] = {}
+    served = served_disks(text)
     for disk in xml.list_disks(text, volume_resolver(conn, name)):
-        yield _check_disk(disk, chains, limit)
+        yield _check_disk(disk, chains, sys.maxsize if disk.target in served else limit)
+    yield from _check_served(conn, name)
     try:
         needed = Needed.read(conn, domain)
     except StillNeeded as error:
@@ -103,6 +108,21 @@ def check_domain(conn: libvirt.virConnect, domain_name: str) -> Iterator[Check]:
         if place_in(known, path) is None:  # deleting what backed it has made it a disk by itself
             what = f"was kept by the revert to {kept_by!r} and is backed by no file of the domain any more"
             yield Check(f"kept {path}", "note", f"{what}: delete the file, or use it as a disk of its own")
+
+
+def _check_served(conn: libvirt.virConnect, domain: str) -> Iterator[Check]:
+    """Yield how the servers of the served disks are."""
+    found = served_status(conn, domain)
+    for one in found:
+        where = f"by a server at {one.socket}"
+        if one.problem is not None:
+            ways = f": `serve start {domain}` starts it, and resumes the guest" if one.server is None else ""
+            yield Check(f"served {one.target}", "bad", f"{one.problem}{ways}")
+        else:
+            yield Check(f"served {one.target}", "good", f"{where}: {one.state}")
+    if found and not hooks.status().installed:
+        reason = "the hook is not installed, so nothing starts the servers before the guest"
+        yield Check("served disks", "note", f"{reason}: `hook install`, or `serve start {domain}` before each start")
 
 
 def _check_tops(
@@ -313,6 +333,10 @@ def _check_chain(disk: xml.Disk, top: Path, chains: dict[str, list[Path]], limit
 def _check_snapshot(snapshot: xml.SnapshotXml, chains: dict[str, list[Path]], needed: Needed) -> Check:
     """Check one snapshot; `chains` are the active ones where it is the current snapshot."""
     subject = f"snapshot {snapshot.name}"
+    if snapshot.memory_file is not None and not snapshot.memory_file.exists():
+        return Check(
+            subject, "bad", f"its memory {snapshot.memory_file} is gone: `snapshot revert --shutoff` still works"
+        )
     external = [disk for disk in snapshot.disks if disk.mode == "external" and disk.frozen is not None]
     for disk in external:
         assert disk.frozen is not None

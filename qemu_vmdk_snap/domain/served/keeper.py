@@ -34,6 +34,9 @@ class Server(NamedTuple):
 
     target: str
     process: subprocess.Popen[bytes]
+    log: Path
+    said: int
+    """Bytes of the log before it was started."""
 
 
 def main() -> None:
@@ -44,11 +47,14 @@ def main() -> None:
     servers: dict[int, Server] = {}
     try:
         for target, disk in task["disks"].items():
-            started = _start(target, disk["words"], disk["log"])
+            started = _spawn(target, disk["words"], disk["log"])
             servers[started.process.pid] = started
+        for one in servers.values():  # they start side by side
+            _await(one)
     except (OSError, RuntimeError) as error:
         for one in servers.values():
-            one.process.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                one.process.terminate()
         for one in servers.values():
             one.process.wait()
         os.write(1, str(error).encode())
@@ -95,23 +101,33 @@ def _start(target: str, words: list[str], log: str) -> Server:
     Raises:
         RuntimeError: it is not; the last line that it said.
     """
+    server = _spawn(target, words, log)
+    _await(server)
+    return server
+
+
+def _spawn(target: str, words: list[str], log: str) -> Server:
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        begun = os.fstat(fd).st_size
+        said = os.fstat(fd).st_size
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=fd)
     finally:
         os.close(fd)
-    assert process.stdout is not None
-    if not _ready(process.stdout):
-        process.kill()
-        process.wait()
-        with Path(log).open("rb") as said:
-            said.seek(begun)
-            lines = said.read().decode(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it ended without a word")
-        raise RuntimeError(f"disk {target}: {last.removeprefix('qemu-vmdk-snap: ')}")
-    process.stdout.close()
-    return Server(target, process)
+    return Server(target, process, Path(log), said)
+
+
+def _await(server: Server) -> None:
+    assert server.process.stdout is not None
+    if _ready(server.process.stdout):
+        server.process.stdout.close()
+        return
+    server.process.kill()
+    server.process.wait()
+    with server.log.open("rb") as said:
+        said.seek(server.said)
+        lines = said.read().decode(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "it ended without a word")
+    raise RuntimeError(f"disk {server.target}: {last.removeprefix('qemu-vmdk-snap: ')}")
 
 
 def _ready(stdout: IO[bytes]) -> bool:
