@@ -103,7 +103,7 @@ def make_plan(
     served = {disk.target: attached[disk.target] for disk in chosen if disk.target in attached and live}
     tops = _check_live(domain, chosen, served, volume_path) if live else Tops()
     if request.memory is not None:
-        check_memory(domain, request.memory, disks, {disk.target for disk in chosen}, served)
+        check_memory(domain, request.memory, disks, {disk.target for disk in chosen}, attached)
     taken = set().union(*(xml.files_in(text) for text in (old_xml, *snapshots.values())), pending_overlays(store))
     options = read_options(old_xml)
     planned = []

@@ -18,7 +18,7 @@ from xml.sax.saxutils import quoteattr
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
-from qemu_vmdk_snap.domain.xml.served import ServedDisk, direct_view, served_view, with_notes_of
+from qemu_vmdk_snap.domain.xml.served import ServedDisk, served_view, with_notes_of
 from qemu_vmdk_snap.errors import DomainError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def restore_memory(conn: libvirt.virConnect, domain: libvirt.virDomain, file: Pa
     flags = libvirt.VIR_DOMAIN_SAVE_PAUSED if paused else libvirt.VIR_DOMAIN_SAVE_RUNNING
     with libvirt_errors(domain.name(), f"restore its memory from {file}"):
         then = conn.saveImageGetXMLDesc(str(file), libvirt.VIR_DOMAIN_SAVE_IMAGE_XML_SECURE)
-        conn.restoreFlags(str(file), served_view(with_notes_of(direct_view(then), now)), flags)
+        conn.restoreFlags(str(file), with_notes_of(served_view(then), served_view(now)), flags)
     _log.info("domain %s: its memory is restored from %s", domain.name(), file)
 
 

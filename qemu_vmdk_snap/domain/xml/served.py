@@ -95,17 +95,17 @@ def without_served(direct: str, targets: Collection[str]) -> str:
     return _with_notes(direct, notes)
 
 
-def with_notes_of(direct: str, other: str, besides: Collection[str] = ()) -> str:
-    """Return a direct view with the notes of `other`, another direct view; its own stay for the targets `besides`."""
-    mine, theirs = _notes(direct.encode()), _notes(other.encode())
+def with_notes_of(view: str, other: str, besides: Collection[str] = ()) -> str:
+    """Return a view with the notes of `other`, the same kind of view; its own stay for the targets `besides`."""
+    mine, theirs = _notes(view.encode()), _notes(other.encode())
     if mine is None and theirs is None:
-        return direct
+        return view
     notes = ET.Element("disks", {} if theirs is None else theirs.attrib)
     notes.attrib.update({} if mine is None or theirs is not None else mine.attrib)
     keep = [note for note in ([] if mine is None else mine) if note.get("target") in besides]
     kept = {note.get("target") for note in keep}
     notes.extend([*keep, *(note for note in ([] if theirs is None else theirs) if note.get("target") not in kept)])
-    return _with_notes(direct, notes)
+    return _with_notes(view, notes)
 
 
 def notes_element(text: str) -> str | None:
