@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING
 from qemu_vmdk_snap.domain.connect import find_domain
 from qemu_vmdk_snap.domain.create.plan import Request, make_plan
 from qemu_vmdk_snap.domain.create.run import SnapshotReport
-from qemu_vmdk_snap.domain.delete.plan import Deleted, Scope, State, chosen, folders_of, make_intent, work_of
+from qemu_vmdk_snap.domain.delete.plan import (
+    Deleted,
+    Scope,
+    State,
+    chosen,
+    deleted_by,
+    folders_of,
+    make_intent,
+    work_of,
+)
 from qemu_vmdk_snap.domain.delete.preflight import check_work
 from qemu_vmdk_snap.domain.delete.run import DeleteReport
 from qemu_vmdk_snap.domain.journal.record import IntentStore
@@ -103,7 +112,7 @@ def plan_delete(
             work = work_of(intent)
             if not deleted and not metadata:  # of the others only once this one is gone
                 check_work(domain.name(), work, folders_of(intent))
-            deleted.append(Deleted(name, work))
+            deleted.append(deleted_by(intent))
             state = state.after(intent)
     return DeleteReport(domain.name(), tuple(deleted), recovered=None, dry_run=True)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +26,7 @@ from qemu_vmdk_snap.domain.needs.needed import (
     same_file,
 )
 from qemu_vmdk_snap.domain.qemu.merge import node_of, written_here
+from qemu_vmdk_snap.domain.served.server import statuses
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.errors import DomainError, NoSnapshot, VmdkSnapError
 
@@ -54,6 +56,8 @@ class Work:
     """Whether the running guest writes to C, and goes over to F."""
     orphans: tuple[str, ...] = ()
     """Files that the user gives up: they may lose what they need."""
+    served: bool = False
+    """Whether the server of the running guest's disk does it."""
 
     @property
     def removed(self) -> Path | None:
@@ -96,11 +100,14 @@ class Deleted:
 
     name: str
     work: tuple[Work, ...]
+    memory: Path | None = None
+    """The file with the guest's memory, which goes with it."""
 
     def as_dict(self) -> dict[str, object]:
         """Return it with JSON's own types."""
         disks = [{"target": work.target, "mode": work.mode, "operations": work.lines()} for work in self.work]
-        return {"snapshot": self.name, "disks": disks}
+        memory = {} if self.memory is None else {"memory": str(self.memory)}
+        return {"snapshot": self.name, "disks": disks, **memory}
 
 
 @dataclass(slots=True)
@@ -123,6 +130,8 @@ class State:
     volume_path: xml.VolumePath
     written: dict[str, str]
     """Of a running guest: the nodes that QEMU has written to, and their files; see `live_merge`."""
+    served: dict[str, list[Path]] = field(default_factory=dict)
+    """Of a running guest: target -> chain that its server serves, the top first."""
     moved: tuple[tuple[Path, Path | None], ...] = ()
     """Images that would have another parent; the last entry of an image counts."""
     gone: tuple[Path, ...] = ()
@@ -149,6 +158,7 @@ class State:
                 Given(tuple(orphans)),
                 volume_resolver(conn, domain.name()),
                 written_here(domain) if domain.isActive() else {},
+                _served_chains(domain) if domain.isActive() else {},
             )
 
     def after(self, intent: Intent) -> State:
@@ -227,6 +237,11 @@ class State:
         return blocks + sum(size for path, size in self.grown if same_file(path, image))
 
 
+def _served_chains(domain: libvirt.virDomain) -> dict[str, list[Path]]:
+    found = statuses(domain.name(), inactive_xml(domain))
+    return {target: [*map(Path, said["chain"])] for target, said in found.items() if said is not None}
+
+
 def preview(
     state: State, names: Sequence[str]
 ) -> tuple[tuple[Deleted, ...], tuple[tuple[str, VmdkSnapError | OSError], ...]]:
@@ -239,7 +254,7 @@ def preview(
         except (VmdkSnapError, OSError) as error:
             failed.append((name, error))
             continue
-        deleted.append(Deleted(name, work_of(intent)))
+        deleted.append(deleted_by(intent))
         state = state.after(intent)
     return tuple(deleted), tuple(failed)
 
@@ -275,6 +290,11 @@ def work_of(intent: Intent) -> tuple[Work, ...]:
     return tuple(Work(**one | {name: tuple(one.get(name, ())) for name in lists}) for one in intent.work)
 
 
+def deleted_by(intent: Intent) -> Deleted:
+    """Return what the record tells of, for a report."""
+    return Deleted(intent.snapshot, work_of(intent), None if intent.memory is None else Path(intent.memory))
+
+
 def make_intent(state: State, name: str, *, metadata: bool) -> Intent:
     """Return the record of a delete; nothing has changed yet.
 
@@ -290,6 +310,7 @@ def make_intent(state: State, name: str, *, metadata: bool) -> Intent:
         planner = _Planner(state, name, texts)
         saved = xml.parse_snapshot(mine, state.volume_path)
         work = tuple(planner.plan(disk) for disk in saved.disks if disk.mode == "external")
+    memory = None if metadata else _memory_of(mine, texts)
     change = change_of(work)
     parents = {other: xml.parse_snapshot(text).parent for other, text in {**texts, name: mine}.items()}
     changed = {other: xml.relink(text, change) for other, text in texts.items()}
@@ -312,7 +333,18 @@ def make_intent(state: State, name: str, *, metadata: bool) -> Intent:
         current=state.current,
         work=tuple({**asdict(one), "moving": list(one.moving), "orphans": list(one.orphans)} for one in work),
         snapshots=tuple((other, text) for other, text in changed.items() if text != texts[other]),
+        memory=None if memory is None else str(memory),
     )
+
+
+def _memory_of(mine: str, others: Mapping[str, str]) -> Path | None:
+    """Return the file with the snapshot's memory, which no other snapshot has too."""
+    memory = xml.parse_snapshot(mine).memory_file
+    if memory is None or any(xml.parse_snapshot(text).memory_file == memory for text in others.values()):
+        return None
+    if memory.exists() and not os.access(memory.parent, os.W_OK | os.X_OK):
+        raise DomainError("-", f"{memory.parent} may not be written, so the memory {memory} cannot be deleted")
+    return memory
 
 
 def _descendants(name: str, parents: Mapping[str, str | None]) -> set[str]:
@@ -355,6 +387,10 @@ class _Planner:
         folders |= {real_file(folder) for folder in folders} | {real_file(file).parent for file in self._named}
         state = self._state
         children, parent = state.children(frozen, folders), state.parent(frozen, folders)
+        if (target := self._server_of(frozen)) is not None:
+            work = self._by_server(target, frozen, children, parent)
+            self._require_unneeded(work, folders)
+            return work
         live = self._goes_live(frozen, children)
         if not live:
             self._refuse_unwritten(disk.target, frozen, children)
@@ -385,6 +421,23 @@ class _Planner:
             return Work(target, "merge", str(frozen), child, moving, below, size, live, orphans)
         moving = tuple(map(str, children))
         return Work(target, "copy", str(frozen), None, moving, below, state.size(frozen), orphans=orphans)
+
+    def _server_of(self, frozen: Path) -> str | None:
+        """Return the target of the running guest whose server has the file in its chain."""
+        chains = self._state.served.items()
+        return next((target for target, chain in chains if place_in(chain, frozen) is not None), None)
+
+    def _by_server(self, target: str, frozen: Path, children: Sequence[Path], parent: Path | None) -> Work:
+        """Return the work of a server: what the file holds goes up into the image above, and the guest writes on."""
+        state, chain = self._state, self._state.served[target]
+        at = place_in(chain, frozen)
+        if not at or len(children) != 1 or not same_file(children[0], chain[at - 1]):
+            others = ", ".join(map(str, children)) or "nothing"
+            reason = f"disk {target}: {frozen} backs {others}, and its server can merge it into one image alone"
+            raise DomainError(state.name, f"{reason}: shut it down first")
+        below, orphans = None if parent is None else str(parent), tuple(map(str, state.orphans.paths))
+        size, moving = state.size(frozen), (str(children[0]),)
+        return Work(target, "copy", str(frozen), None, moving, below, size, orphans=orphans, served=True)
 
     def _require_unneeded(self, work: Work, folders: Collection[Path]) -> None:
         """Ask who else needs what the work changes or removes; overlays have been judged already."""

@@ -28,7 +28,10 @@ def check_work(domain: str, works: Sequence[Work], folders: Collection[Path]) ->
         touched = [Path(name) for name in (work.frozen, work.child, *work.moving) if name is not None]
         for image in [Path(work.child)] if work.child else [Path(work.frozen), *map(Path, work.moving)]:
             engine.read_links(image, trusted_dirs=sorted(folders))
-        if work.live:
+        if work.served:
+            _check_folder(domain, work)
+            _check_space(domain, work, folders)
+        if work.live or work.served:
             continue  # QEMU has the images, and says itself what it cannot do
         for image in touched:
             with open_one(image, folders, lock=True) as link:

@@ -36,6 +36,7 @@ from qemu_vmdk_snap.domain.delete.plan import (
     Work,
     change_of,
     chosen,
+    deleted_by,
     folders_of,
     make_intent,
     open_one,
@@ -48,8 +49,13 @@ from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain
 from qemu_vmdk_snap.domain.needs.needed import Given, place_in, real_file, require_none, same_file
 from qemu_vmdk_snap.domain.overlay.newfile import refresh_pools
 from qemu_vmdk_snap.domain.qemu.merge import merge_active
+from qemu_vmdk_snap.domain.served.guest import ready
+from qemu_vmdk_snap.domain.served.memory import unlink_memory
+from qemu_vmdk_snap.domain.served.merge import merge_in_server
+from qemu_vmdk_snap.domain.served.server import statuses
 from qemu_vmdk_snap.domain.state import define, inactive_xml
 from qemu_vmdk_snap.domain.xml.edits import keeping_description
+from qemu_vmdk_snap.domain.xml.served import served_disks
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -111,11 +117,12 @@ def delete(
     deleted: list[Deleted] = []
     with store.locked(domain.UUIDString(), domain.name()):
         recovered = recover_domain(conn, domain, store)
+        ready(conn, domain)
         wanted = without_finished([names] if isinstance(names, str) else names, domain, recovered)
         failed: list[tuple[str, VmdkSnapError | OSError]] = []
         for name in chosen(domain, wanted, scope):
             try:
-                work, said = _delete_one(conn, domain, store, name, orphans, on_progress, metadata=metadata)
+                done, said = _delete_one(conn, domain, store, name, orphans, on_progress, metadata=metadata)
             except (VmdkSnapError, OSError) as error:
                 if not keep_going:
                     raise
@@ -124,7 +131,7 @@ def delete(
                     break  # what was begun comes first
             else:
                 notes += said
-                deleted.append(Deleted(name, work))
+                deleted.append(done)
     refresh_pools(conn, [Path(one.frozen) for snapshot in deleted for one in snapshot.work])
     return DeleteReport(domain.name(), tuple(deleted), recovered, tuple(notes), tuple(failed))
 
@@ -138,18 +145,18 @@ def _delete_one(
     on_progress: OnProgress,
     *,
     metadata: bool,
-) -> tuple[tuple[Work, ...], list[str]]:
+) -> tuple[Deleted, list[str]]:
     intent = make_intent(State.read(conn, domain, orphans), name, metadata=metadata)
     work = work_of(intent)
     if not metadata:
-        _settle(intent)
+        _settle(domain, intent)
         check_work(domain.name(), work, folders_of(intent))
     plan = {"snapshot": name, "metadata": metadata, "operations": [line for one in work for line in one.lines()]}
     with dropin.around("delete", domain.name(), plan, uri=conn.getURI()) as said:
         for one in work:
             _log.info("domain %s: snapshot %r: %s: %s", domain.name(), name, one.target, "; ".join(one.lines()))
         _execute(conn, domain, store, intent, on_progress)
-    return work, said
+    return deleted_by(intent), said
 
 
 def without_finished(names: Sequence[str], domain: libvirt.virDomain, recovered: Recovery | None) -> list[str]:
@@ -166,6 +173,7 @@ def _execute(
     frozen_as = _cids(intent)
     store.write(intent)  # barrier: from here on `finish` knows what to do
     try:
+        _merge_served(domain, intent, on_progress)
         if intent.live:
             _merge_live(conn, domain, intent)
         else:
@@ -173,8 +181,8 @@ def _execute(
     except BaseException as error:
         begun = True
         with contextlib.suppress(VmdkSnapError, OSError):
-            _settle(intent)
-            begun = _names_merged(domain, intent) or _cids(intent) != frozen_as
+            _settle(domain, intent)
+            begun = _names_merged(domain, intent) or _cids(intent) != frozen_as or _served_some(domain, intent)
             if not begun:
                 store.remove(intent.uuid)  # the snapshot is as it was
         if begun and isinstance(error, (VmdkSnapError, OSError)):
@@ -205,7 +213,8 @@ def finish(
     Raises:
         VmdkSnapError, OSError: a step cannot be done now; the record must stay.
     """
-    _settle(intent)
+    _settle(domain, intent)
+    _merge_served(domain, intent, on_progress)
     if intent.live:
         _merge_live(conn, domain, intent)
     if not _names_merged(domain, intent):
@@ -218,14 +227,36 @@ def finish(
         for link in doomed:
             for file in own_files(link):
                 real_file(file).unlink(missing_ok=True)  # a symbolic link to it is the user's, and stays
+    unlink_memory(intent.memory, domain.name(), intent.uuid)
 
 
-def _settle(intent: Intent) -> None:
-    """Finish what was interrupted inside an operation on the images."""
+def _settle(domain: libvirt.virDomain, intent: Intent) -> None:
+    """Finish what was interrupted inside an operation on the images; a server settles what is its own."""
     from qemu_vmdk_snap import recover
 
-    for folder in {Path(one.frozen).parent for one in work_of(intent)}:
+    works = work_of(intent)
+    served = {Path(one.frozen).parent for one in works if one.served and domain.isActive()}
+    for folder in {Path(one.frozen).parent for one in works} - served:
         recover(folder)
+
+
+def _merge_served(domain: libvirt.virDomain, intent: Intent, on_progress: OnProgress) -> None:
+    """Let the servers of a running guest merge what they have in their chains, one disk after the other."""
+    works = [one for one in work_of(intent) if one.served]
+    if works and domain.isActive():
+        disks = served_disks(inactive_xml(domain))
+        for one in works:
+            merge_in_server(domain.name(), disks[one.target], Path(one.frozen), on_progress)
+
+
+def _served_some(domain: libvirt.virDomain, intent: Intent) -> bool:
+    """Return whether a server has merged its disk already."""
+    found = statuses(domain.name(), inactive_xml(domain))
+    for one in work_of(intent):
+        said = found.get(one.target)
+        if one.served and said is not None and place_in(map(Path, said["chain"]), one.frozen) is None:
+            return True
+    return False
 
 
 def _merge_live(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:

@@ -126,9 +126,10 @@ def _guarded(name: str, work: Callable[[], None], stderr: IO[str], *, failed: in
 
 def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
     with _deadline(policies.DEFAULT_DEADLINE) as extend:
-        text = direct_view(_read_xml(stdin))
-        policy = _policy(path, text)
+        policy = _policy(path)
         extend(policy.deadline)
+        text = direct_view(_read_xml(stdin))
+        _require_reason(path, text)
         disks = vmdk_disks(text, name)
         if policy.verify != "no":
             check_disks(disks, policy, name)
@@ -140,12 +141,21 @@ def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
             start_servers(text, policy, name)
 
 
-def _policy(path: Path, text: str) -> Policy:
-    """Return the policy; a domain with served disks needs none."""
-    if not path.exists() and served_disks(text):
-        connect = policies.DEFAULT_CONNECT if os.geteuid() == 0 else "qemu:///session"
-        return policies.Policy(path, connect=connect)
-    return policies.load(path)
+def _policy(path: Path) -> Policy:
+    """Return the policy; a domain with served disks needs none of its own."""
+    if path.exists():
+        return policies.load(path)
+    return policies.Policy(path, connect=policies.DEFAULT_CONNECT if os.geteuid() == 0 else "qemu:///session")
+
+
+def _require_reason(path: Path, text: str) -> None:
+    """Refuse a policy that is not there, but for a domain with served disks.
+
+    Raises:
+        OSError: there is none.
+    """
+    if not path.exists() and not served_disks(text):
+        policies.load(path)
 
 
 def _revert(disks: Sequence[Disk], policy: Policy, name: str, domain_xml: str) -> None:
@@ -166,8 +176,9 @@ def _revert(disks: Sequence[Disk], policy: Policy, name: str, domain_xml: str) -
 
 def _release(path: Path, name: str, stdin: IO[bytes]) -> None:
     with _deadline(policies.DEFAULT_DEADLINE):
+        policy = _policy(path)
         text = _read_xml(stdin)
-        policy = _policy(path, text)
+        _require_reason(path, text)
         if policy.serve and served_disks(text):
             from qemu_vmdk_snap.domain.hooks.serve import stop_servers
 

@@ -36,6 +36,7 @@ from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, subject_of
 from qemu_vmdk_snap.domain.qemu.agent import thaw_left
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.switch import follow_cid, written_files
+from qemu_vmdk_snap.domain.served import server
 from qemu_vmdk_snap.domain.served.guest import resume_from_memory
 from qemu_vmdk_snap.domain.served.hold import complete_switch, written_by_servers
 from qemu_vmdk_snap.domain.served.memory import unlink_memory
@@ -177,6 +178,8 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
 
 def _settle(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> Recovery:
     name = domain.name()
+    if not domain.isActive():
+        server.stop(name, inactive_xml(domain))  # an idle one keeps everybody from its images
     if intent.operation in FINISHERS:
         module, function = FINISHERS[intent.operation]
         finish = cast(Finisher, getattr(importlib.import_module(module), function))

@@ -71,10 +71,10 @@ def test_disks_of_both_kinds_are_snapshotted_at_one_instant_under_writes(guest: 
             before = writer.progress
             report = create_snapshot(guest.conn, guest.name, name)
             assert report.pause is not None
+            assert [disk.target for disk in report.disks] == ["sda", "vdb"]
             frozen = (report.disks[0].frozen, before, writer.progress)
             writer.wait(1)
             check_frozen(*frozen)
-    assert [disk.target for disk in report.disks] == ["sda", "vdb"]
     assert snapshot_info(guest.conn, guest.name, "s2").state == "disk-snapshot"
     probe.close()
     files = Needed.read(guest.conn, guest.domain).files_of(Needed.read(guest.conn, guest.domain).holders)
