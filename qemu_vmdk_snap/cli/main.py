@@ -163,6 +163,10 @@ def make_parser(
     """
     formatter = functools.partial(argparse.HelpFormatter, width=width)
     parser = _Parser(prog=prog, description=command.help, allow_abbrev=False, formatter_class=formatter)
+    group = prog.removeprefix(f"{PROGRAM} ")
+    if group in COMMANDS:  # `serve` is a command and a group
+        names = ", ".join(f"{group} {name}" for name in COMMANDS[group])
+        parser.epilog = f"Also: {names} ({GROUPS[group]})"
     add_arguments(module, parser)
     return parser
 

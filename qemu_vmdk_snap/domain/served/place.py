@@ -64,6 +64,8 @@ def make_folder(disk: ServedDisk) -> None:
         folder.mkdir(mode=0o711, parents=True)
         folder.chmod(0o711)  # whatever the umask says
     facts = folder.lstat()
+    if facts.st_uid == os.geteuid() and not facts.st_mode & stat.S_IXOTH:
+        folder.chmod(stat.S_IMODE(facts.st_mode) | stat.S_IXGRP | stat.S_IXOTH)  # a server keeps its own log there, too
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid not in (0, os.geteuid()):
         raise InvalidRequest(folder, "is no folder of this user: another one could plant sockets there")
     if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
