@@ -181,9 +181,9 @@ def test_the_demo_fails_on_any_difference(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], seen: int, status: int, word: str
 ) -> None:
     demo_that_ends(monkeypatch, seen)
-    assert demo.run(argparse.Namespace(keep=None), Ui()) == status
+    assert demo.run(argparse.Namespace(keep=None, served=False), Ui()) == status
     assert word in capsys.readouterr().out
-    assert demo.run(argparse.Namespace(keep=None), Ui(json_output=True)) == status
+    assert demo.run(argparse.Namespace(keep=None, served=False), Ui(json_output=True)) == status
     assert check("demo", capsys.readouterr().out)["same"] is (status == 0)
 
 
