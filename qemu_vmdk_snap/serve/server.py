@@ -42,6 +42,8 @@ class Server:
         self._note = note
         self.statistics = Statistics()
         self.stop_asked = threading.Event()
+        self.hidden: frozenset[Link] = frozenset()
+        """Links that nobody may open as an export: they are about to go."""
         self._others: dict[str, Stack] = {}
         self._clients: dict[socket.socket, str] = {}
         self._threads: set[threading.Thread] = set()
@@ -60,11 +62,14 @@ class Server:
 
     def names(self) -> list[str]:
         """Return the name of each export: the top, each link below it, then the others."""
-        return list(dict.fromkeys(["", *map(_name, self.stack.links[1:]), *self._others]))
+        return list(dict.fromkeys(["", *map(_name, self._frozen()), *self._others]))
 
     def _require_new(self, name: str) -> None:
         if name in self.names():
             raise InvalidRequest(f"export {name!r}", "is the name of another export")
+
+    def _frozen(self) -> list[Link]:
+        return [link for link in self.stack.links[1:] if link not in self.hidden]
 
     def open(self, name: str) -> Disk | None:
         """Return the export of that name, None where there is none."""
@@ -73,7 +78,7 @@ class Server:
         with self.stack.turn:
             if not name:
                 return Disk(self.stack)
-            link = next((link for link in self.stack.links[1:] if _name(link) == name), None)
+            link = next((link for link in self._frozen() if _name(link) == name), None)
             return None if link is None else Disk(self.stack, link)
 
     def snapshots_below(self, disk: Disk) -> list[str]:

@@ -431,12 +431,14 @@ class _Planner:
         """Return the work of a server: what the file holds goes up into the image above, and the guest writes on."""
         state, chain = self._state, self._state.served[target]
         at = place_in(chain, frozen)
-        if not at or len(children) != 1 or not same_file(children[0], chain[at - 1]):
-            others = ", ".join(map(str, children)) or "nothing"
-            reason = f"disk {target}: {frozen} backs {others}, and its server can merge it into one image alone"
-            raise DomainError(state.name, f"{reason}: shut it down first")
+        above = None if not at else place_in(children, chain[at - 1])
+        if above is None:
+            raise DomainError(state.name, f"disk {target}: its server does not serve {frozen} as the parent of another")
+        into = children[above]
+        others = [child for child in children if child is not into]
+        self._check(target, others)
         below, orphans = None if parent is None else str(parent), tuple(map(str, state.orphans.paths))
-        size, moving = state.size(frozen), (str(children[0]),)
+        size, moving = state.size(frozen), (str(into), *map(str, others))
         return Work(target, "copy", str(frozen), None, moving, below, size, orphans=orphans, served=True)
 
     def _require_unneeded(self, work: Work, folders: Collection[Path]) -> None:

@@ -16,7 +16,7 @@ from qemu_vmdk_snap.errors import CorruptChain, FormatError, LockBusy, VmdkSnapE
 from qemu_vmdk_snap.ops.journal.guard import check_unwritten
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
 from qemu_vmdk_snap.storage.durable import sweep_temporaries
-from qemu_vmdk_snap.storage.grainlog import waiting_in
+from qemu_vmdk_snap.storage.grainlog import waiting, waiting_in
 from qemu_vmdk_snap.storage.record import Operation, Pending, abandon, pending_in, sweep, taking_over
 
 FINISHERS: Final[dict[str, tuple[str, str]]] = {
@@ -71,6 +71,14 @@ def recover(
     sweep(home)
     done: list[Recovered] = []
     failure: Exception | None = None
+    # First what was acknowledged: whoever finishes an operation cuts off what no table names.
+    for one in waiting_in(home):
+        try:
+            if image in (None, one):
+                _adopt(one, confined(trusted_dirs))
+                done.append(Recovered(SERVE, one))
+        except (VmdkSnapError, OSError) as error:
+            failure = failure or error
     for pending in found:
         if image is not None and not pending.involves(image):
             continue
@@ -80,13 +88,6 @@ def recover(
             failure = failure or error
         else:
             done += [Recovered(operation.name, operation.image)] if operation is not None else []
-    for one in waiting_in(home):
-        try:
-            if image in (None, one):
-                _adopt(one, confined(trusted_dirs))
-                done.append(Recovered(SERVE, one))
-        except (VmdkSnapError, OSError) as error:
-            failure = failure or error
     swept = sweep_temporaries(home, image)
     if failure is not None:
         raise failure
@@ -118,12 +119,12 @@ def settle(folder: Path, *, opener: FileOpener = open_posix, resolver: Resolver 
     What is still running, or cannot be finished, is let alone: its images stay refused to writers, others are free.
     """
     allowed = resolver.trusted if isinstance(resolver, Confined) else ()
-    for pending in pending_in(folder, allowed=allowed):
-        with contextlib.suppress(LockBusy, CorruptChain):
-            _finish(pending, opener, allowed)
     for image in waiting_in(folder):
         with contextlib.suppress(LockBusy, CorruptChain, FormatError):
             _adopt(image, resolver or confined())
+    for pending in pending_in(folder, allowed=allowed):
+        with contextlib.suppress(LockBusy, CorruptChain):
+            _finish(pending, opener, allowed)
 
 
 def _adopt(image: Path, resolver: Resolver) -> None:
@@ -148,6 +149,10 @@ def _finish(pending: Pending, opener: FileOpener, allowed: Sequence[Path | str])
             return None
         if operation.name not in FINISHERS:
             raise CorruptChain(pending.path, f"operation {operation.name!r} is not known: a later version began it")
+        for image in operation.images:
+            if (left := waiting(image)) is not None:  # it could not be adopted: nothing may be cut off
+                left.close()
+                raise LockBusy(image, "what its killed server acknowledged and did not store")
         module, name = FINISHERS[operation.name]
         finisher = cast(Callable[[Operation, FileOpener], None], getattr(importlib.import_module(module), name))
         try:

@@ -19,6 +19,7 @@ from typing import Any, Final
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
 from qemu_vmdk_snap.serve.control.arguments import Arguments
+from qemu_vmdk_snap.serve.control.merge import Merger
 from qemu_vmdk_snap.serve.control.switch import Holder, Switcher
 from qemu_vmdk_snap.serve.server import Server
 
@@ -37,6 +38,7 @@ class Control:
         """Take the server, and what makes an object of an error."""
         self._server, self._describe = server, describe
         self._switcher = Switcher(server)
+        self._merger = Merger(server, self._switcher)
         self._places = threading.Semaphore(_MOST_CLIENTS)
         self._commands: dict[str, Command] = {
             "status": self._status,
@@ -44,6 +46,7 @@ class Control:
             "flush": self._flush,
             "stop": self._stop,
             **self._switcher.commands(),
+            **self._merger.commands(),
         }
 
     def accept(self, listener: socket.socket) -> None:
@@ -59,7 +62,8 @@ class Control:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def end(self) -> None:
-        """Take back what is prepared or held: the server ends."""
+        """Take back what is prepared or held, and stop a merge: the server ends."""
+        self._merger.end()
         self._switcher.end()
 
     def _serve(self, client: socket.socket) -> None:
@@ -102,7 +106,7 @@ class Control:
             "connections": server.connections,
             "clean": not stack.dirty,
             "held": self._switcher.held,
-            "merge": None,
+            "merge": self._merger.status(),
             "exports": server.names(),
             "statistics": server.statistics.as_dict(),
         }

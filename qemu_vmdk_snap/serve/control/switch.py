@@ -12,7 +12,7 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -53,6 +53,8 @@ class Switcher:
         self._one = threading.RLock()
         self._prepared: dict[str, _Prepared] = {}
         self._held: _Prepared | None = None
+        self.keep_locked: Link | None = None
+        """A link that is written by a merge: it stays locked for writing when it is frozen."""
 
     @property
     def held(self) -> bool:
@@ -69,6 +71,12 @@ class Switcher:
             "release": self._release,
             "switch": self._switch,
         }
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep every other command that changes the chain away for the block."""
+        with self._one:
+            yield
 
     def let_go(self, holder: Holder) -> None:
         """Take back what the holder holds: its connection is gone."""
@@ -199,7 +207,8 @@ class Switcher:
     def _settle(self, prepared: _Prepared) -> None:
         """Make a switch final: nobody writes the frozen link any more, and others may read it."""
         del self._prepared[prepared.token]
-        prepared.base.share()
+        if prepared.base is not self.keep_locked:
+            prepared.base.share()
         _log.info("%s: frozen, %s is the top", prepared.base.path, prepared.overlay)
 
     def _hold(self, prepared: _Prepared, holder: Holder) -> None:
@@ -248,6 +257,8 @@ class Switcher:
             self.require_free()
             if self._prepared:
                 raise InvalidRequest(path, "a snapshot is prepared: switch to it or abort it first")
+            if self.keep_locked is not None:
+                raise InvalidRequest(path, "a merge runs: wait for it, or cancel it")
             stack, server = self._stack, self._server
             if server.connections and not force:
                 reason = f'{server.connections} clients are connected, and would see another disk ("force": true)'

@@ -46,10 +46,12 @@ class Disk:
         self._lean: PlacedExtent | None = None
         self._changed(True)
         stack.on_change.append(self._changed)
+        stack.on_moved.append(self._moved)
 
     def close(self) -> None:
         """Hear no more of the stack."""
         self.stack.on_change.remove(self._changed)
+        self.stack.on_moved.remove(self._moved)
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` with what the disk holds from `offset` on."""
@@ -242,6 +244,9 @@ class Disk:
             extent = top.extents[0].extent
             if isinstance(extent, GrainExtent) and extent.grain_bytes == self.places.unit:
                 self._lean = top.extents[0]
+
+    def _moved(self, offset: int, length: int) -> None:
+        self.places.forget(offset, length)
 
     @property
     def name(self) -> str:

@@ -34,7 +34,8 @@ class TopNote:
                 note = json.loads(self._path.read_bytes())
                 image, top = Path(note["image"]), Path(note["top"])
                 trusted = [*trusted_dirs, image.parent]
-                if image == self._image and stands_on(top, image, confined(trusted)):
+                follows = not image.exists() or stands_on(top, image, confined(trusted))  # merged away, or below
+                if image == self._image and top.exists() and follows:
                     return top
         return self._image
 

@@ -45,6 +45,8 @@ class Stack:
         """The slots that are written in place."""
         self.on_change: list[Callable[[bool], None]] = []
         """Called after each change of links; the argument tells whether places known so far are still right."""
+        self.on_moved: list[Callable[[int, int], None]] = []
+        """Called with (offset, length) where grains have moved into the top."""
         self.log: GrainLog | None = None
         self.writing = False
         """Whether the top has been written since it became the top."""
@@ -113,6 +115,39 @@ class Stack:
         for number, placed in enumerate(top.extents):
             if isinstance(placed.extent, GrainExtent):
                 placed.extent.tell_entries(functools.partial(self.log.note, number))
+
+    @contextlib.contextmanager
+    def noting_late(self) -> Iterator[None]:
+        """Note what the block names when it has ended: until then the grains have no data. Take it back if it fails."""
+        log, named = self.log, list[tuple[int, int, int]]()
+        extents = [placed.extent for placed in self.top.extents]
+
+        def remember(number: int, grain: int, sector: int) -> None:
+            named.append((number, grain, sector))
+
+        for number, extent in enumerate(extents):
+            if isinstance(extent, GrainExtent):
+                extent.tell_entries(functools.partial(remember, number))
+        try:
+            yield
+            for entry in named:
+                if log is not None:
+                    log.note(*entry)
+        except BaseException:
+            for number, grain, _ in named:
+                extent = extents[number]
+                assert isinstance(extent, GrainExtent)
+                extent.forget_entry(grain)
+            raise
+        finally:
+            for number, extent in enumerate(extents):
+                if isinstance(extent, GrainExtent):
+                    extent.tell_entries(None if log is None else functools.partial(log.note, number))
+
+    def moved(self, offset: int, length: int) -> None:
+        """Tell every export that the range is stored elsewhere now; the caller has the turn."""
+        for listener in self.on_moved:
+            listener(offset, length)
 
     def end_writing(self) -> None:
         """Flush, and delete the log: nothing waits any more; the caller has the turn."""

@@ -171,6 +171,10 @@ class GrainExtent:
         """Let `on_entry` hear each (grain, sector) that a table names from now on, long before that is durable."""
         self._on_entry = on_entry
 
+    def forget_entry(self, grain: int) -> None:
+        """Let the parent answer again for a grain that was named since the last flush, and whose data did not come."""
+        self.tables.set_entry(grain, GTE_UNALLOCATED)
+
     def adopt_entry(self, grain: int, sector: int) -> None:
         """Name a grain that another process stored and did not live to name; durable after `flush`."""
         self._make_table(grain // self.tables.entries_per_table)
