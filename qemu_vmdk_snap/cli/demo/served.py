@@ -11,6 +11,7 @@ from qemu_vmdk_snap.cli.demo.scenario import DOMAIN, Demo, Point
 from qemu_vmdk_snap.domain.attach.run import attach, detach
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.create.run import create_snapshot
+from qemu_vmdk_snap.domain.delete.run import delete
 from qemu_vmdk_snap.domain.registry import list_snapshots
 from qemu_vmdk_snap.domain.revert.run import revert
 from qemu_vmdk_snap.domain.served.commands import start_servers, stop_servers
@@ -52,6 +53,8 @@ class ServedDemo(Demo):
             self._compare("domain", self._top().name, probe)
             probe.close()
             resumed = self._go_back(then)
+            self._delete("while-running")
+            self._compare("domain", self._top().name, resumed)
             resumed.power_off()
             self._wait_until_off()
             resumed.close()
@@ -100,10 +103,18 @@ class ServedDemo(Demo):
             region.content[:] = then[region.name]
         probe = attach_probe(self.serial)
         self._compare("domain", self._top().name, probe)
-        self.say(
-            f"revert with-memory: the guest runs on where it was after {time.monotonic() - started:.1f} s, no boot"
-        )
+        seconds = time.monotonic() - started
+        self.say(f"revert with-memory: the guest runs on where it was, without a boot, after {seconds:.1f} s")
         return probe
+
+    def _delete(self, name: str) -> None:
+        started = time.monotonic()
+        report = delete(self._conn, DOMAIN, name)
+        self.points = [point for point in self.points if point.name != name]
+        lines = "; ".join(
+            line.replace(f"{self.folder}/", "") for work in report.deleted[0].work for line in work.lines()
+        )
+        self.say(f"delete {name}, while the guest runs: {lines}, in {time.monotonic() - started:.1f} s")
 
     def _top(self) -> Path:
         path = list_disks(inactive_xml(find_domain(self._conn, DOMAIN)))[0].path

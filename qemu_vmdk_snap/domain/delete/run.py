@@ -250,11 +250,15 @@ def _merge_served(domain: libvirt.virDomain, intent: Intent, on_progress: OnProg
 
 
 def _served_some(domain: libvirt.virDomain, intent: Intent) -> bool:
-    """Return whether a server has merged its disk already."""
+    """Return whether a server has merged its disk already, or moved another branch."""
     found = statuses(domain.name(), inactive_xml(domain))
     for one in work_of(intent):
         said = found.get(one.target)
-        if one.served and said is not None and place_in(map(Path, said["chain"]), one.frozen) is None:
+        if not one.served or said is None:
+            continue
+        if place_in(map(Path, said["chain"]), one.frozen) is None:
+            return True
+        if not all(_is_backed_by(image, Path(one.frozen), folders_of(intent)) for image in map(Path, one.moving)):
             return True
     return False
 

@@ -10,20 +10,26 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qemu_vmdk_snap import open_chain
+from qemu_vmdk_snap import check_image, open_chain
 from qemu_vmdk_snap.domain.attach.run import attach, detach
 from qemu_vmdk_snap.domain.create.run import create_snapshot
+from qemu_vmdk_snap.domain.delete.run import delete
+from qemu_vmdk_snap.domain.doctor import check_domain
+from qemu_vmdk_snap.domain.dry_run import plan_delete
 from qemu_vmdk_snap.domain.needs.needed import Needed
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
-from qemu_vmdk_snap.domain.registry import snapshot_info
+from qemu_vmdk_snap.domain.registry import list_snapshots, snapshot_info
 from qemu_vmdk_snap.domain.revert.run import revert
+from qemu_vmdk_snap.domain.served.commands import stop_servers
+from qemu_vmdk_snap.domain.state import inactive_xml
+from qemu_vmdk_snap.domain.xml import list_disks
 from qemu_vmdk_snap.domain.xml.served import served_disks
 from qemu_vmdk_snap.errors import DomainError
 from qemu_vmdk_snap.harness import pattern
 from qemu_vmdk_snap.harness.probe import parse_answer
 from tests.domain.lab import xml_of
 from tests.domain.served.guests import ServedGuest, written_by
-from tests.e2e.live_guest import MIB, SECTOR, Writer, check_frozen
+from tests.e2e.live_guest import MIB, SECTOR, STARTS, Progress, Writer, check_frozen
 
 if TYPE_CHECKING:
     import libvirt
@@ -118,6 +124,41 @@ def test_memory_and_disk_are_of_one_instant_and_the_guest_resumes_there(
     with open_chain(top) as chain:
         assert chain.read_at(AT, LENGTH) == pattern(7, AT, LENGTH)
     assert written_by(frozen, 7, AT, LENGTH) == done
+
+
+def test_any_snapshot_is_deleted_inside_the_server_while_the_guest_writes(guest: ServedGuest) -> None:
+    probe = guest.start()
+    points: dict[str, tuple[Path, Progress, Progress]] = {}
+    memory = guest.folder / "m.memory"
+    with Writer(probe) as writer:
+        for number in range(5):
+            before = writer.progress
+            file = memory if number == 2 else None
+            report = create_snapshot(guest.conn, guest.name, f"s{number}", memory=file)
+            points[f"s{number}"] = (report.disks[0].frozen, before, writer.progress)
+            writer.wait(1)
+        for name in ("s2", "s0", "s4"):  # in the middle with its memory, the base, the newest
+            plan = plan_delete(guest.conn, guest.name, name)
+            done = delete(guest.conn, guest.name, name)
+            assert [one.as_dict() for one in plan.deleted] == [one.as_dict() for one in done.deleted]
+            assert not points.pop(name)[0].exists()
+            writer.wait(1)
+            for frozen in points.values():
+                check_frozen(*frozen)
+        assert not memory.exists()
+    assert [snapshot.name for snapshot in list_snapshots(guest.conn, guest.name)] == ["s1", "s3"]
+    seen = probe.crc(STARTS[0], 64 * 1024)
+    probe.close()
+    guest.domain.destroy()
+    stop_servers(guest.conn, guest.name)
+    (top,) = [disk.path for disk in list_disks(inactive_xml(guest.domain)) if disk.target == "sda"]
+    assert top is not None
+    checked = check_image(top, whole_chain=True)
+    assert (checked.corruptions, checked.check_errors) == (0, 0)
+    assert guest.start().crc(STARTS[0], 64 * 1024) == seen
+    assert all(check.verdict != "bad" for check in check_domain(guest.conn, guest.name))
+    guest.domain.destroy()
+    delete(guest.conn, guest.name, ["s1", "s3"])  # shut off: by the engine
 
 
 def counter_in_memory(guest: ServedGuest, file: Path) -> int:
