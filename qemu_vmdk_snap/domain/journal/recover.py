@@ -38,7 +38,7 @@ from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.switch import follow_cid, written_files
 from qemu_vmdk_snap.domain.served import server
 from qemu_vmdk_snap.domain.served.guest import resume_from_memory
-from qemu_vmdk_snap.domain.served.hold import complete_switch, written_by_servers
+from qemu_vmdk_snap.domain.served.hold import await_decided, complete_switch, written_by_servers
 from qemu_vmdk_snap.domain.served.memory import unlink_memory
 from qemu_vmdk_snap.domain.state import define, find_snapshot, inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.edits import same_xml, with_disks_back
@@ -189,6 +189,7 @@ def _settle(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
         return Recovery(name, intent.snapshot, finished=True, operation=intent.operation)
     with libvirt_errors(name, f"settle its unfinished snapshot {intent.snapshot!r}"):
         if intent.live and domain.isActive():
+            await_decided(name, intent.new_xml, _overlays(intent))
             if _switched(domain, intent):
                 complete_switch(name, intent.new_xml, _overlays(intent))
             else:

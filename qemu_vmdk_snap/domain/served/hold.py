@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.served.control import Control, status_of
@@ -22,6 +22,9 @@ from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
     import libvirt
+
+_DECIDING: Final = 5.0
+"""Seconds."""
 
 
 class Holds:
@@ -109,6 +112,18 @@ def check_served(domain: libvirt.virDomain, served: Mapping[str, ServedDisk], di
         if disk.path is None or not _same(str(status.get("top")), disk.path):
             reason = f"disk {disk.target}: the persistent XML names {disk.path}, but its server writes to"
             raise DomainError(name, f"{reason} {status.get('top')}: shut it down, or correct the XML")
+
+
+def await_decided(domain: str, domain_xml: str, overlays: Mapping[str, Path]) -> None:
+    """Wait until each server has gone over to its overlay for good, or has removed it: its client died just now."""
+    deadline = time.monotonic() + _DECIDING
+    for target, disk in served_disks(domain_xml).items():
+        overlay = overlays.get(target)
+        while overlay is not None and overlay.exists() and time.monotonic() < deadline:
+            status = status_of(domain, disk.control)
+            if status is None or (_same(str(status.get("top")), overlay) and not status.get("held")):
+                break
+            time.sleep(0.02)
 
 
 def written_by_servers(domain: str, domain_xml: str, candidates: Mapping[str, Path]) -> dict[str, Path]:

@@ -40,6 +40,8 @@ class _Prepared:
     overlay: Path
     link: Link
     base: Link
+    preparer: Holder | None = None
+    """Who has prepared it in a step of its own, and takes it back by going away before the switch is final."""
     holder: Holder | None = None
     """Who holds the clients on it, between the switch and the release."""
     timer: threading.Timer | None = field(default=None, repr=False)
@@ -79,10 +81,11 @@ class Switcher:
             yield
 
     def let_go(self, holder: Holder) -> None:
-        """Take back what the holder holds: its connection is gone."""
+        """Take back what the holder has prepared or holds: its connection is gone."""
         with self._one:
-            if self._held is not None and self._held.holder is holder:
-                self._abort(self._held)
+            for prepared in list(self._prepared.values()):
+                if holder in (prepared.preparer, prepared.holder):
+                    self._abort(prepared)
 
     def end(self) -> None:
         """Take back everything that is prepared or held: the server ends."""
@@ -113,7 +116,9 @@ class Switcher:
 
     def _snapshot_prepare(self, arguments: Arguments, holder: Holder) -> dict[str, Any]:
         with self._one:
-            return {"token": self._prepare(path_argument(arguments, "overlay")).token}
+            prepared = self._prepare(path_argument(arguments, "overlay"))
+            prepared.preparer = holder
+            return {"token": prepared.token}
 
     def _snapshot_switch(self, arguments: Arguments, holder: Holder) -> dict[str, Any]:
         with self._one:
