@@ -60,6 +60,10 @@ def check_memory(
         if disk.target not in taking_part:
             reason = f"disk {disk.target} {disk.refusal or 'is left out'}"
             raise DomainError(name, f"{reason}: memory without what the guest writes there could never be restored")
+    with libvirt_errors(name, "read its live XML"):
+        live = {disk.target for disk in xml.list_disks(domain.XMLDesc(0), lambda _pool, _volume: file)}
+    for target in sorted(live - {disk.target for disk in disks}):  # libvirt would put an overlay of its own on it
+        raise DomainError(name, f"disk {target} was plugged in while it runs, and is not in its persistent XML")
     if not file.is_absolute():
         raise InvalidRequest(file, "must be an absolute path: libvirt writes it")
     if os.path.lexists(file):
