@@ -36,6 +36,7 @@ QUICK: Final = (
     "domain/xml/",
     "domain/test_naming.py",
     "harness/",
+    "testing/test_from_a_wheel.py",
     "serve/test_served.py::test_what_was_acknowledged_is_there_after_a_kill",
     "e2e/test_guest.py",
 )

@@ -74,12 +74,14 @@ class Server:
     def open(self, name: str) -> Disk | None:
         """Return the export of that name, None where there is none."""
         if name in self._others:
-            return Disk(self._others[name])
+            other = self._others[name]
+            with other.turn:
+                return Disk.of(other)
         with self.stack.turn:
             if not name:
-                return Disk(self.stack)
+                return Disk.of(self.stack)
             link = next((link for link in self._frozen() if _name(link) == name), None)
-            return None if link is None else Disk(self.stack, link)
+            return None if link is None else Disk.of(self.stack, link)
 
     def snapshots_below(self, disk: Disk) -> list[str]:
         """Return the names of the links below that of the export: what may have changed since they were frozen."""

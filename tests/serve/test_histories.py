@@ -100,6 +100,25 @@ def test_killed_under_the_load_of_many_clients(scratch: Path) -> None:
         assert_clean(image)
 
 
+def test_each_client_sees_what_another_has_written(scratch: Path) -> None:
+    import nbd
+
+    create_image(scratch / "a.vmdk", SIZE)
+    with serving(scratch / "a.vmdk", scratch):
+        one, two = nbd.NBD(), nbd.NBD()
+        one.connect_unix(str(scratch / "s"))
+        two.connect_unix(str(scratch / "s"))
+        for number in range(1, 9):
+            at = number * 100_000
+            assert bytes(two.pread(100_000, at)) == bytes(100_000)
+            one.pwrite(bytes([number]) * 100_000, at)
+            assert bytes(two.pread(100_000, at)) == bytes([number]) * 100_000
+            two.zero(50_000, at)
+            assert bytes(one.pread(100_000, at)) == bytes(50_000) + bytes([number]) * 50_000
+        one.shutdown()
+        two.shutdown()
+
+
 def step(handle: object, chance: random.Random, model: bytearray) -> None:
     offset = chance.randrange(SIZE)
     length = min(SIZE - offset, chance.choice([1, 511, 512, 4096, 65536, 100_000, 1_300_000]))

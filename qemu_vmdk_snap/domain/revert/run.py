@@ -38,9 +38,9 @@ from qemu_vmdk_snap.domain.revert.apart import replaced_by, with_disks_of_today
 from qemu_vmdk_snap.domain.served import server
 from qemu_vmdk_snap.domain.served.guest import resume_from_memory
 from qemu_vmdk_snap.domain.served.memory import check_restorable
-from qemu_vmdk_snap.domain.state import check_state, define, find_snapshot, inactive_xml, volume_resolver
+from qemu_vmdk_snap.domain.state import check_state, define, find_snapshot, inactive_xml, lenient, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches, with_kept_branches
-from qemu_vmdk_snap.domain.xml.named import frozen_files
+from qemu_vmdk_snap.domain.xml.named import folders_named, frozen_files
 from qemu_vmdk_snap.domain.xml.served import served_disks, with_notes_of
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
@@ -74,6 +74,8 @@ class RevertReport:
     """Whether this is only what would be done."""
     memory: Path | None = None
     """The file that the guest has resumed from; None where it did not."""
+    already: bool = False
+    """In a dry run: whether the domain is at the snapshot already, shut off, with nothing written since."""
 
     @property
     def changed(self) -> bool:
@@ -91,7 +93,7 @@ class RevertReport:
             "discarded": [str(path) for path in self.discarded],
             "notes": list(self.notes),
             **({} if self.memory is None else {"memory": str(self.memory)}),
-        } | ({"dry-run": True} if self.dry_run else {})
+        } | ({"dry-run": True, "already": self.already} if self.dry_run else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +188,8 @@ def make_plan(
     now = _Now.read(domain, name)
     volume_path = volume_resolver(conn, domain.name())
     saved = xml.parse_snapshot(now.target, volume_path)
+    texts = (now.old_xml, now.target, *now.snapshots.values())
+    held.enter_context(engine.allowing(*folders_named(lenient(volume_path), *texts), below=False))
     taken = set().union(*(xml.files_in(one) for one in (now.old_xml, *now.snapshots.values())), pending_overlays(store))
     needed = Needed.read(conn, domain)
     frozen = _frozen_disks(domain.name(), saved)

@@ -22,7 +22,9 @@ from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
 from qemu_vmdk_snap.serve.control.arguments import Arguments, path_argument
 from qemu_vmdk_snap.serve.disk.opening import open_served
+from qemu_vmdk_snap.serve.disk.stack import log_for
 from qemu_vmdk_snap.serve.server import Server
+from qemu_vmdk_snap.storage.grainlog import GrainLog
 from qemu_vmdk_snap.storage.locks import lock_image
 
 _log = log.of(__name__)
@@ -42,6 +44,8 @@ class _Prepared:
     base: Link
     preparer: Holder | None = None
     """Who has prepared it in a step of its own, and takes it back by going away before the switch is final."""
+    log: GrainLog | None = None
+    """That of the overlay until the switch, that of the base from then on."""
     holder: Holder | None = None
     """Who holds the clients on it, between the switch and the release."""
     timer: threading.Timer | None = field(default=None, repr=False)
@@ -104,6 +108,8 @@ class Switcher:
         with self._one:
             prepared = self._prepare(path_argument(arguments, "overlay"))
             try:
+                with self._stack.turn:
+                    self._stack.flush()  # what has come meanwhile: the less is left for the pause
                 started = time.monotonic()
                 with self._stack.pause():
                     self._push(prepared)
@@ -124,6 +130,8 @@ class Switcher:
         with self._one:
             self.require_free()
             prepared = self._known(arguments)
+            with self._stack.turn:
+                self._stack.flush()
             started = time.monotonic()
             self._stack.hold()
             try:
@@ -182,6 +190,8 @@ class Switcher:
         prepared = _Prepared(secrets.token_hex(8), overlay, link, base)
         self._prepared[prepared.token] = prepared
         try:
+            link.renew_cid()  # here, so that nothing is waited for after the switch
+            prepared.log = log_for(link)
             self._server.remember_top(overlay)
         except BaseException:
             self._abort(prepared)
@@ -206,12 +216,13 @@ class Switcher:
         stack = self._stack
         if stack.top is not prepared.base:
             raise InvalidRequest(prepared.overlay, f"was prepared on {prepared.base.path}, which is no longer the top")
-        stack.end_writing()
-        stack.set_links([prepared.link, *stack.links], keep_places=True)
+        prepared.log = stack.add_top(prepared.link, prepared.log)
 
     def _settle(self, prepared: _Prepared) -> None:
         """Make a switch final: nobody writes the frozen link any more, and others may read it."""
         del self._prepared[prepared.token]
+        if prepared.log is not None:
+            prepared.log.remove()
         if prepared.base is not self.keep_locked:
             prepared.base.share()
         _log.info("%s: frozen, %s is the top", prepared.base.path, prepared.overlay)
@@ -241,9 +252,12 @@ class Switcher:
                 if not held:
                     stack.hold()
                     held = True
+                stack.end_writing()
                 stack.set_links(stack.links[1:], keep_places=False)
             with contextlib.suppress(OSError, VmdkSnapError):
                 self._server.remember_top(Path(stack.top.path))
+            if prepared.log is not None:
+                prepared.log.remove()
             prepared.link.close()
             with contextlib.suppress(FileNotFoundError):
                 prepared.overlay.unlink()

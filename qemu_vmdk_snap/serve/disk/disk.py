@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 from qemu_vmdk_snap import Link, WritableChain
 from qemu_vmdk_snap.serve.disk.places import (
@@ -30,12 +31,16 @@ from qemu_vmdk_snap.vmdk.grain.extent import GTE_ZEROED, GrainExtent
 
 _LAST: Final = WINDOW_UNITS - 1
 _ZEROS: Final = memoryview(bytes(MIB))
+_OPENING: Final = threading.Lock()
 
 
 class Disk:
     """What is seen from the top of a stack (`link` is None), or from one of its links downwards, read-only."""
 
+    _open: ClassVar[list[Disk]] = []
+
     def __init__(self, stack: Stack, link: Link | None = None) -> None:
+        self._users = 0
         self.stack = stack
         self.link = link
         self.read_only = stack.read_only or link is not None
@@ -44,14 +49,33 @@ class Disk:
         self.gone = False
         """Whether the link is no longer one of the chain."""
         self._lean: PlacedExtent | None = None
+        """The one extent of the top, where its grains are the units of the places."""
+        self._top_slot = 0
+        self._grain = memoryview(b"")
+        """Room for one grain that is filled up from below."""
         self._changed(True)
         stack.on_change.append(self._changed)
         stack.on_moved.append(self._moved)
 
+    @classmethod
+    def of(cls, stack: Stack, link: Link | None = None) -> Disk:
+        """Return the disk that all clients of the export share; the caller has the turn, and closes it."""
+        with _OPENING:
+            found = next((disk for disk in cls._open if disk.stack is stack and disk.link is link), None)
+            if found is None:
+                found = cls(stack, link)
+                cls._open.append(found)
+            found._users += 1
+            return found
+
     def close(self) -> None:
-        """Hear no more of the stack."""
-        self.stack.on_change.remove(self._changed)
-        self.stack.on_moved.remove(self._moved)
+        """Let go of the disk; with its last user it hears no more of the stack."""
+        with self.stack.turn, _OPENING:
+            self._users -= 1
+            if not self._users:
+                self._open.remove(self)
+                self.stack.on_change.remove(self._changed)
+                self.stack.on_moved.remove(self._moved)
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` with what the disk holds from `offset` on."""
@@ -92,7 +116,7 @@ class Disk:
             if place >= 0 and place >> SLOT_SHIFT in stack.top_slots:
                 self._write_stored(place, piece)
             else:
-                self._write_new(first, piece)
+                self._write_new(first, piece, place)
             done += size
         if stack.log is not None and len(stack.log) > MOST_NOTED:
             self.flush()
@@ -169,7 +193,7 @@ class Disk:
             while done < len(data):
                 done += os.pwrite(descriptor, data[done:], at + done)
 
-    def _write_new(self, offset: int, data: memoryview) -> None:
+    def _write_new(self, offset: int, data: memoryview, place: int) -> None:
         """Write where the top stores nothing, or in pieces: by the chain, whose tables are asked afterwards."""
         chain = self.stack.chain
         assert isinstance(chain, WritableChain)
@@ -177,8 +201,44 @@ class Disk:
             chain.write_at(offset, data)
             self.places.forget(offset, len(data))
             return
-        self._lean.extent.write(offset, data, lambda at, length: chain.read_below(1, at, length))
-        self._learn(offset, len(data))
+        extent, unit, done = self._lean.extent, self.places.unit, 0
+        assert isinstance(extent, GrainExtent)
+        while done < len(data):
+            at = offset + done
+            inside = at & (unit - 1)
+            whole = 0 if inside else (len(data) - done) // unit * unit
+            if whole:
+                self._placed(at, whole, extent.append(at >> self.places.shift, data[done : done + whole]))
+                done += whole
+                continue
+            piece = data[done : done + unit - inside]
+            self._write_part(extent, at, piece, place + done if place >= 0 else place)
+            done += len(piece)
+
+    def _write_part(self, extent: GrainExtent, offset: int, data: memoryview, place: int) -> None:
+        """Write a part of one grain that the top does not store; `place` is where the byte at `offset` is now."""
+        shift, unit = self.places.shift, self.places.unit
+        grain, inside = offset >> shift, offset & (unit - 1)
+        start = offset - inside
+        if place == ZERO:  # the rest of the grain is a hole of the file, which costs nothing
+            position = extent.append_hole(grain)
+            self._placed(start, unit, position)
+            self._write_stored(self._top_slot | position + inside, data)
+            return
+        whole = self._grain[:unit]
+        real = min(unit, self.capacity - start)
+        self._read_run(start, whole[:real], place - inside if place >= 0 else place)
+        whole[real:] = bytes(unit - real)
+        whole[inside : inside + len(data)] = data
+        self._placed(start, unit, extent.append(grain, whole))
+
+    def _placed(self, offset: int, length: int, position: int) -> None:
+        """Note that the top stores grains from `offset` on, at `position` of its file."""
+        places, shift, unit_bytes = self.places, self.places.shift, self.places.unit
+        place = self._top_slot | position
+        for unit in range(offset >> shift, offset + length >> shift):
+            places.window(unit >> WINDOW_SHIFT)[unit & _LAST] = place
+            place += unit_bytes
 
     def _learn(self, offset: int, length: int) -> None:
         """Note the places of grains that the top has just named."""
@@ -244,6 +304,9 @@ class Disk:
             extent = top.extents[0].extent
             if isinstance(extent, GrainExtent) and extent.grain_bytes == self.places.unit:
                 self._lean = top.extents[0]
+                self._top_slot = int(self.stack.slots[self._lean.source]) << SLOT_SHIFT
+                if len(self._grain) < self.places.unit:
+                    self._grain = memoryview(bytearray(self.places.unit))
 
     def _moved(self, offset: int, length: int) -> None:
         self.places.forget(offset, length)

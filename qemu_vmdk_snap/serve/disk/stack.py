@@ -27,6 +27,17 @@ MOST_NOTED: Final = 1 << 17
 """Entries after which the tables are stored although no client asked for a flush."""
 
 
+def log_for(top: Link) -> GrainLog | None:
+    """Return a new log for an image that is about to be written; None where there is no place for one."""
+    descriptor = top.file.fileno()
+    assert descriptor is not None
+    try:
+        return GrainLog.create(Path(top.path).resolve(), identity_of_open(descriptor), top.cid)
+    except OSError as error:
+        _log.info("%s: no log of grains (%s): tables are stored before each reply", top.path, error)
+        return None
+
+
 class Stack:
     """An open chain that is served. `links` and `chain` change only in a pause."""
 
@@ -59,7 +70,7 @@ class Stack:
         """Of each slot too."""
         self.set_links(links, keep_places=False)
 
-    def set_links(self, links: Sequence[Link], *, keep_places: bool) -> None:
+    def set_links(self, links: Sequence[Link], *, keep_places: bool, cid_renewed: bool = False) -> None:
         """Serve these links from now on, the top first; numbers their extents anew."""
         number = 0
         slots = []
@@ -70,8 +81,9 @@ class Stack:
                 link.extents[i] = placed._replace(source=number)
                 slots.append(self._slot(placed.extent.file))
                 number += 1
+        renewed = cid_renewed or (self.writing and links[0] is self.links[0])
         self.links = list(links)
-        self.chain = Chain(links) if self.read_only else WritableChain(links)
+        self.chain = Chain(links) if self.read_only else WritableChain(links, cid_renewed=renewed)
         self.slots = np.array(slots, np.int64)
         top = links[0].extents
         written = zip(links[0].descriptor.extents, top, strict=True)
@@ -99,22 +111,31 @@ class Stack:
             return
         assert isinstance(self.chain, WritableChain)
         self.chain.renew_cid()
-        self._start_log()
-        self.writing = True
+        self._start(log_for(self.top))
 
-    def _start_log(self) -> None:
-        top = self.top
-        descriptor = top.file.fileno()
-        assert descriptor is not None
-        try:
-            self.log = GrainLog.create(Path(top.path).resolve(), identity_of_open(descriptor), top.cid)
-        except OSError as error:
-            _log.info("%s: no log of grains (%s): tables are stored before each reply", top.path, error)
-            self.write_through = True
-            return
-        for number, placed in enumerate(top.extents):
+    def _start(self, log: GrainLog | None) -> None:
+        self.log, self.writing, self.write_through = log, True, log is None
+        for number, placed in enumerate(self.top.extents):
             if isinstance(placed.extent, GrainExtent):
-                placed.extent.tell_entries(functools.partial(self.log.note, number))
+                placed.extent.tell_entries(None if log is None else functools.partial(log.note, number))
+
+    def _stop(self) -> GrainLog | None:
+        self.flush()
+        for placed in self.top.extents:
+            if isinstance(placed.extent, GrainExtent):
+                placed.extent.tell_entries(None)
+        old, self.log, self.writing, self.write_through = self.log, None, False, False
+        return old
+
+    def add_top(self, link: Link, log: GrainLog | None) -> GrainLog | None:
+        """Let an empty overlay on the top, whose CID is new, be the top, with its log; return the old one's, ended.
+
+        The caller holds all connections, and removes the old log when he has let them go.
+        """
+        old = self._stop()
+        self.set_links([link, *self.links], keep_places=True, cid_renewed=True)
+        self._start(log)
+        return old
 
     @contextlib.contextmanager
     def noting_late(self) -> Iterator[None]:
@@ -151,15 +172,8 @@ class Stack:
 
     def end_writing(self) -> None:
         """Flush, and delete the log: nothing waits any more; the caller has the turn."""
-        if not self.writing:
-            return
-        self.flush()
-        for placed in self.top.extents:
-            if isinstance(placed.extent, GrainExtent):
-                placed.extent.tell_entries(None)
-        if self.log is not None:
-            self.log.remove()
-        self.log, self.writing, self.write_through = None, False, False
+        if self.writing and (old := self._stop()) is not None:
+            old.remove()
 
     def flush(self) -> None:
         """Make all that was written durable, for every connection; the caller has the turn."""

@@ -165,8 +165,12 @@ class _Handshake:
         if disk is None:
             self._reply(wire.REP_ERR_UNKNOWN, b"no such export")
             return False
-        self._describe(disk, name, wanted)
-        self._reply(wire.REP_ACK)
+        try:
+            self._describe(disk, name, wanted)
+            self._reply(wire.REP_ACK)
+        except BaseException:
+            disk.close()
+            raise
         if go:
             self._asked, self._disk = name, disk
         else:

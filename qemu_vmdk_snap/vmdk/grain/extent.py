@@ -211,6 +211,30 @@ class GrainExtent:
         self._name_grains(first, count, byte_sectors(position))
         return position
 
+    def append(self, first: int, data: Buffer) -> int:
+        """Store whole grains from `first` on, none of them stored yet; return the byte offset of the first in the file.
+
+        The data is in the file before anybody hears of the entries.
+        """
+        if len(self.tables.dirty) >= MAX_DIRTY_TABLES:
+            self.flush()
+        length = len(data)
+        position = self._place_at_end(length, first)
+        self._file.write_at(position, data)
+        self._file_size = position + length
+        self._name_grains(first, length // self._grain_bytes, byte_sectors(position))
+        return position
+
+    def append_hole(self, grain: int) -> int:
+        """Store one grain of zeros, as a hole of the file; return its byte offset."""
+        if len(self.tables.dirty) >= MAX_DIRTY_TABLES:
+            self.flush()
+        position = self._place_at_end(self._grain_bytes, grain)
+        self._file.truncate(position + self._grain_bytes)
+        self._file_size = position + self._grain_bytes
+        self._name_grains(grain, 1, byte_sectors(position))
+        return position
+
     def zero(self, offset: int, length: int) -> bool:
         """Mark whole grains, none of them stored, as zeros over any parent; False where there is no such mark."""
         if not self._has_zeroed:

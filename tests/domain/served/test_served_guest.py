@@ -14,7 +14,7 @@ from qemu_vmdk_snap import check_image, open_chain
 from qemu_vmdk_snap.domain.attach.run import attach, detach
 from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.delete.run import delete
-from qemu_vmdk_snap.domain.doctor import check_domain
+from qemu_vmdk_snap.domain.doctor.domain import check_domain
 from qemu_vmdk_snap.domain.dry_run import plan_delete
 from qemu_vmdk_snap.domain.needs.needed import Needed
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor

@@ -141,7 +141,7 @@ def fedora(tmp_path: Path) -> Machine:
 def test_help_names_every_command(debian: Machine) -> None:
     done = debian.run("--help")
     assert done.returncode == 0
-    assert all(f"\n  {word} " in done.stdout for word in ("demo", "test", "lint", "setup", "--no-system"))
+    assert all(f"\n  {word} " in done.stdout for word in ("demo", "test", "lint", "setup", "test-on", "--no-system"))
 
 
 @pytest.mark.parametrize(("words", "complaint"), [((), "usage"), (("x",), "unknown command x"), (("-x",), "option -x")])
@@ -164,6 +164,18 @@ def test_apt_installs_what_is_missing_and_only_that(tmp_path: Path, os_release: 
     assert install.split("--no-install-recommends ")[1].split() == shown
     assert {"qemu-system-x86", "python3-libvirt", "python3-venv"} <= set(shown)
     assert not {"seabios", "nasm"} & set(shown)
+
+
+def test_another_debian_takes_mmdebstrap_and_no_set_up(debian: Machine) -> None:
+    (debian.checkout / "tests/machines").mkdir(parents=True)
+    (debian.checkout / "tests/machines/test-on").write_text('echo "test-on $*" >>"$CALLS"\n')
+    assert debian.run("test-on", "debian13", "-k", "two words").returncode == 0
+    lines = debian.calls_file.read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["apt-get", "apt-get", "test-on"]
+    assert lines[1].endswith("--no-install-recommends mmdebstrap")
+    assert lines[2] == "test-on debian13 -k two words"
+    done = debian.run("--no-system", "test-on", "debian13")
+    assert (done.returncode, "test-on needs mmdebstrap" in done.stderr) == (1, True)
 
 
 def test_dnf_installs_what_is_missing_and_only_that(fedora: Machine) -> None:

@@ -57,6 +57,8 @@ def _fields(snapshot: SnapshotInfo) -> dict[str, object]:
     }
     if snapshot.memory_file is not None:
         fields["Memory"] = snapshot.memory_file
+    if snapshot.foreign:
+        fields["Foreign"] = f"{snapshot.foreign}: virsh reverts to it and deletes it"
     if snapshot.description:
         fields["Description"] = " ".join(snapshot.description.split())
     return fields
