@@ -42,6 +42,8 @@ class _Prepared:
     overlay: Path
     link: Link
     base: Link
+    preparer: Holder | None = None
+    """Who has prepared it in a step of its own, and takes it back by going away before the switch is final."""
     log: GrainLog | None = None
     """That of the overlay until the switch, that of the base from then on."""
     holder: Holder | None = None
@@ -83,10 +85,11 @@ class Switcher:
             yield
 
     def let_go(self, holder: Holder) -> None:
-        """Take back what the holder holds: its connection is gone."""
+        """Take back what the holder has prepared or holds: its connection is gone."""
         with self._one:
-            if self._held is not None and self._held.holder is holder:
-                self._abort(self._held)
+            for prepared in list(self._prepared.values()):
+                if holder in (prepared.preparer, prepared.holder):
+                    self._abort(prepared)
 
     def end(self) -> None:
         """Take back everything that is prepared or held: the server ends."""
@@ -119,7 +122,9 @@ class Switcher:
 
     def _snapshot_prepare(self, arguments: Arguments, holder: Holder) -> dict[str, Any]:
         with self._one:
-            return {"token": self._prepare(path_argument(arguments, "overlay")).token}
+            prepared = self._prepare(path_argument(arguments, "overlay"))
+            prepared.preparer = holder
+            return {"token": prepared.token}
 
     def _snapshot_switch(self, arguments: Arguments, holder: Holder) -> dict[str, Any]:
         with self._one:
