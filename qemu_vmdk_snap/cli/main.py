@@ -71,9 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complete() -> int:
-    from qemu_vmdk_snap.cli.pages.complete import answer
-
-    answer()  # ends the process
+    # By name: it is made of the table of commands, and of the parser here.
+    importlib.import_module("qemu_vmdk_snap.cli.pages.complete").answer()  # ends the process
     return 1
 
 
@@ -210,7 +209,7 @@ def make_parser(module: CommandModule, command: Command, prog: str, *, width: in
         names = ", ".join(f"{group} {name}" for name in COMMANDS[group])
         also = f"Also: {names} ({GROUPS[group]})"
     if width is None:
-        from qemu_vmdk_snap.cli.pages.examples import as_text
+        from qemu_vmdk_snap.cli.examples import as_text
 
         parser.epilog = "\n\n".join(text for text in (also, as_text(prog)) if text)
     add_arguments(module, parser)

@@ -18,9 +18,9 @@ from qemu_vmdk_snap.cli import exit_status
 from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL, Command
 from qemu_vmdk_snap.cli.demo import demo
 from qemu_vmdk_snap.cli.demo.scenario import Demo, Point, Region, Seen
+from qemu_vmdk_snap.cli.examples import EXAMPLES
 from qemu_vmdk_snap.cli.main import main, make_parser
 from qemu_vmdk_snap.cli.pages.catalogue import every_command
-from qemu_vmdk_snap.cli.pages.examples import EXAMPLES
 from qemu_vmdk_snap.cli.ui import Ui
 from tests.support.schemas import check
 
