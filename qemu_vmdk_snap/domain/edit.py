@@ -90,8 +90,10 @@ def rename(conn: libvirt.virConnect, domain_name: str, snapshot: str, name: str)
     return recovered
 
 
-def finish_rename(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
+def finish_rename(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> bool:
     """Do every step of a rename, whatever of it is done already; what was edited or deleted meanwhile stays so.
+
+    Returns True: it is never taken back.
 
     Raises:
         DomainError: another snapshot bears the new name by now, or libvirt refuses; the record must stay.
@@ -108,6 +110,7 @@ def finish_rename(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: I
     for other, text in below:  # forgetting the old name has changed their XML
         if other in there:
             _redefine(domain, keeping_description(text, there[other]), current=current == other)
+    return True
 
 
 def _same_snapshot(one: str, other: str) -> bool:

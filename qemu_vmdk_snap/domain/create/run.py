@@ -84,9 +84,7 @@ class SnapshotReport:
             "creation-time": self.creation_time,
             "parent": self.parent,
             "disks": [disk.as_dict() for disk in self.disks],
-            "pause": None
-            if pause is None
-            else {"disk-ms": pause.stalled, "cpu-ms": pause.stopped, "frozen-ms": pause.frozen},
+            "pause": None if pause is None else pause.as_dict(),
             "nvram": None if self.nvram is None else str(self.nvram),
             "live-xml-stale": self.live_xml_stale,
             "notes": list(self.notes),
@@ -149,6 +147,22 @@ def _release(domain: libvirt.virDomain) -> None:
         release_unused(Monitor(domain))
 
 
+def freeze_tops(
+    conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, targets: Sequence[str], snapshot: str
+) -> Pause | None:
+    """Let a running guest go on in new overlays on these disks, without a snapshot: what it wrote is frozen then.
+
+    The caller holds the domain's lock; `snapshot` is the one that this is done for. Returns how the guest was held up.
+
+    Raises:
+        VmdkSnapError, OSError: see `create_snapshot`.
+    """
+    with contextlib.ExitStack() as held:
+        plan = make_plan(conn, domain, Request(disks=targets), store, held)
+        intent = replace(plan.intent, operation="freeze", snapshot=snapshot, snapshot_xml="")
+        return _execute(conn, domain, store, replace(plan, intent=intent))
+
+
 def _report(plan: Plan, recovered: Recovery | None, pause: Pause | None, notes: Sequence[str]) -> SnapshotReport:
     header = plan.snapshot
     return SnapshotReport(
@@ -189,9 +203,10 @@ def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentS
         if plan.nvram is not None:
             freeze_nvram(intent.old_xml, plan.nvram)
         _define(conn, domain, intent)
-        with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):
-            register(domain, intent)
-        _log.info("domain %s: snapshot %r registered with libvirt", domain.name(), intent.snapshot)
+        if intent.operation == "create":
+            with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):
+                register(domain, intent)
+            _log.info("domain %s: snapshot %r registered with libvirt", domain.name(), intent.snapshot)
         if intent.live:
             pause = switch(domain, plan.disks, plan.quiesce, plan.tops)
     except BaseException as error:

@@ -47,12 +47,17 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-Finisher = Callable[["libvirt.virConnect", "libvirt.virDomain", Intent], None]
-"""Does every step of a recorded operation that is not done yet; doing it twice does no harm."""
+Finisher = Callable[["libvirt.virConnect", "libvirt.virDomain", Intent], "Recovery | None"]
+"""Does every step of a recorded operation that is not done yet; doing it twice does no harm. What it returns says what
+became of the operation; None is for one that is finished."""
 
 FINISHERS: Final[dict[str, tuple[str, str]]] = {
     "delete": ("qemu_vmdk_snap.domain.delete.run", "finish"),
     "rename": ("qemu_vmdk_snap.domain.edit", "finish_rename"),
+    "clone": ("qemu_vmdk_snap.domain.clone.run", "settle"),
+    "destroy": ("qemu_vmdk_snap.domain.destroy.run", "settle"),
+    "move": ("qemu_vmdk_snap.domain.move.run", "settle"),
+    "consolidate": ("qemu_vmdk_snap.domain.delete.run", "finish"),
 }
 """Operation -> module and function of its `Finisher`. One that is not here is settled by what the XML names."""
 
@@ -71,6 +76,8 @@ class Recovery:
     left: tuple[Path, ...] = ()
     """Overlays that were not removed, because they hold data or are not known to be ours."""
     operation: str = "create"
+    also: tuple[str, ...] = ()
+    """Snapshots that were deleted, or are not, in the same step."""
 
     def as_dict(self) -> dict[str, object]:
         """Return it with JSON's own types."""
@@ -97,12 +104,14 @@ def recover(conn: libvirt.virConnect, names: Sequence[str] = ()) -> list[Recover
         try:
             if not store.has(uuid) and not names:
                 continue
-            domain = _lookup(conn, store, uuid)
-            with store.locked(uuid, domain.name()):
-                result = recover_domain(conn, domain, store) if store.has(uuid) else None
-                if names and domain.isActive():
-                    with contextlib.suppress(VmdkSnapError):  # a detached disk that stays open is in nobody's way here
-                        release_unused(Monitor(domain))
+            result = _settle_destroyed(conn, store, uuid)
+            if result is None:
+                domain = _lookup(conn, store, uuid)
+                with store.locked(uuid, domain.name()):
+                    result = recover_domain(conn, domain, store) if store.has(uuid) else None
+                    if names and domain.isActive():
+                        with contextlib.suppress(VmdkSnapError):  # a detached disk that stays open is in nobody's way
+                            release_unused(Monitor(domain))
         except (VmdkSnapError, OSError) as error:
             failure = failure or error
         else:
@@ -112,6 +121,23 @@ def recover(conn: libvirt.virConnect, names: Sequence[str] = ()) -> list[Recover
     if failure is not None:
         raise failure
     return settled
+
+
+def _settle_destroyed(conn: libvirt.virConnect, store: IntentStore, uuid: str) -> Recovery | None:
+    """Finish the destroy of a domain that libvirt has forgotten already; None where there is no such one."""
+    import libvirt
+
+    with contextlib.suppress(libvirt.libvirtError):
+        conn.lookupByUUIDString(uuid)
+        return None
+    intent = store.read(uuid)
+    if intent is None or intent.operation != "destroy":
+        return None
+    with store.locked(uuid, intent.domain):
+        # By name, as the finishers.
+        result = importlib.import_module("qemu_vmdk_snap.domain.destroy.run").finish(conn, intent)
+        store.remove(uuid)
+    return cast(Recovery, result)
 
 
 def _lookup(conn: libvirt.virConnect, store: IntentStore, uuid: str) -> libvirt.virDomain:
@@ -155,7 +181,7 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
     if intent is None:
         register_anew(domain)  # what an earlier version has registered
         return None
-    _log.info("domain %s: the %s of snapshot %r is not finished: settling it", name, intent.operation, intent.snapshot)
+    _log.info("domain %s: %s is not finished: settling it", name, intent.what)
     try:
         result = _settle(conn, domain, intent)
         store.remove(intent.uuid)
@@ -164,8 +190,7 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
             reason = f"its record {store.path(intent.uuid)} is damaged ({type(error).__name__})"
         else:
             reason = error.reason if isinstance(error, DomainError) else str(error)
-        what = f"the {intent.operation} of snapshot {intent.snapshot!r} is not finished"
-        raise DomainError(name, f"{reason}; {what}: {ways_out(uri, name)}") from error
+        raise DomainError(name, f"{reason}; {intent.what} is not finished: {ways_out(uri, name)}") from error
     _log.info("domain %s: the %s is %s", name, intent.operation, "finished" if result.finished else "taken back")
     return result
 
@@ -175,10 +200,11 @@ def _settle(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
     if intent.operation in FINISHERS:
         module, function = FINISHERS[intent.operation]
         finish = cast(Finisher, getattr(importlib.import_module(module), function))
-        finish(conn, domain, intent)
+        result = finish(conn, domain, intent)
         if intent.live and intent.resume and domain.isActive():
             _resume(domain)
-        return Recovery(name, intent.snapshot, finished=True, operation=intent.operation)
+        done = Recovery(name, intent.snapshot, finished=True, operation=intent.operation, also=intent.also)
+        return result or done
     with libvirt_errors(name, f"settle its unfinished snapshot {intent.snapshot!r}"):
         if intent.live and domain.isActive() and not _switched(domain, intent):
             _back_to_old(conn, domain, intent)
@@ -198,14 +224,14 @@ def _settle_create(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: 
     name = domain.name()
     if _named(domain, intent):
         _repair_cids(intent)
-        if _registered(domain, intent) is None:
+        if intent.operation == "create" and _registered(domain, intent) is None:
             _register_late(domain, intent)
-        return Recovery(name, intent.snapshot, finished=True)
+        return Recovery(name, intent.snapshot, finished=True, operation=intent.operation)
     if _registered(domain, intent) is not None:
         return Recovery(name, intent.snapshot, finished=True)
     left = overlays.unlink_overlays(conn, domain, intent)
     discard_nvram(conn, domain, intent.snapshot_xml)
-    return Recovery(name, intent.snapshot, finished=False, left=left)
+    return Recovery(name, intent.snapshot, finished=False, left=left, operation=intent.operation)
 
 
 def _register_late(domain: libvirt.virDomain, intent: Intent) -> None:

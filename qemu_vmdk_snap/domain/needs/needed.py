@@ -151,10 +151,12 @@ class Needed:
         orphans: Given,
         *,
         settled: Callable[[Holder, Walk], bool] = lambda *_: False,
+        apart: Callable[[Holder], bool] = lambda _: False,
     ) -> Iterator[tuple[Path | str, str]]:
         """Yield who of the holders needs one of the files, or may: (who, the end of the sentence).
 
-        `settled` says of a chain that has one of them whether the operation takes care of it.
+        `settled` says of a chain that has one of them whether the operation takes care of it. `apart` says of a chain
+        whose files cannot all be looked at whether it can have nothing to do with them.
         """
         wanted = {one for path in files if (one := identity(path)) is not None}
         for holder in holders:
@@ -164,7 +166,7 @@ class Needed:
             if at is not None:
                 if not any(map(orphans.has, walk.files[: at + 1])) and not settled(holder, walk):
                     yield holder.owner, _how(holder, top, walk.files[at])
-            elif walk.unseen is None or _is_past(holder, top):
+            elif walk.unseen is None or _is_past(holder, top) or apart(holder):
                 continue
             elif not (top and orphans.has(top)) and not orphans.has(walk.unseen[0]):
                 path, reason = walk.unseen
@@ -221,7 +223,7 @@ class Walker:
         for holder in holders:
             for path in self.walk(holder.chain).files:
                 folders |= {path.parent, real_file(path).parent}
-        return {folder for folder in folders if folder.is_dir() and not real_file(folder).is_relative_to("/dev")}
+        return {folder for folder in folders if folder.is_dir() and not _is_of_devices(real_file(folder))}
 
     def _below(self, file: NamedFile) -> tuple[tuple[Path, ...], tuple[Path, str] | None]:
         try:
@@ -267,6 +269,11 @@ def _is_past(holder: Holder, top: Path | None) -> bool:
         return identity_of(top) is None
     except OSError:
         return False
+
+
+def _is_of_devices(folder: Path) -> bool:
+    """Return whether the folder has devices, which are not looked at; /dev/shm has files."""
+    return folder.is_relative_to("/dev") and not folder.is_relative_to("/dev/shm")
 
 
 def _disk(holder: Holder) -> str:

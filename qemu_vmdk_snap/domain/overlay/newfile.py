@@ -29,19 +29,30 @@ def make_overlay(domain: str, disk: PlannedDisk) -> tuple[int, int]:
         FileExistsError: something bears the name.
     """
     engine.create_overlay(disk.overlay, disk.frozen, mode=0o600)
+    # An overlay exists to be written, also on a base that was made read-only to protect it.
+    return follow_base(domain, disk.overlay, disk.frozen)
+
+
+def follow_base(domain: str, path: Path, model: Path, mode: int = stat.S_IWUSR) -> tuple[int, int]:
+    """Give the new file `path` owner, mode, ACL and label of `model`, durably; return its device and inode.
+
+    `mode` are bits that are set besides those of `model`.
+
+    Raises:
+        DomainError: it cannot be given the owner or the label; it is not left behind.
+    """
     try:
         with contextlib.ExitStack() as stack:
-            base = _opened(disk.frozen, os.O_RDONLY, stack)
-            fd = _opened(disk.overlay, os.O_RDWR | os.O_NOFOLLOW, stack)
+            base = _opened(model, os.O_RDONLY, stack)
+            fd = _opened(path, os.O_RDWR | os.O_NOFOLLOW, stack)
             made = os.fstat(fd)
             try:
-                # An overlay exists to be written, also on a base that was made read-only to protect it.
-                engine.copy_attributes(base, fd, names=_FOLLOWED, mode=stat.S_IWUSR)
+                engine.copy_attributes(base, fd, names=_FOLLOWED, mode=mode)
             except OSError as error:
-                raise DomainError(domain, f"{disk.overlay}: {error.strerror}") from error
+                raise DomainError(domain, f"{path}: {error.strerror}") from error
             os.fsync(fd)
     except BaseException:
-        disk.overlay.unlink()
+        path.unlink()
         raise
     return made.st_dev, made.st_ino
 
