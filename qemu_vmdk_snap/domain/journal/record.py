@@ -121,6 +121,8 @@ class Intent:
     """(name, XML): of a delete and a move, the new one of snapshots that name other files then; of a destroy, all."""
     merges: tuple[Merge, ...] = ()
     """Of a delete under a running guest: what is exchanged beneath it."""
+    nvram: tuple[str, ...] = ()
+    """Of a delete: the frozen copies of UEFI variables that go."""
     also: tuple[str, ...] = ()
     """Of a delete: the snapshots that go with it, in the same step."""
     memory: str | None = None
