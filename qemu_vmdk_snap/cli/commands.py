@@ -56,7 +56,10 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
     },
     "guest": {
         "boot": Command(f"{_HERE}.guest.boot", "boot the probe guest on an image"),
-        "verify": Command(f"{_HERE}.guest.verify", "check that a guest reads what the engine reads"),
+        "verify": Command(
+            f"{_HERE}.guest.verify", "check what a guest reads from an image or domain, or that its system boots"
+        ),
+        "linux": Command(f"{_HERE}.guest.linux", "make the Linux guest of the harness, of the distribution's packages"),
     },
     "hook": {
         "install": Command(f"{_HERE}.hook.install", "install the libvirt hook"),

@@ -28,6 +28,8 @@ MACHINES: Final = ("pc", "q35")
 EXECUTABLE: Final = "qemu-system-x86_64"
 MEMORY_MIB: Final = 16
 MAX_DISKS: Final = 4
+COMMANDS: Final = "qemu-vmdk-snap"
+"""The name of the port for commands."""
 
 _UEFI: Final = (
     Path("/usr/share/OVMF/OVMF_CODE_4M.fd"),
@@ -69,7 +71,7 @@ class Setup:
     uefi: bool = False
     """Boot by UEFI from the disk; the probe, which needs a BIOS, then cannot run."""
     kernel: tuple[str, ...] = ()
-    """QEMU's arguments for a kernel that it boots itself, in the probe's place."""
+    """QEMU's arguments for a kernel that it boots itself, in the probe's place; it is told what to do over a port."""
     hold: bool = False
     """Leave a guest that fails running, its console and monitor on sockets."""
 
@@ -97,6 +99,8 @@ class Channels:
     serial: int
     qmp: int
     sockets: Path | None = None
+    commands: int | None = None
+    """For a guest that is told what to do over a port of its own, beside the serial line."""
 
 
 def arguments(setup: Setup, folder: Path, channels: Channels) -> list[str]:
@@ -107,6 +111,9 @@ def arguments(setup: Setup, folder: Path, channels: Channels) -> list[str]:
     if channels.sockets is not None:
         words += ["-chardev", f"socket,id=monitor,path={_escaped(channels.sockets / 'monitor')},server=on,wait=off"]
         words += ["-mon", "chardev=monitor,mode=readline", "-no-shutdown"]
+    if channels.commands is not None:
+        words += ["-device", "virtio-serial-pci", "-chardev", f"socket,id=commands,fd={channels.commands}"]
+        words += ["-device", f"virtserialport,chardev=commands,name={COMMANDS}"]
     return [*_board(setup), *words, *_disks(setup, {}), *_boot(setup, folder), *setup.qemu_args]
 
 

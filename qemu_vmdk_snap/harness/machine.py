@@ -44,8 +44,11 @@ class Machine:
         *,
         expect: bytes | re.Pattern[bytes] | None = None,
         failures: Sequence[bytes | re.Pattern[bytes]] = PANICS,
+        patience: float = SILENT_SECONDS,
     ) -> None:
         """Start QEMU, its logs going to `folder`, and wait for the probe, or for `expect`; `boot` is the usual way.
+
+        `patience` is how long what is expected may show no sign of life.
 
         Raises:
             PluginError: QEMU is not installed.
@@ -69,7 +72,7 @@ class Machine:
             if expect is None:
                 self.probe.wait_for_boot(seconds)
             else:
-                self.console.patience = SILENT_SECONDS
+                self.console.patience = patience
                 self.found = self.console.wait_for(expect, seconds, failures)
         except BaseException:
             self.kill()
@@ -83,11 +86,13 @@ class Machine:
             (folder / "probe.img").write_bytes(floppy_image())
         serial, their_serial = socket.socketpair()
         monitor, their_monitor = socket.socketpair()
-        with serial, their_serial, their_monitor, (folder / "stderr.log").open("wb") as stderr:
-            fds = their_serial.fileno(), their_monitor.fileno()
+        port, their_port = socket.socketpair()
+        with serial, port, their_serial, their_monitor, their_port, (folder / "stderr.log").open("wb") as stderr:
+            fds = their_serial.fileno(), their_monitor.fileno(), their_port.fileno()
             # A path of pytest's is often too long for a Unix socket.
             self._sockets = Path(tempfile.mkdtemp(prefix="vmdk-", dir="/tmp")) if setup.hold else None
-            self.command = [executable, *arguments(setup, folder, Channels(*fds, self._sockets))]
+            channels = Channels(fds[0], fds[1], self._sockets, fds[2] if setup.kernel else None)
+            self.command = [executable, *arguments(setup, folder, channels)]
             self.command_by_hand = shlex.join([executable, *by_hand(setup, folder)])
             (folder / "command").write_text(f"{self.command_by_hand}\n")
             self._log = (folder / "serial.log").open("wb", buffering=0)
@@ -95,11 +100,15 @@ class Machine:
                 self.command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, pass_fds=fds
             )
             self.qmp = Qmp(monitor, setup.image.name, folder / "qmp.log")
-            line = Console(serial.detach(), self._process.pid, self.qmp, folder / "firmware.log", self.failure)
-        line.logfile_read = self._log
+            main = port.detach() if setup.kernel else serial.detach()
+            line = Console(main, self._process.pid, self.qmp, folder / "firmware.log", self.failure)
+            if setup.kernel:
+                line.listen(serial.detach(), self._log)
+            else:
+                line.logfile_read = self._log
         line.explain_end = self._death
         self.console = line
-        """The guest's serial line: `expect` and `send` as pexpect has them."""
+        """The guest's serial line, or the port for its commands: `expect` and `send` as pexpect has them."""
         self.probe = ProbeSession(line, setup.image.name, self._death, self.failure)
         self.probe.memory = self.memory
 
@@ -193,6 +202,8 @@ class Machine:
         elif self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+        with contextlib.suppress(GuestError):  # a panic, of which nobody waits to hear any more
+            self.console.drain()
         self.probe.close()
         self.qmp.close()
         self._log.close()
@@ -235,7 +246,7 @@ class Machine:
         )
 
 
-class _Booting(AbstractContextManager[Machine]):
+class Booting(AbstractContextManager[Machine]):
     """A machine from its start to its end, and what becomes of its logs."""
 
     def __init__(self, setup: Setup, log_dir: Path | None, chain: Known | None, options: dict[str, Any]) -> None:
@@ -342,7 +353,7 @@ def boot(
         hold=hold,
     )
     known = image if isinstance(image, Known) else None
-    return _Booting(
+    return Booting(
         setup,
         log_dir,
         known,
