@@ -170,6 +170,12 @@ class NoDomain(DomainError):
     code = "no-domain"
 
 
+class DomainExists(DomainError):
+    """The connection has a domain of that name already."""
+
+    code = "domain-exists"
+
+
 class NoSnapshot(DomainError):
     """The domain has no such snapshot, or no current one."""
 
@@ -186,6 +192,12 @@ class DomainBusy(DomainError):
     """Another command is changing the snapshots of the domain."""
 
     code = "locked"
+
+
+class NotWhileRunning(DomainError):
+    """What was asked for cannot be done while the guest runs; it can once it is shut off."""
+
+    code = "not-while-running"
 
 
 class GuestError(VmdkSnapError):

@@ -10,6 +10,8 @@ class Command(NamedTuple):
 
     module: str
     help: str
+    monitoring: bool = False
+    """Whether it is a monitoring plugin: it has exit statuses of its own, 0 to 3, also where it fails."""
 
 
 _HERE: Final = "qemu_vmdk_snap.cli"
@@ -29,30 +31,48 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
         "map": Command(f"{_HERE}.image.map", "show which file stores each part of the guest's disk"),
         "compare": Command(f"{_HERE}.image.compare", "check whether a guest reads the same bytes from two images"),
         "convert": Command(f"{_HERE}.image.convert", "copy what a guest reads into a new image"),
-        "commit": Command(f"{_HERE}.image.commit", "merge an overlay into an image of its backing chain"),
-        "rebase": Command(f"{_HERE}.image.rebase", "change the parent of an image, or make it independent"),
-        "resize": Command(f"{_HERE}.image.resize", "make the disk of an image larger"),
+        "commit": Command(f"{_HERE}.image.edit.commit", "merge an overlay into an image of its backing chain"),
+        "rebase": Command(f"{_HERE}.image.edit.rebase", "change the parent of an image, or make it independent"),
+        "resize": Command(f"{_HERE}.image.edit.resize", "make the disk of an image larger"),
         "measure": Command(f"{_HERE}.image.measure", "calculate the size of a new image"),
-        "compact": Command(f"{_HERE}.image.compact", "free the space of leaked grains and of zeros"),
+        "compact": Command(f"{_HERE}.image.edit.compact", "free the space of leaked grains and of zeros"),
         "diff": Command(
             f"{_HERE}.image.diff", "list what changed between two images of a chain, or write it to a delta"
         ),
-        "apply": Command(f"{_HERE}.image.apply", "merge a delta into a copy of its base"),
-        "remove": Command(f"{_HERE}.image.remove", "delete an image; the images that it backs keep their contents"),
+        "apply": Command(f"{_HERE}.image.edit.apply", "merge a delta into a copy of its base"),
+        "remove": Command(
+            f"{_HERE}.image.edit.remove", "delete an image; the images that it backs keep their contents"
+        ),
     },
     "snapshot": {
         "create": Command(
             f"{_HERE}.snapshot.create", "create a snapshot: the disks of a domain continue in new overlays"
         ),
-        "list": Command(f"{_HERE}.snapshot.list", "list the snapshots of a domain"),
-        "info": Command(f"{_HERE}.snapshot.info", "show one snapshot and its disks"),
-        "adopt": Command(f"{_HERE}.snapshot.adopt", "register snapshots that VMware made, or that were made by hand"),
+        "list": Command(f"{_HERE}.snapshot.show.list", "list the snapshots of a domain"),
+        "info": Command(f"{_HERE}.snapshot.show.info", "show one snapshot and its disks"),
+        "parent": Command(f"{_HERE}.snapshot.show.parent", "show the parent of a snapshot"),
+        "dumpxml": Command(f"{_HERE}.snapshot.show.dumpxml", "print the XML of a snapshot"),
+        "adopt": Command(
+            f"{_HERE}.snapshot.edit.adopt", "register snapshots that VMware made, or that were made by hand"
+        ),
         "revert": Command(f"{_HERE}.snapshot.revert", "return a domain to a snapshot"),
         "delete": Command(f"{_HERE}.snapshot.delete", "delete snapshots; all others keep their contents"),
         "prune": Command(f"{_HERE}.snapshot.prune", "delete the snapshots that a policy does not keep"),
-        "current": Command(f"{_HERE}.snapshot.current", "show or set the current snapshot"),
-        "rename": Command(f"{_HERE}.snapshot.rename", "rename a snapshot"),
-        "describe": Command(f"{_HERE}.snapshot.describe", "change the description of a snapshot"),
+        "current": Command(f"{_HERE}.snapshot.show.current", "show or set the current snapshot"),
+        "rename": Command(f"{_HERE}.snapshot.edit.rename", "rename a snapshot"),
+        "describe": Command(f"{_HERE}.snapshot.edit.describe", "change the description of a snapshot"),
+        "clone": Command(
+            f"{_HERE}.snapshot.whole.clone", "make a new domain of a snapshot, or of a domain that is shut off"
+        ),
+        "destroy": Command(
+            f"{_HERE}.snapshot.whole.destroy", "undefine a domain and delete every file that is its alone"
+        ),
+        "move": Command(
+            f"{_HERE}.snapshot.whole.move", "move the files of a domain and its snapshots to another folder"
+        ),
+        "consolidate": Command(
+            f"{_HERE}.snapshot.whole.consolidate", "merge the links of a domain's chains that no snapshot has"
+        ),
     },
     "guest": {
         "boot": Command(f"{_HERE}.guest.boot", "boot the probe guest on an image"),
@@ -70,9 +90,16 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
 }
 
 TOP_LEVEL: Final[dict[str, Command]] = {
+    "serve": Command(f"{_HERE}.serve", "serve the disk of an image over NBD: snapshots and merges while it is used"),
     "recover": Command(f"{_HERE}.recover", "finish or undo an operation that was interrupted"),
     "doctor": Command(f"{_HERE}.doctor", "check this host, or a domain and its snapshots, for problems"),
-    "demo": Command(f"{_HERE}.demo", "prove a chain of snapshots by booting guests, in an empty folder"),
-    "completion": Command(f"{_HERE}.completion", "print a script that lets a shell complete commands"),
-    "manual": Command(f"{_HERE}.manual", "write the manual pages"),
+    "metrics": Command(
+        f"{_HERE}.monitor.metrics", "print what Prometheus collects about domains, snapshots and chains"
+    ),
+    "monitor": Command(
+        f"{_HERE}.monitor.monitor", "check ages, counts, depths and sizes, as a plugin of Nagios", monitoring=True
+    ),
+    "demo": Command(f"{_HERE}.demo.demo", "prove a chain of snapshots by booting guests, in an empty folder"),
+    "completion": Command(f"{_HERE}.pages.completion", "print a script that lets a shell complete commands"),
+    "manual": Command(f"{_HERE}.pages.manual", "write the manual pages"),
 }

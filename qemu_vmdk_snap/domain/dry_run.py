@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 from qemu_vmdk_snap.domain.connect import find_domain
 from qemu_vmdk_snap.domain.create.plan import Request, make_plan
 from qemu_vmdk_snap.domain.create.run import SnapshotReport
-from qemu_vmdk_snap.domain.delete.plan import Deleted, Scope, State, chosen, folders_of, make_intent, work_of
-from qemu_vmdk_snap.domain.delete.preflight import check_work
+from qemu_vmdk_snap.domain.delete.plan import Scope, State, chosen
+from qemu_vmdk_snap.domain.delete.preview import preview
 from qemu_vmdk_snap.domain.delete.run import DeleteReport
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.revert.run import After, RevertReport
 from qemu_vmdk_snap.domain.revert.run import make_plan as plan_of_revert
+from qemu_vmdk_snap.domain.revert.there import is_there
 from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def plan_create(
             change.
     """
     request = Request(name, description, disks, required, exclude, overlays or {}, quiesce)
-    with _planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
+    with planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
         plan = make_plan(conn, domain, request, store, held)
     header = plan.snapshot
     return SnapshotReport(
@@ -55,6 +56,7 @@ def plan_create(
         header.parent,
         plan.disks,
         plan.skipped,
+        plan.nvram,
         recovered=None,
         dry_run=True,
     )
@@ -70,10 +72,13 @@ def plan_revert(
     Raises:
         DomainError: an operation on the domain is unfinished; and all that `revert` raises before its first change.
     """
-    with _planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
+    with planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
         plan = plan_of_revert(conn, domain, snapshot, after, store, held, discard=discard)
+        already = is_there(conn, domain, plan)
     kept, gone = ((), plan.old_tops) if discard else (plan.old_tops, ())
-    return RevertReport(domain.name(), snapshot, plan.state, plan.disks, kept, gone, recovered=None, dry_run=True)
+    return RevertReport(
+        domain.name(), snapshot, plan.state, plan.disks, kept, gone, recovered=None, dry_run=True, already=already
+    )
 
 
 def plan_delete(
@@ -90,21 +95,21 @@ def plan_delete(
     Raises:
         DomainError: an operation on the domain is unfinished; and all that `delete` raises before its first change.
     """
-    deleted: list[Deleted] = []
-    with _planning(conn, domain_name) as (domain, _):
-        state = State.read(conn, domain, orphans)
-        for name in chosen(domain, [names] if isinstance(names, str) else names, scope):
-            intent = make_intent(state, name, metadata=metadata)
-            work = work_of(intent)
-            if not deleted and not metadata:  # of the others only once this one is gone
-                check_work(domain.name(), work, folders_of(intent))
-            deleted.append(Deleted(name, work))
-            state = state.after(intent)
-    return DeleteReport(domain.name(), tuple(deleted), recovered=None, dry_run=True)
+    with planning(conn, domain_name) as (domain, _):
+        wanted = chosen(domain, [names] if isinstance(names, str) else names, scope)
+        deleted, failed = preview(State.read(conn, domain, orphans), domain, wanted, metadata=metadata)
+        if failed:
+            raise failed[0][1]
+    return DeleteReport(domain.name(), deleted, recovered=None, dry_run=True)
 
 
 @contextlib.contextmanager
-def _planning(conn: libvirt.virConnect, domain_name: str) -> Iterator[tuple[libvirt.virDomain, IntentStore]]:
+def planning(conn: libvirt.virConnect, domain_name: str) -> Iterator[tuple[libvirt.virDomain, IntentStore]]:
+    """Be the only command on the domain while a plan is made.
+
+    Raises:
+        DomainError: there is no such domain, it is being changed, or an operation on it is unfinished.
+    """
     domain = find_domain(conn, domain_name)
     store = IntentStore.of(conn)
     uuid = domain.UUIDString()

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
-from qemu_vmdk_snap.domain.state import volume_resolver
+from qemu_vmdk_snap.domain.state import find_snapshot, lenient, volume_resolver
+from qemu_vmdk_snap.domain.xml.named import folders_named
+from qemu_vmdk_snap.domain.xml.origin import maker_of
 from qemu_vmdk_snap.errors import NoSnapshot, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ class SnapshotInfo:
     description: str | None
     memory: str
     disks: tuple[DiskState, ...]
+    foreign: str | None = None
+    """What kind of snapshot it is, where it was not made here: virsh's own commands are there for it."""
 
     @property
     def location(self) -> str:
@@ -88,6 +92,7 @@ class SnapshotInfo:
             "descendants": self.descendants,
             "current": self.current,
             "description": self.description,
+            "foreign": self.foreign,
             "disks": [disk.as_dict() for disk in self.disks],
         }
 
@@ -108,14 +113,19 @@ def list_snapshots(conn: libvirt.virConnect, domain_name: str) -> list[SnapshotI
     Raises:
         DomainError: there is no such domain, or libvirt cannot tell.
     """
+    import libvirt
+
     domain = find_domain(conn, domain_name)
     name = domain.name()
-    volume_path = volume_resolver(conn, name)
+    volume_path = lenient(volume_resolver(conn, name))
     with libvirt_errors(name, "list its snapshots"):
-        parsed = [xml.parse_snapshot(s.getXMLDesc(0), volume_path) for s in domain.listAllSnapshots()]
+        texts = [snapshot.getXMLDesc(0) for snapshot in domain.listAllSnapshots()]
+        parsed = [xml.parse_snapshot(text, volume_path) for text in texts]
+        persistent = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) if domain.isPersistent() else domain.XMLDesc(0)
         current = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
     parsed.sort(key=lambda snapshot: (snapshot.name.casefold(), snapshot.name))
-    return [_info(name, snapshot, parsed, current) for snapshot in parsed]
+    with engine.allowing(*folders_named(volume_path, persistent, *texts), below=False):
+        return [_info(name, snapshot, parsed, current) for snapshot in parsed]
 
 
 def snapshot_info(conn: libvirt.virConnect, domain_name: str, snapshot: str | None = None) -> SnapshotInfo:
@@ -129,6 +139,20 @@ def snapshot_info(conn: libvirt.virConnect, domain_name: str, snapshot: str | No
             return info
     reason = "has no current snapshot" if snapshot is None else f"has no snapshot {snapshot!r}"
     raise NoSnapshot(domain_name, reason, snapshot=snapshot)
+
+
+def snapshot_xml(conn: libvirt.virConnect, domain_name: str, snapshot: str, *, secure: bool = False) -> str:
+    """Return the XML of a snapshot as libvirt keeps it; `secure`: with passwords.
+
+    Raises:
+        DomainError: there is no such domain or snapshot, or libvirt refuses.
+    """
+    import libvirt
+
+    domain = find_domain(conn, domain_name)
+    with libvirt_errors(domain.name(), f"read its snapshot {snapshot!r}"):
+        flags = libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE if secure else 0
+        return str(find_snapshot(domain, snapshot).getXMLDesc(flags))
 
 
 def tree_lines(snapshots: Sequence[SnapshotInfo]) -> Iterator[str]:
@@ -169,6 +193,7 @@ def _info(
         description=snapshot.description,
         memory=snapshot.memory,
         disks=tuple(_disk_state(disk) for disk in snapshot.disks),
+        foreign=maker_of(snapshot),
     )
 
 

@@ -72,6 +72,8 @@ class Setup:
     """Boot by UEFI from the disk; the probe, which needs a BIOS, then cannot run."""
     kernel: tuple[str, ...] = ()
     """QEMU's arguments for a kernel that it boots itself, in the probe's place; it is told what to do over a port."""
+    drive: str | None = None
+    """What QEMU's `-drive` is told of the first disk in the place of its file: `file.driver=nbd,...`."""
     hold: bool = False
     """Leave a guest that fails running, its console and monitor on sockets."""
 
@@ -138,7 +140,8 @@ def _disks(setup: Setup, forced: dict[str, str]) -> list[str]:
         # Without `snapshot=on` a guest could not be kept from writing: IDE has no read-only disks.
         options = dict.fromkeys(("snapshot",), "on") if not disk.writable else {}
         tail = "".join(f",{key}={value}" for key, value in (options | forced).items())
-        words += ["-drive", f"if=none,id={name},format={disk.image_format},file={_escaped(disk.image)}{tail}"]
+        where = f"file={_escaped(disk.image)}" if number or setup.drive is None else setup.drive
+        words += ["-drive", f"if=none,id={name},format={disk.image_format},{where}{tail}"]
         attached = CONTROLLERS[setup.controller]
         own = attached[-2:]  # what goes before is the controller, which the first disk has brought
         device = own[1].replace("drive=disk", f"drive={name}").replace("ahci.0", f"ahci.{number}")

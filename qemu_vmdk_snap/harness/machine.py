@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 from qemu_vmdk_snap import read_links
 from qemu_vmdk_snap.errors import GuestError, InvalidRequest, PluginError, VmdkSnapError
 from qemu_vmdk_snap.harness.accelerator import choose_accelerator
-from qemu_vmdk_snap.harness.deadlines import SILENT_SECONDS, SYSTEM_SECONDS, scaled
+from qemu_vmdk_snap.harness.deadlines import HUNG_SECONDS, SILENT_SECONDS, SYSTEM_SECONDS, scaled
 from qemu_vmdk_snap.harness.hardware import DEFAULT_CONTROLLER, EXECUTABLE, Channels, Disk, Setup, arguments, by_hand
 from qemu_vmdk_snap.harness.known.content import Content, Known
 from qemu_vmdk_snap.harness.probe import floppy_image
@@ -44,11 +44,11 @@ class Machine:
         *,
         expect: bytes | re.Pattern[bytes] | None = None,
         failures: Sequence[bytes | re.Pattern[bytes]] = PANICS,
-        patience: float = SILENT_SECONDS,
+        patience: float | None = None,
     ) -> None:
         """Start QEMU, its logs going to `folder`, and wait for the probe, or for `expect`; `boot` is the usual way.
 
-        `patience` is how long what is expected may show no sign of life.
+        `patience` is how long the guest may show no sign of life.
 
         Raises:
             PluginError: QEMU is not installed.
@@ -68,11 +68,11 @@ class Machine:
         """What matched `expect`."""
         started = time.monotonic()
         self._start(executable)
+        self.console.patience = patience or (HUNG_SECONDS if expect is None else SILENT_SECONDS)
         try:
             if expect is None:
                 self.probe.wait_for_boot(seconds)
             else:
-                self.console.patience = patience
                 self.found = self.console.wait_for(expect, seconds, failures)
         except BaseException:
             self.kill()
@@ -310,6 +310,8 @@ def boot(
     qemu_args: Sequence[str] = (),
     uefi: bool = False,
     memory_mib: int | None = None,
+    drive: str | None = None,
+    patience: float | None = None,
     expect: bytes | str | re.Pattern[bytes] | None = None,
     failures: Sequence[bytes | re.Pattern[bytes]] = PANICS,
     hold: bool = False,
@@ -327,7 +329,8 @@ def boot(
 
     The logs (QEMU's command line, its standard error, serial line, firmware, QMP) go to `log_dir`, or to a temporary
     folder that is kept when the guest or the caller's own check fails; the error, or a note on it, then names it.
-    `hold` leaves a guest that fails running.
+    `hold` leaves a guest that fails running. `drive` takes the place of the file in QEMU's `-drive`, as
+    `file.driver=nbd,...`; `patience` that of the two and the thirty seconds, which `drive` has too.
 
     Raises:
         InvalidRequest: there is no such controller, or there are too many disks.
@@ -350,8 +353,11 @@ def boot(
         qemu_args=tuple(qemu_args),
         uefi=uefi,
         memory_mib=memory_mib or (512 if own_system else 16),
+        drive=drive,
         hold=hold,
     )
+    if patience is None and drive is not None:
+        patience = SILENT_SECONDS  # whoever has the disk may be slow, or be started again
     known = image if isinstance(image, Known) else None
     return Booting(
         setup,
@@ -361,5 +367,6 @@ def boot(
             "seconds": seconds or (SYSTEM_SECONDS if own_system else BOOT_SECONDS),
             "expect": pattern,
             "failures": failures,
+            "patience": patience,
         },
     )

@@ -14,7 +14,7 @@ from qemu_vmdk_snap.chain.look.over import look_over
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, VmdkSnapError
 from qemu_vmdk_snap.storage.blockfile import PosixFile, open_posix, open_posix_or_device
-from qemu_vmdk_snap.vmdk.grains import GrainExtent
+from qemu_vmdk_snap.vmdk.grain.extent import GrainExtent
 from qemu_vmdk_snap.vmdk.stream.extent import StreamExtent
 
 

@@ -19,10 +19,10 @@ from qemu_vmdk_snap.errors import FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, Place
-from qemu_vmdk_snap.vmdk.grains import Copy, GrainExtent
+from qemu_vmdk_snap.vmdk.grain.extent import Copy, GrainExtent
+from qemu_vmdk_snap.vmdk.grain.tables import Entries, GrainTables
 from qemu_vmdk_snap.vmdk.ondisk import U64, Must, OnDisk, Wire
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, ZERO, Int64s, Kinds
-from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables
 
 CONST_MAGIC: Final = 0xCAFEBABE
 VOLATILE_MAGIC: Final = 0xCAFECAFE

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qemu_vmdk_snap import FormatError, create_image, open_chain
+from tests.support.crash.recording import RecordingDisk, RecordingFile
 from tests.support.esxi import cowd, descriptor
-from tests.support.recording import RecordingDisk, RecordingFile
 
 SECTORS = 4096 + 64  # two tables, of which the second does not exist yet
 OLD, NEW = b"\x11", b"\x22"

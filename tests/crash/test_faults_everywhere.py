@@ -29,15 +29,17 @@ from qemu_vmdk_snap.ops.edit.remove import remove
 from qemu_vmdk_snap.ops.edit.renew import renew_overlay
 from qemu_vmdk_snap.ops.journal.recover import recover
 from qemu_vmdk_snap.storage.record import Operation
-from tests.crash.test_killed_operations import CASES, SIZE, copy_of, killed_at, unclean_with_leaks
-from tests.support.faults import FAULTS, SHORT, Fault, calls
-from tests.support.tree import Tree, line
+from tests.crash.killed.test_killed_operations import CASES, SIZE, copy_of, killed_at, unclean_with_leaks
+from tests.support.crash.faults import FAULTS, SHORT, Fault, calls
+from tests.support.tree import Tree
 
 EACH: Final = bool(os.environ.get("VMDK_FAULTS_EACH"))
 MOST: Final = 40
 """How many calls of one operation are tried, spread over all of them."""
 NEW: Final = b"new data" * 20000
 AT: Final = 300_000
+
+pytestmark = pytest.mark.usefixtures("not_durable")
 
 
 def _nothing(tree: Tree) -> None:
@@ -163,24 +165,6 @@ def open_descriptors() -> set[str]:
         except OSError:
             continue
     return found
-
-
-@pytest.fixture(autouse=True)
-def not_durable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not wait for the disk: what fails here is a call, and nothing is cut off."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-    monkeypatch.setattr(os, "fdatasync", lambda fd: None)
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    """A chain of three, and a fourth image beside the third."""
-    folder = tmp_path_factory.mktemp("faults") / "origin"
-    folder.mkdir()
-    tree = Tree(folder, SIZE)
-    line(tree, 3)
-    tree.scribble(tree.overlay("image-2", grain=16384))
-    return tree
 
 
 def faults_of(seen: list[str], seed: str) -> Iterator[Fault]:

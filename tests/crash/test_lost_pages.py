@@ -19,6 +19,7 @@ from qemu_vmdk_snap import VmdkSnapError, create_image, create_overlay, open_cha
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.ops.check.check import check_image
 from qemu_vmdk_snap.ops.journal.recover import recover
+from tests.crash.killed.test_killed_operations import SIZE
 from tests.crash.test_faults_everywhere import (
     WORKS,
     Work,
@@ -28,32 +29,15 @@ from tests.crash.test_faults_everywhere import (
     model_after,
     open_descriptors,
 )
-from tests.crash.test_killed_operations import SIZE
-from tests.support.faults import LostPages, losing_pages
+from tests.support.crash.faults import LostPages, losing_pages
 from tests.support.qemu import content
-from tests.support.tree import Tree, line
+from tests.support.tree import Tree
 
 PAGE: Final = 4096
 ROOM: Final = (0, 1, 2, 3, 5, 9, 17, 33, 65, 129, 200, 280)
 """Free pages of the full file system."""
 
-
-@pytest.fixture(autouse=True)
-def not_durable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not wait for the disk: what it loses is told here."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-    monkeypatch.setattr(os, "fdatasync", lambda fd: None)
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    """A chain of three, and a fourth image beside the third."""
-    folder = tmp_path_factory.mktemp("lost") / "origin"
-    folder.mkdir()
-    tree = Tree(folder, SIZE)
-    line(tree, 3)
-    tree.scribble(tree.overlay("image-2", grain=16384))
-    return tree
+pytestmark = pytest.mark.usefixtures("not_durable")
 
 
 @pytest.mark.parametrize("work", WORKS, ids=[work.name for work in WORKS])

@@ -16,7 +16,7 @@ from qemu_vmdk_snap import CidMismatch, ImageOptions, create_image, create_overl
 from qemu_vmdk_snap.ops.edit.commit import commit
 from qemu_vmdk_snap.ops.journal.recover import recover
 from qemu_vmdk_snap.storage.record import Operation
-from tests.support.recording import RecordingFile
+from tests.support.crash.recording import RecordingFile
 
 CAPACITY = 96 << 10
 OLD, NEW = b"\x11", b"\x22"

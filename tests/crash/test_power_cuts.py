@@ -1,7 +1,8 @@
 """A power cut at any moment of any operation that writes, on every kind of image: is everything promised still there?
 
-Each operation runs once, recorded (`tests/support/powercut.py`), in the plans of `tests/support/cutplans.py`. Every
-state that a cut could leave is put back into the same inodes, `recover` runs, and what was promised is read.
+Each operation runs once, recorded (`tests/support/crash/powercut.py`), in the plans of
+`tests/support/crash/cutplans.py`. Every state that a cut could leave is put back into the same inodes, `recover` runs,
+and what was promised is read.
 
 Every state is tried where they are few, a seeded sample where they explode: `VMDK_CUT_STATES` is how many there may be
 between two barriers.
@@ -15,7 +16,7 @@ from typing import Final
 
 import pytest
 
-from tests.support.cutplans import KINDS, PLANS, RECOVERED, Cutter, Lost
+from tests.support.crash.cutplans import KINDS, PLANS, RECOVERED, Cutter, Lost
 
 STATES: Final = int(os.environ.get("VMDK_CUT_STATES", "6"))
 LONG: Final = STATES > 6

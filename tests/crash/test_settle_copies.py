@@ -13,7 +13,7 @@ from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.vmdk.sparse.copies import CopiesReport, compare_copies, settle_copies
 from qemu_vmdk_snap.vmdk.sparse.extent import SparseExtent
 from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader
-from tests.support.recording import RecordingDisk, RecordingFile, Write
+from tests.support.crash.recording import RecordingDisk, RecordingFile, Write
 
 GRAIN = 4096
 SIZE = 4 << 20

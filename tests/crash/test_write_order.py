@@ -9,7 +9,7 @@ import pytest
 
 from qemu_vmdk_snap import CidMismatch, FormatError, ImageOptions, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.chain.chain import WritableChain
-from tests.support.recording import RecordingDisk, RecordingFile
+from tests.support.crash.recording import RecordingDisk, RecordingFile
 
 CAPACITY = 64 << 10
 OLD, NEW = b"\x11", b"\x22"

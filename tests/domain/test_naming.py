@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap.domain import naming
+from qemu_vmdk_snap.domain.overlay import naming
 from qemu_vmdk_snap.errors import InvalidRequest
 
 

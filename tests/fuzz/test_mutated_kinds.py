@@ -14,7 +14,7 @@ import pytest
 from qemu_vmdk_snap import VmdkSnapError, open_chain
 from qemu_vmdk_snap.ops.copy.pipes import StreamDisk
 from qemu_vmdk_snap.storage.pipes import PipeReader
-from tests.oracle.test_kinds import make
+from tests.oracle.kinds.test_kinds import make
 from tests.support.esxi import cowd, descriptor, sesparse
 
 SIZE = 300_000 // 512 * 512

@@ -9,7 +9,7 @@ import pytest
 
 from qemu_vmdk_snap import create_image, open_chain, recover
 from qemu_vmdk_snap.ops.journal.recover import give_up
-from tests.support.cutplans import RECOVERED, Cutter
+from tests.support.crash.cutplans import RECOVERED, Cutter
 from tests.support.fuzzing import bounded, cases, chooser, mutated, mutated_json
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qemu_vmdk_snap.cli.image.common import add_allow_dir
 from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def add_domain(parser: argparse.ArgumentParser, *, or_all: bool = False) -> None
     if or_all:
         add_all(parser)
     nargs = "?" if or_all else None
+    add_allow_dir(parser)
     parser.add_argument("domain", metavar="DOMAIN", nargs=nargs, help="name, id or UUID of the domain")
 
 
@@ -56,8 +58,10 @@ def tell_recovery(recovery: Recovery | None, ui: Ui) -> None:
         return
     what = "was finished" if recovery.finished else "was taken back"
     left = f"; left in place: {', '.join(map(str, recovery.left))}" if recovery.left else ""
-    which = "snapshot" if recovery.operation == "create" else f"{recovery.operation} of snapshot"
-    ui.warn(f"domain {recovery.domain}: the interrupted {which} {recovery.snapshot!r} {what}{left}")
+    which = "snapshot" if recovery.operation == "create" else recovery.operation
+    if recovery.snapshot:
+        which += f" {recovery.snapshot!r}" if which == "snapshot" else f" of snapshot {recovery.snapshot!r}"
+    ui.warn(f"domain {recovery.domain}: the interrupted {which} {what}{left}")
 
 
 def warn_pending(line: str | None, ui: Ui) -> None:

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.revert.run import RevertReport
 
 
+EXAMPLES = (
+    ("snapshot revert web before-upgrade", "back to the snapshot; what was written since is kept in its file"),
+    ("snapshot revert web --current --discard --running", "a clean start from the newest one"),
+)
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_domain(parser)
@@ -28,6 +34,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="delete what was written since the last snapshot (default: the file is kept)",
     )
+    parser.add_argument("--force", action="store_true", help="accepted: no revert here needs it")
+    parser.add_argument("--reset-nvram", action="store_true", help="not possible: says what is")
     add_orphans(parser)
     add_dry_run(parser)
 
@@ -41,6 +49,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
     if (args.snapshotname is None) is not args.current:
         raise InvalidRequest(f"domain {args.domain}", "name a snapshot, or say --current, one of them")
+    if args.reset_nvram:
+        way = "revert with --shutoff, and `virsh start --reset-nvram` makes the UEFI variables anew"
+        raise InvalidRequest("--reset-nvram", way)
     with connection(args.connect) as conn:
         name = args.snapshotname or snapshot_info(conn, args.domain).name
         if args.dry_run:
@@ -53,8 +64,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def _lines(report: RevertReport) -> list[str]:
     is_back = "would be back" if report.dry_run else "is back"
+    already = ["  nothing was written since: it is there already"] if report.already else []
     return [
         f"Domain {report.domain} {is_back} at snapshot {report.snapshot}, {report.state}",
+        *already,
         *disk_lines(report.disks),
         *(f"  kept: {path}: no snapshot has it" for path in report.kept),
         *(f"  discarded: {path}" for path in report.discarded),

@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import qemu_vmdk_snap as engine
-from qemu_vmdk_snap.domain import naming, xml
+from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay, pending_overlays
-from qemu_vmdk_snap.domain.planned import PlannedDisk
+from qemu_vmdk_snap.domain.nvram import plan_nvram
+from qemu_vmdk_snap.domain.overlay import naming
+from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.agent import check_quiesce
 from qemu_vmdk_snap.domain.qemu.depth import check_depth
 from qemu_vmdk_snap.domain.qemu.options import lacks_direct_io, read_options
 from qemu_vmdk_snap.domain.qemu.switch import Tops, check_disks
-from qemu_vmdk_snap.domain.state import check_state, inactive_xml, volume_resolver
+from qemu_vmdk_snap.domain.state import check_state, inactive_xml, lenient, volume_resolver
+from qemu_vmdk_snap.domain.xml.named import folders_named
+from qemu_vmdk_snap.domain.xml.nvram import with_nvram
+from qemu_vmdk_snap.domain.xml.respell import with_chains
 from qemu_vmdk_snap.errors import DomainError, SnapshotExists
 
 if TYPE_CHECKING:
@@ -48,11 +53,13 @@ class Plan:
     snapshot: xml.SnapshotXml
     disks: tuple[PlannedDisk, ...]
     skipped: tuple[tuple[str, str], ...]
-    """(target, reason) of the disks that take no part."""
+    """(target, reason) of the disks that take no part, and of `nvram` and `tpm` where they cannot."""
     intent: Intent
     quiesce: str = "no"
     tops: Tops = field(default_factory=Tops)
     """Of a running domain: what QEMU writes to."""
+    nvram: Path | None = None
+    """The copy of the UEFI variables that is frozen with the disks."""
 
 
 def make_plan(
@@ -82,6 +89,7 @@ def make_plan(
     header = _header(name, request, snapshots, parent, live)
     volume_path = volume_resolver(conn, name)
     disks = xml.list_disks(old_xml, volume_path)
+    held.enter_context(engine.allowing(*folders_named(lenient(volume_path), old_xml, *snapshots.values()), below=False))
     chosen, skipped = choose(name, disks, request)
     check_quiesce(request.quiesce)
     tops = check_disks(domain, chosen, volume_path) if live else Tops()
@@ -94,7 +102,8 @@ def make_plan(
             _check_direct(name, planned[-1])
         check_depth(conn, name, disk.target, planned[-1].chain)
         taken.add(planned[-1].overlay)
-    plan = _assemble(domain, header, old_xml, disks, tuple(planned), tuple(skipped))
+    nvram, left_out = plan_nvram(old_xml)
+    plan = _assemble(domain, header, old_xml, disks, tuple(planned), (*skipped, *left_out), nvram)
     intent = replace(plan.intent, live=live, resume=running, thaw=live and request.quiesce != "no")
     return replace(plan, quiesce=request.quiesce, tops=tops, intent=intent)
 
@@ -165,6 +174,13 @@ def _check_direct(domain: str, disk: PlannedDisk) -> None:
         raise DomainError(domain, f"{reason}: put the overlay elsewhere, or change the cache mode")
 
 
+def _spelt_out(old_xml: str, disks: Sequence[xml.Disk], planned: Sequence[PlannedDisk]) -> str:
+    """Return the domain with the whole chain of each disk that takes part, where the XML does not spell it out."""
+    open_ended = {disk.target for disk in disks if not disk.closed}
+    chains = {one.target: one.chain for one in planned if one.target in open_ended and one.chain[1:]}
+    return with_chains(old_xml, chains)
+
+
 def _assemble(
     domain: libvirt.virDomain,
     header: xml.SnapshotXml,
@@ -172,6 +188,7 @@ def _assemble(
     disks: Sequence[xml.Disk],
     planned: tuple[PlannedDisk, ...],
     skipped: tuple[tuple[str, str], ...],
+    nvram: Path | None,
 ) -> Plan:
     overlays = {disk.target: disk.overlay for disk in planned}
     entries = tuple(
@@ -183,6 +200,7 @@ def _assemble(
     snapshot = xml.SnapshotXml(
         header.name, header.state, header.creation_time, header.description, header.parent, "no", entries
     )
+    then = _spelt_out(old_xml, disks, planned)
     intent = Intent(
         uuid=domain.UUIDString(),
         domain=domain.name(),
@@ -190,6 +208,6 @@ def _assemble(
         overlays=tuple(Overlay(disk.target, str(disk.overlay), str(disk.frozen)) for disk in planned),
         old_xml=old_xml,
         new_xml=xml.stack(old_xml, {disk.target: xml.NewTop(disk.overlay, disk.chain) for disk in planned}),
-        snapshot_xml=xml.snapshot_xml(snapshot, old_xml),
+        snapshot_xml=xml.snapshot_xml(snapshot, then if nvram is None else with_nvram(then, nvram)),
     )
-    return Plan(snapshot, planned, skipped, intent)
+    return Plan(snapshot, planned, skipped, intent, nvram=nvram)

@@ -18,22 +18,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap import log
-from qemu_vmdk_snap.domain import dropin
+from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.create.plan import Plan, Request, make_plan
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain, register
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
-from qemu_vmdk_snap.domain.newfile import make_overlay, refresh_pools
-from qemu_vmdk_snap.domain.planned import PlannedDisk
+from qemu_vmdk_snap.domain.nvram import freeze_nvram
+from qemu_vmdk_snap.domain.overlay.newfile import make_overlay, refresh_pools
+from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
+from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.switch import Pause, switch
+from qemu_vmdk_snap.domain.qemu.unused import release_unused
 from qemu_vmdk_snap.domain.state import check_state, inactive_xml
-from qemu_vmdk_snap.errors import DomainError
+from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
@@ -52,13 +55,18 @@ class SnapshotReport:
     parent: str | None
     disks: tuple[PlannedDisk, ...]
     skipped: tuple[tuple[str, str], ...]
-    """(target, reason) of the disks that took no part."""
+    """(target, reason) of the disks that took no part, and of `nvram` and `tpm` where they could not."""
+    nvram: Path | None
+    """The copy of the UEFI variables that was frozen with the disks."""
     recovered: Recovery | None
     """What became of an unfinished snapshot that was found first."""
     pause: Pause | None = None
     """How a running guest was held up; None for one that was shut off."""
     notes: tuple[str, ...] = ()
     """What did not go as wished and stood in nobody's way."""
+    live_xml_stale: bool = False
+    """Whether libvirt's live XML names the old files from now on, until the guest stops. Said of the first live
+    snapshot of a run alone."""
     dry_run: bool = False
     """Whether this is only what would be done."""
 
@@ -76,9 +84,9 @@ class SnapshotReport:
             "creation-time": self.creation_time,
             "parent": self.parent,
             "disks": [disk.as_dict() for disk in self.disks],
-            "pause": None
-            if pause is None
-            else {"disk-ms": pause.stalled, "cpu-ms": pause.stopped, "frozen-ms": pause.frozen},
+            "pause": None if pause is None else pause.as_dict(),
+            "nvram": None if self.nvram is None else str(self.nvram),
+            "live-xml-stale": self.live_xml_stale,
             "notes": list(self.notes),
             "skipped": [{"target": target, "reason": reason} for target, reason in self.skipped],
         } | ({"dry-run": True} if self.dry_run else {})
@@ -115,10 +123,44 @@ def create_snapshot(
     with store.locked(domain.UUIDString(), domain.name()), contextlib.ExitStack() as held:
         recovered = recover_domain(conn, domain, store)
         plan = make_plan(conn, domain, request, store, held)
+        stale = _makes_stale(domain, plan)
         with dropin.around("create", domain.name(), as_plan(plan), uri=conn.getURI()) as notes:
             pause = _execute(conn, domain, store, plan)
+        if plan.intent.live:
+            _release(domain)
     refresh_pools(conn, [disk.overlay for disk in plan.disks])
-    return _report(plan, recovered, pause, notes)
+    return replace(_report(plan, recovered, pause, notes), live_xml_stale=stale)
+
+
+def _makes_stale(domain: libvirt.virDomain, plan: Plan) -> bool:
+    """Return whether libvirt's live XML is right until now: after a live snapshot it names the old files."""
+    if not plan.intent.live:
+        return False
+    with libvirt_errors(domain.name(), "read its live XML"):
+        named = {disk.target: disk.path for disk in xml.list_disks(domain.XMLDesc(0))}
+    return any(named.get(disk.target) == disk.frozen for disk in plan.disks)
+
+
+def _release(domain: libvirt.virDomain) -> None:
+    """Close what `virsh detach-disk` has left open of earlier snapshots; if QEMU does not, that is in nobody's way."""
+    with contextlib.suppress(VmdkSnapError):
+        release_unused(Monitor(domain))
+
+
+def freeze_tops(
+    conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, targets: Sequence[str], snapshot: str
+) -> Pause | None:
+    """Let a running guest go on in new overlays on these disks, without a snapshot: what it wrote is frozen then.
+
+    The caller holds the domain's lock; `snapshot` is the one that this is done for. Returns how the guest was held up.
+
+    Raises:
+        VmdkSnapError, OSError: see `create_snapshot`.
+    """
+    with contextlib.ExitStack() as held:
+        plan = make_plan(conn, domain, Request(disks=targets), store, held)
+        intent = replace(plan.intent, operation="freeze", snapshot=snapshot, snapshot_xml="")
+        return _execute(conn, domain, store, replace(plan, intent=intent, nvram=None))
 
 
 def _report(plan: Plan, recovered: Recovery | None, pause: Pause | None, notes: Sequence[str]) -> SnapshotReport:
@@ -130,6 +172,7 @@ def _report(plan: Plan, recovered: Recovery | None, pause: Pause | None, notes: 
         header.parent,
         plan.disks,
         plan.skipped,
+        plan.nvram,
         recovered,
         pause,
         (*notes, *(pause.notes if pause else ())),
@@ -157,10 +200,13 @@ def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentS
             _log.info("domain %s: disk %s: new overlay %s on %s", domain.name(), disk.target, disk.overlay, disk.frozen)
             intent = intent.made(str(disk.overlay), make_overlay(domain.name(), disk))
         store.write(intent)
+        if plan.nvram is not None:
+            freeze_nvram(intent.old_xml, plan.nvram)
         _define(conn, domain, intent)
-        with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):
-            register(domain, intent)
-        _log.info("domain %s: snapshot %r registered with libvirt", domain.name(), intent.snapshot)
+        if intent.operation == "create":
+            with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):
+                register(domain, intent)
+            _log.info("domain %s: snapshot %r registered with libvirt", domain.name(), intent.snapshot)
         if intent.live:
             pause = switch(domain, plan.disks, plan.quiesce, plan.tops)
     except BaseException as error:

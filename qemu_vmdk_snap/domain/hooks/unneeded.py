@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from qemu_vmdk_snap.domain.needed import NOTHING, Holder, Needed, Walk, holders_in, require_none, same_file
+from qemu_vmdk_snap.domain.needs.needed import NOTHING, Holder, Needed, Walk, holders_in, require_none, same_file
 from qemu_vmdk_snap.domain.state import volume_by_pool_xml
 from qemu_vmdk_snap.errors import DomainError
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import libvirt
 
 STATE_VARIABLE: Final = "QEMU_VMDK_SNAP_STATE"
-OPERATIONS: Final = ("create", "revert", "delete", "rename")
+OPERATIONS: Final = ("create", "freeze", "revert", "delete", "rename", "clone", "destroy", "move", "consolidate")
 _VERSION: Final = 1
 _MAX_BYTES: Final = 64 << 20
 _PATIENCE: Final = 0.3
@@ -53,6 +53,27 @@ class Overlay:
     """The top of the disk before."""
     identity: tuple[int, int] | None = None
     """Device and inode once it is made: what else bears the name is not ours. None while it may not exist yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Neighbouring links of a running guest's disk, and the image that takes their place."""
+
+    target: str
+    upper: str
+    """The overlay directly above: the one that the guest writes to, or a frozen one."""
+    links: tuple[str, ...]
+    """The top first. The image takes the name of the first; the others go."""
+    image: str
+    """The name that the image is made under."""
+    below: str | None
+    """What it is backed by; None where it is a base."""
+    size: int
+    """About so many bytes are copied."""
+    doomed: tuple[tuple[str, str, int], ...]
+    """(link, file of it that goes, inode): what else bears the name by then stays."""
+    inode: int | None = None
+    """Of the image once it is made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,22 +96,41 @@ class Intent:
     thaw: bool = False
     """Whether its file systems were to be frozen: left so, they must be thawed."""
     operation: str = "create"
-    """`create`, `revert`, `delete` or `rename`."""
+    """One of `OPERATIONS`."""
     current: str | None = None
     """The current snapshot before; of a rename, afterwards."""
     discard: tuple[str, ...] = ()
-    """Of a revert: the files that go once no XML names them."""
+    """Of a revert, a destroy and a move: the files that go once no XML names them."""
     discard_inodes: tuple[int, ...] = ()
     """The inode of each: what else bears the name by then stays."""
     work: tuple[dict[str, Any], ...] = ()
-    """Of a delete: what happens to each disk; see `delete.Work`."""
+    """Of a delete: what happens to each disk (`delete.plan.Work`); of a clone and a move: to each file."""
     snapshots: tuple[tuple[str, str], ...] = ()
-    """Of a delete: (name, new XML) of the snapshots that stay and name other files then."""
+    """(name, XML): of a delete and a move, the new one of snapshots that name other files then; of a destroy, all."""
+    merges: tuple[Merge, ...] = ()
+    """Of a delete under a running guest: what is exchanged beneath it."""
+    also: tuple[str, ...] = ()
+    """Of a delete: the snapshots that go with it, in the same step."""
+
+    @property
+    def what(self) -> str:
+        """Return what is being done, as a part of a sentence."""
+        return doing(self.operation, self.snapshot)
 
     def made(self, path: str, identity: tuple[int, int]) -> Intent:
         """Return the record that knows the overlay at `path` by its identity."""
         made = tuple(replace(o, identity=identity) if o.path == path else o for o in self.overlays)
         return replace(self, overlays=made)
+
+    def merged(self, image: str, inode: int) -> Intent:
+        """Return the record that knows the new image by its inode."""
+        merges = tuple(replace(one, inode=inode) if one.image == image else one for one in self.merges)
+        return replace(self, merges=merges)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every snapshot that it is about."""
+        return (self.snapshot, *self.also)
 
 
 class IntentStore:
@@ -161,7 +201,7 @@ class IntentStore:
         self._make_folder()
         data = json.dumps({"version": _VERSION, **asdict(intent)}, indent=1).encode()
         replace_file(self.path(intent.uuid), data, mode=0o600)  # the XML may hold passwords
-        _logger().info("domain %s: %s of snapshot %r journaled", intent.domain, intent.operation, intent.snapshot)
+        _logger().info("domain %s: %s journaled", intent.domain, intent.what)
 
     def remove(self, uuid: str) -> None:
         """Forget the record; the order of the steps before it is safe without waiting for the disk."""
@@ -224,6 +264,11 @@ class IntentStore:
         self.check_folder()
 
 
+def doing(operation: str, snapshot: str | None) -> str:
+    """Return what is being done, as a part of a sentence: "the delete of snapshot 's1'"."""
+    return f"the {operation} of snapshot {snapshot!r}" if snapshot else f"the {operation} of the domain"
+
+
 def pending_overlays(store: IntentStore) -> set[Path]:
     """Return the overlays that unfinished snapshots of other domains are about to make."""
     paths = set()
@@ -257,7 +302,7 @@ def _parse(uuid: str, path: Path, record: object) -> Intent:
     if version != _VERSION:
         text = str(version)[:20]
         raise DomainError(uuid, f"the record {path} has version {text}, not {_VERSION}: another version wrote it")
-    intent = fields.read(Intent, record, parts={"Overlay": Overlay})
+    intent = fields.read(Intent, record, parts={"Overlay": Overlay, "Merge": Merge})
     if intent.uuid != uuid:
         raise ValueError(f"it is of domain {intent.uuid[:40]!r}")
     if intent.operation not in OPERATIONS:

@@ -32,9 +32,12 @@ from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.journal import overlays
 from qemu_vmdk_snap.domain.journal.pending import abandoning, uuid_of, ways_out
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
+from qemu_vmdk_snap.domain.nvram import discard_nvram, restore_nvram
 from qemu_vmdk_snap.domain.qemu.agent import thaw_left
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.switch import follow_cid, written_files
+from qemu_vmdk_snap.domain.qemu.unused import release_unused
+from qemu_vmdk_snap.domain.registration import register_anew, register_text
 from qemu_vmdk_snap.domain.state import find_snapshot, inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.edits import same_xml, with_disks_back
 from qemu_vmdk_snap.errors import DomainError, LockBusy, VmdkSnapError
@@ -44,12 +47,17 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-Finisher = Callable[["libvirt.virConnect", "libvirt.virDomain", Intent], None]
-"""Does every step of a recorded operation that is not done yet; doing it twice does no harm."""
+Finisher = Callable[["libvirt.virConnect", "libvirt.virDomain", Intent], "Recovery | None"]
+"""Does every step of a recorded operation that is not done yet; doing it twice does no harm. What it returns says what
+became of the operation; None is for one that is finished."""
 
 FINISHERS: Final[dict[str, tuple[str, str]]] = {
     "delete": ("qemu_vmdk_snap.domain.delete.run", "finish"),
     "rename": ("qemu_vmdk_snap.domain.edit", "finish_rename"),
+    "clone": ("qemu_vmdk_snap.domain.clone.run", "settle"),
+    "destroy": ("qemu_vmdk_snap.domain.destroy.run", "settle"),
+    "move": ("qemu_vmdk_snap.domain.move.run", "settle"),
+    "consolidate": ("qemu_vmdk_snap.domain.delete.run", "finish"),
 }
 """Operation -> module and function of its `Finisher`. One that is not here is settled by what the XML names."""
 
@@ -68,6 +76,8 @@ class Recovery:
     left: tuple[Path, ...] = ()
     """Overlays that were not removed, because they hold data or are not known to be ours."""
     operation: str = "create"
+    also: tuple[str, ...] = ()
+    """Snapshots that were deleted, or are not, in the same step."""
 
     def as_dict(self) -> dict[str, object]:
         """Return it with JSON's own types."""
@@ -92,11 +102,16 @@ def recover(conn: libvirt.virConnect, names: Sequence[str] = ()) -> list[Recover
     failure: VmdkSnapError | OSError | None = None
     for uuid in [uuid_of(conn, store, name) for name in names] if names else store.uuids():
         try:
-            if not store.has(uuid):
+            if not store.has(uuid) and not names:
                 continue
-            domain = _lookup(conn, store, uuid)
-            with store.locked(uuid, domain.name()):
-                result = recover_domain(conn, domain, store)
+            result = _settle_destroyed(conn, store, uuid)
+            if result is None:
+                domain = _lookup(conn, store, uuid)
+                with store.locked(uuid, domain.name()):
+                    result = recover_domain(conn, domain, store) if store.has(uuid) else None
+                    if names and domain.isActive():
+                        with contextlib.suppress(VmdkSnapError):  # a detached disk that stays open is in nobody's way
+                            release_unused(Monitor(domain))
         except (VmdkSnapError, OSError) as error:
             failure = failure or error
         else:
@@ -106,6 +121,23 @@ def recover(conn: libvirt.virConnect, names: Sequence[str] = ()) -> list[Recover
     if failure is not None:
         raise failure
     return settled
+
+
+def _settle_destroyed(conn: libvirt.virConnect, store: IntentStore, uuid: str) -> Recovery | None:
+    """Finish the destroy of a domain that libvirt has forgotten already; None where there is no such one."""
+    import libvirt
+
+    with contextlib.suppress(libvirt.libvirtError):
+        conn.lookupByUUIDString(uuid)
+        return None
+    intent = store.read(uuid)
+    if intent is None or intent.operation != "destroy":
+        return None
+    with store.locked(uuid, intent.domain):
+        # By name, as the finishers.
+        result = importlib.import_module("qemu_vmdk_snap.domain.destroy.run").finish(conn, intent)
+        store.remove(uuid)
+    return cast(Recovery, result)
 
 
 def _lookup(conn: libvirt.virConnect, store: IntentStore, uuid: str) -> libvirt.virDomain:
@@ -147,8 +179,9 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
     except DomainError as error:
         raise DomainError(name, f"{error.reason}: {abandoning(uri, name)}") from error
     if intent is None:
+        register_anew(domain)  # what an earlier version has registered
         return None
-    _log.info("domain %s: the %s of snapshot %r is not finished: settling it", name, intent.operation, intent.snapshot)
+    _log.info("domain %s: %s is not finished: settling it", name, intent.what)
     try:
         result = _settle(conn, domain, intent)
         store.remove(intent.uuid)
@@ -157,8 +190,7 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
             reason = f"its record {store.path(intent.uuid)} is damaged ({type(error).__name__})"
         else:
             reason = error.reason if isinstance(error, DomainError) else str(error)
-        what = f"the {intent.operation} of snapshot {intent.snapshot!r} is not finished"
-        raise DomainError(name, f"{reason}; {what}: {ways_out(uri, name)}") from error
+        raise DomainError(name, f"{reason}; {intent.what} is not finished: {ways_out(uri, name)}") from error
     _log.info("domain %s: the %s is %s", name, intent.operation, "finished" if result.finished else "taken back")
     return result
 
@@ -168,10 +200,11 @@ def _settle(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
     if intent.operation in FINISHERS:
         module, function = FINISHERS[intent.operation]
         finish = cast(Finisher, getattr(importlib.import_module(module), function))
-        finish(conn, domain, intent)
+        result = finish(conn, domain, intent)
         if intent.live and intent.resume and domain.isActive():
             _resume(domain)
-        return Recovery(name, intent.snapshot, finished=True, operation=intent.operation)
+        done = Recovery(name, intent.snapshot, finished=True, operation=intent.operation, also=intent.also)
+        return result or done
     with libvirt_errors(name, f"settle its unfinished snapshot {intent.snapshot!r}"):
         if intent.live and domain.isActive() and not _switched(domain, intent):
             _back_to_old(conn, domain, intent)
@@ -191,13 +224,14 @@ def _settle_create(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: 
     name = domain.name()
     if _named(domain, intent):
         _repair_cids(intent)
-        if _registered(domain, intent) is None:
+        if intent.operation == "create" and _registered(domain, intent) is None:
             _register_late(domain, intent)
-        return Recovery(name, intent.snapshot, finished=True)
+        return Recovery(name, intent.snapshot, finished=True, operation=intent.operation)
     if _registered(domain, intent) is not None:
         return Recovery(name, intent.snapshot, finished=True)
     left = overlays.unlink_overlays(conn, domain, intent)
-    return Recovery(name, intent.snapshot, finished=False, left=left)
+    discard_nvram(conn, domain, intent.snapshot_xml)
+    return Recovery(name, intent.snapshot, finished=False, left=left, operation=intent.operation)
 
 
 def _register_late(domain: libvirt.virDomain, intent: Intent) -> None:
@@ -218,8 +252,10 @@ def _settle_revert(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: 
         return Recovery(domain.name(), intent.snapshot, finished=False, left=left, operation="revert")
     if intent.snapshot in {snapshot.getName() for snapshot in domain.listAllSnapshots()}:  # not deleted meanwhile
         make_current(domain, intent.snapshot)
+    if not domain.isActive():
+        restore_nvram(intent.snapshot_xml, intent.new_xml)
     # By name, as the finishers: what it asks knows of the records.
-    importlib.import_module("qemu_vmdk_snap.domain.discard").unlink_discarded(conn, domain, intent)
+    importlib.import_module("qemu_vmdk_snap.domain.needs.discard").unlink_discarded(conn, domain, intent)
     return Recovery(domain.name(), intent.snapshot, finished=True, operation="revert")
 
 
@@ -227,9 +263,7 @@ def make_current(domain: libvirt.virDomain, name: str) -> None:
     """Let the snapshot be the current one, whose child the next one will be."""
     import libvirt
 
-    text = find_snapshot(domain, name).getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE)
-    flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT
-    domain.snapshotCreateXML(text, flags)
+    register_text(domain, find_snapshot(domain, name).getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE), current=True)
 
 
 def _switched(domain: libvirt.virDomain, intent: Intent) -> bool:
@@ -317,6 +351,8 @@ def take_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: Intent
         held.close()
         for overlay in made:
             overlays.unlink_made(overlay)
+        if intent.operation == "create":
+            discard_nvram(conn, domain, intent.snapshot_xml)
     store.remove(intent.uuid)
 
 
@@ -366,10 +402,7 @@ def _registered(domain: libvirt.virDomain, intent: Intent) -> libvirt.virDomainS
 
 def register(domain: libvirt.virDomain, intent: Intent) -> None:
     """Add the snapshot to libvirt's metadata, as the current one, with the domain as it was before inside."""
-    import libvirt
-
-    flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT
-    domain.snapshotCreateXML(intent.snapshot_xml, flags)
+    register_text(domain, intent.snapshot_xml, current=True)
 
 
 def _forget(snapshot: libvirt.virDomainSnapshot) -> None:

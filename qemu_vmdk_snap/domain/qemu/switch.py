@@ -32,7 +32,7 @@ from qemu_vmdk_snap.errors import DomainError
 if TYPE_CHECKING:
     import libvirt
 
-    from qemu_vmdk_snap.domain.planned import PlannedDisk
+    from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 
 _TRIES: Final = 3
 _FRESH: Final = 1.0
@@ -51,6 +51,10 @@ class Pause:
     """While its file systems were frozen by the guest agent; None where they were not."""
     notes: tuple[str, ...] = ()
     """What did not go as wished and stood in nobody's way."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types."""
+        return {"disk-ms": self.stalled, "cpu-ms": self.stopped, "frozen-ms": self.frozen}
 
 
 @dataclass(slots=True)

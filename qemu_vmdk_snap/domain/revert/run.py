@@ -22,20 +22,22 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap import log
-from qemu_vmdk_snap.domain import dropin, naming, xml
+from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
-from qemu_vmdk_snap.domain.discard import unlink_discarded
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay, pending_overlays
 from qemu_vmdk_snap.domain.journal.recover import Recovery, make_current, recover_domain
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
-from qemu_vmdk_snap.domain.needed import NOTHING, Needed, place_in, same_file
-from qemu_vmdk_snap.domain.newfile import make_overlay, refresh_pools
-from qemu_vmdk_snap.domain.planned import PlannedDisk
+from qemu_vmdk_snap.domain.needs.discard import unlink_discarded
+from qemu_vmdk_snap.domain.needs.needed import NOTHING, Needed, place_in, same_file
+from qemu_vmdk_snap.domain.nvram import restore_nvram
+from qemu_vmdk_snap.domain.overlay import naming
+from qemu_vmdk_snap.domain.overlay.newfile import make_overlay, refresh_pools
+from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.depth import check_depth
 from qemu_vmdk_snap.domain.revert.apart import replaced_by, with_disks_of_today
-from qemu_vmdk_snap.domain.state import check_state, find_snapshot, inactive_xml, volume_resolver
+from qemu_vmdk_snap.domain.state import check_state, find_snapshot, inactive_xml, lenient, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches, with_kept_branches
-from qemu_vmdk_snap.domain.xml.named import frozen_files
+from qemu_vmdk_snap.domain.xml.named import folders_named, frozen_files
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ class RevertReport:
     notes: tuple[str, ...] = ()
     dry_run: bool = False
     """Whether this is only what would be done."""
+    already: bool = False
+    """In a dry run: whether the domain is at the snapshot already, shut off, with nothing written since."""
 
     @property
     def changed(self) -> bool:
@@ -82,7 +86,7 @@ class RevertReport:
             "kept": [str(path) for path in self.kept],
             "discarded": [str(path) for path in self.discarded],
             "notes": list(self.notes),
-        } | ({"dry-run": True} if self.dry_run else {})
+        } | ({"dry-run": True, "already": self.already} if self.dry_run else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +175,8 @@ def make_plan(
     now = _Now.read(domain, name)
     volume_path = volume_resolver(conn, domain.name())
     saved = xml.parse_snapshot(now.target, volume_path)
+    texts = (now.old_xml, now.target, *now.snapshots.values())
+    held.enter_context(engine.allowing(*folders_named(lenient(volume_path), *texts), below=False))
     taken = set().union(*(xml.files_in(one) for one in (now.old_xml, *now.snapshots.values())), pending_overlays(store))
     needed = Needed.read(conn, domain)
     frozen = _frozen_disks(domain.name(), saved)
@@ -347,6 +353,8 @@ def _execute(
     except BaseException as error:
         _undo(conn, domain, store, intent, error)
         raise
+    hindered = restore_nvram(intent.snapshot_xml, intent.new_xml)
+    notes += [] if hindered is None else [hindered]
     gone = unlink_discarded(conn, domain, intent, orphans=orphans, notes=notes)
     with contextlib.suppress(OSError):
         store.remove(intent.uuid)

@@ -30,6 +30,7 @@ from qemu_vmdk_snap.storage.record import Operation, pending_in, taking_over
 from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, byte_sectors
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, Descriptor, is_descriptor
+from qemu_vmdk_snap.vmdk.grain.tables import zero_range
 from qemu_vmdk_snap.vmdk.sparse.header import (
     MAGIC,
     NEWLINE_PROBE,
@@ -38,7 +39,6 @@ from qemu_vmdk_snap.vmdk.sparse.header import (
     check_header,
     refuse_moved,
 )
-from qemu_vmdk_snap.vmdk.tables import zero_range
 
 OPERATION: Final = "repair"
 _STEP: Final = 4 * MIB

@@ -23,9 +23,9 @@ from qemu_vmdk_snap.errors import FormatError, Unsupported
 from qemu_vmdk_snap.ops.check.shape import TableShape
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import byte_sectors, round_up, sector_bytes
-from qemu_vmdk_snap.vmdk.grains import MAX_FILE_SECTORS
+from qemu_vmdk_snap.vmdk.grain.extent import MAX_FILE_SECTORS
+from qemu_vmdk_snap.vmdk.grain.tables import Entries, read_directory, read_tables, used_entries
 from qemu_vmdk_snap.vmdk.runs import Int64s
-from qemu_vmdk_snap.vmdk.tables import Entries, read_directory, read_tables, used_entries
 
 _TABLES_AT_ONCE: Final = 2048
 _MAX_MADE: Final = 1 << 20

@@ -24,10 +24,10 @@ from qemu_vmdk_snap.ops.check.stretches import Stretches
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.header import CowdHeader
+from qemu_vmdk_snap.vmdk.grain.tables import Entries, GrainTables, read_directory, used_entries
 from qemu_vmdk_snap.vmdk.runs import Int64s
 from qemu_vmdk_snap.vmdk.sparse.copies import Comparison
 from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader
-from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables, read_directory, used_entries
 
 _TABLES_AT_ONCE: Final = 2048
 

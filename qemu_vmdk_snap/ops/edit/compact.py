@@ -29,11 +29,11 @@ from qemu_vmdk_snap.storage.attributes import copy_attributes
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
 from qemu_vmdk_snap.storage.durable import replacing
 from qemu_vmdk_snap.units import sector_bytes
-from qemu_vmdk_snap.vmdk.bulk import BulkSparse
 from qemu_vmdk_snap.vmdk.cowd.extent import CowdExtent
 from qemu_vmdk_snap.vmdk.cowd.layout import lay_out_anew
 from qemu_vmdk_snap.vmdk.cowd.writer import BulkCowd
 from qemu_vmdk_snap.vmdk.extent import PlacedExtent
+from qemu_vmdk_snap.vmdk.grain.bulk import BulkSparse
 from qemu_vmdk_snap.vmdk.runs import DATA, ZERO, Row
 from qemu_vmdk_snap.vmdk.sparse.extent import SparseExtent
 from qemu_vmdk_snap.vmdk.sparse.header import GTES_PER_GT, HeaderFlag

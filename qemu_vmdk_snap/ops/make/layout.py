@@ -25,11 +25,11 @@ from qemu_vmdk_snap.storage.durable import NewFiles
 from qemu_vmdk_snap.storage.limits import allow_open_files
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, make_descriptor
-from qemu_vmdk_snap.vmdk.new_extent import ExtentLayout, Wanted, plan_extent
+from qemu_vmdk_snap.vmdk.grain.new_extent import ExtentLayout, Wanted, plan_extent
 from qemu_vmdk_snap.vmdk.stream.layout import StreamLayout
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.vmdk.bulk import BulkWriter
+    from qemu_vmdk_snap.vmdk.grain.bulk import BulkWriter
 
 DEFAULT_GRAIN: Final = 64 << 10
 SPLIT_SECTORS: Final = 4192256
@@ -182,7 +182,7 @@ def extent_files(path: Path) -> list[Path]:
 
 def bulk_writer(plan: Plan, files: list[tuple[PosixFile, int]]) -> BulkWriter:
     """Return the writer that fills the image whose empty files `write_image` has made."""
-    from qemu_vmdk_snap.vmdk.bulk import BulkParts  # NumPy: not needed to make an empty image
+    from qemu_vmdk_snap.vmdk.grain.bulk import BulkParts  # NumPy: not needed to make an empty image
 
     parts = [
         (sector_bytes(sectors), layout.writer(file))

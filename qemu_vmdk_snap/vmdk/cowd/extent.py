@@ -19,9 +19,9 @@ from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.header import GTES_PER_GT, CowdHeader, read_cowd_header
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, Place
-from qemu_vmdk_snap.vmdk.grains import Copy, GrainExtent
+from qemu_vmdk_snap.vmdk.grain.extent import Copy, GrainExtent
+from qemu_vmdk_snap.vmdk.grain.tables import GrainTables, clear_tables
 from qemu_vmdk_snap.vmdk.runs import DATA
-from qemu_vmdk_snap.vmdk.tables import GrainTables, clear_tables
 
 _RUN_GRAINS: Final = 128
 

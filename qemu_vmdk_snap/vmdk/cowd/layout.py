@@ -19,10 +19,10 @@ from qemu_vmdk_snap.errors import Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, FLAGS, HEADER_BYTES, CowdHeader
-from qemu_vmdk_snap.vmdk.new_extent import Wanted
+from qemu_vmdk_snap.vmdk.grain.new_extent import Wanted
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.vmdk.bulk import BulkWriter
+    from qemu_vmdk_snap.vmdk.grain.bulk import BulkWriter
 
 GRAIN_SECTORS: Final = 1
 MAX_FILE_SECTORS: Final = (1 << 32) - 1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qemu_vmdk_snap.units import byte_sectors
-from qemu_vmdk_snap.vmdk.bulk import BulkSparse
 from qemu_vmdk_snap.vmdk.cowd.header import CowdHeader
+from qemu_vmdk_snap.vmdk.grain.bulk import BulkSparse
 
 
 class BulkCowd(BulkSparse):

@@ -23,9 +23,9 @@ import numpy.typing as npt
 from qemu_vmdk_snap.errors import FormatError
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import byte_sectors, sector_bytes
+from qemu_vmdk_snap.vmdk.grain.tables import Entries, read_directory, read_tables, used_entries
 from qemu_vmdk_snap.vmdk.runs import Int64s
 from qemu_vmdk_snap.vmdk.sparse.header import HeaderFlag, SparseExtentHeader
-from qemu_vmdk_snap.vmdk.tables import Entries, read_directory, read_tables, used_entries
 
 LISTED: Final = 1 << 16
 """Entries that a report lists one by one; the rest is only counted."""

@@ -21,10 +21,10 @@ from qemu_vmdk_snap.errors import FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec
-from qemu_vmdk_snap.vmdk.grains import GTE_UNALLOCATED, GTE_ZEROED, MAX_FILE_SECTORS, Copy, GrainExtent
+from qemu_vmdk_snap.vmdk.grain.extent import GTE_UNALLOCATED, GTE_ZEROED, MAX_FILE_SECTORS, Copy, GrainExtent
+from qemu_vmdk_snap.vmdk.grain.tables import Entries, GrainTables, clear_tables, read_directory
 from qemu_vmdk_snap.vmdk.sparse.copies import settle_copies
 from qemu_vmdk_snap.vmdk.sparse.header import HeaderFlag, SparseExtentHeader, check_header, refuse_moved
-from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables, clear_tables, read_directory
 
 __all__ = ["GTE_UNALLOCATED", "GTE_ZEROED", "MAX_FILE_SECTORS", "SparseExtent", "open_sparse", "read_header"]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, round_up, sector_bytes
-from qemu_vmdk_snap.vmdk.new_extent import Wanted
+from qemu_vmdk_snap.vmdk.grain.new_extent import Wanted
 from qemu_vmdk_snap.vmdk.sparse.header import (
     COMPRESS_NONE,
     GTES_PER_GT,
@@ -26,7 +26,7 @@ from qemu_vmdk_snap.vmdk.sparse.header import (
 )
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.vmdk.bulk import BulkWriter
+    from qemu_vmdk_snap.vmdk.grain.bulk import BulkWriter
 
 DESCRIPTOR_SECTORS: Final = 20
 
@@ -56,7 +56,7 @@ class SparseLayout:
 
     def writer(self, file: BlockFile) -> BulkWriter:
         """Return what fills the file."""
-        from qemu_vmdk_snap.vmdk.bulk import BulkSparse  # NumPy: not needed to make an empty image
+        from qemu_vmdk_snap.vmdk.grain.bulk import BulkSparse  # NumPy: not needed to make an empty image
 
         return BulkSparse(file, self)
 

@@ -19,12 +19,12 @@ from qemu_vmdk_snap.errors import FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, Place
-from qemu_vmdk_snap.vmdk.grains import Copy, GrainExtent
+from qemu_vmdk_snap.vmdk.grain.extent import Copy, GrainExtent
+from qemu_vmdk_snap.vmdk.grain.tables import Entries, GrainTables, read_directory
 from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, Int64s, Kinds
 from qemu_vmdk_snap.vmdk.sparse.header import GD_AT_END, HeaderFlag, SparseExtentHeader
 from qemu_vmdk_snap.vmdk.stream.compression import inflated
 from qemu_vmdk_snap.vmdk.stream.footer import GRAIN_RECORD, check_grain, read_footer
-from qemu_vmdk_snap.vmdk.tables import Entries, GrainTables, read_directory
 
 
 def open_stream(spec: ExtentSpec, file: BlockFile, header: SparseExtentHeader) -> StreamExtent:

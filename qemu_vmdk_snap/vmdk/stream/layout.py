@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import sector_bytes
-from qemu_vmdk_snap.vmdk.new_extent import Wanted
+from qemu_vmdk_snap.vmdk.grain.new_extent import Wanted
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.vmdk.bulk import BulkWriter
+    from qemu_vmdk_snap.vmdk.grain.bulk import BulkWriter
 
 
 @dataclass(frozen=True, slots=True)

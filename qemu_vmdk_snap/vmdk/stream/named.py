@@ -16,9 +16,9 @@ import numpy as np
 from qemu_vmdk_snap.errors import FormatError
 from qemu_vmdk_snap.storage.pipes import PipeReader
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
-from qemu_vmdk_snap.vmdk.grains import GTE_ZEROED
+from qemu_vmdk_snap.vmdk.grain.extent import GTE_ZEROED
+from qemu_vmdk_snap.vmdk.grain.tables import Entries
 from qemu_vmdk_snap.vmdk.sparse.header import GD_AT_END, HeaderFlag, SparseExtentHeader
-from qemu_vmdk_snap.vmdk.tables import Entries
 
 _BATCH: Final = 1 << 16
 _COPIES: Final = 2  # some writers keep the tables twice

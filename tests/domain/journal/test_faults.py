@@ -177,7 +177,7 @@ def test_a_read_only_file_system_under_the_second_disk(lab: Lab, small_fs: Path)
 
 VICTIM = """
 import os, signal, sys
-from qemu_vmdk_snap.domain import newfile
+from qemu_vmdk_snap.domain.overlay import newfile
 from qemu_vmdk_snap.domain.create import run as snapshot
 from qemu_vmdk_snap.domain.connect import open_connection
 from qemu_vmdk_snap.domain.journal.record import IntentStore

@@ -18,11 +18,11 @@ from qemu_vmdk_snap.ops.check.check import check_image
 from qemu_vmdk_snap.ops.copy.transfer import LinkWriter, View, upper_tables
 from qemu_vmdk_snap.ops.edit.commit import commit
 from qemu_vmdk_snap.ops.edit.rebase import rebase
-from qemu_vmdk_snap.vmdk import grains
 from qemu_vmdk_snap.vmdk.extent import Extent, PlacedExtent
+from qemu_vmdk_snap.vmdk.grain import extent as grains
+from qemu_vmdk_snap.vmdk.grain.tables import GrainTables, read_directory
 from qemu_vmdk_snap.vmdk.runs import RunTable
 from qemu_vmdk_snap.vmdk.sparse.extent import SparseExtent
-from qemu_vmdk_snap.vmdk.tables import GrainTables, read_directory
 
 GRAIN = 4096
 MIB = 1 << 20

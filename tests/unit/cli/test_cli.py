@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from qemu_vmdk_snap import __version__, create_image, errors
-from qemu_vmdk_snap.cli import demo, exit_status
-from qemu_vmdk_snap.cli.catalogue import every_command
+from qemu_vmdk_snap.cli import exit_status
 from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL
+from qemu_vmdk_snap.cli.demo import demo
+from qemu_vmdk_snap.cli.demo.scenario import Demo, Point, Region, Seen
 from qemu_vmdk_snap.cli.main import main, make_parser
-from qemu_vmdk_snap.cli.scenario import Demo, Point, Region, Seen
+from qemu_vmdk_snap.cli.pages.catalogue import every_command
 from qemu_vmdk_snap.cli.ui import Ui
 from tests.support.schemas import check
 

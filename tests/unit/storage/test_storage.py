@@ -15,7 +15,7 @@ from qemu_vmdk_snap.storage.blockfile import PosixFile
 from qemu_vmdk_snap.storage.copying import Copier
 from qemu_vmdk_snap.storage.durable import NewFiles, new_file, publish, replace_file
 from qemu_vmdk_snap.storage.locks import lock_image
-from tests.support.recording import RecordingFile
+from tests.support.crash.recording import RecordingFile
 
 PRECIOUS = b"precious"
 

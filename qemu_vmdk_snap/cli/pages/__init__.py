@@ -1,0 +1,1 @@
+"""What is made of the table of commands: completion scripts and manual pages."""

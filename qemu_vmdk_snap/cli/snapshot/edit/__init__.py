@@ -1,0 +1,1 @@
+"""The commands that change what libvirt has registered of a snapshot."""

@@ -1,0 +1,126 @@
+"""Overlays on a domain's files that nobody names: found, and removed where that is safe.
+
+A killed tool, a snapshot whose metadata was deleted alone, a copy made by hand: they leave images that are backed by a
+file of the domain, and are named by no domain and no snapshot. Such an image may hold the only copy of somebody's data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import qemu_vmdk_snap as engine
+from qemu_vmdk_snap.domain.journal.record import IntentStore
+from qemu_vmdk_snap.domain.needs.needed import Given, Needed, identity, real_file, same_file
+from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
+
+if TYPE_CHECKING:
+    import libvirt
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """An image that is backed by a file of the domain, and that nobody names."""
+
+    path: Path
+    parent: Path
+    allocated: int
+    """Bytes that its files take up."""
+    empty: bool
+    """Whether it holds nothing: it shows what its parent shows."""
+    problem: str | None
+    """Why it cannot be read, in one line."""
+
+
+def find_orphans(conn: libvirt.virConnect, domain: libvirt.virDomain, needed: Needed | None = None) -> list[Orphan]:
+    """Return the orphans of the domain's files, wherever they are; parents come before what is backed by them.
+
+    Raises:
+        DomainError: libvirt cannot tell what is named.
+        StillNeeded: a folder cannot be looked through.
+    """
+    needed = needed or Needed.read(conn, domain)
+    mine = needed.files_of(needed.of_domain(domain.UUIDString()))
+    known = {identity(path) for path in [*needed.files_of(needed.holders), *_about_to_be_made(conn)]}
+    folders = {path.parent for path in mine}
+    found: list[Orphan] = []
+    level = mine
+    while level:  # an orphan may be backed by an orphan
+        upper: dict[Path, Path] = {}
+        for parent in level:
+            for one in needed.census.dependents([parent]):
+                if one.how == "parent" and one.identity not in known and not one.path.name.startswith("."):
+                    known.add(one.identity)
+                    upper[one.path] = parent
+        found += [_describe(path, parent, folders | {path.parent}) for path, parent in sorted(upper.items())]
+        level = sorted(upper)
+    return found
+
+
+def remove_orphan(
+    conn: libvirt.virConnect,
+    domain: libvirt.virDomain,
+    path: Path,
+    *,
+    with_data: bool = False,
+    orphans: Sequence[Path] = (),
+) -> None:
+    """Delete an orphan that nothing needs and nobody uses; one that holds data only `with_data`.
+
+    `orphans` are files that need it and are given up.
+
+    Raises:
+        DomainError: it is no orphan (any more), another one is backed by it, or it holds data.
+        StillNeeded: something else needs it, or may.
+        LockBusy: somebody uses it.
+        VmdkSnapError, OSError: it cannot be read, or not be removed.
+    """
+    name, given_up = domain.name(), Given(tuple(orphans))
+    with IntentStore.of(conn).locked(domain.UUIDString(), name):
+        needed = Needed.read(conn, domain, folders=[path.parent])
+        there = find_orphans(conn, domain, needed)
+        found = [orphan for orphan in there if same_file(orphan.path, path)]
+        if not found:
+            raise DomainError(name, f"{path} is no orphan of it")
+        above = [orphan.path for orphan in there if same_file(orphan.parent, path) and not given_up.has(orphan.path)]
+        if above:
+            raise DomainError(name, f"{path} is the parent of {above[0]}: remove that first")
+        folders = sorted({path.parent, real_file(path).parent, found[0].parent.parent})
+        with engine.open_chain(path, writable=True, trusted_dirs=folders, check_cids=False) as chain:
+            # Looked at again under the lock: until now somebody may have written to it.
+            if not with_data and not _is_empty(chain):
+                raise DomainError(name, f"{path} holds data: it is not removed unless it is named for that")
+            files = engine.own_files(chain.links[0])
+            needed.require_unneeded(path, files, needed.holders, orphans=given_up)
+            for file in files:
+                real_file(file).unlink()
+
+
+def _about_to_be_made(conn: libvirt.virConnect) -> set[Path]:
+    """Return the overlays of snapshots that are under way, or wait to be settled."""
+    store = IntentStore.of(conn)
+    paths: set[Path] = set()
+    for uuid in store.uuids():
+        with contextlib.suppress(VmdkSnapError):  # doctor reports the record, or the folder
+            intent = store.read(uuid)
+            paths |= {Path(overlay.path).resolve() for overlay in intent.overlays} if intent else set()
+    return paths
+
+
+def _describe(path: Path, parent: Path, folders: Collection[Path]) -> Orphan:
+    allocated = path.stat().st_blocks * 512
+    try:
+        with engine.open_chain(path, trusted_dirs=sorted(folders), lock=False) as chain:
+            allocated = sum(file.path.stat().st_blocks * 512 for file in chain.links[0].files)
+            return Orphan(path, parent, allocated, _is_empty(chain), None)
+    except VmdkSnapError as error:
+        return Orphan(path, parent, allocated, False, str(error))
+    except OSError as error:
+        return Orphan(path, parent, allocated, False, f"{error.filename or path}: {error.strerror}")
+
+
+def _is_empty(chain: engine.Chain) -> bool:
+    return all(run.depth > 0 or run.kind is engine.RunKind.HOLE for run in chain.map())

@@ -1,0 +1,1 @@
+"""Disks that record, fail and lose power."""
