@@ -15,7 +15,7 @@ from qemu_vmdk_snap.serve.control.merge import Merger
 from qemu_vmdk_snap.serve.control.switch import Holder, Switcher
 from qemu_vmdk_snap.serve.disk.disk import Disk
 from qemu_vmdk_snap.serve.server import Server
-from tests.support.cutplans import (
+from tests.support.crash.cutplans import (
     GRAIN,
     KINDS,
     PLANS,

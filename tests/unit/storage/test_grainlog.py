@@ -10,7 +10,7 @@ from qemu_vmdk_snap.storage import grainlog
 from qemu_vmdk_snap.storage.grainlog import GrainLog, Noted, waiting, waiting_in
 from qemu_vmdk_snap.storage.identity import Identity, identity_of
 from qemu_vmdk_snap.units import MIB
-from qemu_vmdk_snap.vmdk.grains import GrainExtent
+from qemu_vmdk_snap.vmdk.grain.extent import GrainExtent
 
 
 @pytest.fixture
