@@ -78,19 +78,7 @@ def _run_domains(args: argparse.Namespace, ui: Ui) -> None:
 
 def _show_abandoned(gone: list[Unfinished], ui: Ui) -> None:
     if ui.json_output:
-        ui.json(
-            [
-                {
-                    "operation": one.operation,
-                    "domain": one.domain,
-                    "snapshot": one.snapshot,
-                    "record": str(one.record),
-                    "problem": one.problem,
-                    "files": [str(path) for path in one.files],
-                }
-                for one in gone
-            ]
-        )
+        ui.json([one.as_dict() for one in gone])
         return
     for one in gone:
         about = f"the record {one.record}" if one.intent is None else f"the {one.operation} of snapshot {one.snapshot}"
@@ -110,7 +98,7 @@ def _run_images(args: argparse.Namespace, ui: Ui) -> None:
     else:
         found = [one for path in paths for one in recover(path, trusted_dirs=args.allow_dir)]
     if ui.json_output:
-        ui.json([{"operation": one.operation, "image": str(one.image)} for one in found])
+        ui.json([one.as_dict() for one in found])
         return
     for one in found:
         if args.abandon:

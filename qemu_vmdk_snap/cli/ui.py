@@ -28,6 +28,7 @@ class Ui:
         self._last_progress = 0.0
         self._progress_open = False
         self._streams = False
+        self._answered = False
         self._warned: dict[str, None] = {}  # in their order
 
     def text(self, line: str = "") -> None:
@@ -46,6 +47,7 @@ class Ui:
         import json
 
         self._end_progress()
+        self._answered = True
         if self._warned and isinstance(value, dict) and "warnings" not in value:
             value = {**value, "warnings": list(self._warned)}
         sys.stdout.write(json.dumps(value, indent=4, default=str) + "\n")
@@ -85,11 +87,14 @@ class Ui:
         self._streams = True
 
     def error(self, message: object, error: BaseException | None = None, status: int = 1) -> None:
-        """Print the one line that says why the command failed; as JSON, the error is on standard output too."""
+        """Print the one line that says why the command failed; as JSON, the error is on standard output too.
+
+        Where the answer is there already, it is the one JSON value: it says itself what failed.
+        """
         self._end_progress()
         line = printable(" ".join(str(message).split("\n")))
         sys.stderr.write(f"qemu-vmdk-snap: {line}\n")
-        if self.json_output and error is not None and not self._streams:
+        if self.json_output and error is not None and not self._streams and not self._answered:
             from qemu_vmdk_snap.cli.exit_status import as_object
 
             self.json(as_object(error, line, status))

@@ -30,6 +30,16 @@ class ExtentInfo:
     """What is allocated at once; 0 where nothing is."""
     compressed: bool
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the extent under the keys of `qemu-img info`."""
+        return {
+            **({"compressed": True} if self.compressed else {}),
+            "virtual-size": self.virtual_size,
+            "filename": None if self.path is None else str(self.path),
+            **({"cluster-size": self.grain_bytes} if self.grain_bytes else {}),
+            "format": self.type,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
@@ -51,6 +61,33 @@ class ImageInfo:
     notes: tuple[str, ...]
     """What was found wrong, one line each: with the image itself, or between it and its parent."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the image under the keys of `qemu-img info`; the notes are the list `warnings`, if there are any."""
+        answer: dict[str, object] = {
+            "virtual-size": self.virtual_size,
+            "filename": str(self.path),
+            **({"cluster-size": self.grain_bytes} if self.grain_bytes else {}),
+            "format": "vmdk",
+            "actual-size": self.actual_size,
+            "format-specific": {
+                "type": "vmdk",
+                "data": {
+                    "cid": self.cid,
+                    "parent-cid": self.parent_cid,
+                    "create-type": self.create_type,
+                    "extents": [extent.as_dict() for extent in self.extents],
+                },
+            },
+            "dirty-flag": False,
+        }
+        if self.notes:
+            answer["warnings"] = list(self.notes)
+        if self.hint is not None:
+            answer["backing-filename"] = self.hint
+            answer["backing-filename-format"] = "vmdk"
+            answer["full-backing-filename"] = None if self.parent is None else str(self.parent)
+        return answer
+
 
 class RawInfo(NamedTuple):
     """One raw image; sizes in bytes."""
@@ -59,6 +96,16 @@ class RawInfo(NamedTuple):
     virtual_size: int
     actual_size: int
     """What it takes on disk."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the image under the keys of `qemu-img info`."""
+        return {
+            "virtual-size": self.virtual_size,
+            "filename": str(self.path),
+            "format": "raw",
+            "actual-size": self.actual_size,
+            "dirty-flag": False,
+        }
 
 
 def image_info(

@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> int:
     """Verify and say where it differs."""
-    from qemu_vmdk_snap.harness.verify import as_json, verify_image
+    from qemu_vmdk_snap.harness.verify import verify_image
     from qemu_vmdk_snap.ops.progress import Progress
 
     def show(step: Checked) -> None:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
         on_piece=show,
     )
     if ui.json_output:
-        ui.json(as_json(report))
+        ui.json(report.as_dict())
         return 0 if report.identical else 1
     for mismatch in report.mismatches:
         ui.text(f"MISMATCH {mismatch}")

@@ -33,9 +33,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     ):
         report = compare(one, two, strict=args.strict, on_progress=ui.progress)
     if ui.json_output:
-        ui.json(
-            {"identical": report.identical, "reason": report.reason, "offset": report.offset, "sizes": report.sizes}
-        )
+        ui.json(report.as_dict())
         return 0 if report.identical else 1
     if report.reason == "size":
         ui.text("Strict mode: Image size mismatch!")

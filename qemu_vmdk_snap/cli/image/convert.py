@@ -112,7 +112,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
                 on_progress=ui.progress,
             )
     if ui.json_output and not to_pipe:
-        ui.json({"filename": str(report.path), "virtual-size": report.capacity, "data-bytes": report.data})
+        ui.json(report.as_dict())
 
 
 def _open_source(args: argparse.Namespace) -> Disk:

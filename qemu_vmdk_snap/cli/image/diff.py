@@ -41,22 +41,25 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     stream = kind == "streamOptimized"
     with open_chain(args.top, trusted_dirs=args.allow_dir, lock=not args.force_share) as chain:
         depth = depth_of(chain, args.base)
-        facts = {
-            "base": str(args.base),
-            "top": str(args.top),
-            "base-cid": chain.links[depth].cid,
-            "top-cid": chain.links[0].cid,
-            "virtual-size": chain.capacity,
-        }
         if args.delta is not None:
             report = make_delta(chain, depth, args.delta, stream=stream, on_progress=ui.progress)
             if ui.json_output:
-                ui.json(facts | {"delta": str(report.path), "changed": report.changed})
+                ui.json(report.as_dict())
             else:
                 ui.text(f"{report.path}: {report.changed} bytes changed")
             return
         found = list(changes(chain, depth, ui.progress))
+        base, top = chain.links[depth], chain.links[0]
     if ui.json_output:
-        ui.json(facts | {"runs": [{"start": o, "length": n, "zero": z, "data": not z} for o, n, z in found]})
+        ui.json(
+            {
+                "base": str(base.path),
+                "top": str(top.path),
+                "base-cid": base.cid,
+                "top-cid": top.cid,
+                "virtual-size": chain.capacity,
+                "runs": [change.as_dict() for change in found],
+            }
+        )
         return
     ui.table(["Offset", "Length", "Kind"], [[f"{o:#x}", f"{n:#x}", "zero" if z else "data"] for o, n, z in found])

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         with open_disk(args.filename, args.format, args) as disk:
             sizes = measure(disk, 0, output_format=args.target_format, options=options, on_progress=ui.progress)
     if ui.json_output:
-        ui.json({"required": sizes.required, "fully-allocated": sizes.fully_allocated})
+        ui.json(sizes.as_dict())
         return
     ui.text(f"required size: {sizes.required}")
     ui.text(f"fully allocated size: {sizes.fully_allocated}")

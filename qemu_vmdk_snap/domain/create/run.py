@@ -69,16 +69,13 @@ class SnapshotReport:
 
     def as_dict(self) -> dict[str, object]:
         """Return the report with JSON's own types, as `snapshot create --output=json` shows it."""
-        pause = self.pause
         return {
             "domain": self.domain,
             "snapshot": self.snapshot,
             "creation-time": self.creation_time,
             "parent": self.parent,
             "disks": [disk.as_dict() for disk in self.disks],
-            "pause": None
-            if pause is None
-            else {"disk-ms": pause.stalled, "cpu-ms": pause.stopped, "frozen-ms": pause.frozen},
+            "pause": None if self.pause is None else self.pause.as_dict(),
             "notes": list(self.notes),
             "skipped": [{"target": target, "reason": reason} for target, reason in self.skipped],
         } | ({"dry-run": True} if self.dry_run else {})

@@ -89,6 +89,10 @@ class Work:
             lines.append(where + copied)
         return [*lines, f"delete {self.removed}"]
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types."""
+        return {"target": self.target, "mode": self.mode, "operations": self.lines()}
+
 
 @dataclass(frozen=True, slots=True)
 class Deleted:
@@ -99,8 +103,7 @@ class Deleted:
 
     def as_dict(self) -> dict[str, object]:
         """Return it with JSON's own types."""
-        disks = [{"target": work.target, "mode": work.mode, "operations": work.lines()} for work in self.work]
-        return {"snapshot": self.name, "disks": disks}
+        return {"snapshot": self.name, "disks": [work.as_dict() for work in self.work]}
 
 
 @dataclass(slots=True)

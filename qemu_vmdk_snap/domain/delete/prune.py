@@ -51,6 +51,10 @@ class Decision(NamedTuple):
     reasons: tuple[str, ...]
     """Why it is kept; empty where it goes."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types."""
+        return {"name": self.name, "creation-time": self.creation_time, "kept-by": list(self.reasons)}
+
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
@@ -77,10 +81,7 @@ class PruneReport:
         return {
             "domain": self.domain,
             "dry-run": self.dry_run,
-            "snapshots": [
-                {"name": one.name, "creation-time": one.creation_time, "kept-by": list(one.reasons)}
-                for one in self.decisions
-            ],
+            "snapshots": [one.as_dict() for one in self.decisions],
             "deleted": [one.as_dict() for one in self.deleted],
             "failed": [{"snapshot": name, "reason": str(error)} for name, error in self.failed],
         }

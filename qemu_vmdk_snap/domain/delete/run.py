@@ -79,6 +79,8 @@ class DeleteReport:
     def as_dict(self) -> dict[str, object]:
         """Return the report with JSON's own types, as `snapshot delete --output=json` shows it."""
         answer: dict[str, object] = {"domain": self.domain, "deleted": [one.as_dict() for one in self.deleted]}
+        if self.failed:
+            answer["failed"] = [{"snapshot": name, "reason": str(error)} for name, error in self.failed]
         return answer | ({"dry-run": True} if self.dry_run else {})
 
 

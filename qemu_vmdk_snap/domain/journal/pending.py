@@ -57,6 +57,17 @@ class Unfinished:
             named |= {one.get("frozen"), one.get("child"), *(moving if isinstance(moving, list) else ())}
         return tuple(sorted(Path(name) for name in named if isinstance(name, str)))
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types, as `recover --abandon --output=json` lists it."""
+        return {
+            "operation": self.operation,
+            "domain": self.domain,
+            "snapshot": self.snapshot,
+            "record": str(self.record),
+            "problem": self.problem,
+            "files": [str(path) for path in self.files],
+        }
+
     def line(self) -> str:
         """Return what is pending and how to finish it or to give it up, in one line."""
         if self.running:

@@ -52,6 +52,10 @@ class Pause:
     notes: tuple[str, ...] = ()
     """What did not go as wished and stood in nobody's way."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the times with JSON's own types."""
+        return {"disk-ms": self.stalled, "cpu-ms": self.stopped, "frozen-ms": self.frozen}
+
 
 @dataclass(slots=True)
 class _Run:

@@ -53,6 +53,30 @@ class CheckReport:
     repairable: int = 0
     """Notes on what a repair puts in order, though nothing is wrong with the data."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types: the keys of `qemu-img check`, and the findings.
+
+        As in qemu-img, `corruptions` and `leaks` are there only if they are not 0.
+        """
+        answer: dict[str, object] = {
+            "image-end-offset": self.end,
+            "total-clusters": self.total,
+            "check-errors": self.check_errors,
+        }
+        if self.corruptions:
+            answer["corruptions"] = self.corruptions
+        if self.leaks:
+            answer["leaks"] = self.leaks
+        return answer | {
+            "allocated-clusters": self.allocated,
+            "fragmented-clusters": self.fragmented,
+            "compressed-clusters": self.compressed,
+            "filename": str(self.path),
+            "format": "vmdk",
+            "chain-depth": self.depth,
+            "findings": [finding.as_dict() for finding in self.findings],
+        }
+
 
 @dataclass(slots=True)
 class _Image:

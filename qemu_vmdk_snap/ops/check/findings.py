@@ -46,7 +46,7 @@ class Finding:
     def __str__(self) -> str:
         return f"{self.path}: byte {self.offset:#x}: {self.field} = {self.value!r}: {self.rule}"
 
-    def as_json(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, object]:
         """Return the finding with JSON's own types."""
         value = self.value if isinstance(self.value, int | str | None) else repr(self.value)
         return {

@@ -55,6 +55,25 @@ class RepairReport:
     relinked: tuple[Path, ...] = ()
     """The links whose parentCID was made the CID of their parent, the top first."""
 
+    @property
+    def corruptions_fixed(self) -> int:
+        """How many corruptions there are less than before."""
+        return max(0, self.before.corruptions - self.after.corruptions)
+
+    @property
+    def leaks_fixed(self) -> int:
+        """How many leaked grains there are less than before."""
+        return max(0, self.before.leaks - self.after.leaks)
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the keys that `image check -r --output=json` adds to those of the check."""
+        answer: dict[str, object] = {"corruptions-fixed": self.corruptions_fixed, "leaks-fixed": self.leaks_fixed}
+        if self.undo is not None:
+            answer["undo-file"] = str(self.undo)
+        if self.relinked:
+            answer["relinked"] = [str(link) for link in self.relinked]
+        return answer
+
 
 def repair(
     path: Path | str,

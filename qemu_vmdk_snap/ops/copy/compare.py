@@ -26,6 +26,11 @@ class CompareReport:
     sizes: tuple[int, int] | None = None
     """Both sizes, where they differ."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image compare --output=json` shows it."""
+        sizes = None if self.sizes is None else list(self.sizes)
+        return {"identical": self.identical, "reason": self.reason, "offset": self.offset, "sizes": sizes}
+
 
 class _Pair(NamedTuple):
     """A stretch that is one run on either disk: the rows, and how far into each the stretch begins."""

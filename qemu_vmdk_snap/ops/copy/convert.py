@@ -36,6 +36,10 @@ class ConvertReport:
     data: int
     """Guest bytes that were stored; the rest reads as zeros, or is the backing image's."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image convert --output=json` shows it."""
+        return {"filename": str(self.path), "virtual-size": self.capacity, "data-bytes": self.data}
+
 
 def convert(
     source: Disk,

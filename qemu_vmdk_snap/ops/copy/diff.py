@@ -42,15 +42,36 @@ class Change(NamedTuple):
     zero: bool
     """Whether it reads as zeros without being stored."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types, as `image diff --output=json` lists it."""
+        return {"start": self.offset, "length": self.length, "zero": self.zero, "data": not self.zero}
+
 
 @dataclass(frozen=True, slots=True)
 class DeltaReport:
-    """What a delta holds; sizes in bytes."""
+    """What a delta contains; sizes in bytes."""
 
     path: Path
     cid: int
+    """The CID of the top, which the delta has as well."""
     parent_cid: int
+    """The CID of the base."""
     changed: int
+    base: Path
+    top: Path
+    capacity: int
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image diff -d FILE --output=json` shows it."""
+        return {
+            "base": str(self.base),
+            "top": str(self.top),
+            "base-cid": self.parent_cid,
+            "top-cid": self.cid,
+            "virtual-size": self.capacity,
+            "delta": str(self.path),
+            "changed": self.changed,
+        }
 
 
 def depth_of(chain: Chain, base: Path | str) -> int:
@@ -109,7 +130,7 @@ def make_delta(
     meter = Meter(OPERATION, chain.capacity, on_progress)
     make = _make_stream if stream else _make_sparse
     changed = make(chain, depth, path, durable, meter)
-    return DeltaReport(path, top.cid, base.cid, changed)
+    return DeltaReport(path, top.cid, base.cid, changed, base.path, top.path, chain.capacity)
 
 
 def _make_stream(chain: Chain, depth: int, path: Path, durable: bool, meter: Meter) -> int:

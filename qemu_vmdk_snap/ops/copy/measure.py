@@ -30,6 +30,10 @@ class Measurement:
     fully_allocated: int
     """For a disk whose every byte was written."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the sizes under the keys of `qemu-img measure`."""
+        return {"required": self.required, "fully-allocated": self.fully_allocated}
+
 
 def measure(
     disk: Disk | None,

@@ -43,6 +43,10 @@ class ApplyReport:
     cid: int
     """The CID that the image now has: the delta's."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image apply --output=json` shows it."""
+        return {"filename": str(self.path), "delta": str(self.delta), "cid": self.cid}
+
 
 def apply_delta(
     delta: Path | str,

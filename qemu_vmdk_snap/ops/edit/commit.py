@@ -65,6 +65,15 @@ class CommitReport:
     deleted: tuple[Path, ...]
     """Images that are gone."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image commit --output=json` shows it."""
+        return {
+            "filename": str(self.path),
+            "base": str(self.base),
+            "relinked": [str(path) for path in self.relinked],
+            "deleted": [str(path) for path in self.deleted],
+        }
+
 
 @dataclass(slots=True)
 class _Plan:

@@ -52,6 +52,10 @@ class CompactReport:
     before: int
     after: int
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image compact --output=json` shows it."""
+        return {"filename": str(self.path), "before": self.before, "after": self.after}
+
 
 def compact(
     path: Path | str,

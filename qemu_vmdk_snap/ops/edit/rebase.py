@@ -31,6 +31,12 @@ class RebaseReport:
 
     path: Path
     parent: Path | None
+    """None where it is a base now."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image rebase --output=json` shows it."""
+        parent = None if self.parent is None else str(self.parent)
+        return {"filename": str(self.path), "backing-filename": parent}
 
 
 def rebase(

@@ -35,6 +35,15 @@ class RemoveReport:
     parent: Path | None
     """What backs the children now; None where they became bases."""
     moved: tuple[Path, ...]
+    """The children."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image remove --output=json` shows it."""
+        return {
+            "filename": str(self.path),
+            "parent": None if self.parent is None else str(self.parent),
+            "moved": [str(path) for path in self.moved],
+        }
 
 
 def remove(

@@ -46,6 +46,10 @@ class RenewReport(NamedTuple):
     dropped_bytes: int
     """What the overlay took up on its file system before."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types."""
+        return {"filename": str(self.path), "parent": str(self.parent), "dropped-bytes": self.dropped_bytes}
+
 
 def renew_overlay(
     path: Path | str,

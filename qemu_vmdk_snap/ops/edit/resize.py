@@ -56,6 +56,10 @@ class ResizeReport:
     before: int
     after: int
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image resize --output=json` shows it."""
+        return {"filename": str(self.path), "before": self.before, "virtual-size": self.after}
+
 
 def resize(
     path: Path | str,

@@ -47,6 +47,10 @@ class Recovered:
     images: tuple[Path, ...] = ()
     """Of an operation that was given up: every image that it was about to change."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types, as `recover --output=json` lists it."""
+        return {"operation": self.operation, "image": str(self.image)}
+
 
 def recover(
     folder: Path | str, *, trusted_dirs: Sequence[Path | str] = (), opener: FileOpener = open_posix

@@ -74,9 +74,12 @@ def test_each_error_class_has_a_status_of_its_own() -> None:
 
 def test_help_and_creating_start_without_the_heavy_modules(tmp_path: Path) -> None:
     create_image(tmp_path / "base.vmdk", 1 << 20, durable=False)
-    for words in (["--help"], ["image", "create", "-b", "base.vmdk", str(tmp_path / "top.vmdk")]):
-        code = f"import sys; from qemu_vmdk_snap.cli.main import main; main({words!r}); print(sorted(sys.modules))"
+    create = ["image", "create", "-b", "base.vmdk", str(tmp_path / "top.vmdk")]
+    for words, most in ((["--help"], 11), (["snapshot", "list", "--help"], 16), (create, 55)):
+        code = f"from qemu_vmdk_snap.cli.main import main; main({words!r})"
+        code = f"import atexit, sys; atexit.register(lambda: print(sorted(sys.modules))); {code}"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.count("'qemu_vmdk_snap") <= most, f"{words}: the start imports more modules than it did"
         for heavy in ("numpy", "libvirt", "pexpect", "logging.config", "asyncio"):
             assert f"'{heavy}'" not in done.stdout, f"{words} imports {heavy}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pydoc
 import subprocess
 import sys
@@ -78,6 +79,52 @@ def test_what_functions_return_is_public() -> None:
         for part in [returned, *typing.get_args(returned)]:
             ours = inspect.isclass(part) and part.__module__.startswith("qemu_vmdk_snap")
             assert not ours or part in public, f"{name} returns {part}"
+
+
+REPORTS = [
+    (package, name)
+    for package in PACKAGES
+    for name in importlib.import_module(package).__all__
+    if name.endswith(("Report", "Info", "State"))
+    or name in {"Adopted", "Change", "Check", "Decision", "Deleted", "Finding", "Measurement", "Mismatch", "Pause"}
+    or name in {"PlannedDisk", "Recovered", "Recovery", "Work"}
+]
+
+
+@pytest.mark.parametrize(("package", "name"), REPORTS)
+def test_a_report_has_the_json_of_its_command(package: str, name: str) -> None:
+    value = getattr(importlib.import_module(package), name)
+    signature = inspect.signature(value.as_dict)
+    assert list(signature.parameters) == ["self"]
+    assert signature.return_annotation == "dict[str, object]"
+
+
+def test_every_class_is_known_to_be_a_report_or_not() -> None:
+    others = {"Chain", "RunKind", "WritableChain", "Run", "Disk", "RawDisk", "Link", "LinkFacts", "Census", "Dependent"}
+    others |= {"Followed", "Severity", "ImageOptions", "Progress", "BlockFile", "PosixFile", "Identity", "Descriptor"}
+    others |= {"ExtentLine", "Row", "RunTable", "Retention", "Machine", "ProbeSession"}
+    classes = {
+        name
+        for package in PACKAGES
+        for name in importlib.import_module(package).__all__
+        if inspect.isclass(value := getattr(importlib.import_module(package), name))
+        and not issubclass(value, BaseException)
+    }
+    assert classes - {name for _, name in REPORTS} == others
+
+
+def test_what_a_report_says_is_json(tmp_path: Path) -> None:
+    base, top = tmp_path / "base.vmdk", tmp_path / "top.vmdk"
+    create_image(base, 1 << 20, durable=False)
+    create_overlay(top, base, durable=False)
+    renewed = qemu_vmdk_snap.renew_overlay(top)
+    assert json.loads(json.dumps(renewed.as_dict())) == {
+        "filename": str(top),
+        "parent": str(base),
+        "dropped-bytes": renewed.dropped_bytes,
+    }
+    checked = qemu_vmdk_snap.check_image(top).as_dict()
+    assert json.loads(json.dumps(checked)) == checked
 
 
 def test_paths_may_be_text_and_folders_are_named_alike() -> None:

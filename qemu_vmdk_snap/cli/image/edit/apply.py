@@ -30,6 +30,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         args.delta, args.filename, force=args.force, orphans=args.orphan, resolver=find, on_progress=ui.progress
     )
     if ui.json_output:
-        ui.json({"filename": str(report.path), "delta": str(report.delta), "cid": report.cid})
+        ui.json(report.as_dict())
         return
     ui.text("Delta applied.")

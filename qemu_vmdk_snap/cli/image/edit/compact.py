@@ -27,7 +27,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     need_vmdk(args.filename, args.format)
     report = compact(args.filename, resolver=confined(args.allow_dir), on_progress=ui.progress)
     if ui.json_output:
-        ui.json({"filename": str(report.path), "before": report.before, "after": report.after})
+        ui.json(report.as_dict())
         return
     saved = report.before - report.after
     ui.text(f"Image compacted: {format_size(saved)} freed." if saved else "Nothing to free.")

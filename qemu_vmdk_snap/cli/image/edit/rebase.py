@@ -43,4 +43,4 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     trusted = [*args.allow_dir, *([] if parent is None else [parent.parent])]
     report = rebase(args.filename, parent, unsafe=args.unsafe, resolver=confined(trusted), on_progress=ui.progress)
     if ui.json_output:
-        ui.json({"filename": str(report.path), "backing-filename": report.parent and str(report.parent)})
+        ui.json(report.as_dict())

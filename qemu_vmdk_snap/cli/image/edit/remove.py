@@ -39,8 +39,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         on_progress=ui.progress,
     )
     if ui.json_output:
-        parent = report.parent and str(report.parent)
-        ui.json({"filename": str(report.path), "parent": parent, "moved": [str(path) for path in report.moved]})
+        ui.json(report.as_dict())
         return
     for path in report.moved:
         ui.text(f"{path}: " + (f"its parent is now {report.parent}" if report.parent else "has no parent any more"))

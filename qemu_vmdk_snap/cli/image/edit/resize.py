@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         args.filename, _size(args), orphans=args.orphan, resolver=confined(args.allow_dir), on_progress=ui.progress
     )
     if ui.json_output:
-        ui.json({"filename": str(report.path), "before": report.before, "virtual-size": report.after})
+        ui.json(report.as_dict())
         return
     ui.text("Image resized.")
 
