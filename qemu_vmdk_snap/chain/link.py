@@ -20,6 +20,7 @@ from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, legacy_descriptor, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import HEAD_BYTES, MAX_BYTES, Descriptor, ExtentLine, is_descriptor
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, PlacedExtent, open_extent
+from qemu_vmdk_snap.vmdk.noted import Notes
 from qemu_vmdk_snap.vmdk.sparse.header import MAGIC, SparseExtentHeader, check_header
 
 if TYPE_CHECKING:
@@ -79,8 +80,11 @@ class Link:
 
     @property
     def notes(self) -> list[str]:
-        """What was found wrong, one line each, and could be read all the same."""
-        return [*self.opened_notes, *(note for placed in self.extents for note in placed.extent.notes)]
+        """What was found wrong, of each kind one line, and could be read all the same."""
+        found = Notes()
+        for placed in self.extents:
+            found.merge(placed.extent.notes)
+        return [*self.opened_notes, *found]
 
     def at(self, offset: int) -> PlacedExtent:
         """Return the extent that holds the byte at `offset`, which must be below the capacity."""

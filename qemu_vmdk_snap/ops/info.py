@@ -15,6 +15,7 @@ from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, VmdkSnapError
 from qemu_vmdk_snap.storage.blockfile import PosixFile, open_posix, open_posix_or_device
 from qemu_vmdk_snap.vmdk.grain.extent import GrainExtent
+from qemu_vmdk_snap.vmdk.noted import Notes
 from qemu_vmdk_snap.vmdk.stream.extent import StreamExtent
 
 
@@ -59,7 +60,7 @@ class ImageInfo:
     """Where the hint leads, or None: there is no parent, it does not exist, or it may not be opened."""
     extents: tuple[ExtentInfo, ...]
     notes: tuple[str, ...]
-    """What was found wrong, one line each: with the image itself, or between it and its parent."""
+    """What was found wrong, of each kind one line: with the image itself, or between it and its parent."""
 
     def as_dict(self) -> dict[str, object]:
         """Return the image under the keys of `qemu-img info`; the notes are the list `warnings`, if there are any."""
@@ -153,7 +154,10 @@ def raw_info(path: Path | str, *, lock: bool = True, allow_devices: bool = False
 
 
 def _describe(link: Link, parent: Path | None, parent_cid: int | None) -> ImageInfo:
-    refused = [note for placed in link.extents for note in look_over(placed.extent)]
+    refused = Notes()
+    for placed in link.extents:
+        for note in look_over(placed.extent):
+            refused.add("refused", note)
     notes = [*link.notes, *refused]
     if parent is not None and parent_cid is not None and parent_cid != link.parent_cid:
         notes.append(str(CidMismatch(link.path, parent, link.parent_cid, parent_cid)))

@@ -33,5 +33,5 @@ def open_extent(spec: ExtentSpec) -> Extent:
 
         return stream.open_stream(spec, file, header)
     extent = open_sparse(spec, file, header)
-    extent.notes += shortfall.of_sparse(spec.path, file.size(), header.overhead, header.offset_of("overhead"))
+    extent.notes.merge(shortfall.of_sparse(spec.path, file.size(), header.overhead, header.offset_of("overhead")))
     return extent

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 from qemu_vmdk_snap.errors import Unsupported
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.vmdk.descriptor import ExtentLine
+from qemu_vmdk_snap.vmdk.noted import Notes
 from qemu_vmdk_snap.vmdk.registry import MODULES
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ class Extent(Protocol):
         """Where its stored runs are, or None for one without a file."""
 
     @property
-    def notes(self) -> list[str]:
-        """What was found wrong, one line each, and could be read all the same."""
+    def notes(self) -> Notes:
+        """What was found wrong and could be read all the same."""
 
     def lookup(self, offset: int) -> Place:
         """Return where the byte at `offset` is."""

@@ -10,29 +10,32 @@ from __future__ import annotations
 from pathlib import Path
 
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
+from qemu_vmdk_snap.vmdk.noted import Notes
 
 
-def of_flat(path: Path, size: int, start: int, capacity: int) -> list[str]:
+def of_flat(path: Path, size: int, start: int, capacity: int) -> Notes:
     """Return what to say of a flat extent of `capacity` bytes at byte `start` of a file of `size` bytes."""
+    notes = Notes()
     missing = start + capacity - size
-    if missing <= 0:
-        return []
-    return [f"{path}: is {missing} bytes shorter than its extent: what is missing reads as zeros"]
+    if missing > 0:
+        notes.add("flat", f"{path}: is {missing} bytes shorter than its extent: what is missing reads as zeros")
+    return notes
 
 
-def of_sparse(path: Path, size: int, overhead: int, field_at: int) -> list[str]:
+def of_sparse(path: Path, size: int, overhead: int, field_at: int) -> Notes:
     """Return what to say of a plain hosted sparse extent in a file of `size` bytes.
 
     `overhead` is its header's field of that name, in sectors; `field_at` the byte of the file where it is.
     """
-    notes = []
+    notes = Notes()
     if sector_bytes(overhead) > size:
         where = f"byte {field_at:#x}: overhead = {overhead}"
-        notes.append(f"{path}: {where}: the file of {size} bytes ends inside its tables: it was cut short")
+        notes.add("tables", f"{path}: {where}: the file of {size} bytes ends inside its tables: it was cut short")
     if size % SECTOR_SIZE:
-        notes.append(
+        notes.add(
+            "length",
             f"{path}: its length of {size} bytes is no whole number of sectors: it was cut short, or its embedded "
-            "descriptor was edited by a program that moved everything after it"
+            "descriptor was edited by a program that moved everything after it",
         )
     return notes
 

@@ -41,7 +41,7 @@ class FlatExtent:
         self._start = start
         self._capacity = capacity
         self._writable = writable
-        self.notes: list[str] = shortfall.of_flat(path, file.size(), start, capacity)
+        self.notes = shortfall.of_flat(path, file.size(), start, capacity)
 
     @property
     def capacity(self) -> int:

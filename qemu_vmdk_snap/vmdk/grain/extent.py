@@ -24,6 +24,7 @@ from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, byte_sectors, round_up, secto
 from qemu_vmdk_snap.vmdk import shortfall
 from qemu_vmdk_snap.vmdk.extent import Below, Place
 from qemu_vmdk_snap.vmdk.grain.tables import MAX_DIRTY_TABLES, Entries, GrainTables
+from qemu_vmdk_snap.vmdk.noted import Notes
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, ZERO, Int64s, Kinds, RunTable, from_entries
 
 GTE_UNALLOCATED: Final = 0
@@ -31,7 +32,6 @@ GTE_ZEROED: Final = 1
 MAX_FILE_SECTORS: Final = 1 << 32
 """A GTE is 32 bits wide: no grain can begin at or behind this sector."""
 
-_MAX_SHORT: Final = 64
 _WRITE_BATCH: Final = 4 * MIB
 
 
@@ -65,8 +65,7 @@ class GrainExtent:
         self._writable = writable
         self._file_size = file.size()
         self._unsynced = False
-        self.notes: list[str] = []
-        self._short: set[int] = set()  # places of grains that `notes` tells of already
+        self.notes = Notes()
 
     @property
     def capacity(self) -> int:
@@ -137,9 +136,9 @@ class GrainExtent:
             # Of the last grain the disk may need a part only, and some writers store no more.
             unused = max(0, (first + index + 1) * self._grain_bytes - self._capacity)
             missing = int(past[index]) - unused
-            if missing > 0 and place not in self._short and len(self._short) < _MAX_SHORT:
-                self._short.add(place)
-                self.notes.append(shortfall.of_grain(self._path, self._file_size, place, first + index, missing))
+            if missing > 0:
+                line = shortfall.of_grain(self._path, self._file_size, place, first + index, missing)
+                self.notes.add("grain past the end", line, case=place)
 
     def read_grain(self, file_offset: int) -> bytes:
         """Never called: this kind has no compressed grains."""

@@ -29,7 +29,6 @@ from qemu_vmdk_snap.vmdk.sparse.header import HeaderFlag, SparseExtentHeader, ch
 __all__ = ["GTE_UNALLOCATED", "GTE_ZEROED", "MAX_FILE_SECTORS", "SparseExtent", "open_sparse", "read_header"]
 
 
-_MAX_NOTES: Final = 64
 _ENTRIES_AT_ONCE: Final = 1 << 18
 
 
@@ -138,11 +137,10 @@ class SparseExtent(GrainExtent):
     def _prefer_good_tables(self) -> None:
         """Read by way of the redundant copy what the primary directory cannot lead to."""
         if self._broken_directory is not None:
-            self.notes.append(f"{self._broken_directory}; the other copy of the directory is used")
+            self.notes.add("directory", f"{self._broken_directory}; the other copy of the directory is used")
         if not self._redundant_at:
             return
         primary, at = self._copies[0]
-        replaced = 0
         for first in range(0, primary.count, _ENTRIES_AT_ONCE):
             last = min(primary.count, first + _ENTRIES_AT_ONCE)
             redundant = read_directory(self._file, self._redundant_at + 4 * first, last - first)
@@ -150,23 +148,19 @@ class SparseExtent(GrainExtent):
             wrong = np.flatnonzero((~self._inside(mine) | (mine == 0)) & self._inside(redundant) & (redundant != 0))
             nowhere = mine[wrong] == 0
             wrong = wrong[~nowhere | self._hold_entries(redundant[wrong], nowhere)]
-            for index in wrong[: max(0, _MAX_NOTES - replaced)].tolist():
-                self._note_wrong(first + index, int(mine[index]), at)
-            replaced += len(wrong)
+            for index in wrong[:1].tolist():
+                self._note_wrong(first + index, int(mine[index]), at, len(wrong))
             primary.place_tables(first + wrong, redundant[wrong])
-        if replaced > _MAX_NOTES:
-            self.notes.append(f"{self._path}: and {replaced - _MAX_NOTES} more such grain directory entries")
 
-    def _note_wrong(self, table: int, sector: int, directory_at: int) -> None:
+    def _note_wrong(self, table: int, sector: int, directory_at: int, count: int) -> None:
+        """Note that `count` entries of the directory, of which this one is the first, lead to no table."""
         rule = "names no grain table" if not sector else f"lies outside the file of {self._file_size} bytes"
         where = directory_at + 4 * table
         if self._writable:  # a new table would be stored over the good copy
             rule += ", while the redundant directory leads to one: repair the image (check -r all) before it is written"
             raise FormatError(self._path, where, f"grain directory entry {table}", sector, rule)
-        self.notes.append(
-            f"{self._path}: byte {where:#x}: grain directory entry {table} = {sector}: {rule}; "
-            "the redundant table is used"
-        )
+        line = f"{self._path}: byte {where:#x}: grain directory entry {table} = {sector}: {rule}"
+        self.notes.add("directory entry", f"{line}; the redundant table is used", count=count)
 
     def _hold_entries(self, sectors: Entries, wanted: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Return which of the tables at `sectors`, of those that are wanted, name any grain at all."""
@@ -185,9 +179,8 @@ class SparseExtent(GrainExtent):
     def _instead_of(self, grain: int, entry: int) -> int:
         other = self._redundant_entry(grain)
         if other > GTE_ZEROED and sector_bytes(other) < self._file_size:
-            if len(self.notes) < _MAX_NOTES:
-                note = f"{self._path}: grain table entry {entry} of grain {grain}: lies outside the file"
-                self.notes.append(f"{note}; the redundant entry {other} is used")
+            line = f"{self._path}: grain table entry {entry} of grain {grain}: lies outside the file"
+            self.notes.add("table entry", f"{line}; the redundant entry {other} is used", case=grain)
             return other
         return super()._instead_of(grain, entry)
 

@@ -44,7 +44,8 @@ def open_stream(spec: ExtentSpec, file: BlockFile, header: SparseExtentHeader) -
         rule = f"must be at least the {spec.line.sectors} sectors that the descriptor gives the extent"
         raise FormatError(spec.path, header.offset_of("capacity"), "capacity", header.capacity, rule)
     extent = StreamExtent(file, spec.path, header, sector_bytes(spec.line.sectors))
-    extent.notes += notes
+    for line in notes:
+        extent.notes.add(line, line)
     return extent
 
 
@@ -87,17 +88,18 @@ class StreamExtent(GrainExtent):
 
     def _note_cut_record(self, places: Int64s) -> None:
         """Note it where the last of these records goes on past the end of the file; reading it is refused."""
-        if not self._markers or not len(places) or (place := int(places.max())) in self._short:
+        if not self._markers or not len(places):
             return
+        place = int(places.max())
         head = self._file.read_at(place, GRAIN_RECORD.size)
         length = GRAIN_RECORD.unpack(head.ljust(GRAIN_RECORD.size, b"\0"))[1]
         missing = place + GRAIN_RECORD.size + length - self._file_size
         if missing > 0:
-            self._short.add(place)
-            self.notes.append(
+            line = (
                 f"{self._path}: byte {place:#x}: grain record of {length} bytes: {missing} bytes of it are past the "
                 f"end of the file of {self._file_size} bytes: it was cut short, and the grain cannot be read"
             )
+            self.notes.add("record", line, case=place)
 
     def read_grain(self, file_offset: int) -> bytes:
         """Return the inflated grain whose record is at `file_offset`, filled up with zeros. Safe from any thread.
