@@ -27,6 +27,14 @@ def identity_of(path: Path | str) -> Identity | None:
     return Identity(facts.st_dev, facts.st_ino)
 
 
+def identity_if_known(path: Path | str) -> Identity | None:
+    """Return which file `path` leads to; None where there is none, or where it cannot be told."""
+    try:
+        return identity_of(path)
+    except OSError:
+        return None
+
+
 def identity_of_open(descriptor: int) -> Identity:
     """Return which file the descriptor is open on."""
     facts = os.fstat(descriptor)

@@ -25,7 +25,7 @@ from typing import Final, Literal, NamedTuple
 from qemu_vmdk_snap.chain.needs.claims import NOTHING, Claims, Name, read_claims
 from qemu_vmdk_snap.chain.resolver import Confined
 from qemu_vmdk_snap.errors import CidMismatch, StillNeeded
-from qemu_vmdk_snap.storage.identity import Identity, identity_of
+from qemu_vmdk_snap.storage.identity import Identity, identity_if_known, identity_of
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 
 How = Literal["parent", "extent", "data", "unknown", "name"]
@@ -58,7 +58,7 @@ class Census:
 
     folders: tuple[Path, ...]
     files: list[_File] = field(default_factory=list)
-    _found: dict[str, Identity | OSError | None] = field(default_factory=dict)
+    _found: dict[str, Identity | None] = field(default_factory=dict)
     _extents: set[Identity] | None = None
 
     @classmethod
@@ -71,7 +71,7 @@ class Census:
         real: dict[Identity | None, Path] = {}
         for folder in folders:
             home = Path(os.path.realpath(folder))
-            real.setdefault(_identity(home), home)
+            real.setdefault(identity_if_known(home), home)
         census = cls(tuple(real.values()))
         seen: dict[Identity, Claims] = {}
         for folder in census.folders:
@@ -144,13 +144,12 @@ class Census:
 
     def _exists(self, owner: Path, name: Name) -> bool:
         """Return whether the name leads anywhere."""
-        return any(isinstance(self._identity_at(candidate), Identity) for candidate in candidates(owner, name))
+        return any(self._identity_at(candidate) is not None for candidate in candidates(owner, name))
 
     def _identity_at(self, candidate: str) -> Identity | None:
         if candidate not in self._found:
-            self._found[candidate] = _identity(candidate)
-        found = self._found[candidate]
-        return found if isinstance(found, Identity) else None
+            self._found[candidate] = identity_if_known(candidate)
+        return self._found[candidate]
 
 
 def require_unneeded(
@@ -327,11 +326,4 @@ def _extent(owner: Path, name: Name) -> Iterator[str]:
 
 
 def _identities(paths: Iterable[Path | str]) -> set[Identity]:
-    return {one for path in paths if (one := _identity(path)) is not None}
-
-
-def _identity(path: Path | str) -> Identity | None:
-    try:
-        return identity_of(path)
-    except OSError:
-        return None
+    return {one for path in paths if (one := identity_if_known(path)) is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,6 @@ import qemu_vmdk_snap as engine
 from qemu_vmdk_snap import HOLE, Link, confined, open_link, open_posix
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.journal.record import Intent, Overlay
-from qemu_vmdk_snap.domain.state import inactive_xml
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 def unlink_overlays(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> tuple[Path, ...]:
     """Unlink what the dead command made; return what had to stay."""
     left = []
-    named: set[Path] | None = None
     folders = folders_of(intent)
     for overlay in intent.overlays:
         path = Path(overlay.path)
@@ -31,8 +30,7 @@ def unlink_overlays(conn: libvirt.virConnect, domain: libvirt.virDomain, intent:
         ours = _identity(path) == overlay.identity
         if not ours and (overlay.identity is None or _identity(path)[1] == overlay.identity[1]):
             # It died before it noted which files it made, or the machine started again, and devices have other numbers.
-            named = _all_named(conn) if named is None else named
-            ours = path not in named and _parent_of(path, folders) == Path(overlay.frozen)
+            ours = _parent_of(path, folders) == Path(overlay.frozen) and not _is_named(conn, domain, path)
         if not ours:
             left.append(path)
             continue
@@ -80,22 +78,18 @@ def is_empty(link: Link) -> bool:
     return all(bool((table.kinds == HOLE).all()) for table in link.tables())
 
 
+def _is_named(conn: libvirt.virConnect, domain: libvirt.virDomain, path: Path) -> bool:
+    # Imported by name: what answers knows of the records.
+    needed = importlib.import_module("qemu_vmdk_snap.domain.needs.needed")
+    return bool(needed.is_named(conn, domain, path))
+
+
 def _parent_of(path: Path, folders: Sequence[Path]) -> Path | None:
     try:
         with engine.open_chain(path, trusted_dirs=folders, lock=False, check_cids=False) as chain:
             return chain.links[1].path if chain.depth > 1 else None
     except (VmdkSnapError, OSError):
         return None
-
-
-def _all_named(conn: libvirt.virConnect) -> set[Path]:
-    """Return every file that any domain or snapshot of the connection names."""
-    named: set[Path] = set()
-    for domain in conn.listAllDomains():
-        named |= xml.files_in(domain.XMLDesc(0)) | xml.files_in(inactive_xml(domain))
-        for snapshot in domain.listAllSnapshots():
-            named |= xml.files_in(snapshot.getXMLDesc(0))
-    return named
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from qemu_vmdk_snap import Census, Followed, Identity, StillNeeded, follow, identity_of
+from qemu_vmdk_snap import Census, Followed, Identity, StillNeeded, follow, identity_if_known, identity_of
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
@@ -48,20 +48,12 @@ class Walk(NamedTuple):
     """What could not be looked at, and why: there may be more files."""
 
 
-def identity(path: Path | str) -> Identity | None:
-    """Return which file the path leads to; None where there is none, or it cannot be told."""
-    try:
-        return identity_of(path)
-    except OSError:
-        return None
-
-
 def same_file(one: Path, other: Path) -> bool:
     """Return whether both paths lead to one file; of files that are not there the names count."""
     if one == other:
         return True
-    mine = identity(one)
-    return mine is not None and mine == identity(other)
+    mine = identity_if_known(one)
+    return mine is not None and mine == identity_if_known(other)
 
 
 def place_in(files: Iterable[Path], wanted: Path | str | None) -> int | None:
@@ -135,7 +127,7 @@ class Needed:
         found: dict[Identity, Path] = {}
         for holder in holders:
             for path in self.walker.walk(holder.chain).files:
-                if (known := identity(path)) is not None:
+                if (known := identity_if_known(path)) is not None:
                     found.setdefault(known, path)
         return sorted(found.values())
 
@@ -156,11 +148,11 @@ class Needed:
 
         `settled` says of a chain that has one of them whether the operation takes care of it.
         """
-        wanted = {one for path in files if (one := identity(path)) is not None}
+        wanted = {one for path in files if (one := identity_if_known(path)) is not None}
         for holder in holders:
             walk = self.walker.walk(holder.chain)
             top = next(iter(walk.spelled), None)
-            at = next((n for n, path in enumerate(walk.files) if identity(path) in wanted), None)
+            at = next((n for n, path in enumerate(walk.files) if identity_if_known(path) in wanted), None)
             if at is not None:
                 if not any(map(orphans.has, walk.files[: at + 1])) and not settled(holder, walk):
                     yield holder.owner, _how(holder, top, walk.files[at])
@@ -190,7 +182,7 @@ class Needed:
         self, files: Collection[Path], handled: Collection[Path], orphans: Given
     ) -> Iterator[tuple[Path | str, str]]:
         """Yield the files that need one of `files`, or may, besides the `handled`."""
-        but = {one for path in handled if (one := identity(path)) is not None}
+        but = {one for path in handled if (one := identity_if_known(path)) is not None}
         for found in self.census.dependents(files, but=but):
             if not orphans.has(found.path):
                 yield found.path, found.reason
@@ -284,6 +276,17 @@ def _how(holder: Holder, top: Path | None, file: Path) -> str:
 def holders_in(text: str, uuid: str, owner: str, volume_path: VolumePath, snapshot: str | None = None) -> list[Holder]:
     """Return what one XML names."""
     return [Holder(uuid, owner, snapshot, chain) for chain in named_chains(text, volume_path)]
+
+
+def is_named(conn: libvirt.virConnect, asker: libvirt.virDomain, path: Path) -> bool:
+    """Return whether any domain or snapshot of the connection names the file, on behalf of a command on `asker`.
+
+    Raises:
+        DomainError: libvirt cannot tell what is named.
+    """
+    return any(
+        place_in((file.path for file in holder.chain.files), path) is not None for holder in _holders(conn, asker)
+    )
 
 
 def _holders(conn: libvirt.virConnect, asker: libvirt.virDomain) -> Iterator[Holder]:

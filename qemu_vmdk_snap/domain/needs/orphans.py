@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain.journal.record import IntentStore
-from qemu_vmdk_snap.domain.needs.needed import Given, Needed, identity, real_file, same_file
+from qemu_vmdk_snap.domain.needs.needed import Given, Needed, real_file, same_file
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def find_orphans(conn: libvirt.virConnect, domain: libvirt.virDomain, needed: Ne
     """
     needed = needed or Needed.read(conn, domain)
     mine = needed.files_of(needed.of_domain(domain.UUIDString()))
-    known = {identity(path) for path in [*needed.files_of(needed.holders), *_about_to_be_made(conn)]}
+    known = {engine.identity_if_known(path) for path in [*needed.files_of(needed.holders), *_about_to_be_made(conn)]}
     folders = {path.parent for path in mine}
     found: list[Orphan] = []
     level = mine

@@ -275,13 +275,19 @@ def test_an_overlay_with_data_is_never_unlinked(lab: Lab, monkeypatch: pytest.Mo
         assert chain.read_at(0, 8) == b"precious"
 
 
-def test_a_file_of_somebody_else_under_the_planned_name_is_left(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("link", [False, True])
+def test_a_file_of_somebody_else_under_the_planned_name_is_left(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, link: bool
+) -> None:
     base = lab.disk()
     domain = lab.define(base)
     interrupt(lab, monkeypatch, domain, "record kept")
     overlay = lab.folder / "a-000001.vmdk"
     create_overlay(overlay, base)
-    lab.define(overlay)  # empty, on the same base, but another domain's
+    name = lab.folder / "link.vmdk" if link else overlay
+    if link:
+        name.symlink_to(overlay)
+    lab.define(name)  # empty, on the same base, but another domain's
     (result,) = recover(lab.conn)
     assert (result.finished, result.left) == (False, (overlay,))
     assert overlay.exists()
