@@ -28,10 +28,10 @@ import numpy as np
 
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.chain.link import Link, open_link
-from qemu_vmdk_snap.chain.parent import MAX_DEPTH, find_parent
+from qemu_vmdk_snap.chain.parent import Descent, find_parent
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.chain.windows import ROW_GRAINS, TABLE_GRAINS, windows
-from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, InvalidRequest, VmdkSnapError
+from qemu_vmdk_snap.errors import CidMismatch, InvalidRequest, VmdkSnapError
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer, FileOpener, open_posix, open_posix_or_device
 from qemu_vmdk_snap.vmdk.extent import Below, PlacedExtent
 from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, HOLE, NO_SOURCE, Row, RunTable
@@ -415,15 +415,10 @@ def _open_links(
     lock: bool,
     check_cids: bool,
 ) -> None:
-    seen: set[Path] = set()
+    descent = Descent()
     sources = 0
     while True:
-        real = path.resolve()
-        if real in seen:
-            raise CorruptChain(links[-1].path, f"its parent {path} is already in the chain: the chain is a loop")
-        if len(links) == MAX_DEPTH:
-            raise CorruptChain(links[0].path, f"the chain is deeper than {MAX_DEPTH} links")
-        seen.add(real)
+        descent.step(path)
         link = _open_one(path, links, find, opener, writable, sources, lock)
         links.append(link)
         sources += len(link.extents)

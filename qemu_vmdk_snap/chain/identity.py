@@ -62,6 +62,9 @@ def on_parent(descriptor: Descriptor, child: Path, parent: Path | None, parent_c
 
 def hint_to(child: Path, parent: Path) -> str:
     """Return what `child` is to call `parent`: relative, and nothing that QEMU takes for a protocol."""
-    way = os.path.relpath(parent.parent.resolve() / parent.name, child.parent.resolve())
-    # QEMU takes what stands before a colon for a protocol, but not after a slash.
-    return f"./{way}" if ":" in way.split("/", 1)[0] else way
+    return no_protocol(os.path.relpath(parent.parent.resolve() / parent.name, child.parent.resolve()))
+
+
+def no_protocol(name: str) -> str:
+    """Return the name of a file so that QEMU does not take what is before a colon for a protocol: `./r:b.vmdk`."""
+    return f"./{name}" if ":" in name.split("/", 1)[0] else name

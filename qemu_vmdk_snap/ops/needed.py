@@ -24,7 +24,7 @@ def require_writable(
         FormatError, Unsupported, OSError: it cannot be read.
     """
     find = confined(trusted_dirs)
-    facts = read_facts(Path(path), find)
+    facts = read_facts(path, resolver=find)
     refuse_pending(*facts.files)
     census = Census.of(search_folders(facts.files, find))
     given_up = [Path(one) for one in orphans]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from qemu_vmdk_snap.chain.identity import no_protocol
 from qemu_vmdk_snap.cli.image.common import add_quiet, as_bool, as_seen_from, need_vmdk, size_argument, split_options
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int | None:
         base = as_seen_from(args.filename, backing)
         _warn_if_written(base, ui)
         options = overlay_options(words, base)
-        create_overlay(args.filename, base, hint=backing, size=size, options=options)
+        create_overlay(args.filename, base, hint=no_protocol(str(backing)), size=size, options=options)
         _warn_if_outside(args.filename, base, ui)
     _report(args.filename, ui)
     return None

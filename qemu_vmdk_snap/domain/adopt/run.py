@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import stat
 import xml.etree.ElementTree as ET
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from qemu_vmdk_snap.domain.journal.recover import recover_domain
 from qemu_vmdk_snap.domain.needs.needed import place_in, same_file
 from qemu_vmdk_snap.domain.needs.orphans import find_orphans, remove_orphan
 from qemu_vmdk_snap.domain.overlay.naming import next_overlay
+from qemu_vmdk_snap.domain.overlay.newfile import make_overlay
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
@@ -386,29 +386,12 @@ def _overlay_on(registry: _Registry, target: str, frozen: Path) -> Path:
     for path in sorted(frozen.parent.iterdir()):
         with contextlib.suppress(VmdkSnapError, OSError):
             if not path.name.startswith(".") and path.is_file() and not same_file(path, frozen):
-                facts = engine.read_facts(path, find)
+                facts = engine.read_facts(path, resolver=find)
                 if facts.hint is not None and same_file(find(path, facts.hint, "parent"), frozen):
                     return path
     overlay = next_overlay(frozen, _named(registry))
-    _make_overlay(overlay, frozen)
+    make_overlay(registry.domain.name(), overlay, frozen)
     return overlay
-
-
-def _make_overlay(overlay: Path, base: Path) -> None:
-    """Make an empty overlay with owner and mode of its base."""
-    facts = base.stat()
-    engine.create_overlay(overlay, base, mode=0o600)
-    try:
-        fd = os.open(overlay, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            if os.geteuid() == 0:
-                os.fchown(fd, facts.st_uid, facts.st_gid)
-            os.fchmod(fd, stat.S_IMODE(facts.st_mode) | stat.S_IWUSR)
-        finally:
-            os.close(fd)
-    except BaseException:
-        overlay.unlink()
-        raise
 
 
 def _named(registry: _Registry) -> set[Path]:

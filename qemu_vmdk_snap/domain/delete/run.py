@@ -196,7 +196,9 @@ def _unfinished(intent: Intent, error: VmdkSnapError | OSError) -> str:
 
 def _cids(intent: Intent) -> list[int]:
     """Return the CIDs of the files that are merged into: another one says that what the snapshot held is gone."""
-    return [read_facts(one.frozen, confined(folders_of(intent))).cid for one in work_of(intent) if one.mode == "merge"]
+    return [
+        read_facts(one.frozen, trusted_dirs=folders_of(intent)).cid for one in work_of(intent) if one.mode == "merge"
+    ]
 
 
 def finish(

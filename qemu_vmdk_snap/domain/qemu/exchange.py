@@ -202,7 +202,7 @@ def _check_old(domain: str, graph: BlockGraph, step: _Step, trusted: Sequence[Pa
         reason = f"disk {step.exchange.target}: QEMU has another chain below {step.exchange.upper} than its files"
         raise DomainError(domain, f"{reason}: {named or 'no parent'}")
     replaced = links[1]
-    image = read_facts(step.exchange.images[0], confined(trusted))
+    image = read_facts(step.exchange.images[0], trusted_dirs=trusted)
     if image.capacity != replaced.capacity:
         reason = f"has {image.capacity} bytes, but {replaced.path}, whose place it takes, has {replaced.capacity}"
         raise CorruptChain(image.path, reason)
@@ -212,7 +212,7 @@ def _check_images(graph: BlockGraph, step: _Step, trusted: Sequence[Path]) -> No
     """Accept an overlay, images and a link below of which each is backed by the next."""
     one, find = step.exchange, confined(trusted)
     files = [one.upper, *one.images, *([] if one.below is None else [one.below])]
-    links = [read_facts(file, find) for file in files]
+    links = [read_facts(file, resolver=find) for file in files]
     for above, link in itertools.pairwise(links):
         if link.cid != above.parent_cid:
             raise CidMismatch(above.path, link.path, above.parent_cid, link.cid)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qemu_vmdk_snap.chain.parent import MAX_DEPTH, find_parent
+from qemu_vmdk_snap.chain.parent import MAX_DEPTH, Descent, find_parent
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CorruptChain, FormatError, Unsupported
 from qemu_vmdk_snap.ops.check.findings import Finding, Findings, Severity
@@ -160,17 +160,16 @@ class _Checker:
 
     def _follow(self, image: _Image, whole_chain: bool) -> int:
         """Check each parent and how it fits the link above; return how many links there are."""
-        seen = {image.path.resolve()}
-        depth = 1
+        descent, depth = Descent(), 1
+        descent.step(image.path)
         while (parent := self._parent_of(image)) is not None:
-            real = parent.resolve()
-            if real in seen or depth == MAX_DEPTH:
-                if real in seen:
-                    self._bad_hint(image, "must not come back to a link of the chain")
-                else:
-                    self._bad_hint(image, f"must end within {MAX_DEPTH} links", Severity.ERROR)
+            obstacle = descent.obstacle(parent)
+            if obstacle == "loop":
+                self._bad_hint(image, "must not lead to a link of the chain again")
                 break
-            seen.add(real)
+            if obstacle == "depth":
+                self._bad_hint(image, f"must end within {MAX_DEPTH} links", Severity.ERROR)
+                break
             depth += 1
             try:
                 below = self._open(parent)

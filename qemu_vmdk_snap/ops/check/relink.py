@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from qemu_vmdk_snap.chain.parent import MAX_DEPTH, find_parent
+from qemu_vmdk_snap.chain.parent import Descent, find_parent
 from qemu_vmdk_snap.chain.resolver import Resolver, check_opened
 from qemu_vmdk_snap.errors import Unsupported
 from qemu_vmdk_snap.ops.check.opening import descriptor_of, open_for_change
@@ -30,11 +30,11 @@ def plan_relinks(
     """
     changed: list[Path] = []
     link, plan = plans[0].file, plans[0]
-    seen = {link.path.resolve()}
-    while (parent := _parent_of(link, resolver)) is not None and len(seen) < MAX_DEPTH:
-        if parent.resolve() in seen:
-            break  # the check has found the loop
-        seen.add(parent.resolve())
+    descent = Descent()
+    descent.step(link.path)
+    while (parent := _parent_of(link, resolver)) is not None:
+        if descent.obstacle(parent) is not None:
+            break  # the check has found it
         below, fits = _opened(link, parent, resolver, opener)
         stack.callback(below.close)
         cid = descriptor_of(below).cid

@@ -10,7 +10,7 @@ from pathlib import Path
 from qemu_vmdk_snap.chain.change import open_link_for_change
 from qemu_vmdk_snap.chain.identity import on_parent
 from qemu_vmdk_snap.chain.link import open_link
-from qemu_vmdk_snap.chain.links import stands_on
+from qemu_vmdk_snap.chain.links import is_backed_by
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.ops.edit.move import open_move, run_moves
@@ -82,7 +82,7 @@ def _relink(path: Path, parent: Path | None, resolver: Resolver, opener: FileOpe
         if parent is not None:
             if parent.resolve() == path.resolve():
                 raise InvalidRequest(path, "cannot be its own parent")
-            if stands_on(parent, path, resolver):
+            if is_backed_by(parent, path, resolver):
                 raise InvalidRequest(path, f"cannot have {parent} as its parent, which is backed by it")
             below = open_link(parent, opener=opener, writable=False, resolver=resolver)
             stack.callback(below.close)  # nobody gives it another CID before it is written down

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import __version__, create_image, errors
+from qemu_vmdk_snap import __version__, create_image, errors, image_info
 from qemu_vmdk_snap.cli import exit_status
 from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL
 from qemu_vmdk_snap.cli.demo import demo
@@ -70,6 +70,12 @@ def test_each_error_class_has_a_status_of_its_own() -> None:
     assert len(set(statuses)) == len(statuses)
     assert min(statuses) > 3
     assert exit_status.status_of(FileNotFoundError()) == exit_status.SYSTEM
+
+
+def test_a_base_with_a_colon_in_its_name_is_no_protocol(tmp_path: Path) -> None:
+    create_image(tmp_path / "r:b.vmdk", 1 << 20, durable=False)
+    assert main(["image", "create", "-q", "-b", "r:b.vmdk", str(tmp_path / "top.vmdk")]) == 0
+    assert image_info(tmp_path / "top.vmdk").hint == "./r:b.vmdk"  # QEMU reads "r:b.vmdk" as protocol "r"
 
 
 def test_help_and_creating_start_without_the_heavy_modules(tmp_path: Path) -> None:
