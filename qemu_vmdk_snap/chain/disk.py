@@ -46,18 +46,20 @@ class Disk(Protocol):
 class RawDisk:
     """A raw image, or a block device: guest byte n is byte n of it; a part of a sector at its end is filled up."""
 
-    def __init__(self, path: Path | str, *, lock: bool = True, devices: bool = False) -> None:
-        """Open `path` for reading, locked as QEMU locks it unless `lock` is False; `devices` allows a block device.
+    def __init__(self, path: Path | str, *, lock: bool = True, allow_devices: bool = False) -> None:
+        """Open `path` for reading, locked as QEMU locks it unless `lock` is False.
+
+        `allow_devices` lets it be a block device.
 
         Raises:
             OSError: it cannot be opened.
-            Unsupported: it is a block device, and `devices` does not allow one.
+            Unsupported: it is a block device, and these are not allowed.
             LockBusy: another process writes it.
         """
         self.path = path = Path(path)
-        if not devices and path.is_block_device():
+        if not allow_devices and path.is_block_device():
             raise Unsupported(path, "is a block device: opened only where that is allowed (--allow-devices)")
-        self._file = PosixFile.open(path, devices=devices)
+        self._file = PosixFile.open(path, devices=allow_devices)
         try:
             if lock:
                 lock_image(self._file.fileno(), path, writable=False)

@@ -191,10 +191,10 @@ def set_current_snapshot(conn: libvirt.virConnect, domain: str, snapshot: str) -
     edit.set_current(conn, domain, snapshot)
 
 
-def recover_domains(conn: libvirt.virConnect) -> list[Recovery]:
-    """Finish every unfinished operation on this connection's domains, or undo it, and return what became of each.
+def recover_domains(conn: libvirt.virConnect, domains: Sequence[str] = ()) -> list[Recovery]:
+    """Finish or undo the unfinished operations on these domains (default: all), and return what became of each.
 
     Raises:
         DomainError: one could not be settled; its record stays. The others are settled.
     """
-    return journal.recover(conn)
+    return journal.recover(conn, domains)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
@@ -60,11 +60,11 @@ class Check:
         return {"subject": self.subject, "verdict": self.verdict, "text": self.text}
 
 
-def check_host(uri: str | None = None, environ: dict[str, str] | os._Environ[str] = os.environ) -> Iterator[Check]:
+def check_host(uri: str | None = None, environ: Mapping[str, str] | None = None) -> Iterator[Check]:
     """Yield what there is to say about this machine's libvirt, QEMU, tools, hooks and folders."""
     yield from _check_libvirt(uri)
     yield from _check_tools()
-    yield from _check_hooks(environ)
+    yield from _check_hooks(os.environ if environ is None else environ)
 
 
 def check_domain(conn: libvirt.virConnect, domain_name: str) -> Iterator[Check]:
@@ -220,7 +220,7 @@ def _check_tools() -> Iterator[Check]:
         yield Check(tool, "good", (said.strip().splitlines() or [path])[0])
 
 
-def _check_hooks(environ: dict[str, str] | os._Environ[str]) -> Iterator[Check]:
+def _check_hooks(environ: Mapping[str, str]) -> Iterator[Check]:
     state = hooks.status()
     if not state.installed:
         yield Check("hook", "note", f"{state.path} {state.problem}")

@@ -102,33 +102,33 @@ def list_domains(conn: libvirt.virConnect) -> list[str]:
         return sorted(domain.name() for domain in conn.listAllDomains())
 
 
-def list_snapshots(conn: libvirt.virConnect, domain_name: str) -> list[SnapshotInfo]:
+def list_snapshots(conn: libvirt.virConnect, domain: str) -> list[SnapshotInfo]:
     """Return every snapshot of the domain, whoever made it, in virsh's order: by name, whatever the case.
 
     Raises:
         DomainError: there is no such domain, or libvirt cannot tell.
     """
-    domain = find_domain(conn, domain_name)
-    name = domain.name()
+    found = find_domain(conn, domain)
+    name = found.name()
     volume_path = volume_resolver(conn, name)
     with libvirt_errors(name, "list its snapshots"):
-        parsed = [xml.parse_snapshot(s.getXMLDesc(0), volume_path) for s in domain.listAllSnapshots()]
-        current = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
+        parsed = [xml.parse_snapshot(s.getXMLDesc(0), volume_path) for s in found.listAllSnapshots()]
+        current = found.snapshotCurrent().getName() if found.hasCurrentSnapshot() else None
     parsed.sort(key=lambda snapshot: (snapshot.name.casefold(), snapshot.name))
     return [_info(name, snapshot, parsed, current) for snapshot in parsed]
 
 
-def snapshot_info(conn: libvirt.virConnect, domain_name: str, snapshot: str | None = None) -> SnapshotInfo:
+def snapshot_info(conn: libvirt.virConnect, domain: str, snapshot: str | None = None) -> SnapshotInfo:
     """Return one snapshot of the domain, the current one if none is named.
 
     Raises:
         DomainError: the domain has no such snapshot, or no current one.
     """
-    for info in list_snapshots(conn, domain_name):
+    for info in list_snapshots(conn, domain):
         if info.name == snapshot or (snapshot is None and info.current):
             return info
     reason = "has no current snapshot" if snapshot is None else f"has no snapshot {snapshot!r}"
-    raise NoSnapshot(domain_name, reason, snapshot=snapshot)
+    raise NoSnapshot(domain, reason, snapshot=snapshot)
 
 
 def tree_lines(snapshots: Sequence[SnapshotInfo]) -> Iterator[str]:

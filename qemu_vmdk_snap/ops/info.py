@@ -149,7 +149,7 @@ def raw_info(path: Path | str, *, lock: bool = True, allow_devices: bool = False
         LockBusy: another process writes it.
         OSError: it cannot be opened.
     """
-    with RawDisk(Path(path), lock=lock, devices=allow_devices) as disk:
+    with RawDisk(path, lock=lock, allow_devices=allow_devices) as disk:
         return RawInfo(disk.path, disk.capacity, disk.path.stat().st_blocks * 512)
 
 

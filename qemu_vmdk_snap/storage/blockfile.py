@@ -105,7 +105,7 @@ class PosixFile:
         self._failed: OSError | None = None
 
     @classmethod
-    def open(cls, path: Path, *, writable: bool = False, devices: bool = False) -> Self:
+    def open(cls, path: Path | str, *, writable: bool = False, devices: bool = False) -> Self:
         """Open an existing regular file, or, where `devices` allows it, a block device.
 
         Raises:
@@ -118,7 +118,7 @@ class PosixFile:
         if not (stat.S_ISREG(mode) or (devices and stat.S_ISBLK(mode))):
             os.close(fd)
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return cls(fd, path)
+        return cls(fd, Path(path))
 
     @property
     def path(self) -> Path:

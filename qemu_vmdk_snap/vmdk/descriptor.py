@@ -70,7 +70,7 @@ _EXTENT_START: Final = re.compile(rb"[ \t]*(RW|RDONLY|NOACCESS)[ \t]", re.IGNORE
 _BAR_ESCAPE: Final = re.compile(r"\|(22|7[Cc]|0[0-9A-Fa-f]|1[0-9A-Fa-f])")
 
 
-class Name(str):
+class DecodedName(str):
     """A name of a descriptor in another encoding than UTF-8; `raw` are its very bytes, as Python spells a file name.
 
     An archive that was made on Windows and unpacked on Linux has files under the bytes of the descriptor's encoding.
@@ -81,7 +81,7 @@ class Name(str):
 
 def spellings(name: str) -> tuple[str, ...]:
     """Return what a file that a descriptor calls `name` may be called here, the likeliest first."""
-    return (name, name.raw) if isinstance(name, Name) else (name,)
+    return (name, name.raw) if isinstance(name, DecodedName) else (name,)
 
 
 class ExtentLine(NamedTuple):
@@ -254,7 +254,7 @@ def _spelled(text: str, codec: str) -> str:
     """Return `text`, and with it the bytes that it was read from where these may be a file's name too."""
     if codec == "utf-8" or text.isascii():
         return text
-    name = Name(text)
+    name = DecodedName(text)
     name.raw = os.fsdecode(text.encode(codec, "surrogateescape"))
     return name
 

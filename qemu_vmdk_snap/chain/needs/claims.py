@@ -36,7 +36,7 @@ _EXTENT: Final = re.compile(rb"^[ \t]*(?:RW|RDONLY|NOACCESS)[ \t]+\S+[ \t]+(\w+)
 _DATA_FILE: Final = 0x44415441
 
 
-class Name(NamedTuple):
+class Reference(NamedTuple):
     """A file that is needed, as it is written down."""
 
     role: Role
@@ -47,7 +47,7 @@ class Name(NamedTuple):
 class Claims(NamedTuple):
     """What one file says."""
 
-    names: tuple[Name, ...] = ()
+    names: tuple[Reference, ...] = ()
     cid: int | None = None
     """The content ID of a VMDK image with a descriptor, where it can be made out."""
     parent_cid: int | None = None
@@ -119,10 +119,10 @@ def _descriptor(text: bytes) -> Claims:
     encoding = values.get(b"encoding", b"").strip(b'"').decode("ascii", "replace")
     names = []
     if hint := values.get(b"parentfilenamehint", b"").removeprefix(b'"').removesuffix(b'"'):
-        names.append(Name("parent", _decoded(hint, encoding)))
+        names.append(Reference("parent", _decoded(hint, encoding)))
     for found in _EXTENT.finditer(text):
         if found[1].upper() != b"ZERO":
-            names.append(Name("extent", _decoded(found[2], encoding)))
+            names.append(Reference("extent", _decoded(found[2], encoding)))
     return Claims(tuple(names), _hex(values.get(b"cid")), _hex(values.get(b"parentcid")))
 
 
@@ -157,7 +157,7 @@ def _cowd(head: bytes) -> Claims:
     name = head[32:1056].split(b"\0", 1)[0]
     if flags & 1 or not name:
         return NOTHING
-    return Claims((Name("parent", (os.fsdecode(name),)),))
+    return Claims((Reference("parent", (os.fsdecode(name),)),))
 
 
 def _qcow(descriptor: int, head: bytes) -> Claims:
@@ -198,19 +198,19 @@ def _qed(descriptor: int, head: bytes) -> Claims:
     if not features & 1:
         return NOTHING
     raw = os.pread(descriptor, min(length, 1023), offset)
-    return Claims((Name("parent", (os.fsdecode(raw),)),))
+    return Claims((Reference("parent", (os.fsdecode(raw),)),))
 
 
-def _backing(text: str, role: Role) -> list[Name]:
+def _backing(text: str, role: Role) -> list[Reference]:
     """Return the files that a backing file's name names; raises ValueError where it cannot be understood."""
     if text.startswith("json:"):
         files = tuple(_filenames(json.loads(text.removeprefix("json:"))))
-        return [Name(role, (file,)) for file in files]
+        return [Reference(role, (file,)) for file in files]
     if "://" in text:
         return []  # served by a host, not a file here
     plain = text.removeprefix("file:")
     # What stands before a colon is a protocol to QEMU; it may be a file's name all the same.
-    return [Name(role, tuple(dict.fromkeys((plain, text))))]
+    return [Reference(role, tuple(dict.fromkeys((plain, text))))]
 
 
 def _filenames(value: object) -> Iterator[str]:

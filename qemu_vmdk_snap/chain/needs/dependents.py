@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from qemu_vmdk_snap.chain.needs.claims import NOTHING, Claims, Name, read_claims
+from qemu_vmdk_snap.chain.needs.claims import NOTHING, Claims, Reference, read_claims
 from qemu_vmdk_snap.chain.resolver import Confined
 from qemu_vmdk_snap.errors import CidMismatch, StillNeeded
 from qemu_vmdk_snap.storage.identity import Identity, identity_if_known, identity_of
@@ -62,7 +62,7 @@ class Census:
     _extents: set[Identity] | None = None
 
     @classmethod
-    def of(cls, folders: Iterable[Path]) -> Census:
+    def of(cls, folders: Iterable[Path | str]) -> Census:
         """Look at every file in `folders`, not below them.
 
         Raises:
@@ -78,7 +78,7 @@ class Census:
             census.files += _look_through(folder, seen)
         return census
 
-    def dependents(self, files: Collection[Path], *, but: Collection[Identity] = ()) -> list[Dependent]:
+    def dependents(self, files: Collection[Path | str], *, but: Collection[Identity] = ()) -> list[Dependent]:
         """Return what needs or may need one of `files` (an image's own: descriptor and extents), by path.
 
         The files themselves are left out, and those in `but`: what the caller deals with.
@@ -94,12 +94,13 @@ class Census:
                 found.append(dependent)
         return sorted(found, key=lambda one: (one.how == "unknown", one.path))
 
-    def other_names(self, path: Path) -> list[Dependent]:
+    def other_names(self, path: Path | str) -> list[Dependent]:
         """Return the other names of a file that is about to be changed in place: whoever uses one sees the change.
 
         Hard links that are in none of the folders cannot be named, and are told of by their number.
         """
-        facts = os.stat(path)  # noqa: PTH116
+        path = Path(path)
+        facts = path.stat()
         if facts.st_nlink < 2:
             return []
         mine = Identity(facts.st_dev, facts.st_ino)
@@ -139,10 +140,10 @@ class Census:
     def _has_cid(self, cid: int | None) -> bool:
         return any(file.claims.cid == cid for file in self.files)
 
-    def _leads_to(self, owner: Path, name: Name, wanted: Collection[Identity]) -> bool:
+    def _leads_to(self, owner: Path, name: Reference, wanted: Collection[Identity]) -> bool:
         return any(self._identity_at(candidate) in wanted for candidate in candidates(owner, name))
 
-    def _exists(self, owner: Path, name: Name) -> bool:
+    def _exists(self, owner: Path, name: Reference) -> bool:
         """Return whether the name leads anywhere."""
         return any(self._identity_at(candidate) is not None for candidate in candidates(owner, name))
 
@@ -308,7 +309,7 @@ def _dangling(path: Path) -> _File | None:
     return _File(path, None, Claims(problem=reason))
 
 
-def candidates(owner: Path, name: Name) -> Iterator[str]:
+def candidates(owner: Path, name: Reference) -> Iterator[str]:
     """Yield every path that some reader tries for a name in `owner`."""
     homes = [str(owner.parent)]
     if owner.is_symlink():
@@ -321,7 +322,7 @@ def candidates(owner: Path, name: Name) -> Iterator[str]:
                     yield os.path.join(home, candidate)  # noqa: PTH118
 
 
-def _extent(owner: Path, name: Name) -> Iterator[str]:
+def _extent(owner: Path, name: Reference) -> Iterator[str]:
     return candidates(owner, name) if name.role == "extent" else iter(())
 
 

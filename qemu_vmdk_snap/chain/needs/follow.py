@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from qemu_vmdk_snap.chain.needs.claims import Claims, Name, read_claims
+from qemu_vmdk_snap.chain.needs.claims import Claims, Reference, read_claims
 from qemu_vmdk_snap.chain.needs.dependents import candidates
 from qemu_vmdk_snap.storage.identity import Identity, identity_of
 
@@ -91,5 +91,5 @@ def _is_file(path: Path) -> bool:
     return not stat.S_ISDIR(kind)
 
 
-def _remote(name: Name) -> bool:
+def _remote(name: Reference) -> bool:
     return all("://" in text for text in name.texts)

@@ -85,7 +85,7 @@ def open_disk(path: Path, image_format: str, args: argparse.Namespace) -> Disk:
     if image_format == "raw":
         from qemu_vmdk_snap.chain.disk import RawDisk
 
-        return RawDisk(path, lock=not args.force_share, devices=args.allow_devices)
+        return RawDisk(path, lock=not args.force_share, allow_devices=args.allow_devices)
     need_vmdk(path, image_format)
     from qemu_vmdk_snap.chain.chain import open_chain
 

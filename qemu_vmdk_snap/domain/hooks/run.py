@@ -68,7 +68,7 @@ def log(line: str, *, error: bool = False) -> None:
         sender.send(text.encode("utf-8", "backslashreplace")[:_LONGEST_LINE])
 
 
-def check_disks(disks: Sequence[Disk], policy: Policy, name: str) -> None:
+def verify_disks(disks: Sequence[Disk], policy: Policy, name: str) -> None:
     """Accept chains that hold together and are what the XML spells out; with `deep`, tables that are sound too.
 
     Raises:
@@ -130,7 +130,7 @@ def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
         text = _read_xml(stdin)
         disks = vmdk_disks(text, name)
         if policy.verify != "no":
-            check_disks(disks, policy, name)
+            verify_disks(disks, policy, name)
         if policy.revert:
             _revert(disks, policy, name, text)
 
@@ -142,9 +142,9 @@ def _revert(disks: Sequence[Disk], policy: Policy, name: str, domain_xml: str) -
         if missing:
             raise DomainError(name, f"{policy.path} says revert-on-start of {missing[0]}, which is no such disk")
         chosen = {target: chosen[target] for target in policy.revert}
-    from qemu_vmdk_snap.domain.hooks.unneeded import require_unneeded
+    from qemu_vmdk_snap.domain.hooks.unneeded import require_tops_unneeded
 
-    require_unneeded([disk.path for disk in chosen.values() if disk.path is not None], domain_xml)
+    require_tops_unneeded([disk.path for disk in chosen.values() if disk.path is not None], domain_xml)
     for disk in chosen.values():
         if disk.path is not None:
             engine.renew_overlay(disk.path, trusted_dirs=_folders(disk, policy))

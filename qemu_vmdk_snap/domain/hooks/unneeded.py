@@ -40,7 +40,7 @@ def drivers() -> Drivers:
     return Drivers(home / "qemu", run / "qemu", home / "qemu" / "lib" / "snapshot", home / "storage")
 
 
-def require_unneeded(tops: Sequence[Path], domain_xml: str) -> None:
+def require_tops_unneeded(tops: Sequence[Path], domain_xml: str) -> None:
     """Return if nothing needs the tops of the domain but the domain itself, as tops.
 
     Raises:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def unlink_overlays(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> tuple[Path, ...]:
     """Unlink what the dead command made; return what had to stay."""
     left = []
-    folders = folders_of(intent)
+    folders = chain_folders(intent)
     for overlay in intent.overlays:
         path = Path(overlay.path)
         if not os.path.lexists(path):
@@ -50,7 +50,7 @@ def unlink_made(overlay: Overlay) -> None:
         path.unlink()
 
 
-def folders_of(intent: Intent) -> list[Path]:
+def chain_folders(intent: Intent) -> list[Path]:
     """Return where the chains of the snapshot lie: nothing else is opened, whatever the files say of their parents."""
     return sorted({path.parent for path in xml.files_in(intent.new_xml)})
 

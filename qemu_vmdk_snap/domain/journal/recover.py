@@ -273,7 +273,7 @@ def _repair_cids(intent: Intent) -> None:
     """Let an overlay that was never used fit its base, which the guest went on writing to."""
     if not intent.live:
         return
-    folders = overlays.folders_of(intent)
+    folders = overlays.chain_folders(intent)
     for overlay in intent.overlays:
         with contextlib.suppress(LockBusy), contextlib.ExitStack() as held:  # in use: then it fitted
             if overlays.hold_link(overlay, folders, held):
@@ -289,7 +289,7 @@ def _resume(domain: libvirt.virDomain) -> None:
         domain.resume()
 
 
-def take_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, intent: Intent) -> None:
+def roll_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, intent: Intent) -> None:
     """Undo what has been done of `intent` by this process, which knows by identity the overlays it made.
 
     Raises:
@@ -302,7 +302,8 @@ def take_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: Intent
         made = [overlay for overlay in intent.overlays if overlay.identity is not None]
         if _named(domain, intent):
             for overlay in made:
-                overlays.hold_empty(overlay, overlays.folders_of(intent), held)  # from here on no guest can start on it
+                # From here on no guest can start on it.
+                overlays.hold_empty(overlay, overlays.chain_folders(intent), held)
             snapshot = _registered(domain, intent)
             if snapshot is not None:
                 _forget(snapshot)
@@ -325,7 +326,7 @@ def undo(
 ) -> None:
     """Take back what `cause` has stopped; raises DomainError, naming both, when that fails too."""
     try:
-        take_back(conn, domain, store, intent)
+        roll_back(conn, domain, store, intent)
     except (VmdkSnapError, OSError) as error:
         reason = f"{cause}; taking it back failed too ({error})"
         raise DomainError(domain.name(), f"{reason}: {ways_out(conn.getURI(), domain.name())}") from cause

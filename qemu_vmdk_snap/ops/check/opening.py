@@ -13,7 +13,7 @@ from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, Descriptor
 from qemu_vmdk_snap.vmdk.sparse.header import MAGIC, SparseExtentHeader
 
 
-def open_for_change(path: Path, opener: FileOpener, *, writable: bool = True) -> BlockFile:
+def open_file_for_change(path: Path, opener: FileOpener, *, writable: bool = True) -> BlockFile:
     """Return the file, open and locked as QEMU locks it; read-only where `writable` says so.
 
     Raises:

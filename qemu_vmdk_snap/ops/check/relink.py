@@ -8,7 +8,7 @@ from pathlib import Path
 from qemu_vmdk_snap.chain.parent import Descent, find_parent
 from qemu_vmdk_snap.chain.resolver import Resolver, check_opened
 from qemu_vmdk_snap.errors import Unsupported
-from qemu_vmdk_snap.ops.check.opening import descriptor_of, open_for_change
+from qemu_vmdk_snap.ops.check.opening import descriptor_of, open_file_for_change
 from qemu_vmdk_snap.ops.check.repair_plan import ExtentPlan
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
@@ -54,7 +54,7 @@ def _parent_of(link: BlockFile, resolver: Resolver) -> Path | None:
 
 def _opened(child: BlockFile, path: Path, resolver: Resolver, opener: FileOpener) -> tuple[BlockFile, bool]:
     """Return a parent, open, and whether its own parentCID fits: what does not change is opened for reading."""
-    file = open_for_change(path, opener, writable=False)
+    file = open_file_for_change(path, opener, writable=False)
     try:
         check_opened(resolver, child.path, file, "parent")
         fits = _fits(file, resolver, opener)
@@ -64,7 +64,7 @@ def _opened(child: BlockFile, path: Path, resolver: Resolver, opener: FileOpener
     if fits:
         return file, True
     file.close()
-    file = open_for_change(path, opener)
+    file = open_file_for_change(path, opener)
     try:
         check_opened(resolver, child.path, file, "parent")
     except BaseException:

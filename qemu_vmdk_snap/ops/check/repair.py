@@ -17,7 +17,7 @@ from typing import Final
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CorruptChain, Unsupported
 from qemu_vmdk_snap.ops.check.check import CheckReport, check_image
-from qemu_vmdk_snap.ops.check.opening import open_for_change
+from qemu_vmdk_snap.ops.check.opening import open_file_for_change
 from qemu_vmdk_snap.ops.check.relink import plan_relinks
 from qemu_vmdk_snap.ops.check.repair_plan import Copied, ExtentPlan, ExtentRepair
 from qemu_vmdk_snap.ops.check.shape import shape_of
@@ -252,14 +252,14 @@ def _plan_cowd(file: BlockFile, *, repairing: bool) -> ExtentPlan:
 
 
 def _files(path: Path, resolver: Resolver, opener: FileOpener, stack: contextlib.ExitStack) -> Iterator[BlockFile]:
-    file = open_for_change(path, opener)
+    file = open_file_for_change(path, opener)
     stack.callback(file.close)
     yield file
     if not is_descriptor(file.read_at(0, SECTOR_SIZE)):
         return
     for line in Descriptor.parse(file.read_at(0, MAX_BYTES), path=path).extents:
         if line.file is not None and line.type in ("SPARSE", "VMFSSPARSE"):
-            extent = open_for_change(resolver(path, line.file, "extent"), opener)
+            extent = open_file_for_change(resolver(path, line.file, "extent"), opener)
             stack.callback(extent.close)
             yield extent
 

@@ -26,7 +26,7 @@ from typing import Any, Final, NamedTuple, Self
 
 from qemu_vmdk_snap.chain.resolver import Confined, check_opened
 from qemu_vmdk_snap.errors import CorruptChain, VmdkSnapError
-from qemu_vmdk_snap.ops.check.opening import descriptor_of, open_for_change
+from qemu_vmdk_snap.ops.check.opening import descriptor_of, open_file_for_change
 from qemu_vmdk_snap.ops.check.repair_plan import ExtentPlan
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener
 from qemu_vmdk_snap.storage.durable import new_file
@@ -169,7 +169,7 @@ class UndoFile:
                 except RuntimeError as error:
                     raise CorruptChain(self.path, f"its image {one.name!r} is a loop of symbolic links") from error
                 resolver.check(self.path, real, "image")
-                file = open_for_change(path, opener)
+                file = open_file_for_change(path, opener)
                 stack.callback(file.close)
                 check_opened(resolver, self.path, file, "image")
                 self._check_same(one, file)

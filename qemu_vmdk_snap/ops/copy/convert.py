@@ -16,7 +16,7 @@ from qemu_vmdk_snap.chain.disk import Disk
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 from qemu_vmdk_snap.ops.copy.pipes import BulkPipe, rows_with_grains
 from qemu_vmdk_snap.ops.make.create import ImageOptions, create_overlay, open_new_image, open_new_stream
-from qemu_vmdk_snap.ops.make.layout import extent_files, kind_of
+from qemu_vmdk_snap.ops.make.layout import extent_files, kind_for
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.storage.durable import NewFiles, publish, temporary_name, working_in
 from qemu_vmdk_snap.storage.pipes import PipeWriter
@@ -94,7 +94,7 @@ def convert_to_pipe(
     """
     if output_format == "raw":
         writer: BulkWriter = BulkPipe(pipe, source.capacity)
-    elif options is not None and kind_of(pipe.path, options).stream:
+    elif options is not None and kind_for(pipe.path, options).stream:
         writer = open_new_stream(pipe.write, pipe.path, source.capacity, options)
     else:
         raise Unsupported(pipe.path, "only raw and streamOptimized images can be written to a pipe")

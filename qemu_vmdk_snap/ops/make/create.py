@@ -21,7 +21,7 @@ from qemu_vmdk_snap.ops.make.layout import (
     ImageOptions,
     Plan,
     bulk_writer,
-    kind_of,
+    kind_for,
     plan_image,
     stream_writer,
     write_image,
@@ -206,7 +206,7 @@ def plan_base(path: Path, size: int, options: ImageOptions) -> Plan:
     sectors = _checked_sectors(path, size)
     _check_options(path, options)
     ddb = _base_ddb(sectors, options)
-    for key, value in kind_of(path, options).ddb:
+    for key, value in kind_for(path, options).ddb:
         ddb.setdefault(key, value)
     cid = new_cid()
     ddb["longContentID"] = _long_id(cid)

@@ -102,7 +102,7 @@ class Plan:
     sectors: int
 
 
-def kind_of(path: Path, options: ImageOptions) -> Kind:
+def kind_for(path: Path, options: ImageOptions) -> Kind:
     """Return the kind that the options name.
 
     Raises:
@@ -132,7 +132,7 @@ def plan_image(
         InvalidRequest: the kind cannot have a parent, or the name cannot be written in a descriptor.
         Unsupported: the kind cannot hold so much.
     """
-    kind = kind_of(path, options)
+    kind = kind_for(path, options)
     if parent_cid != NO_PARENT and not kind.may_have_parent:
         raise InvalidRequest(path, f"an image of kind {options.subformat} cannot have a parent")
     parts = [

@@ -9,6 +9,7 @@ import pydoc
 import subprocess
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,34 @@ def test_paths_may_be_text_and_folders_are_named_alike() -> None:
                 assert "str" in text, f"{name}({parameter.name}: {text})"
         if "resolver" in parameters:
             assert parameters["resolver"].default is None, name
-            assert "trusted_dirs" in parameters or name == "read_facts", name
+            assert "trusted_dirs" in parameters, name
+
+
+def test_paths_of_methods_may_be_text() -> None:
+    openers: list[Callable[..., object]] = [
+        qemu_vmdk_snap.PosixFile.open,
+        qemu_vmdk_snap.RawDisk,
+        qemu_vmdk_snap.Census.of,
+    ]
+    openers += [qemu_vmdk_snap.Census.dependents, qemu_vmdk_snap.Census.other_names]
+    for call in openers:
+        for parameter in inspect.signature(call).parameters.values():
+            assert "Path" not in str(parameter.annotation) or "str" in str(parameter.annotation), call
+
+
+def test_no_signature_shows_the_environment() -> None:
+    for package in PACKAGES:
+        module = importlib.import_module(package)
+        for name in module.__all__:
+            if inspect.isfunction(getattr(module, name)):
+                assert "environ(" not in str(inspect.signature(getattr(module, name))), name
+
+
+def test_a_domain_is_called_alike_by_every_function() -> None:
+    for name in importlib.import_module("qemu_vmdk_snap.domain").__all__:
+        value = getattr(importlib.import_module("qemu_vmdk_snap.domain"), name)
+        if inspect.isfunction(value) and name != "check_domain":
+            assert "domain_name" not in inspect.signature(value).parameters, name
 
 
 def test_a_folder_is_trusted_by_every_function(tmp_path: Path) -> None:
