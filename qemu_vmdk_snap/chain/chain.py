@@ -8,11 +8,6 @@
 
 Invariants: a parent is opened for reading only, and only after its CID equals the parentCID of the link above; before
 the first byte of data is written after an open, the top's new CID is durable.
-
-Threads: any number of threads may call `read_at`, `map`, `rows`, `tables`, `resolve`, `read_row` and `read_row_into` of
-one open chain at once, and, of one that is writable, `write_at`, `renew_cid` and `flush` as well: what reads or changes
-the tables of a writable chain takes its turn. A map is of the moment in which each of its windows was resolved. `close`
-belongs to one thread, when no other uses the chain any more; so do `read_below` and the links themselves.
 """
 
 from __future__ import annotations
@@ -73,7 +68,12 @@ class Source(NamedTuple):
 
 
 class Chain:
-    """An open backing chain. Hold it in a `with` block, or close it: its files stay locked until then."""
+    """An open backing chain. Hold it in a `with` block, or close it: its files stay locked until then.
+
+    Threads: any number of threads may call `read_at`, `map`, `rows`, `tables`, `resolve`, `read_row` and
+    `read_row_into` at once. A map shows each of its windows as it was when that window was resolved. `read_below`,
+    `close` and the links belong to one thread, while no other uses the chain.
+    """
 
     def __init__(self, links: Sequence[Link]) -> None:
         self.links = tuple(links)
@@ -239,7 +239,11 @@ class Chain:
 
 
 class WritableChain(Chain):
-    """An open chain whose top link takes writes; the top is locked against every other writer and reader."""
+    """An open chain whose top link takes writes; the top is locked against every other writer and reader.
+
+    Threads: as `Chain`; `write_at`, `renew_cid` and `flush` as well. A lock lets one of those that read or change the
+    tables run at a time.
+    """
 
     def __init__(self, links: Sequence[Link]) -> None:
         super().__init__(links)

@@ -44,7 +44,10 @@ class Disk(Protocol):
 
 
 class RawDisk:
-    """A raw image, or a block device: guest byte n is byte n of it; a part of a sector at its end is filled up."""
+    """A raw image, or a block device: guest byte n is byte n of it; a last sector that is not whole is filled up.
+
+    Threads: any number may call every method but `__exit__` at once.
+    """
 
     def __init__(self, path: Path | str, *, lock: bool = True, allow_devices: bool = False) -> None:
         """Open `path` for reading, locked as QEMU locks it unless `lock` is False.

@@ -32,7 +32,7 @@ _DEVICE_TYPES: Final = ("VMFSRDM", "VMFSRAW")
 
 
 class Link:
-    """One open image of a chain. Offsets are bytes of the guest's disk."""
+    """One open image of a chain. Offsets are bytes of the guest's disk. Threads: one at a time."""
 
     def __init__(
         self,

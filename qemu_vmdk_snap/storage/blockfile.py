@@ -95,7 +95,11 @@ class naming:  # a class, as it is entered for every read and write
 
 
 class PosixFile:
-    """A regular file opened by path."""
+    """A regular file opened by path.
+
+    Threads: any number may call every method but `close` at once; a read or a write is a system call with its own
+    offset. `close` is for when no other call runs.
+    """
 
     def __init__(self, fd: int, path: Path, *, lazy: bool = False) -> None:
         """Take `fd` over; a `lazy` file is left to the page cache, as nobody is going to wait for the disk."""

@@ -32,12 +32,12 @@ class Notes:
 
     def merge(self, other: Notes) -> None:
         """Add the faults of another extent."""
-        for kind, line in other._first.items():
+        for kind, line in list(other._first.items()):
             self.add(kind, line, count=other._counts[kind])
 
     def __iter__(self) -> Iterator[str]:
         """Yield the lines in the order in which the kinds were found."""
-        for kind, line in self._first.items():
+        for kind, line in list(self._first.items()):  # another thread may read, and add
             more = self._counts[kind] - 1
             least = "at least " if len(self._cases.get(kind, ())) == MOST_COUNTED else ""
             yield f"{line} (and {least}{more} more like it)" if more else line

@@ -112,6 +112,10 @@ def test_every_class_is_known_to_be_a_report_or_not() -> None:
         and not issubclass(value, BaseException)
     }
     assert classes - {name for _, name in REPORTS} == others
+    threads = (Path(__file__).parents[3] / "docs" / "api.md").read_text().partition("## Threads")[2]
+    values = {"RunKind", "Severity", "Progress", "Identity", "ExtentLine", "LinkFacts", "Dependent", "Followed"}
+    open_by_protocol = {"Disk", "BlockFile"}
+    assert {name for name in others - values - open_by_protocol if f"`{name}`" not in threads} == {"Run", "Row"}
 
 
 def test_what_a_report_says_is_json(tmp_path: Path) -> None:
