@@ -53,9 +53,9 @@ class BlockFile(Protocol):
         """Let the system begin to store the range, without waiting: a later `flush` has less to wait for."""
 
     def drop_behind(self, offset: int, length: int) -> None:
-        """Let the page cache forget the range, stored by then: what is copied once shall not push out what is in use.
+        """Store the range and drop it from the page cache, so that a copy does not evict pages that are in use.
 
-        It is no durability: only `flush` gives that.
+        The range is not durable before `flush`.
         """
 
     def discard_range(self, offset: int, length: int) -> bool:
@@ -74,11 +74,11 @@ class BlockFile(Protocol):
         """Return a descriptor that the kernel can copy from and to, or None where there is none."""
 
     def close(self) -> None:
-        """Let go of the file; closing twice is harmless."""
+        """Close the file; closing twice does nothing."""
 
 
 class naming:  # a class, as it is entered for every read and write
-    """Put the name of the file into an OSError of the block: what comes from a descriptor has none."""
+    """Put the name of the file into an OSError of the block: an error from a file descriptor has none."""
 
     __slots__ = ("_path",)
 
@@ -102,7 +102,7 @@ class PosixFile:
     """
 
     def __init__(self, fd: int, path: Path, *, lazy: bool = False) -> None:
-        """Take `fd` over; a `lazy` file is left to the page cache, as nobody is going to wait for the disk."""
+        """Take over `fd`; a `lazy` file is left to the page cache, as no caller waits for the disk."""
         self._fd = fd
         self._path = path
         self._lazy = lazy
@@ -175,8 +175,8 @@ class PosixFile:
         """Return when everything written so far is durable.
 
         Raises:
-            OSError: it is not, now or in an earlier flush. The kernel reports a page that it could not store once, and
-                takes it for clean from then on: a later fdatasync would succeed over data that is lost.
+            OSError: a flush failed, now or earlier. The kernel reports a page that it could not store only once, and
+                treats it as clean afterwards: a later fdatasync would succeed although data is lost.
         """
         if self._failed is not None:
             reason = f"an earlier flush failed ({self._failed.strerror}): what was written before it may be lost"
@@ -189,15 +189,15 @@ class PosixFile:
                 raise
 
     def begin_flush(self, offset: int, length: int) -> None:
-        """Let the kernel begin to write back the dirty pages of the range; one that will not is not waited for."""
+        """Let the kernel begin to write back the dirty pages of the range, without waiting."""
         if not self._lazy:
             _sync_file_range(self._fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
     def drop_behind(self, offset: int, length: int) -> None:
-        """Wait until the range is written back, and let the page cache forget it.
+        """Wait until the range is written back, and drop it from the page cache.
 
         Raises:
-            OSError: the disk did not take it. The kernel tells that once only: a later `flush` would say nothing.
+            OSError: the disk did not take it. The kernel reports that only once: a later `flush` would succeed.
         """
         if self._lazy:
             return
@@ -280,7 +280,7 @@ FileOpener = Callable[[Path, bool], BlockFile]
 
 
 def open_posix(path: Path | str, writable: bool) -> BlockFile:
-    """Open `path` as a `PosixFile`: the opener that everything uses unless told otherwise."""
+    """Open `path` as a `PosixFile`: the default opener."""
     return PosixFile.open(Path(path), writable=writable)
 
 

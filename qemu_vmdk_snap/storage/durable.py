@@ -1,7 +1,7 @@
 """New files that are either whole or not there, and small files replaced in one step.
 
 A new file is written under a hidden temporary name in its own folder, made durable, linked under its name without ever
-overwriting, and its folder is synced. Killed at any point, nothing half-written bears the name.
+overwriting, and its folder is synced. If the process is killed at any point, no incomplete file has the name.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Hold `folder` shared, so that nobody sweeps it (`sweep_temporaries`) while temporary files are in use there.
+    """Lock `folder` shared, so that it is not swept (`sweep_temporaries`) while temporary files are in use there.
 
-    The hold goes with the process. Where a folder cannot be held, nobody can sweep it either.
+    The lock ends with the process. A folder that cannot be locked cannot be swept either.
     """
     fd = -1
     with contextlib.suppress(OSError):
@@ -73,7 +73,7 @@ def sweep_temporaries(folder: Path, about: Path | None = None) -> list[Path]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[bool]:
-    """Hold `folder` against everybody who would be `working_in` it; give False where somebody is."""
+    """Lock `folder` exclusively against `working_in`; yield False if somebody is working in it."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield _flocked(fd, fcntl.LOCK_EX)
@@ -137,7 +137,7 @@ class NewFiles:
         self._last_look: Callable[[], None] = lambda: None
 
     def before_ready(self, look: Callable[[], None]) -> None:
-        """Call `look` when the files have their names; what it raises takes them away again."""
+        """Call `look` when the files have their names; if it raises, they are removed again."""
         self._last_look = look
 
     def __enter__(self) -> NewFiles:
@@ -148,7 +148,7 @@ class NewFiles:
         """Return a new empty file that will be called `path`; the umask applies to `mode`.
 
         Raises:
-            FileExistsError: something bears that name.
+            FileExistsError: the name exists.
         """
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
@@ -211,7 +211,7 @@ def _link(temporary: Path, path: Path) -> None:
         if _renamed_beside(temporary, path):
             return
         # Nor that (some FUSE): claim the name by an exclusive create, then rename over our own claim. Killed between
-        # the two, the claim is taken back by the sweep.
+        # the two, the sweep removes the claim.
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         temporary.replace(path)
 
@@ -220,7 +220,7 @@ def _renamed_beside(temporary: Path, path: Path) -> bool:
     """Rename, in one step that never overwrites; return False where the file system has no such step (FAT has it).
 
     Raises:
-        FileExistsError: something bears the name.
+        FileExistsError: the name exists.
     """
     import ctypes  # needed only where there are no hard links
 
@@ -237,30 +237,30 @@ def new_file(path: Path, *, durable: bool = True, mode: int = 0o666) -> Iterator
     """Give a file that appears as `path`, complete and durable, when the block ends well, and not at all otherwise.
 
     Raises:
-        FileExistsError: something bears that name, or came to bear it meanwhile; it is untouched.
+        FileExistsError: the name exists, or was created meanwhile; that file is not changed.
     """
     with NewFiles(durable=durable) as files:
         yield files.add(path, mode)
 
 
 def _discard(temporary: Path) -> None:
-    """Remove the file, if it can be: what stays is swept later, and why it stays is not what went wrong."""
+    """Remove the file if possible; one that stays is swept later, and the original error is the one to report."""
     with contextlib.suppress(OSError):
         temporary.unlink()
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a hidden name beside `path` that nothing bears yet, for what will be `path` when it is complete."""
+    """Return a new hidden name beside `path`, for a file that is renamed to `path` when it is complete."""
     return path.with_name(f".{path.name[:_NAME_LENGTH]}.{os.urandom(6).hex()}{_TEMPORARY}")
 
 
 def publish(temporary: Path, path: Path, *, parts: Sequence[Path] = (), durable: bool = True) -> None:
-    """Give the complete file `temporary` the name `path`, never over another file, and take the old name away.
+    """Rename the complete file `temporary` to `path`, never overwriting another file.
 
     `parts` are the files beside it that it names: they are made durable, with their names, before it.
 
     Raises:
-        FileExistsError: something bears the name; both files are as they were.
+        FileExistsError: the name exists; neither file is changed.
     """
     if durable:
         for file in (*parts, temporary):
@@ -297,7 +297,7 @@ def replacing(path: Path, mode: int = 0o600) -> Iterator[Replacement]:
     """Give a new empty file that takes the name `path` in one step, durably: a reader sees the old content or the new.
 
     When the block raises, or gives the file up, `path` is as it was. Killed at any point nothing half-written bears the
-    name; what is left under a hidden name is swept later.
+    name; a file left under a hidden name is removed by a later sweep.
     """
     temporary = temporary_name(path)
     with working_in(path.parent):

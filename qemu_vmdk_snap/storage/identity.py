@@ -18,7 +18,7 @@ def identity_of(path: Path | str) -> Identity | None:
     """Return which file `path` leads to, symbolic links followed; None where there is none.
 
     Raises:
-        OSError: it cannot be told, so there may be one (no permission, an I/O error).
+        OSError: this cannot be determined, so there may be one (no permission, an I/O error).
     """
     try:
         facts = os.stat(path)  # noqa: PTH116 - 10,000 of these are made for one command
@@ -28,7 +28,7 @@ def identity_of(path: Path | str) -> Identity | None:
 
 
 def identity_if_known(path: Path | str) -> Identity | None:
-    """Return which file `path` leads to; None where there is none, or where it cannot be told."""
+    """Return which file `path` leads to; None where there is none, or where this cannot be determined."""
     try:
         return identity_of(path)
     except OSError:
