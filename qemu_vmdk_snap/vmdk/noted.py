@@ -1,4 +1,4 @@
-"""What was found wrong with an extent that can be read all the same, in few lines, however much it is."""
+"""Faults of an extent that do not prevent reading it, in few lines, however many there are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 MOST_COUNTED: Final = 1 << 16
-"""Cases of one kind in one extent that are told apart, to bound the memory."""
+"""How many cases of one kind in one extent are distinguished, to bound the memory."""
 
 
 class Notes:
@@ -20,7 +20,7 @@ class Notes:
     def add(self, kind: str, line: str, *, case: int | None = None, count: int = 1) -> None:
         """Add `count` faults of the kind, of which `line` says the first.
 
-        A `case`, any number that tells faults of the kind apart, counts once, however often it is added.
+        A `case`, a number that identifies a fault of the kind, counts once, however often it is added.
         """
         if case is not None:
             cases = self._cases.setdefault(kind, set())

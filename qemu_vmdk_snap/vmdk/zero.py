@@ -1,7 +1,7 @@
 """The extent without storage: ZERO, and any extent with access NOACCESS. It reads as zeros, over any parent.
 
-QEMU 7.2 leaves such lines out, so that what follows them moves; VirtualBox counts them, reads ZERO as zeros and fails
-a read of NOACCESS. Zeros are what a guest may be shown, and the rest of the disk stays in its place.
+QEMU 7.2 skips such lines, which moves what follows them; VirtualBox counts them, reads ZERO as zeros and fails to read
+NOACCESS. Here both read as zeros, and the rest of the disk stays in its place.
 """
 
 from __future__ import annotations

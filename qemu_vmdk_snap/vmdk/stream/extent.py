@@ -1,10 +1,10 @@
-"""The compressed extent (streamOptimized): deflated grains between markers, written in one go and then only read.
+"""The compressed extent (streamOptimized): deflated grains between markers, written once and then only read.
 
     | header | descriptor | grain record | pad | ... | GT marker | GT | ... | GD marker | GD | footer marker | footer |
     end-of-stream marker |
 
 A grain record is its sector on the guest's disk (u64), the length of its data (u32) and a zlib stream, which may be
-longer than the grain. A header whose gdOffset is all ones was written before the tables: the footer has the last word.
+longer than the grain. A header whose gdOffset is all ones was written before the tables: the footer counts.
 
 Source: VMware Virtual Disk Format 5.0, "Stream-Optimized Compressed Sparse Extents".
 """
@@ -68,7 +68,7 @@ class StreamExtent(GrainExtent):
 
     @property
     def has_markers(self) -> bool:
-        """Whether each grain's record tells the sector of the disk that it belongs to."""
+        """Whether each grain's record has the sector of the disk that it belongs to."""
         return self._markers
 
     def lookup(self, offset: int) -> Place:
@@ -87,7 +87,7 @@ class StreamExtent(GrainExtent):
         """Do nothing: a record is as long as it says, not as long as a grain."""
 
     def _note_cut_record(self, places: Int64s) -> None:
-        """Note it where the last of these records goes on past the end of the file; reading it is refused."""
+        """Note if the last of these records extends past the end of the file; reading it is refused."""
         if not self._markers or not len(places):
             return
         place = int(places.max())
