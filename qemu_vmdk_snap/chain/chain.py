@@ -1,4 +1,4 @@
-"""The chain: the top link first, every parent behind it, read and written as the one disk that the guest sees.
+"""The chain: the top link first, every parent below it, read and written as the one disk that the guest sees.
 
         guest offset  0        64K       128K      192K
     top (depth 0)     [ data  ][  hole  ][  zero  ][  hole  ]
@@ -40,7 +40,7 @@ class RunKind(IntEnum):
     HOLE = 0
     """Not stored in any link: reads as zeros."""
     ZERO = 1
-    """A link says zeros, over whatever its parents hold."""
+    """A link marks it as zeros, whatever its parents contain."""
     DATA = 2
     """Stored in a link."""
 
@@ -98,7 +98,7 @@ class Chain:
         return self.read_below(0, offset, length)
 
     def read_below(self, depth: int, offset: int, length: int) -> bytes:
-        """Return what is seen from the link at `depth` downwards; zeros behind the end of a shorter link."""
+        """Return what is seen from the link at `depth` downwards; zeros past the end of a shorter link."""
         parts = []
         while length > 0:
             part = self._read_piece(depth, offset, length)
@@ -175,7 +175,7 @@ class Chain:
         return self._inflated(placed, row.file_offset)[inside : inside + length]
 
     def read_row_into(self, row: Row, skip: int, view: memoryview) -> None:
-        """Fill `view` from byte `skip` of `row`: for those who read much, and would not pay for new buffers."""
+        """Fill `view` from byte `skip` of `row`, without allocating a buffer."""
         file = self.file_of(row)
         if file is None:
             view[:] = self.read_row(row, skip, len(view))
@@ -189,7 +189,7 @@ class Chain:
         return self.sources[row.source].placed.extent.file if row.kind == DATA else None
 
     def close(self) -> None:
-        """Close every file of the chain and let go of its locks; closing twice is harmless."""
+        """Close every file of the chain and release its locks; closing twice does nothing."""
         for link in self.links:
             link.close()
 
@@ -227,7 +227,7 @@ class Chain:
     def _stored(placed: PlacedExtent, file_offset: int, length: int) -> bytes:
         file = placed.extent.file
         data = b"" if file is None else file.read_at(file_offset, length)
-        # Some writers end the file inside the last grain: what is missing of it is zeros.
+        # Some writers end the file inside the last grain: the missing part is zeros.
         return data if len(data) == length else data + bytes(length - len(data))
 
     def _inflated(self, placed: PlacedExtent, file_offset: int) -> bytes:
@@ -266,8 +266,8 @@ class WritableChain(Chain):
 
         Raises:
             InvalidRequest: the range is not inside the disk.
-            Unsupported: the top link is of a kind that cannot take the write.
-            OSError: the system refused (no space, I/O error); what was flushed before reads as it did.
+            Unsupported: the kind of the top link does not allow the write.
+            OSError: the system refused (no space, I/O error); data that was flushed before is unchanged.
         """
         view = memoryview(data).cast("B")
         self._check_range(offset, len(view))
@@ -357,17 +357,17 @@ def open_chain(
     """Open an image and every parent below it, locked as QEMU locks them, and check that each parent may be trusted.
 
     Parents and extents are opened beside the file that names them and below `trusted_dirs`, nowhere else; `resolver`
-    takes the place of that rule. `lock=False` is qemu-img's `-U`: read what somebody else may be writing.
+    replaces that rule. `lock=False` is qemu-img's `-U`: read an image that may be in use for writing.
     `allow_devices` lets extents be block devices below /dev, with the system's own opener.
 
     Raises:
         OSError: a file cannot be opened.
-        FormatError: a file is no VMDK, or breaks the format.
+        FormatError: a file is not a VMDK image, or breaks the format.
         CidMismatch: a parent was written after its overlay was made.
         CorruptChain: a parent is missing, outside the folders that may be opened, or the chain is a loop; or, for
-            writing, an interrupted operation on the image waits for `recover`.
-        LockBusy: another process holds an image in a way that excludes this open.
-        Unsupported: an image is of a kind, or asked for an access, that is not available.
+            writing, an interrupted operation on the image is not finished.
+        LockBusy: another process has locked an image.
+        Unsupported: the kind of an image, or the requested access to it, is not supported.
     """
     if allow_devices:
         opener, trusted_dirs = open_posix_or_device, [*trusted_dirs, "/dev"]
@@ -397,7 +397,7 @@ def open_links(
 ) -> Chain:
     """Open a chain whose links at `writable_depths` are held for writing: for operations that change links themselves.
 
-    Nothing is written by way of the chain, and no CID is renewed: that is up to the operation. Raises what `open_chain`
+    Nothing is written through the chain, and no CID is renewed: that is up to the operation. Raises what `open_chain`
     does.
     """
     links: list[Link] = []

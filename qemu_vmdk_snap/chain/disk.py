@@ -1,4 +1,4 @@
-"""What whole-disk operations read from: a VMDK chain, or a raw file."""
+"""The source of whole-disk operations: a VMDK chain, or a raw file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Disk(Protocol):
         """Return `length` bytes from byte `skip` of `row`."""
 
     def read_row_into(self, row: Row, skip: int, view: memoryview) -> None:
-        """Fill `view` from byte `skip` of `row`: for those who read much, and would not pay for new buffers."""
+        """Fill `view` from byte `skip` of `row`, without allocating a buffer."""
 
     def file_of(self, row: Row) -> BlockFile | None:
         """Return the file that stores `row` as it is, for the kernel to copy from; None where there is none."""
@@ -40,7 +40,7 @@ class Disk(Protocol):
         """Return the disk itself."""
 
     def __exit__(self, *exc: object) -> None:
-        """Close it."""
+        """Cbecome invalid."""
 
 
 class RawDisk:
@@ -110,5 +110,5 @@ class RawDisk:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Close the file and let go of the lock."""
+        """Close the file and release the lock."""
         self._file.close()

@@ -1,4 +1,4 @@
-"""What an image is told apart by, and how it names its parent: the one place where both are written.
+"""The identity of an image (its CID) and its name for its parent: the one place where both are written.
 
 A CID changes when a disk is written; longContentID (VMware) ends in it, and VirtualBox keeps a modification UUID beside
 it. A parent is named relative to the folder of its overlay, as both may move together.
@@ -19,7 +19,7 @@ _MODIFICATION: Final = "ddb.uuid.modification"
 
 
 def new_cid(*, avoid: int = NO_PARENT, digits: int = 8) -> int:
-    """Return a random CID of so many digits that is neither `avoid` nor one of the values with a meaning."""
+    """Return a random CID of so many digits that is neither `avoid` nor a value with a special meaning."""
     while True:
         cid = int.from_bytes(os.urandom(4), "big") >> (32 - 4 * digits)
         if cid not in (avoid, 0, NO_PARENT, NO_PARENT - 1):
@@ -27,7 +27,7 @@ def new_cid(*, avoid: int = NO_PARENT, digits: int = 8) -> int:
 
 
 def with_fresh_cid(descriptor: Descriptor) -> Descriptor:
-    """Return `descriptor` with a new CID of as many digits as before, and all that is in step with it."""
+    """Return `descriptor` with a new CID of as many digits as before, and the values derived from it."""
     value = descriptor.values["cid"]
     digits = value.end - value.start
     width = digits if _MIN_DIGITS <= digits <= 8 else 8
@@ -46,7 +46,7 @@ def with_cid(descriptor: Descriptor, cid: int, digits: int = 8) -> Descriptor:
 
 
 def _random_uuid() -> str:
-    """Return a UUID of version 4 (RFC 9562, 5.4); the module for it takes longer to import than all of this."""
+    """Return a UUID of version 4 (RFC 9562, 5.4); importing the `uuid` module takes longer than all of this."""
     raw = bytearray(os.urandom(16))
     raw[6], raw[8] = raw[6] & 0x0F | 0x40, raw[8] & 0x3F | 0x80
     text = raw.hex()
@@ -61,7 +61,7 @@ def on_parent(descriptor: Descriptor, child: Path, parent: Path | None, parent_c
 
 
 def hint_to(child: Path, parent: Path) -> str:
-    """Return what `child` is to call `parent`: relative, and nothing that QEMU takes for a protocol."""
+    """Return the hint from `child` to `parent`: relative, and not read as a protocol by QEMU."""
     return no_protocol(os.path.relpath(parent.parent.resolve() / parent.name, child.parent.resolve()))
 
 

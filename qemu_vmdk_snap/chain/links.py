@@ -1,7 +1,7 @@
-"""A quick look along a chain: descriptors and headers alone, without the tables, without NumPy, without a lock.
+"""Descriptors and headers of a chain, without the tables, without NumPy, without a lock.
 
-For those who must decide fast whether a chain holds together (a hook at a guest's start), and for those who look at
-many images. What the tables say is for `check_image`.
+For callers that must decide fast whether a chain is valid (a hook at a guest's start), and for those that look at
+many images. `check_image` reads the tables.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LinkFacts(NamedTuple):
 
     @property
     def is_base(self) -> bool:
-        """Whether nothing says that it has a parent."""
+        """Whether neither its parentCID nor its hint names a parent."""
         return self.parent_cid == NO_PARENT and self.hint is None
 
 
@@ -52,7 +52,7 @@ def read_facts(
     `owner` is the image whose hint led to it.
 
     Raises:
-        FormatError: it is no VMDK, or its descriptor or header cannot be.
+        FormatError: it is not a VMDK image, or its descriptor or header is invalid.
         Unsupported: it is an extent of a disk whose descriptor is another file, or has an unknown incompatible feature.
         CorruptChain: an extent is missing, or lies where it may not be opened.
         OSError: it cannot be read.
@@ -103,9 +103,9 @@ def read_links(path: Path | str, *, trusted_dirs: Sequence[Path | str] = ()) -> 
 
 
 def is_backed_by(path: Path, image: Path, resolver: Resolver) -> bool:
-    """Return whether `image` is `path` itself, or below it; the parents of `path` are followed as far as they can be.
+    """Return whether `image` is `path` itself, or in its backing chain, which is followed as far as possible.
 
-    Nothing else is asked of them: CIDs and sizes may be wrong, extents missing.
+    Nothing else is checked: CIDs and sizes may be wrong, extents missing.
     """
     descent = Descent()
     owner: Path | None = None
@@ -132,6 +132,6 @@ def _refuse_pending(image: Path) -> None:
         with os.scandir(image.parent) as entries:
             pending = any(entry.name.endswith(".intent") for entry in entries)
         if pending:
-            from qemu_vmdk_snap.storage.record import refuse_pending  # JSON and more: seldom needed
+            from qemu_vmdk_snap.storage.record import refuse_pending  # JSON and more: rarely needed
 
             refuse_pending(image)

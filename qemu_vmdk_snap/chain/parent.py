@@ -1,4 +1,4 @@
-"""Where an image's parent is: the rules that every walk along a chain has in common."""
+"""Where an image's parent is: the rules that everything which walks a chain shares."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Descent:
         self._seen: dict[Path, Path] = {}
 
     def obstacle(self, path: Path) -> Literal["loop", "depth"] | None:
-        """Add the next link; return why the walk cannot go on to it: it was reached before, or there are too many."""
+        """Add the next link; return why the walk must end before it: it was reached already, or there are too many."""
         real = path.resolve()
         if real in self._seen:
             return "loop"
@@ -51,7 +51,7 @@ def find_parent(descriptor: Descriptor, resolver: Callable[[Path, str, str], Pat
     whatever parentCID says; one that leads nowhere does not where parentCID says that there is none.
 
     Raises:
-        CorruptChain: there is a parent, and it is not named, is missing, or may not be opened.
+        CorruptChain: it has a parent that is not named, is missing, or may not be opened.
     """
     hint = descriptor.parent_hint
     if descriptor.parent_cid != NO_PARENT:

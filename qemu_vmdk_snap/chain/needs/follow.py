@@ -1,7 +1,7 @@
-"""Everything that a file leads to downwards: parents of any format, extents, data files; read with tolerance.
+"""Everything that a file needs: parents of any format, extents, data files; read with tolerance.
 
-The counterpart of the search for dependents, for those who know a file by name and ask what it needs, wherever that is:
-whatever the CIDs say, and in each way in which some reader follows a name.
+The counterpart of the search for dependents: what a file needs, wherever that is, whatever the CIDs say, and in each
+way in which some reader resolves a name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Followed(NamedTuple):
 
 
 def follow(path: Path | str) -> Followed:
-    """Return every file that `path` needs, as far as it can be made out."""
+    """Return every file that `path` needs, as far as it can be read."""
     path = Path(path)
     files: list[Path] = []
     problem: tuple[Path, str] | None = None
