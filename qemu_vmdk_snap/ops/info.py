@@ -28,7 +28,7 @@ class ExtentInfo:
     """None for an extent without a file."""
     type: str
     grain_bytes: int
-    """What is allocated at once; 0 where nothing is."""
+    """The unit of allocation; 0 where there is none."""
     compressed: bool
 
     def as_dict(self) -> dict[str, object]:
@@ -51,7 +51,7 @@ class ImageInfo:
     actual_size: int
     """What its files take on disk."""
     grain_bytes: int
-    """The smallest of its extents'; 0 where none allocates."""
+    """The smallest grain of its extents; 0 where none has grains."""
     create_type: str
     cid: int
     parent_cid: int
@@ -132,7 +132,7 @@ def image_info(
 def chain_info(
     path: Path | str, *, trusted_dirs: Sequence[Path | str] = (), lock: bool = True, allow_devices: bool = False
 ) -> list[ImageInfo]:
-    """Return the images of the whole chain, the top first; a CID that does not fit is for `check` to tell.
+    """Return the images of the whole chain, the top first; CIDs are not compared: see `check_image`.
 
     Raises:
         CorruptChain: a parent is missing, may not be opened, or the chain is a loop; and all that `image_info` raises.

@@ -1,4 +1,4 @@
-"""Check an image and the chain below it, reading only: everything that can be wrong short of the guest's own data."""
+"""Check an image and its backing chain, reading only: everything but the guest's own data."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ class CheckReport:
     corruptions: int
     leaks: int
     findings: tuple[Finding, ...]
-    """The first of each kind, worst first; the counts tell of all."""
+    """The first of each kind, worst first; the counts include all."""
     total: int
     allocated: int
     fragmented: int
     compressed: int
     end: int
-    """Byte past the last part of `path` that is in use."""
+    """The byte after the last part of `path` that is in use."""
     depth: int
-    """Links that were looked at."""
+    """Links that were checked."""
     check_errors: int = 0
     """What could not be checked: a file that cannot be opened or read, a parent that is missing or not allowed."""
     repairable: int = 0
-    """Notes on what a repair puts in order, though nothing is wrong with the data."""
+    """Notes on values that a repair corrects, though the data is right."""
 
     def as_dict(self) -> dict[str, object]:
         """Return the report with JSON's own types: the keys of `qemu-img check`, and the findings.
@@ -99,13 +99,13 @@ def check_image(
     lock: bool = True,
     on_progress: OnProgress = ignore,
 ) -> CheckReport:
-    """Check the tables of the image and how the links of its chain fit; `whole_chain` checks every link's tables.
+    """Check the tables of the image and whether the links of its chain fit; `whole_chain` checks every link's tables.
 
-    What is broken becomes a finding; nothing is written. Parents and extents are opened beside the
-    file that names them and below `trusted_dirs`; `resolver` takes the place of that rule.
+    What is broken becomes a finding; nothing is written. Parents and extents are opened beside the file that names them
+    and below `trusted_dirs`; `resolver` replaces that rule.
 
     Raises:
-        FormatError: `path` is no VMDK at all, or its descriptor cannot be read.
+        FormatError: `path` is not a VMDK image, or its descriptor cannot be read.
         Unsupported: an incompatible feature hides what the tables mean.
         LockBusy: another process writes one of the images.
         OSError: `path` cannot be read.
@@ -227,7 +227,7 @@ class _Checker:
             self._findings.add(severity, image.path, at, "capacity", mine.sectors, rule)
 
     def _open(self, path: Path) -> _Image:
-        """Read the descriptor of `path`; what a normal open refuses and a check can go on from becomes a finding."""
+        """Read the descriptor of `path`; faults that a check can work with become findings."""
         file = self._opened(path)
         try:
             return self._read_image(file)
@@ -264,7 +264,7 @@ class _Checker:
         return file
 
     def _read_header(self, file: BlockFile) -> SparseExtentHeader:
-        """Return the header; raises FormatError for what leaves no table to look at."""
+        """Return the header; raises FormatError if no table can be found."""
         path = file.path
         header = SparseExtentHeader.parse(file.read_at(0, SECTOR_SIZE), path=path)
         if header.flags & HeaderFlag.NEWLINE_TEST and header.newline_probe != NEWLINE_PROBE:
@@ -338,7 +338,7 @@ class _Checker:
             self._findings.corrupt(image.path, at, "createType", descriptor.get("createType"), rule)
 
     def _check_extent(self, image: _Image, line: ExtentLine, total: int) -> int | None:
-        """Check one extent; return where its file ends, if its tables tell."""
+        """Check one extent; return where its file ends, if its tables show it."""
         if line.file is None or line.access == "NOACCESS":
             self._advance(sector_bytes(line.sectors), total)
             return None
@@ -395,7 +395,7 @@ class _Checker:
         return audit
 
     def _resolve_all(self, line: ExtentLine, file: BlockFile, total: int) -> int | None:
-        """Check a kind without redundant tables by having its reader go through all of it."""
+        """Check a kind without redundant tables by reading all of it."""
         extent = open_extent(ExtentSpec(line, file.path, file, False))
         self._counts.add(audit_runs(extent, file, self._findings, lambda length: self._advance(length, total)))
         return None
@@ -406,7 +406,7 @@ class _Checker:
 
 
 def _reason(error: Exception) -> str:
-    """Return what to say of an error beside the name that the finding has already."""
+    """Return the reason of an error, without the name that the finding has already."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return error.reason if isinstance(error, CorruptChain) else str(error)

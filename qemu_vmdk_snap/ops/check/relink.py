@@ -1,4 +1,4 @@
-"""What has to be written so that the parentCID of every link of a chain is the CID of its parent."""
+"""The changes that make the parentCID of every link of a chain the CID of its parent."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def plan_relinks(
 
     Raises:
         CorruptChain: a parent is missing or may not be opened.
-        FormatError, Unsupported: a descriptor cannot be read, or does not hold a longer parentCID.
+        FormatError, Unsupported: a descriptor cannot be read, or has no room for a longer parentCID.
         LockBusy: another process has a link open.
     """
     changed: list[Path] = []

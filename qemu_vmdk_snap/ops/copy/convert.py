@@ -52,14 +52,14 @@ def convert(
     durable: bool = True,
     on_progress: OnProgress = ignore,
 ) -> ConvertReport:
-    """Make `path` an image (`output_format` vmdk or raw) that shows a guest what `source` shows it.
+    """Make `path` an image (`output_format` vmdk or raw) in which a guest reads what it reads from `source`.
 
     Runs that the source does not store are not stored in the copy. `sparse_size` > 0 also looks into stored runs and
-    leaves out what is zeros, in units of so many bytes. With `backing` the copy is an overlay that stores what differs
-    from it. The new image appears when it is complete; a failure or a callback that raises leaves nothing behind.
+    leaves out zeros, in units of so many bytes. With `backing` the copy is an overlay that stores what differs
+    from it. The new image appears when it is complete; after a failure, or a callback that raises, no file is left.
 
     Raises:
-        FileExistsError: something bears the name; it is untouched.
+        FileExistsError: the name exists; that file is not changed.
         InvalidRequest: the options do not fit together.
     """
     path = Path(path)
@@ -86,11 +86,11 @@ def convert_to_pipe(
     sparse_size: int = 0,
     on_progress: OnProgress = ignore,
 ) -> ConvertReport:
-    """Send what `source` shows a guest through a pipe: as a raw image, or as a streamOptimized one.
+    """Write what a guest reads from `source` to a pipe: as a raw image, or as a streamOptimized one.
 
     Raises:
         Unsupported: the options name another kind: its tables could only be written at the end.
-        BrokenPipeError: the reader went away.
+        BrokenPipeError: the reader closed the pipe.
     """
     if output_format == "raw":
         writer: BulkWriter = BulkPipe(pipe, source.capacity)

@@ -1,4 +1,4 @@
-"""What changed between two links of a chain: as runs, or as an image of its own that holds the changes alone.
+"""What changed between two links of a chain: as runs, or as an image that contains only the changes.
 
     full backup of BASE, then  delta(BASE, TOP)  ->  apply(delta, copy of BASE)  =  TOP
 
@@ -35,7 +35,7 @@ _INHERITED: Final = ("adapterType", "geometry.cylinders", "geometry.heads", "geo
 
 
 class Change(NamedTuple):
-    """A stretch that some link above the base stores; it may still hold what the base holds. Bytes."""
+    """A range that some link above the base stores; its content may equal that of the base. Bytes."""
 
     offset: int
     length: int
@@ -116,14 +116,14 @@ def make_delta(
     durable: bool = True,
     on_progress: OnProgress = ignore,
 ) -> DeltaReport:
-    """Make `path` an image that holds what the links above the one at `depth` store, and stands on that one.
+    """Make `path` an overlay on the link at `depth` that contains what the links above it store.
 
-    It is streamOptimized, or with `stream` off monolithicSparse, which a guest can go on to write. It appears when it
-    is complete. Put beside the base under the name that it knows, it reads as the top of `chain`.
+    It is streamOptimized, or with `stream` off monolithicSparse, which a guest can write to. It appears when it
+    is complete. Beside the base, under the name in its hint, it reads as the top of `chain`.
 
     Raises:
-        FileExistsError: something bears the name; it is untouched.
-        OSError: the system refused; nothing is left behind.
+        FileExistsError: the name exists; that file is not changed.
+        OSError: the system refused; no file is left.
     """
     path = Path(path)
     base, top = chain.links[depth], chain.links[0]

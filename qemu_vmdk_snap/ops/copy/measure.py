@@ -26,7 +26,7 @@ class Measurement:
     """Sizes in bytes, as files have them; a sparse file may take less on the disk."""
 
     required: int
-    """For the data that there is now."""
+    """For the current data."""
     fully_allocated: int
     """For a disk whose every byte was written."""
 
@@ -45,11 +45,11 @@ def measure(
 ) -> Measurement:
     """Return what an image of `disk`, or with None of an empty disk of `size` bytes, would take.
 
-    Grains that are stored are counted whole: whether they hold zeros is not looked at, and a copy may turn out smaller.
+    Stored grains are counted whole, even if they contain only zeros, so a copy may be smaller.
 
     Raises:
         Unsupported: the image would be streamOptimized.
-        InvalidRequest: there is no such kind, or the size or an option cannot be.
+        InvalidRequest: there is no such kind, or the size or an option is invalid.
     """
     capacity = round_up(size if disk is None else disk.capacity, SECTOR_SIZE)
     if output_format == "raw":
@@ -70,7 +70,7 @@ def measure(
 
 
 def _stored(disk: Disk | None, unit: int, capacity: int, on_progress: OnProgress) -> int:
-    """Return the bytes of all units that hold stored data, in whole units."""
+    """Return the bytes of all units that contain stored data, in whole units."""
     meter = Meter(OPERATION, capacity, on_progress)
     if disk is None:
         meter.reach(capacity)

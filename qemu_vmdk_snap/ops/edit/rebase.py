@@ -1,4 +1,4 @@
-"""Put an image on another parent, or on none: it reads what it read (unless the user says that it need not)."""
+"""Change the parent of an image, or remove it; the image reads the same (unless it is done unsafely)."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def rebase(
 ) -> RebaseReport:
     """Make `parent` the parent of the image; with None the image becomes a base that needs no other file (flatten).
 
-    The image reads what it read: what the new parent would show differently is copied into it first. Its CID stays, so
+    The image reads the same: what would read differently from the new parent is copied into it first. Its CID stays, so
     its children stay too. `unsafe` only writes the new parent and its CID into the descriptor: for a parent that was
-    moved, or is known to hold the same; the old parent need not be there.
+    moved, or is known to have the same content; the old parent need not exist.
 
-    Cancelled by a callback that raises, the image is still on its old parent.
+    If a callback cancels it, the image still has its old parent.
 
     Raises:
         InvalidRequest: the new parent is backed by the image itself.
-        Unsupported: the image is of a kind that takes no writes, or the descriptor has no room for the parent's name.
+        Unsupported: the kind of the image does not allow writing, or the descriptor has no room for the parent's name.
         LockBusy: another process has the image open, or writes one of the parents.
         CidMismatch, CorruptChain, FormatError, OSError: one of the chains cannot be opened.
     """
@@ -97,5 +97,5 @@ def _relink(path: Path, parent: Path | None, resolver: Resolver, opener: FileOpe
 
 
 def finish_relink(record: Operation, opener: FileOpener) -> None:
-    """Finish an unsafe rebase that somebody else began."""
+    """Finish an unsafe rebase that another process began."""
     DescriptorChange.from_detail(record.details["change"]).redo(opener)

@@ -1,6 +1,6 @@
-"""Make the disk of an image larger, in place: nothing that is stored moves.
+"""Make the disk of an image larger, in place: no data moves.
 
-A sparse extent that needs more tables gets new directories, with the new tables, behind the end of its file; the old
+A sparse extent that needs more tables gets new directories, with the new tables, after the end of its file; the old
 tables stay where they are and the new directories name them too. The first sector of the header switches over.
 """
 
@@ -138,7 +138,7 @@ def _grow(link: Link, sectors: int, still: Callable[[], None]) -> None:
 
 
 def finish_resize(record: Operation, opener: FileOpener) -> None:
-    """Finish a resize that somebody else began."""
+    """Finish a resize that another process began."""
     change = DescriptorChange.from_detail(record.details["change"])
     file = open_locked(record.details["file"], opener, writable=True)
     try:
@@ -149,7 +149,7 @@ def finish_resize(record: Operation, opener: FileOpener) -> None:
 
 
 def _grow_file(file: BlockFile, record: Operation) -> None:
-    """Make the extent's file fit; doing it again does no harm."""
+    """Make the extent's file fit; this can be repeated."""
     details = record.details
     if details["header"] is None:
         start = sector_bytes(details["offset"])
@@ -177,12 +177,12 @@ def _grow_file(file: BlockFile, record: Operation) -> None:
 class _TablesPlan:
     header: SparseExtentHeader | CowdHeader
     directories: list[tuple[int, bytes]]
-    """(sector, directory); the new tables lie behind each."""
+    """(sector, directory); the new tables follow each."""
     end: int
 
 
 def _plan_tables(old: SparseExtentHeader | CowdHeader, file: BlockFile, sectors: int, size: int) -> _TablesPlan:
-    """Return what makes an extent whose file had `size` bytes `sectors` large."""
+    """Return the change that makes an extent whose file had `size` bytes `sectors` large."""
     if isinstance(old, CowdHeader):
         return _plan_cowd(old, file, sectors, size)
     return _plan_sparse(old, file, sectors, size)
@@ -229,7 +229,7 @@ def _plan_sparse(old: SparseExtentHeader, file: BlockFile, sectors: int, size: i
 
 
 def _zero_tail(file: BlockFile, header: SparseExtentHeader | CowdHeader, sectors: int) -> None:
-    """Clear what the last grain holds behind the old end of the disk: some writers leave rubbish there."""
+    """Clear the last grain past the old end of the disk: some writers leave garbage there."""
     inside = sectors % header.grain_size
     if not inside:
         return

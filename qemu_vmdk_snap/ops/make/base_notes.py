@@ -1,7 +1,7 @@
-"""What to say of an image on which an overlay is made: that it cannot be read whole, though nothing of it is read now.
+"""Notes on the base of a new overlay: faults that prevent reading it, though it is not read now.
 
-Overlays are made often and in a hurry, of images of any size: heads of files and the tables of plain sparse extents are
-looked at, without NumPy; the rarer kinds are opened.
+Overlays must be created fast, on images of any size: heads of files and the tables of plain sparse extents are
+checked, without NumPy; the rarer kinds are opened.
 """
 
 from __future__ import annotations
