@@ -1,4 +1,4 @@
-"""`doctor`: tell what is wrong with this host, or with one domain; remove or adopt what nobody names."""
+"""`doctor`: check this host, or one domain; remove or adopt orphans."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int:
-    """Do what is asked for, then show every check; exit status 1 if something is bad."""
+    """Remove or adopt orphans if requested, then show every check; exit status 1 if something is bad."""
     if args.domain is None and (args.remove or args.discard or args.adopt):
         raise InvalidRequest("--remove, --discard, --adopt", "need a domain")
     if args.all:
         if args.domain is not None:
-            raise InvalidRequest("doctor", "give a domain or --all, not both")
+            raise InvalidRequest("doctor", "takes either a domain or --all")
         return _check_all(args, ui)
     done: list[Settled] = []
     if args.domain is None:

@@ -1,4 +1,4 @@
-"""The entry point: find the command, import its module alone, run it, turn an error into one line and a status."""
+"""The entry point: find the command, import only its module, run it, turn an error into one line and a status."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _ANY_WIDTH = 80
 
 
 class CommandModule(Protocol):
-    """What the module of a command has: it describes its arguments, then runs."""
+    """The interface of a command's module."""
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the command's arguments to `parser`."""
 
     def run(self, args: argparse.Namespace, ui: Ui) -> int | None:
-        """Do it and show it; the returned number is the exit status, None is 0."""
+        """Run the command and show the result; the returned number is the exit status, None is 0."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage_error(error: exit_status.UsageError, words: Sequence[str]) -> int:
-    """Show what is wrong with the command line, as JSON too where it asks for that, as far as it can be read."""
+    """Show the usage error, as JSON too if the command line asks for JSON."""
     sys.stderr.write(f"{error}\n")
     if "--output=json" in words or ("--output", "json") in itertools.pairwise(words):
         Ui(json_output=True).json(exit_status.as_object(error, str(error), exit_status.USAGE))
@@ -118,7 +118,7 @@ def _shown(args: argparse.Namespace, prog: str, rest: Sequence[str], module: Com
 
 
 def _elsewhere(args: argparse.Namespace, prog: str, rest: Sequence[str]) -> CommandModule | None:
-    """Return what runs the command where libvirt is, if that is another host."""
+    """Return the module that runs the command on the host of libvirt, if that is another host."""
     uri = (getattr(args, "connect", None) or os.environ.get("LIBVIRT_DEFAULT_URI")) if "connect" in args else None
     if "+ssh:" not in (uri or ""):
         return None
@@ -128,7 +128,7 @@ def _elsewhere(args: argparse.Namespace, prog: str, rest: Sequence[str]) -> Comm
 
 
 def _cancel_on_signals() -> None:
-    """Let a request to end do what Ctrl-C does: clean up, and leave nothing half done."""
+    """Treat a signal to end as Ctrl-C: clean up, and leave nothing half done."""
 
     def cancel(number: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt
@@ -180,7 +180,7 @@ def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
 
 
 def _half_done(args: argparse.Namespace) -> str:
-    """Return what to add where the command has ended in the middle of what it cannot simply leave undone."""
+    """Return the addition to an error that has left an unfinished operation."""
     image = getattr(args, "filename", None)
     if not isinstance(image, Path):
         return ""
@@ -189,13 +189,13 @@ def _half_done(args: argparse.Namespace) -> str:
     with contextlib.suppress(OSError, VmdkSnapError):
         for pending in pending_in(image.parent):
             if pending.operation is not None and pending.involves(image):
-                what = f"the {pending.operation.name} has begun"
-                return f" ({what}: `recover {image.parent}`, or the next command there, finishes it or takes it back)"
+                what = f"the {pending.operation.name} is not finished"
+                return f" ({what}: `recover {image.parent}`, or the next command there, finishes or undoes it)"
     return ""
 
 
 def _way_out(error: Exception, args: argparse.Namespace) -> str:
-    """Return what to add to the error: what can be done, or what the file is that was given by mistake."""
+    """Return the addition to the error: what can be done, or what the file is instead of a VMDK image."""
     if isinstance(error, OSError):
         return _half_done(args)
     if isinstance(error, FormatError) and (error.offset, error.field) == (0, "magic"):
@@ -205,11 +205,11 @@ def _way_out(error: Exception, args: argparse.Namespace) -> str:
     if isinstance(error, Unsupported) and error.feature.startswith("has no descriptor"):
         return _instead_of(error.path)
     reads = getattr(args, "force_share", True) is False and not getattr(args, "repair", None)
-    return " (-U, --force-share, reads it all the same)" if isinstance(error, LockBusy) and reads else ""
+    return " (-U, --force-share, reads it anyway)" if isinstance(error, LockBusy) and reads else ""
 
 
 def _instead_of(path: Path) -> str:
-    """Return what to add about a file that is no image by itself."""
+    """Return the addition about a file that is not an image by itself."""
     from qemu_vmdk_snap.chain.look.mistaken import instead_of
 
     known = instead_of(path)

@@ -62,7 +62,7 @@ class Ui:
             self.text(rule if i == 1 else "   ".join(padded).rstrip())
 
     def progress(self, step: Progress) -> None:
-        """Show how far an operation is: at once with `-p`, else on a terminal when it takes over a second."""
+        """Show the progress of an operation: at once with `-p`, else on a terminal if it takes over a second."""
         now = time.monotonic()
         shown = self._progress_wanted or (self._terminal and now - self._started > _PROGRESS_AFTER)
         if self.quiet or self.json_output or not shown or now - self._last_progress < _PROGRESS_EVERY:
@@ -83,13 +83,13 @@ class Ui:
         sys.stderr.write(f"qemu-vmdk-snap: warning: {line}\n")
 
     def streams(self) -> None:
-        """Note that the answer goes to standard output piece by piece: nothing but it may be written there."""
+        """Note that the answer is written to standard output piece by piece: nothing else may be written there."""
         self._streams = True
 
     def error(self, message: object, error: BaseException | None = None, status: int = 1) -> None:
-        """Print the one line that says why the command failed; as JSON, the error is on standard output too.
+        """Print the error in one line; with JSON output it is on standard output too.
 
-        Where the answer is there already, it is the one JSON value: it says itself what failed.
+        If an answer was printed already, that is the only JSON value; it contains what failed.
         """
         self._end_progress()
         line = printable(" ".join(str(message).split("\n")))

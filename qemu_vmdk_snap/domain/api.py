@@ -2,7 +2,7 @@
 
 Those that change something take `dry_run`: the same plan, the same refusals, the same report, and no change. All may be
 called from several threads, also for one domain: the second caller is refused with `DomainBusy`. A connection may be
-shared by threads, as libvirt's own are.
+shared by threads, as libvirt documents.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def create_snapshot(
 ) -> SnapshotReport:
     """Freeze the VMDK disks of a domain, which continues in new overlays, and register the snapshot with libvirt.
 
-    Without a `name` it is the second since 1970. Disks are named by target or by file: `disks` are the only ones that
+    The default `name` is the seconds since 1970. Disks are named by target or by file: `disks` are the only ones that
     take part, those in `required` must be able to, those in `exclude` are left out, and `overlays` says where the
     overlay of a disk goes, if not beside it. `quiesce` is "no", "auto" or "require".
 
     Raises:
         SnapshotExists: the domain has a snapshot of that name.
         NoDomain, DomainBusy, DomainError: the domain is not there, is being changed, or does not allow it.
-        InvalidRequest: the name cannot be.
+        InvalidRequest: the name is invalid.
         CidMismatch, CorruptChain, FormatError, LockBusy: a chain is broken, or in use.
         OSError: a file could not be made.
     """
@@ -75,12 +75,13 @@ def revert_snapshot(
     *,
     after: After = "as-saved",
     discard: bool = False,
+    orphans: Sequence[Path | str] = (),
     dry_run: bool = False,
 ) -> RevertReport:
-    """Return a domain to a snapshot, in new overlays. A guest that runs is ended without being asked.
+    """Revert a domain to a snapshot, in new overlays. A running guest is stopped without a shutdown.
 
     `after` is the state of the domain then: "as-saved", "shutoff", "running" or "paused". What was written since the
-    last snapshot is kept in its file unless `discard` deletes it.
+    last snapshot is kept in its file unless `discard` deletes it; `orphans` are files that need it and are given up.
 
     Raises:
         NoSnapshot: the domain has no such snapshot.
@@ -88,7 +89,10 @@ def revert_snapshot(
         CidMismatch, CorruptChain, FormatError, LockBusy: a frozen chain is broken, or in use.
         OSError: a file could not be made.
     """
-    return (plan_revert if dry_run else revert)(conn, domain, snapshot, after=after, discard=discard)
+    if dry_run:
+        return plan_revert(conn, domain, snapshot, after=after, discard=discard)
+    given_up = [Path(path).absolute() for path in orphans]
+    return revert(conn, domain, snapshot, after=after, discard=discard, orphans=given_up)
 
 
 def delete_snapshots(
@@ -103,16 +107,16 @@ def delete_snapshots(
     dry_run: bool = False,
     on_progress: OnProgress = ignore,
 ) -> DeleteReport:
-    """Delete snapshots; the domain and every other snapshot keep reading what they read.
+    """Delete snapshots; the domain and every other snapshot keep their contents.
 
     `scope` is "one", "children" (with their descendants) or "children-only". With `metadata` libvirt forgets them
-    and no file is touched. `orphans` are files that need what goes and are given up. With `keep_going` a snapshot that
+    and no file is changed. `orphans` are files that need what is deleted and are given up. With `keep_going` one that
     cannot be deleted is left as it was, and is in the report's `failed`; the next one is tried.
 
     Raises:
         NoSnapshot: the domain has no such snapshot.
         NoDomain, DomainBusy, DomainError: see `create_snapshot`.
-        StillNeeded: something else needs a file that would change or go, or may need it; it names what.
+        StillNeeded: something else needs a file that would be changed or deleted, or may need it; it names what.
         VmdkSnapError, OSError: an image is broken or in use; what is not finished is left to `recover_domains`.
     """
     given_up = [Path(path).absolute() for path in orphans]
@@ -168,7 +172,7 @@ def rename_snapshot(conn: libvirt.virConnect, domain: str, snapshot: str, name: 
 
     Raises:
         NoSnapshot, SnapshotExists, NoDomain, DomainBusy, DomainError: see `create_snapshot`.
-        InvalidRequest: the name cannot be.
+        InvalidRequest: the name is invalid.
     """
     edit.rename(conn, domain, snapshot, name)
 
@@ -192,9 +196,9 @@ def set_current_snapshot(conn: libvirt.virConnect, domain: str, snapshot: str) -
 
 
 def recover_domains(conn: libvirt.virConnect, domains: Sequence[str] = ()) -> list[Recovery]:
-    """Finish or undo the unfinished operations on these domains (default: all), and return what became of each.
+    """Finish or undo the unfinished operations on these domains (default: all), and return the result of each.
 
     Raises:
-        DomainError: one could not be settled; its record stays. The others are settled.
+        DomainError: one failed; its record stays. The others are finished or undone.
     """
     return journal.recover(conn, domains)

@@ -36,7 +36,7 @@ MAX_PROBED_DEPTH: Final = 2
 """libvirt finds out the format of so many links by itself; deeper ones must be spelt out in the XML."""
 
 _LOOKED_AT: Final = ("is read-only", "is shared", "is transient")
-"""Disks that take no part in a snapshot for these reasons are checked all the same."""
+"""Disks that take no part in a snapshot for these reasons are checked nevertheless."""
 
 _TOOLS: Final = {
     "qemu-system-x86_64": ("note", "guests of this kind, `guest boot` and `demo`: qemu-system-x86"),
@@ -71,7 +71,7 @@ def check_domain(conn: libvirt.virConnect, domain_name: str) -> Iterator[Check]:
     """Yield what there is to say about the domain: its disks, its snapshots, what was left unfinished, orphans.
 
     Raises:
-        DomainError: there is no such domain, or libvirt cannot tell.
+        DomainError: there is no such domain, or libvirt reports an error.
     """
     domain = find_domain(conn, domain_name)
     name = domain.name()

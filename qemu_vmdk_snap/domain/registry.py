@@ -1,4 +1,4 @@
-"""What libvirt's own snapshot metadata knows, with what the files on disk say to it. There is no other registry."""
+"""Snapshots from libvirt's own snapshot metadata and the files on disk. There is no other registry."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DiskState:
-    """One disk of a snapshot, as the XML has it and as it is on disk now."""
+    """One disk of a snapshot, in the XML and on disk."""
 
     target: str
     mode: str
     """`external`, `internal`, `manual` or `no`, in libvirt's words."""
     overlay: Path | None
-    """What was put on top when the snapshot was made."""
+    """The overlay that was created with the snapshot."""
     frozen: Path | None
-    """The file that holds the disk as it was."""
+    """The frozen file: the disk at the time of the snapshot."""
     frozen_bytes: int | None
-    """What the frozen file takes up on its file system; None when it is missing or has no part in the snapshot."""
+    """The size of the frozen file on its file system; None if it is missing or not in the snapshot."""
     overlay_bytes: int | None
     depth: int | None
-    """How many links the disk as it was has; None when its chain cannot be opened."""
+    """How many links the frozen chain has; None if it cannot be opened."""
     missing: tuple[Path, ...]
     problem: str | None
     """Why the frozen chain cannot be read, in one line."""
@@ -96,7 +96,7 @@ def list_domains(conn: libvirt.virConnect) -> list[str]:
     """Return the names of all domains of the connection, in their order.
 
     Raises:
-        DomainError: libvirt cannot tell.
+        DomainError: libvirt reports an error.
     """
     with libvirt_errors("-", "list the domains"):
         return sorted(domain.name() for domain in conn.listAllDomains())
@@ -106,7 +106,7 @@ def list_snapshots(conn: libvirt.virConnect, domain: str) -> list[SnapshotInfo]:
     """Return every snapshot of the domain, whoever made it, in virsh's order: by name, whatever the case.
 
     Raises:
-        DomainError: there is no such domain, or libvirt cannot tell.
+        DomainError: there is no such domain, or libvirt reports an error.
     """
     found = find_domain(conn, domain)
     name = found.name()
@@ -200,7 +200,7 @@ def _disk_state(disk: xml.SnapshotDisk) -> DiskState:
 
 
 def _depth(disk: xml.SnapshotDisk) -> tuple[int | None, str | None]:
-    """Return the number of links of the frozen chain, or why it cannot be told."""
+    """Return the number of links of the frozen chain, or why it is unknown."""
     if disk.frozen is None:
         return None, None
     try:

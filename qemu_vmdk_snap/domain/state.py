@@ -1,4 +1,4 @@
-"""What libvirt says of a domain: its persistent XML, its snapshots, its volumes, and whether it may be changed."""
+"""A domain's persistent XML, snapshots and volumes, and whether it may be changed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def check_state(domain: libvirt.virDomain) -> None:
         DomainError: it is transient, or would resume from saved memory that belongs to the disks as they are.
     """
     if not domain.isPersistent():
-        reason = "is transient: without a persistent XML nothing would name its overlays: virsh define it first"
+        reason = (
+            "is transient: without a persistent XML nothing would name its overlays: define it first (virsh define)"
+        )
         raise DomainError(domain.name(), reason)
     if domain.hasManagedSaveImage():
         reason = "has a saved state, which would resume on the frozen disks: start it, or virsh managedsave-remove it"
@@ -51,7 +53,7 @@ def inactive_xml(domain: libvirt.virDomain) -> str:
 
 
 def volume_resolver(conn: libvirt.virConnect, domain: str) -> xml.VolumePath:
-    """Return what finds the file of a storage volume on this connection."""
+    """Return a function that finds the file of a storage volume on this connection."""
 
     def resolve(pool: str, volume: str) -> Path:
         with libvirt_errors(domain, f"find volume {volume!r} of pool {pool!r}"):

@@ -1,4 +1,4 @@
-"""Who could change a file that is about to be run, or followed, with our rights: root and this user, or others."""
+"""Who could change a file that is about to be run or followed with our rights: root and this user, or others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 _MOST_PLACES: Final = 400
-"""Folders and links on the way to a file: more are a circle of links."""
+"""How many folders and links lead to a file at most: more are a loop of links."""
 
 
 class Distrust(NamedTuple):
@@ -24,7 +24,7 @@ def distrust(path: Path, owners: Collection[int] = ()) -> Distrust | None:
 
     Looked at are the file, every symbolic link on the way, and every folder up to /: each belongs to root, to this user
     or to one of `owners`, and nobody else may write it. A folder like /tmp, where others may make files but not rename
-    ours, is good on the way, not at its end.
+    ours, is accepted in the path, but not at its end.
 
     Raises:
         OSError: the path leads nowhere.

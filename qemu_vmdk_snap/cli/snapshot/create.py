@@ -1,4 +1,4 @@
-"""`snapshot create`: freeze the VMDK disks of a domain, and let it go on in new overlays."""
+"""`snapshot create`: freeze the VMDK disks of a domain, which continues in new overlays."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.domain.dry_run import plan_create
 
     if args.name is not None and args.snapshotname not in (None, args.name):
-        raise InvalidRequest(f"snapshot names {args.snapshotname!r} and {args.name!r}", "give one")
+        raise InvalidRequest(f"the snapshot has two names: {args.snapshotname!r} and {args.name!r}", "give one")
     if args.memspec is not None:
         reason = "the memory of a guest on QEMU's vmdk driver cannot be saved: the driver blocks migration"
         raise Unsupported(Path(args.memspec), f"{reason}; take the snapshot without --memspec")
@@ -90,7 +90,7 @@ def _lines(report: SnapshotReport) -> list[str]:
     ]
     if report.pause is not None:
         lines.append(f"  {_pause_line(report.pause)}")
-    return lines + [f"  {target}: not part of it: {reason}" for target, reason in report.skipped]
+    return lines + [f"  {target}: not in the snapshot: {reason}" for target, reason in report.skipped]
 
 
 def _pause_line(pause: Pause) -> str:
@@ -99,14 +99,14 @@ def _pause_line(pause: Pause) -> str:
         parts.append(f"its CPUs were stopped for {pause.stopped:.1f} ms")
     if pause.frozen is not None:
         parts.append(f"its file systems were frozen for {pause.frozen:.1f} ms")
-    return "the guest ran on: " + ", ".join(parts)
+    return "the guest kept running: " + ", ".join(parts)
 
 
 def parse_diskspec(text: str) -> DiskSpec:
-    """Return what a `--diskspec` says, in virsh's syntax.
+    """Return a parsed `--diskspec`, in virsh's syntax.
 
     Raises:
-        InvalidRequest: it says something that is not known, or that VMDK disks cannot do.
+        InvalidRequest: it is invalid, or not possible for VMDK disks.
     """
     disk, *settings = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
     takes_part = True
@@ -122,5 +122,5 @@ def parse_diskspec(text: str) -> DiskSpec:
     if not disk:
         raise InvalidRequest(f"diskspec {text!r}", "must begin with a disk")
     if not takes_part and overlay is not None:
-        raise InvalidRequest(f"diskspec {text!r}", "snapshot=no leaves no use for file=")
+        raise InvalidRequest(f"diskspec {text!r}", "file= cannot go with snapshot=no")
     return DiskSpec(disk, takes_part, overlay)

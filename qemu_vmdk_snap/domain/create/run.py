@@ -1,17 +1,17 @@
-"""Take a snapshot of a domain's VMDK disks: all of them, or nothing happens.
+"""Take a snapshot of a domain's VMDK disks: of all of them, or of none.
 
-The steps, each durable before the next, so that a crash between any two of them is settled by `recovery`:
+The steps, each durable before the next, so that `recover` finishes or undoes them after a crash between any two:
 
     1  the intent record
-    2  the overlays, complete, with the owner and mode of their bases; then the record that knows them by inode
+    2  the overlays, complete, with the owner and mode of their bases; then the record with their inodes
     3  the persistent XML, which now names the overlays and the whole chain below
     4  the snapshot in libvirt's metadata, with the XML of before inside
-    5  only where the guest runs: QEMU goes over to the overlays, in one transaction
-    6  the record goes
+    5  only if the guest runs: QEMU switches to the overlays, in one transaction
+    6  the record is removed
 
 Shut off, the old tops are locked from before 1 until after 4 as QEMU locks what it reads: no guest can start and write
-them. Running, QEMU comes last: it alone cannot be taken back, and if it never hears of the overlays, they are empty,
-and whoever starts the guest from the XML finds on them what its old disks hold.
+them. If the guest runs, QEMU comes last: only that step cannot be undone, and without it the overlays are empty,
+and a guest that is started from the XML reads from them what its old disks contain.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class SnapshotReport:
     skipped: tuple[tuple[str, str], ...]
     """(target, reason) of the disks that took no part."""
     recovered: Recovery | None
-    """What became of an unfinished snapshot that was found first."""
+    """The recovery of an unfinished operation that was found first."""
     pause: Pause | None = None
-    """How a running guest was held up; None for one that was shut off."""
+    """How long a running guest was stopped; None for one that was shut off."""
     notes: tuple[str, ...] = ()
-    """What did not go as wished and stood in nobody's way."""
+    """Problems that did not prevent the operation."""
     dry_run: bool = False
     """Whether this is only what would be done."""
 
@@ -93,7 +93,7 @@ def create_snapshot(
     overlays: Mapping[str, Path] | None = None,
     quiesce: str = "no",
 ) -> SnapshotReport:
-    """Freeze the VMDK disks of a shut-off domain, let it go on in new overlays, and register the snapshot.
+    """Freeze the VMDK disks of a domain, which continues in new overlays, and register the snapshot.
 
     Without a `name` it is the second since 1970, as virsh has it. Disks are named by target or by file: `disks` are the
     only ones that take part, those in `required` must be able to, those in `exclude` are left out, and `overlays` says
@@ -102,7 +102,7 @@ def create_snapshot(
 
     Raises:
         DomainError: the domain does not allow it (it runs, has no VMDK disk, has such a snapshot), or libvirt refused.
-        InvalidRequest: the name cannot be.
+        InvalidRequest: the name is invalid.
         CidMismatch, CorruptChain, FormatError, LockBusy: a chain is broken, or in use.
         OSError: a file could not be made.
     """

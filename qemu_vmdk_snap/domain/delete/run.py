@@ -98,12 +98,12 @@ def delete(
     """Delete snapshots of a domain, the youngest first, each of them whole before the next.
 
     `scope` takes in their descendants, or these alone. `metadata` makes libvirt forget them and touches no file.
-    `orphans` are files that need what goes and are given up. With `keep_going` a snapshot that cannot be deleted is
+    `orphans` are files that need what goes and are given up. With `keep_going` one that cannot be deleted is
     left as it was and reported, and the next one is tried; a delete that was begun and not finished ends it.
 
     Raises:
         DomainError: there is no such snapshot, or the guest runs on its files.
-        StillNeeded: something else needs a file that would change or go, or may need it; it names what.
+        StillNeeded: something else needs a file that would be changed or deleted, or may need it; it names what.
         VmdkSnapError, OSError: an image is broken or in use, or there is no space: the snapshot is as before, or its
             record stays and `recover` (or the next command) finishes it.
     """

@@ -1,4 +1,4 @@
-"""JSON to the dataclasses of a record: each field is read as its annotation says, and what does not fit is refused."""
+"""JSON to the dataclasses of a record: each field must have the type of its annotation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_xml(text: str) -> None:
     """Accept XML that can be parsed, and an empty text.
 
     Raises:
-        ValueError: it is no XML.
+        ValueError: it is not XML.
     """
     import xml.etree.ElementTree as ET
 

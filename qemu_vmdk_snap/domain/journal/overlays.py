@@ -1,4 +1,4 @@
-"""The files of an unfinished operation: held, found empty, and unlinked only where nothing can be lost."""
+"""The files of an unfinished operation: locked, checked to be empty, and unlinked only if nothing can be lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def unlink_overlays(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> tuple[Path, ...]:
-    """Unlink what the dead command made; return what had to stay."""
+    """Unlink what the killed command made; return what had to stay."""
     left = []
     folders = chain_folders(intent)
     for overlay in intent.overlays:
@@ -44,14 +44,14 @@ def unlink_overlays(conn: libvirt.virConnect, domain: libvirt.virDomain, intent:
 
 
 def unlink_made(overlay: Overlay) -> None:
-    """Unlink the overlay that this process made, unless something else bears its name by now."""
+    """Unlink the overlay that this process made, unless another file has its name now."""
     path = Path(overlay.path)
     if os.path.lexists(path) and _identity(path) == overlay.identity:
         path.unlink()
 
 
 def chain_folders(intent: Intent) -> list[Path]:
-    """Return where the chains of the snapshot lie: nothing else is opened, whatever the files say of their parents."""
+    """Return the folders of the snapshot's chains: nothing else is opened, whatever parents the files name."""
     return sorted({path.parent for path in xml.files_in(intent.new_xml)})
 
 
@@ -63,7 +63,7 @@ def hold_empty(overlay: Overlay, folders: Sequence[Path], held: contextlib.ExitS
         LockBusy: a guest, or another program, has it open.
     """
     if not hold_link(overlay, folders, held):
-        raise DomainError(overlay.target, f"overlay {overlay.path} holds data already: it stays")
+        raise DomainError(overlay.target, f"overlay {overlay.path} contains data: it was not deleted")
 
 
 def hold_link(overlay: Overlay, folders: Sequence[Path], held: contextlib.ExitStack) -> bool:

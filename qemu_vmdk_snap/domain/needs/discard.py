@@ -1,4 +1,4 @@
-"""Unlinking the tops that a revert gives up: what no snapshot has, nobody uses, and nothing else needs."""
+"""Unlinking the tops that a revert discards, if they are in no snapshot, not in use, and not needed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def unlink_discarded(
     orphans: Sequence[Path] = (),
     notes: list[str] | None = None,
 ) -> tuple[Path, ...]:
-    """Unlink what the revert gives up; return what is gone. Why something is kept goes to `notes`.
+    """Unlink what the revert discards; return what is deleted. Why a file is kept goes to `notes`.
 
     `orphans` are files that the user gives up: they may lose what they need.
     """

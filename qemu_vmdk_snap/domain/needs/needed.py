@@ -1,10 +1,10 @@
-"""Who needs this file? The one authority of the plugin, asked before a file is merged into, copied up or unlinked.
+"""Who needs a file: looked up before a file is merged into, copied up or unlinked.
 
 Built once for a command, of two parts. What libvirt knows: every source in the XML of every domain (live, persistent,
 saved) and of every snapshot of the connection, and all that these files lead to. What the files say: a census of every
-folder that one of them is in. A file is its device and inode number, whatever a text calls it.
+folder that one of them is in. A file is identified by device and inode number, not by name.
 
-It fails closed: a chain with a file that cannot be looked at may need anything, unless the XML spells it out to its end
+It fails closed: a chain with a file that cannot be read may need anything, unless the XML spells out the whole chain
 and the file in question is not in it.
 """
 
@@ -34,7 +34,7 @@ class Holder(NamedTuple):
     uuid: str
     """Of the domain."""
     owner: str
-    """As in a message: `domain b`, `snapshot s1 of domain a`."""
+    """As text for a message: `domain b`, `snapshot s1 of domain a`."""
     snapshot: str | None
     chain: NamedChain
 
@@ -45,11 +45,11 @@ class Walk(NamedTuple):
     spelled: tuple[Path, ...]
     files: tuple[Path, ...]
     unseen: tuple[Path, str] | None
-    """What could not be looked at, and why: there may be more files."""
+    """What could not be read, and why: there may be more files."""
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Return whether both paths lead to one file; of files that are not there the names count."""
+    """Return whether both paths lead to one file; for files that do not exist the names count."""
     if one == other:
         return True
     mine = identity_if_known(one)
@@ -84,7 +84,7 @@ NOTHING: Final = Given()
 
 @dataclass(slots=True)
 class Needed:
-    """What every domain and snapshot of a connection names, and what the files around say."""
+    """What every domain and snapshot of a connection names, and the census of the folders around."""
 
     holders: list[Holder]
     census: Census
@@ -92,20 +92,20 @@ class Needed:
 
     @classmethod
     def read(cls, conn: libvirt.virConnect, domain: libvirt.virDomain, *, folders: Iterable[Path] = ()) -> Needed:
-        """Look at everything once, on behalf of a command on `domain`; `folders` are looked through as well.
+        """Read everything once, for a command on `domain`; `folders` are searched as well.
 
         Raises:
-            DomainError: libvirt cannot tell what is named.
-            StillNeeded: a folder cannot be looked through.
+            DomainError: libvirt cannot list what is named.
+            StillNeeded: a folder cannot be listed.
         """
         return cls.of([*_holders(conn, domain)], folders)
 
     @classmethod
     def of(cls, holders: Iterable[Holder], folders: Iterable[Path] = ()) -> Needed:
-        """Return the answer for what these name, and for what the files around say.
+        """Return the same for these holders, and the folders around.
 
         Raises:
-            StillNeeded: a folder cannot be looked through.
+            StillNeeded: a folder cannot be listed.
         """
         holders, walker = [*holders], Walker()
         return cls(holders, Census.of(walker.folders(holders, folders)), walker)
@@ -119,11 +119,11 @@ class Needed:
         return [holder for holder in self.holders if holder.uuid == uuid]
 
     def in_use(self, uuid: str) -> list[Holder]:
-        """Return every chain but those by which nobody reads: what the domain's own snapshots have put on top."""
+        """Return every chain except those that nobody reads: the overlays in the domain's own snapshots."""
         return [holder for holder in self.holders if holder.uuid != uuid or holder.chain.role != "overlay"]
 
     def files_of(self, holders: Iterable[Holder]) -> list[Path]:
-        """Return the files of their chains that are there, each once."""
+        """Return the existing files of their chains, each once."""
         found: dict[Identity, Path] = {}
         for holder in holders:
             for path in self.walker.walk(holder.chain).files:
@@ -132,7 +132,7 @@ class Needed:
         return sorted(found.values())
 
     def frozen(self, uuid: str) -> list[Path]:
-        """Return every file that a snapshot of the domain names as a disk of then, or below one."""
+        """Return every file that a snapshot of the domain names as a disk, or in its backing chain."""
         own = [one for one in self.of_domain(uuid) if one.snapshot is not None and one.chain.role == "disk"]
         return [file.path for holder in own for file in holder.chain.files]
 
@@ -146,7 +146,7 @@ class Needed:
     ) -> Iterator[tuple[Path | str, str]]:
         """Yield who of the holders needs one of the files, or may: (who, the end of the sentence).
 
-        `settled` says of a chain that has one of them whether the operation takes care of it.
+        `settled` returns whether the operation handles a chain that has one of them.
         """
         wanted = {one for path in files if (one := identity_if_known(path)) is not None}
         for holder in holders:
@@ -171,7 +171,7 @@ class Needed:
         handled: Collection[Path] = (),
         orphans: Given = NOTHING,
     ) -> None:
-        """Return if nothing needs `files`, those of the image `subject`: no holder, and no file but the `handled`.
+        """Require that nothing needs `files`, those of the image `subject`, except the `handled`.
 
         Raises:
             StillNeeded: something needs one of them, or may; it names what.
@@ -252,7 +252,7 @@ def same_chain(one: Holder, other: Holder) -> bool:
 
 
 def _is_past(holder: Holder, top: Path | None) -> bool:
-    """Return whether this is a snapshot's overlay that is gone, as after a delete: nobody reads by that name."""
+    """Return whether this is a snapshot's overlay that is gone, as after a delete: nothing reads it."""
     if holder.chain.role != "overlay" or top is None:
         return False
     try:
@@ -282,7 +282,7 @@ def is_named(conn: libvirt.virConnect, asker: libvirt.virDomain, path: Path) -> 
     """Return whether any domain or snapshot of the connection names the file, on behalf of a command on `asker`.
 
     Raises:
-        DomainError: libvirt cannot tell what is named.
+        DomainError: libvirt cannot list what is named.
     """
     return any(
         place_in((file.path for file in holder.chain.files), path) is not None for holder in _holders(conn, asker)

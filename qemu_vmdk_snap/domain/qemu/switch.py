@@ -50,7 +50,7 @@ class Pause:
     frozen: float | None
     """While its file systems were frozen by the guest agent; None where they were not."""
     notes: tuple[str, ...] = ()
-    """What did not go as wished and stood in nobody's way."""
+    """Problems that did not prevent the operation."""
 
     def as_dict(self) -> dict[str, object]:
         """Return the times with JSON's own types."""

@@ -16,7 +16,7 @@ class NamedFile(NamedTuple):
 
     path: Path
     raw: bool
-    """Whether the XML says that it is raw: it needs no other file, whatever it contains."""
+    """Whether its format is raw in the XML: then it needs no other file, whatever it contains."""
 
 
 class NamedChain(NamedTuple):
@@ -28,7 +28,7 @@ class NamedChain(NamedTuple):
     closed: bool
     """Whether the XML spells out the chain down to its end."""
     role: str = "disk"
-    """`disk`; `overlay`: what a snapshot has put on top; `extra`: a source beside the chain (a mirror, a data file)."""
+    """`disk`; `overlay`: the overlay in a snapshot; `extra`: a source outside the chain (a mirror, a data file)."""
     problem: tuple[Path, str] | None = None
     """A volume whose file is not known, as POOL/VOLUME, and why."""
 

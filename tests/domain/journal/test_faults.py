@@ -98,7 +98,7 @@ def test_a_failure_takes_everything_back(
         break_step(broken, step, failure)
         with pytest.raises((type(failure()), DomainError)) as error:
             create_snapshot(lab.conn, domain.name(), "s2")
-    assert "taking it back failed" not in str(error.value)
+    assert "undoing it failed" not in str(error.value)
     after = (xml_of(domain), contents(lab.folder), IntentStore.of(lab.conn).uuids(), domain.snapshotCurrent().getName())
     assert after == before
     assert domain.snapshotNum() == 1
@@ -126,9 +126,7 @@ def test_what_cannot_be_taken_back_now_is_settled_by_the_next_command(
     with monkeypatch.context() as broken:
         break_step(broken, "registration", refused)
         broken.setattr(overlay_files, "hold_empty", lambda *_: (_ for _ in ()).throw(no_space()))
-        with pytest.raises(
-            DomainError, match=r"taking it back failed too .*: `recover -c .*` finishes it or takes it back"
-        ):
+        with pytest.raises(DomainError, match=r"undoing it failed too .*: `recover -c .*` finishes or undoes it"):
             create_snapshot(lab.conn, domain.name(), "s1")
     assert [result.finished for result in recover(lab.conn)] == [True]
     assert [info.name for info in list_snapshots(lab.conn, domain.name())] == ["s1"]
