@@ -141,7 +141,7 @@ class Machine:
 
     def _last_words(self) -> str:
         lines = (self.folder / "stderr.log").read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        return lines[-1] if lines else "no output"
 
 
 @contextlib.contextmanager

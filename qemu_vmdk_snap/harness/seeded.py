@@ -18,7 +18,7 @@ def pattern(seed: int, offset: int, length: int) -> bytes:
         InvalidRequest: one of them is no multiple of the sector size.
     """
     if offset % SECTOR_SIZE or length % SECTOR_SIZE:
-        raise InvalidRequest("pattern", f"bytes {offset} to {offset + length} are no whole sectors of {SECTOR_SIZE}")
+        raise InvalidRequest("pattern", f"bytes {offset} to {offset + length} are not whole sectors of {SECTOR_SIZE}")
     count = length // SECTOR_SIZE
     lba = offset // SECTOR_SIZE
     sectors = np.arange(lba, lba + count, dtype=np.uint64)

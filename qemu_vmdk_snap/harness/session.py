@@ -223,5 +223,5 @@ def _connect(path: Path, log: IO[bytes] | None) -> Line:
 
 def _sectors(length: int) -> int:
     if length % SECTOR_SIZE:
-        raise ValueError(f"{length} is no whole number of sectors")
+        raise ValueError(f"{length} is not a whole number of sectors")
     return length // SECTOR_SIZE
