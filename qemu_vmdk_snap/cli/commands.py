@@ -10,6 +10,8 @@ class Command(NamedTuple):
 
     module: str
     help: str
+    monitoring: bool = False
+    """Whether it is a monitoring plugin: it has exit statuses of its own, 0 to 3, also where it fails."""
 
 
 _HERE: Final = "qemu_vmdk_snap.cli"
@@ -73,6 +75,12 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
 TOP_LEVEL: Final[dict[str, Command]] = {
     "recover": Command(f"{_HERE}.recover", "finish or undo an operation that was interrupted"),
     "doctor": Command(f"{_HERE}.doctor", "check this host, or a domain and its snapshots, for problems"),
+    "metrics": Command(
+        f"{_HERE}.monitor.metrics", "print what Prometheus collects about domains, snapshots and chains"
+    ),
+    "monitor": Command(
+        f"{_HERE}.monitor.monitor", "check ages, counts, depths and sizes, as a plugin of Nagios", monitoring=True
+    ),
     "demo": Command(f"{_HERE}.demo.demo", "prove a chain of snapshots by booting guests, in an empty folder"),
     "completion": Command(f"{_HERE}.pages.completion", "print a script that lets a shell complete commands"),
     "manual": Command(f"{_HERE}.pages.manual", "write the manual pages"),

@@ -83,10 +83,26 @@ def _main(words: list[str]) -> int:
     try:
         args = parser.parse_args(rest)
     except exit_status.UsageError as error:
+        if command.monitoring:
+            return _unknown(str(error))
         raise SystemExit(_usage_error(error, words)) from None
+    if command.monitoring:
+        return _as_plugin(args, prog, rest, module)
     if args.debug or os.environ.get("QEMU_VMDK_SNAP_LOG"):
         return _logged(args, prog, rest, module)
     return _shown(args, prog, rest, module)
+
+
+def _as_plugin(args: argparse.Namespace, prog: str, rest: Sequence[str], module: CommandModule) -> int:
+    """Run a monitoring plugin: whatever ends it otherwise than with 0 to 3 is UNKNOWN."""
+    status = _shown(args, prog, rest, module)
+    return status if status in range(4) else _unknown(f"ended with status {status}")
+
+
+def _unknown(message: str) -> int:
+    from qemu_vmdk_snap.cli.monitor.nagios import failed
+
+    return failed(message)
 
 
 def _logged(args: argparse.Namespace, prog: str, rest: Sequence[str], module: CommandModule) -> int:

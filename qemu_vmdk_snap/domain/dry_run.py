@@ -20,6 +20,7 @@ from qemu_vmdk_snap.domain.delete.run import DeleteReport
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.revert.run import After, RevertReport
 from qemu_vmdk_snap.domain.revert.run import make_plan as plan_of_revert
+from qemu_vmdk_snap.domain.revert.there import is_there
 from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
@@ -72,8 +73,11 @@ def plan_revert(
     """
     with _planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
         plan = plan_of_revert(conn, domain, snapshot, after, store, held, discard=discard)
+        already = is_there(conn, domain, plan)
     kept, gone = ((), plan.old_tops) if discard else (plan.old_tops, ())
-    return RevertReport(domain.name(), snapshot, plan.state, plan.disks, kept, gone, recovered=None, dry_run=True)
+    return RevertReport(
+        domain.name(), snapshot, plan.state, plan.disks, kept, gone, recovered=None, dry_run=True, already=already
+    )
 
 
 def plan_delete(

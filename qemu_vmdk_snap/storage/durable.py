@@ -323,6 +323,10 @@ def replacing(path: Path, mode: int = 0o600) -> Iterator[Replacement]:
 
 
 def replace_file(path: Path | str, data: bytes, mode: int = 0o644) -> None:
-    """Make `path` hold `data`, durably and in one step: a reader sees the old content or the new, never a part."""
+    """Make `path` hold `data`, durably and in one step: a reader sees the old content or the new, never a part.
+
+    It has that mode, whatever the umask is: others read what is written here.
+    """
     with replacing(Path(path), mode) as file:
+        os.fchmod(file.fileno(), mode)
         file.write_at(0, data)

@@ -58,8 +58,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def _lines(report: RevertReport) -> list[str]:
     reverted = "would be reverted" if report.dry_run else "reverted"
+    already = ["  nothing was written since: it is there already"] if report.already else []
     return [
         f"Domain {report.domain} {reverted} to snapshot {report.snapshot}, {report.state}",
+        *already,
         *disk_lines(report.disks),
         *(f"  kept: {path}: belongs to no snapshot" for path in report.kept),
         *(f"  discarded: {path}" for path in report.discarded),

@@ -67,6 +67,8 @@ class RevertReport:
     notes: tuple[str, ...] = ()
     dry_run: bool = False
     """Whether this is only what would be done."""
+    already: bool = False
+    """In a dry run: whether the domain is at the snapshot already, shut off, with nothing written since."""
 
     @property
     def changed(self) -> bool:
@@ -83,7 +85,7 @@ class RevertReport:
             "kept": [str(path) for path in self.kept],
             "discarded": [str(path) for path in self.discarded],
             "notes": list(self.notes),
-        } | ({"dry-run": True} if self.dry_run else {})
+        } | ({"dry-run": True, "already": self.already} if self.dry_run else {})
 
 
 @dataclass(frozen=True, slots=True)

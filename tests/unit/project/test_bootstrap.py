@@ -20,6 +20,8 @@ TOOLS = (
     "grep",
     "head",
     "mkdir",
+    "mv",
+    "rm",
     "sed",
     "sh",
     "sha256sum",
@@ -81,8 +83,10 @@ class Machine:
             self.script(
                 manager,
                 f'echo "{manager} $*" >>"$CALLS"\n[ ! -e "$MACHINE/broken" ] || exit 100\n'
-                'for word; do echo "$word" >>"$MACHINE/installed"; done\n',
+                'for word; do echo "$word" >>"$MACHINE/installed"; done\n'
+                'case "$*" in *download*) for deb; do :; done; : >"${deb}_1_amd64.deb" ;; esac\n',
             )
+        self.script("dpkg-deb", 'echo "dpkg-deb $*" >>"$CALLS"; mkdir -p "$3/usr/bin"; : >"$3/usr/bin/promtool"\n')
         text = (ROOT / "bootstrap").read_text()
         assert "\nPYTHON=/usr/bin/python3 " in text
         text = text.replace("\nPYTHON=/usr/bin/python3 ", f"\nPYTHON={self.bin}/python3 ")
@@ -239,6 +243,17 @@ def test_test_runs_the_gates_then_pytest_requiring_every_tool(debian: Machine) -
     assert lines[-2] == "gates"
     assert lines[-1].startswith("python tests/support/reaper.py ")
     assert lines[-1].endswith("/bin/python -m pytest --require=all -k chain")
+
+
+def test_what_runs_a_service_is_unpacked_and_not_installed(debian: Machine) -> None:
+    assert debian.run("setup").returncode == 0
+    assert "prometheus" not in " ".join(debian.calls("apt-get")).split()
+    assert debian.run("test").returncode == 0
+    assert (debian.checkout / ".venv/oracles/usr/bin/promtool").is_file()
+    assert [path.name for path in (debian.checkout / ".venv/oracles").iterdir()] == ["usr"]
+    debian.calls("apt-get")
+    assert debian.run("test").returncode == 0
+    assert debian.calls("apt-get") == []  # once
 
 
 def test_failed_gates_end_the_run(debian: Machine) -> None:
