@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
     add_progress(parser)
     add_allow_dir(parser)
-    parser.add_argument("filename", type=Path, metavar="IMAGE")
+    parser.add_argument("filename", type=Path, metavar="IMAGE", help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int:

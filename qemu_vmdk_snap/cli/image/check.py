@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--take-back", type=Path, metavar="FILE", help="undo a repair with its undo file, then check")
     parser.add_argument("-T", "--src-cache", help=argparse.SUPPRESS)
     add_progress(parser)
-    parser.add_argument("filename", type=Path)
+    parser.add_argument("filename", type=Path, help="the image")
     parser.set_defaults(error_status=1)
 
 

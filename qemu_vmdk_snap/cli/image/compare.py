@@ -18,8 +18,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-s", "--strict", action="store_true", help="also compare the sizes and what is allocated")
     parser.add_argument("-T", "--src-cache", help=argparse.SUPPRESS)
     add_progress(parser)
-    parser.add_argument("filename1", type=Path)
-    parser.add_argument("filename2", type=Path)
+    parser.add_argument("filename1", type=Path, help="the first image")
+    parser.add_argument("filename2", type=Path, help="the second image")
     parser.set_defaults(error_status=2)
 
 

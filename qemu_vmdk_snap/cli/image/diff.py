@@ -25,8 +25,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=("kind of the delta: streamOptimized (default) or monolithicSparse"),
     )
     add_progress(parser)
-    parser.add_argument("base", type=Path)
-    parser.add_argument("top", type=Path)
+    parser.add_argument("base", type=Path, help="an image in the backing chain of top")
+    parser.add_argument("top", type=Path, help="the image with the changes")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

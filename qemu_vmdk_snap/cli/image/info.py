@@ -18,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image info`."""
     add_open_options(parser, raw=True)
     parser.add_argument("--backing-chain", action="store_true", help="show every image of the chain, the top first")
-    parser.add_argument("filename", type=Path)
+    parser.add_argument("filename", type=Path, help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", type=size_argument, metavar="SIZE", help="measure an empty disk of this size instead")
     add_progress(parser)
-    parser.add_argument("filename", type=Path, nargs="?")
+    parser.add_argument("filename", type=Path, nargs="?", help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

@@ -28,6 +28,7 @@ from qemu_vmdk_snap.domain.needs.needed import place_in, same_file
 from qemu_vmdk_snap.domain.needs.orphans import find_orphans, remove_orphan
 from qemu_vmdk_snap.domain.overlay.naming import next_overlay
 from qemu_vmdk_snap.domain.overlay.newfile import make_overlay
+from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
@@ -390,7 +391,7 @@ def _overlay_on(registry: _Registry, target: str, frozen: Path) -> Path:
                 if facts.hint is not None and same_file(find(path, facts.hint, "parent"), frozen):
                     return path
     overlay = next_overlay(frozen, _named(registry))
-    make_overlay(registry.domain.name(), overlay, frozen)
+    make_overlay(registry.domain.name(), PlannedDisk(target, overlay, (frozen,)))
     return overlay
 
 

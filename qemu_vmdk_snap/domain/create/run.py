@@ -152,7 +152,7 @@ def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentS
         store.write(intent)  # barrier: no file is made that nobody would know of after a crash
         for disk in plan.disks:
             _log.info("domain %s: disk %s: new overlay %s on %s", domain.name(), disk.target, disk.overlay, disk.frozen)
-            intent = intent.made(str(disk.overlay), make_overlay(domain.name(), disk.overlay, disk.frozen))
+            intent = intent.made(str(disk.overlay), make_overlay(domain.name(), disk))
         store.write(intent)
         _define(conn, domain, intent)
         with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):

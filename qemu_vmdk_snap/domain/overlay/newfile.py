@@ -15,31 +15,33 @@ from qemu_vmdk_snap.errors import DomainError
 if TYPE_CHECKING:
     import libvirt
 
+    from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
+
 _FOLLOWED: Final = ("system.posix_acl_access", "security.selinux")
 """Extended attributes that decide who may open a file. libvirt's own (trusted.libvirt.*) belong to one file only."""
 
 
-def make_overlay(domain: str, overlay: Path, base: Path) -> tuple[int, int]:
-    """Make an empty overlay, durable, with owner, mode, ACL and label of its base; return its device and inode.
+def make_overlay(domain: str, disk: PlannedDisk) -> tuple[int, int]:
+    """Make the empty overlay of a disk, durable, with owner, mode, ACL and label of its base; return (device, inode).
 
     Raises:
         DomainError: it cannot be given the owner or the label; no file is left.
         FileExistsError: the name exists.
     """
-    engine.create_overlay(overlay, base, mode=0o600)
+    engine.create_overlay(disk.overlay, disk.frozen, mode=0o600)
     try:
         with contextlib.ExitStack() as stack:
-            source = _opened(base, os.O_RDONLY, stack)
-            fd = _opened(overlay, os.O_RDWR | os.O_NOFOLLOW, stack)
+            source = _opened(disk.frozen, os.O_RDONLY, stack)
+            fd = _opened(disk.overlay, os.O_RDWR | os.O_NOFOLLOW, stack)
             made = os.fstat(fd)
             try:
                 # An overlay exists to be written, also on a base that was made read-only to protect it.
                 engine.copy_attributes(source, fd, names=_FOLLOWED, mode=stat.S_IWUSR)
             except OSError as error:
-                raise DomainError(domain, f"{overlay}: {error.strerror}") from error
+                raise DomainError(domain, f"{disk.overlay}: {error.strerror}") from error
             os.fsync(fd)
     except BaseException:
-        overlay.unlink()
+        disk.overlay.unlink()
         raise
     return made.st_dev, made.st_ino
 

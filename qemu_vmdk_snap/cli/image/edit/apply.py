@@ -16,8 +16,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_progress(parser)
     add_allow_dir(parser)
     add_orphan(parser)
-    parser.add_argument("delta", type=Path)
-    parser.add_argument("filename", type=Path)
+    parser.add_argument("delta", type=Path, help="a delta of image diff")
+    parser.add_argument("filename", type=Path, help="the copy of the base, which is changed")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_progress(parser)
     add_allow_dir(parser)
     add_orphan(parser)
-    parser.add_argument("filename", type=Path)
+    parser.add_argument("filename", type=Path, help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

@@ -18,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_progress(parser)
     add_allow_dir(parser)
     add_orphan(parser)
-    parser.add_argument("filename", type=Path)
+    parser.add_argument("filename", type=Path, help="the image")
     parser.add_argument("size", metavar="[+]SIZE", help="the new size, or with + the number of bytes to add")
 
 
