@@ -19,6 +19,7 @@ from qemu_vmdk_snap.chain.needs.follow import Followed as Followed
 from qemu_vmdk_snap.chain.needs.follow import follow as follow
 from qemu_vmdk_snap.chain.needs.own import own_files as own_files
 from qemu_vmdk_snap.chain.resolver import Resolver as Resolver
+from qemu_vmdk_snap.chain.resolver import allowing as allowing
 from qemu_vmdk_snap.chain.resolver import confined as confined
 from qemu_vmdk_snap.errors import CidMismatch as CidMismatch
 from qemu_vmdk_snap.errors import CorruptChain as CorruptChain
@@ -31,6 +32,7 @@ from qemu_vmdk_snap.errors import LockBusy as LockBusy
 from qemu_vmdk_snap.errors import MissingFile as MissingFile
 from qemu_vmdk_snap.errors import NoDomain as NoDomain
 from qemu_vmdk_snap.errors import NoSnapshot as NoSnapshot
+from qemu_vmdk_snap.errors import NotWhileRunning as NotWhileRunning
 from qemu_vmdk_snap.errors import PluginError as PluginError
 from qemu_vmdk_snap.errors import SnapshotExists as SnapshotExists
 from qemu_vmdk_snap.errors import StillNeeded as StillNeeded
@@ -54,6 +56,8 @@ from qemu_vmdk_snap.ops.copy.diff import depth_of as depth_of
 from qemu_vmdk_snap.ops.copy.diff import make_delta as make_delta
 from qemu_vmdk_snap.ops.copy.measure import Measurement as Measurement
 from qemu_vmdk_snap.ops.copy.measure import measure as measure
+from qemu_vmdk_snap.ops.copy.merge import MergeReport as MergeReport
+from qemu_vmdk_snap.ops.copy.merge import merge_links as merge_links
 from qemu_vmdk_snap.ops.edit.apply import ApplyReport as ApplyReport
 from qemu_vmdk_snap.ops.edit.apply import apply_delta as apply_delta
 from qemu_vmdk_snap.ops.edit.commit import CommitReport as CommitReport
@@ -88,6 +92,7 @@ from qemu_vmdk_snap.storage.blockfile import BlockFile as BlockFile
 from qemu_vmdk_snap.storage.blockfile import FileOpener as FileOpener
 from qemu_vmdk_snap.storage.blockfile import PosixFile as PosixFile
 from qemu_vmdk_snap.storage.blockfile import open_posix as open_posix
+from qemu_vmdk_snap.storage.durable import link_over as link_over
 from qemu_vmdk_snap.storage.durable import replace_file as replace_file
 from qemu_vmdk_snap.storage.identity import Identity as Identity
 from qemu_vmdk_snap.storage.identity import identity_if_known as identity_if_known

@@ -188,6 +188,12 @@ class DomainBusy(DomainError):
     code = "locked"
 
 
+class NotWhileRunning(DomainError):
+    """What was asked for cannot be done while the guest runs; it can once it is shut off."""
+
+    code = "not-while-running"
+
+
 class GuestError(VmdkSnapError):
     """A guest failed: QEMU died, an answer was late or damaged, or a command failed in the guest."""
 
@@ -196,9 +202,11 @@ class GuestError(VmdkSnapError):
     def __init__(self, guest: str, reason: str) -> None:
         super().__init__(guest, reason)
         self.guest, self.reason = guest, reason
+        self.logs: Path | None = None
+        """The folder with the logs of the guest, where they are kept; the notes of the error have the whole report."""
 
     def _sentence(self) -> str:
-        return f"guest {self.guest}: {self.reason}"
+        return f"guest {self.guest}: {self.reason}" + (f" (logs: {self.logs})" if self.logs is not None else "")
 
 
 class PluginError(VmdkSnapError):

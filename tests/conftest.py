@@ -36,6 +36,7 @@ QUICK: Final = (
     "domain/xml/",
     "domain/test_naming.py",
     "harness/",
+    "testing/test_from_a_wheel.py",
     "e2e/test_guest.py",
 )
 """What `--quick` runs: beginnings of the names of tests, one or two that stand for each folder."""

@@ -4,8 +4,8 @@
 ;   build: nasm -f bin -o probe.bin probe.asm
 ;
 ; Memory   0x07c00  this program (boot sector and the rest, loaded by the boot sector), stack below it
-;          0x0a000  the line that came in          0x0a400  the line that goes out
-;          0x0b000  CRC-32 tables, four of 1 KiB   0x20000  sectors read or to be written
+;          0x0a400  the line that goes out         0x0b000  CRC-32 tables, four of 1 KiB
+;          0x0c000  the line that came in          0x20000  the buffer: sectors read or to be written
 
 bits 16
 cpu 386
@@ -16,8 +16,8 @@ PROTOCOL        equ '1'
 COM1            equ 0x3f8
 DEBUG_EXIT      equ 0x501               ; -device isa-debug-exit,iobase=0x501,iosize=1
 ACPI_PM1A       equ 0x604               ; where SeaBIOS puts PM1a_CNT, on pc and on q35
-IN_LINE         equ 0xa000
-IN_MAX          equ 250
+IN_LINE         equ 0xc000
+IN_MAX          equ 0x3f00
 OUT_LINE        equ 0xa400
 TABLES          equ 0xb000
 BUFFER_SEGMENT  equ 0x2000
@@ -226,6 +226,104 @@ do_pattern:                             ; write the pattern of SEED over COUNT s
         call    send
         jmp     next_line
 
+do_disk:                                ; answer for BIOS drive 80h + NUMBER from now on
+        call    get_number
+        jc      fail_usage
+        call    check_end
+        jc      fail_usage
+        test    edx, edx
+        jnz     fail_usage
+        cmp     eax, 0x7f
+        ja      fail_usage
+        or      al, 0x80
+        mov     [disk], al
+        call    begin_ok
+        call    send
+        jmp     next_line
+
+do_load:                                ; put the bytes of HEX into the buffer, from its sector AT on
+        call    get_number
+        jc      fail_usage
+        test    edx, edx
+        jnz     fail_usage
+        cmp     eax, BATCH - 1
+        ja      fail_usage
+        shl     ax, 5                   ; a sector is 32 paragraphs
+        add     ax, BUFFER_SEGMENT
+        mov     es, ax
+        xor     di, di
+.blank:
+        lodsb
+        cmp     al, ' '
+        je      .blank
+.byte:
+        test    al, al
+        jz      .end
+        call    digit
+        jc      .bad
+        mov     ah, al
+        shl     ah, 4
+        lodsb
+        call    digit
+        jc      .bad
+        or      al, ah
+        stosb
+        lodsb
+        jmp     .byte
+.end:
+        xor     ax, ax
+        mov     es, ax
+        call    begin_ok
+        call    send
+        jmp     next_line
+.bad:
+        xor     ax, ax
+        mov     es, ax
+        jmp     fail_usage
+
+digit:                                  ; AL = the value of the digit in AL; carry when it is none
+        sub     al, '0'
+        cmp     al, 9
+        jbe     .good
+        sub     al, 'a' - '0' - 10
+        cmp     al, 10
+        jb      .bad
+        cmp     al, 15
+        ja      .bad
+.good:
+        clc
+        ret
+.bad:
+        stc
+        ret
+
+do_write:                               ; write the first COUNT sectors of the buffer, in one call of the BIOS
+        call    get_one_batch
+        jc      fail_usage
+        mov     dl, [disk]
+        mov     si, packet
+        mov     ax, 0x4300
+        int     0x13
+        jc      fail_bios
+        call    begin_ok
+        call    send
+        jmp     next_line
+
+do_fetch:                               ; read COUNT sectors into the buffer, in one call, and answer with their CRC-32
+        call    get_one_batch
+        jc      fail_usage
+        call    read_batch
+        jc      fail_bios
+        mov     dword [crc], 0xffffffff
+        mov     cx, [packet.count]
+        call    crc_buffer
+        call    begin_ok
+        mov     eax, [crc]
+        not     eax
+        call    put_long
+        call    send
+        jmp     next_line
+
 do_off:                                 ; answer, then leave by the debug port, else by ACPI, else stand still
         call    get_number
         jc      fail_usage
@@ -277,6 +375,24 @@ get_range:                              ; LBA and COUNT, the last arguments; car
         mov     [left], eax
         mov     [left + 4], edx
         call    check_end
+.no:
+        ret
+
+get_one_batch:                          ; LBA and COUNT of 1 to BATCH sectors, into the packet; carry when not so
+        call    get_range
+        jc      .no
+        cmp     dword [left + 4], 0
+        jne     .bad
+        mov     eax, [left]
+        dec     eax
+        cmp     eax, BATCH - 1
+        ja      .bad
+        inc     ax
+        mov     [packet.count], ax
+        clc
+        ret
+.bad:
+        stc
 .no:
         ret
 
@@ -415,10 +531,16 @@ crc_text:                               ; EAX = CRC-32 of CX bytes at SI
 get_line:                               ; a line without its end into IN_LINE, its length into [in_length]
         mov     di, IN_LINE
 .char:
+        cli
         mov     dx, COM1 + 5
         in      al, dx
         test    al, 1
-        jz      .char
+        jnz     .there
+        sti                             ; takes effect after hlt has begun: no interrupt is missed between the two
+        hlt                             ; asking on and on would keep the host's other threads from bringing more
+        jmp     .char
+.there:
+        sti
         mov     dx, COM1
         in      al, dx
         cmp     al, 13
@@ -604,7 +726,12 @@ drain:                                  ; wait until the last character has left
         jz      .wait
         ret
 
-serial_init:                            ; 115200 baud, 8N1, FIFOs on, no interrupts
+serial_init:                            ; 115200 baud, 8N1, FIFOs on, an interrupt when a character is there
+        mov     word [0x0c * 4], on_serial
+        mov     word [0x0c * 4 + 2], 0
+        in      al, 0x21                ; IRQ 4, which the BIOS leaves masked
+        and     al, 0xef
+        out     0x21, al
         mov     si, .settings
 .next:
         lodsw
@@ -618,7 +745,14 @@ serial_init:                            ; 115200 baud, 8N1, FIFOs on, no interru
 .done:
         ret
 .settings:
-        db      1, 0x00, 3, 0x80, 0, 0x01, 1, 0x00, 3, 0x03, 2, 0xc7, 4, 0x03, 0xff, 0xff
+        db      1, 0x00, 3, 0x80, 0, 0x01, 1, 0x00, 3, 0x03, 2, 0xc7, 4, 0x0b, 1, 0x01, 0xff, 0xff
+
+on_serial:                              ; wakes get_line, no more
+        push    ax
+        mov     al, 0x20
+        out     0x20, al
+        pop     ax
+        iret
 
 commands:                               ; where each is handled, and its word
         dw      do_hello
@@ -631,6 +765,14 @@ commands:                               ; where each is handled, and its word
         db      'dump', 0
         dw      do_pattern
         db      'pattern', 0
+        dw      do_disk
+        db      'disk', 0
+        dw      do_load
+        db      'load', 0
+        dw      do_write
+        db      'write', 0
+        dw      do_fetch
+        db      'fetch', 0
         dw      do_off
         db      'off', 0
         dw      0

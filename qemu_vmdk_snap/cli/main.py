@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol, cast
 
 from qemu_vmdk_snap.chain.look.notes import listening
+from qemu_vmdk_snap.chain.resolver import allowing
 from qemu_vmdk_snap.cli import exit_status
 from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL, Command
 from qemu_vmdk_snap.cli.ui import Ui
@@ -178,7 +179,7 @@ def add_arguments(module: CommandModule, parser: argparse.ArgumentParser) -> Non
 
 def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
     try:
-        with listening(ui.warn):
+        with listening(ui.warn), allowing(*(getattr(args, "allow_dir", []) if "connect" in args else [])):
             status = module.run(args, ui) or 0
         sys.stdout.flush()
     except BrokenPipeError:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from qemu_vmdk_snap.domain.connect import find_domain
 from qemu_vmdk_snap.domain.create.plan import Request, make_plan
 from qemu_vmdk_snap.domain.create.run import SnapshotReport
-from qemu_vmdk_snap.domain.delete.plan import Deleted, Scope, State, chosen, folders_of, make_intent, work_of
-from qemu_vmdk_snap.domain.delete.preflight import check_work
+from qemu_vmdk_snap.domain.delete.plan import Scope, State, chosen
+from qemu_vmdk_snap.domain.delete.preview import preview
 from qemu_vmdk_snap.domain.delete.run import DeleteReport
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.revert.run import After, RevertReport
@@ -94,17 +94,12 @@ def plan_delete(
     Raises:
         DomainError: an operation on the domain is unfinished; and all that `delete` raises before its first change.
     """
-    deleted: list[Deleted] = []
     with _planning(conn, domain_name) as (domain, _):
-        state = State.read(conn, domain, orphans)
-        for name in chosen(domain, [names] if isinstance(names, str) else names, scope):
-            intent = make_intent(state, name, metadata=metadata)
-            work = work_of(intent)
-            if not deleted and not metadata:  # of the others only once this one is gone
-                check_work(domain.name(), work, folders_of(intent))
-            deleted.append(Deleted(name, work))
-            state = state.after(intent)
-    return DeleteReport(domain.name(), tuple(deleted), recovered=None, dry_run=True)
+        wanted = chosen(domain, [names] if isinstance(names, str) else names, scope)
+        deleted, failed = preview(State.read(conn, domain, orphans), domain, wanted, metadata=metadata)
+        if failed:
+            raise failed[0][1]
+    return DeleteReport(domain.name(), deleted, recovered=None, dry_run=True)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, make_current, recover_domain
 from qemu_vmdk_snap.domain.overlay import naming
+from qemu_vmdk_snap.domain.registration import register_text
 from qemu_vmdk_snap.domain.state import find_snapshot
 from qemu_vmdk_snap.domain.xml.edits import keeping_description
 from qemu_vmdk_snap.errors import DomainError, SnapshotExists
@@ -89,8 +90,10 @@ def rename(conn: libvirt.virConnect, domain_name: str, snapshot: str, name: str)
     return recovered
 
 
-def finish_rename(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
+def finish_rename(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> bool:
     """Do every step of a rename, also if some are done already; what was edited or deleted meanwhile stays so.
+
+    Returns True: it is never taken back.
 
     Raises:
         DomainError: another snapshot has the new name now, or libvirt refuses; the record must stay.
@@ -107,6 +110,7 @@ def finish_rename(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: I
     for other, text in below:  # forgetting the old name has changed their XML
         if other in there:
             _redefine(domain, keeping_description(text, there[other]), current=current == other)
+    return True
 
 
 def _same_snapshot(one: str, other: str) -> bool:
@@ -145,11 +149,8 @@ def _below(name: str, ancestor: str, texts: dict[str, str]) -> bool:
 
 
 def _redefine(domain: libvirt.virDomain, text: str, *, current: bool) -> None:
-    import libvirt
-
-    flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
     with libvirt_errors(domain.name(), "change the snapshot"):
-        domain.snapshotCreateXML(text, flags | (libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT if current else 0))
+        register_text(domain, text, current=current)
 
 
 def _forget(snapshot: libvirt.virDomainSnapshot) -> None:

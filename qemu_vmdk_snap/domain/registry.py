@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
-from qemu_vmdk_snap.domain.state import volume_resolver
+from qemu_vmdk_snap.domain.state import lenient, volume_resolver
+from qemu_vmdk_snap.domain.xml.named import folders_named
+from qemu_vmdk_snap.domain.xml.origin import maker_of
 from qemu_vmdk_snap.errors import NoSnapshot, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ class SnapshotInfo:
     description: str | None
     memory: str
     disks: tuple[DiskState, ...]
+    foreign: str | None = None
+    """What kind of snapshot it is, where it was not made here: virsh's own commands are there for it."""
 
     @property
     def location(self) -> str:
@@ -88,6 +92,7 @@ class SnapshotInfo:
             "descendants": self.descendants,
             "current": self.current,
             "description": self.description,
+            "foreign": self.foreign,
             "disks": [disk.as_dict() for disk in self.disks],
         }
 
@@ -108,14 +113,19 @@ def list_snapshots(conn: libvirt.virConnect, domain: str) -> list[SnapshotInfo]:
     Raises:
         DomainError: there is no such domain, or libvirt reports an error.
     """
+    import libvirt
+
     found = find_domain(conn, domain)
     name = found.name()
-    volume_path = volume_resolver(conn, name)
+    volume_path = lenient(volume_resolver(conn, name))
     with libvirt_errors(name, "list its snapshots"):
-        parsed = [xml.parse_snapshot(s.getXMLDesc(0), volume_path) for s in found.listAllSnapshots()]
+        texts = [snapshot.getXMLDesc(0) for snapshot in found.listAllSnapshots()]
+        parsed = [xml.parse_snapshot(text, volume_path) for text in texts]
+        persistent = found.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) if found.isPersistent() else found.XMLDesc(0)
         current = found.snapshotCurrent().getName() if found.hasCurrentSnapshot() else None
     parsed.sort(key=lambda snapshot: (snapshot.name.casefold(), snapshot.name))
-    return [_info(name, snapshot, parsed, current) for snapshot in parsed]
+    with engine.allowing(*folders_named(volume_path, persistent, *texts), below=False):
+        return [_info(name, snapshot, parsed, current) for snapshot in parsed]
 
 
 def snapshot_info(conn: libvirt.virConnect, domain: str, snapshot: str | None = None) -> SnapshotInfo:
@@ -169,6 +179,7 @@ def _info(
         description=snapshot.description,
         memory=snapshot.memory,
         disks=tuple(_disk_state(disk) for disk in snapshot.disks),
+        foreign=maker_of(snapshot),
     )
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
-from qemu_vmdk_snap.errors import DomainError, NoSnapshot
+from qemu_vmdk_snap.domain.xml.named import folders_named
+from qemu_vmdk_snap.errors import DomainError, NoSnapshot, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
@@ -61,6 +62,29 @@ def volume_resolver(conn: libvirt.virConnect, domain: str) -> xml.VolumePath:
             if not found.isActive():
                 return volume_by_pool_xml(domain, found.XMLDesc(0), pool, volume)
             return Path(found.storageVolLookupByName(volume).path())
+
+    return resolve
+
+
+def named_folders(conn: libvirt.virConnect, domain: libvirt.virDomain) -> list[Path]:
+    """Return the folders of all files that the domain's persistent XML and its snapshots name.
+
+    Raises:
+        DomainError: libvirt reports an error.
+    """
+    with libvirt_errors(domain.name(), "read its XML and snapshots"):
+        texts = [inactive_xml(domain), *(snapshot.getXMLDesc(0) for snapshot in domain.listAllSnapshots())]
+    return folders_named(lenient(volume_resolver(conn, domain.name())), *texts)
+
+
+def lenient(volume_path: xml.VolumePath) -> xml.VolumePath:
+    """Return a resolver for which a volume that cannot be found is a path that does not exist."""
+
+    def resolve(pool: str, volume: str) -> Path:
+        try:
+            return volume_path(pool, volume)
+        except VmdkSnapError:
+            return Path(f"/volume {volume!r} of pool {pool!r}, which cannot be found")
 
     return resolve
 

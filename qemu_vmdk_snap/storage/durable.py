@@ -274,6 +274,27 @@ def publish(temporary: Path, path: Path, *, parts: Sequence[Path] = (), durable:
         sync_folder(path.parent)
 
 
+def link_over(file: Path, path: Path) -> None:
+    """Let the complete file `file` bear the name `path` as well, in one step and durably, over what bears it now.
+
+    Done again after an interruption it ends what was begun. Where there are no hard links it loses its first name.
+    """
+    inode = file.stat().st_ino
+    temporary = path.with_name(f".{path.name[:_NAME_LENGTH]}.{inode & 0xFFFF_FFFF_FFFF:012x}{_TEMPORARY}")
+    with working_in(path.parent):
+        temporary.unlink(missing_ok=True)
+        try:
+            temporary.hardlink_to(file)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            file.replace(path)
+        else:
+            temporary.replace(path)
+    sync_folder(path.parent)
+    _log.debug("%s: is now also %s", file, path)
+
+
 def _sync_file(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     with boot(
         image,
         image_format=args.format,
-        controller=args.controller,
+        controller=args.controller or "ahci",
         from_disk=args.from_disk,
         writable=args.write,
         log_dir=args.log,

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_dry_run
-from qemu_vmdk_snap.cli.snapshot.report import disk_lines, show
+from qemu_vmdk_snap.cli.snapshot.report import disk_lines, pause_line, show
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.create.run import SnapshotReport
-    from qemu_vmdk_snap.domain.qemu.switch import Pause
 
 
 class DiskSpec(NamedTuple):
@@ -89,17 +88,11 @@ def _lines(report: SnapshotReport) -> list[str]:
         *disk_lines(report.disks),
     ]
     if report.pause is not None:
-        lines.append(f"  {_pause_line(report.pause)}")
+        lines.append(f"  {pause_line(report.pause)}")
+    if report.live_xml_stale:
+        what = "until the guest stops, libvirt's live XML names the files of before"
+        lines.append(f"  {what}: define nothing but `virsh dumpxml --inactive`")
     return lines + [f"  {target}: not in the snapshot: {reason}" for target, reason in report.skipped]
-
-
-def _pause_line(pause: Pause) -> str:
-    parts = [f"disk requests waited {pause.stalled:.1f} ms"]
-    if pause.stopped is not None:
-        parts.append(f"its CPUs were stopped for {pause.stopped:.1f} ms")
-    if pause.frozen is not None:
-        parts.append(f"its file systems were frozen for {pause.frozen:.1f} ms")
-    return "the guest kept running: " + ", ".join(parts)
 
 
 def parse_diskspec(text: str) -> DiskSpec:

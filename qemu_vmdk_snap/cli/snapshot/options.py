@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qemu_vmdk_snap.cli.image.common import add_allow_dir
 from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def add_domain(parser: argparse.ArgumentParser, *, or_all: bool = False) -> None
     if or_all:
         add_all(parser)
     nargs = "?" if or_all else None
+    add_allow_dir(parser)
     parser.add_argument("domain", metavar="DOMAIN", nargs=nargs, help="name, id or UUID of the domain")
 
 

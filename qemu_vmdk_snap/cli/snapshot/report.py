@@ -11,6 +11,7 @@ from qemu_vmdk_snap.cli.ui import Ui
 if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.journal.recover import Recovery
     from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
+    from qemu_vmdk_snap.domain.qemu.switch import Pause
 
 
 class Report(Protocol):
@@ -46,3 +47,13 @@ def disk_lines(disks: Iterable[PlannedDisk]) -> list[str]:
     return [
         f"  {disk.target}: {disk.overlay}, backed by {disk.frozen} (chain of {len(disk.chain) + 1})" for disk in disks
     ]
+
+
+def pause_line(pause: Pause) -> str:
+    """Return how a running guest was held up."""
+    parts = [f"disk requests waited {pause.stalled:.1f} ms"]
+    if pause.stopped is not None:
+        parts.append(f"its CPUs were stopped for {pause.stopped:.1f} ms")
+    if pause.frozen is not None:
+        parts.append(f"its file systems were frozen for {pause.frozen:.1f} ms")
+    return "the guest kept running: " + ", ".join(parts)

@@ -29,7 +29,8 @@ from qemu_vmdk_snap.domain.needs.orphans import find_orphans, remove_orphan
 from qemu_vmdk_snap.domain.overlay.naming import next_overlay
 from qemu_vmdk_snap.domain.overlay.newfile import make_overlay
 from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
-from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
+from qemu_vmdk_snap.domain.registration import register_text
+from qemu_vmdk_snap.domain.state import inactive_xml, named_folders, volume_resolver
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ def adopt(
     """
     domain = find_domain(conn, domain_name)
     store = IntentStore.of(conn)
-    with store.locked(domain.UUIDString(), domain.name()):
+    allowed = engine.allowing(*named_folders(conn, domain), below=False)
+    with store.locked(domain.UUIDString(), domain.name()), allowed:
         recover_domain(conn, domain, store)
         registry = _look(conn, domain)
         dictionary = read_vmsd(vmsd) if vmsd is not None else _find_vmsd(registry)
@@ -189,7 +191,8 @@ def adopt_orphan(conn: libvirt.virConnect, domain: libvirt.virDomain, path: Path
         VmdkSnapError, OSError: see `adopt`.
     """
     store = IntentStore.of(conn)
-    with store.locked(domain.UUIDString(), domain.name()):
+    allowed = engine.allowing(*named_folders(conn, domain), below=False)
+    with store.locked(domain.UUIDString(), domain.name()), allowed:
         recover_domain(conn, domain, store)
         registry = _look(conn, domain)
         target = registry.target_of(path)
@@ -355,8 +358,6 @@ def _is_below_the_tops(registry: _Registry, wish: _Wish) -> bool:
 
 
 def _register(registry: _Registry, one: Adopted, *, current: bool) -> None:
-    import libvirt
-
     chains = {target: registry.chain_of(path) for target, path in one.frozen.items()}
     entries = []
     for disk in registry.disks:
@@ -367,11 +368,8 @@ def _register(registry: _Registry, one: Adopted, *, current: bool) -> None:
         one.name, "shutoff", one.creation_time, one.description, one.parent, "no", tuple(entries)
     )
     text = xml.snapshot_xml(snapshot, _with_chains(registry.text, chains))
-    flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
-    if current:
-        flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT
     with libvirt_errors(registry.domain.name(), f"register the snapshot {one.name!r}"):
-        registry.domain.snapshotCreateXML(text, flags)
+        register_text(registry.domain, text, current=current)
 
 
 def _overlay_on(registry: _Registry, target: str, frozen: Path) -> Path:
@@ -459,10 +457,8 @@ def _reparent(registry: _Registry) -> None:
             known = registry.domain.snapshotLookupByName(snapshot.name)
             root = ET.fromstring(known.getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE))
             ET.SubElement(ET.SubElement(root, "parent"), "name").text = parent
-            flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
-            if snapshot.name == registry.current:
-                flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT
-            registry.domain.snapshotCreateXML(ET.tostring(root, encoding="unicode"), flags)
+            text = ET.tostring(root, encoding="unicode")
+            register_text(registry.domain, text, current=snapshot.name == registry.current)
 
 
 def _free_name(wanted: str, taken: Collection[str]) -> str:

@@ -18,7 +18,9 @@ from qemu_vmdk_snap.domain.qemu.agent import check_quiesce
 from qemu_vmdk_snap.domain.qemu.depth import check_depth
 from qemu_vmdk_snap.domain.qemu.options import lacks_direct_io, read_options
 from qemu_vmdk_snap.domain.qemu.switch import Tops, check_disks
-from qemu_vmdk_snap.domain.state import check_state, inactive_xml, volume_resolver
+from qemu_vmdk_snap.domain.state import check_state, inactive_xml, lenient, volume_resolver
+from qemu_vmdk_snap.domain.xml.named import folders_named
+from qemu_vmdk_snap.domain.xml.respell import with_chains
 from qemu_vmdk_snap.errors import DomainError, SnapshotExists
 
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ def make_plan(
     header = _header(name, request, snapshots, parent, live)
     volume_path = volume_resolver(conn, name)
     disks = xml.list_disks(old_xml, volume_path)
+    held.enter_context(engine.allowing(*folders_named(lenient(volume_path), old_xml, *snapshots.values()), below=False))
     chosen, skipped = choose(name, disks, request)
     check_quiesce(request.quiesce)
     tops = check_disks(domain, chosen, volume_path) if live else Tops()
@@ -166,6 +169,13 @@ def _check_direct(domain: str, disk: PlannedDisk) -> None:
         raise DomainError(domain, f"{reason}: put the overlay elsewhere, or change the cache mode")
 
 
+def _spelt_out(old_xml: str, disks: Sequence[xml.Disk], planned: Sequence[PlannedDisk]) -> str:
+    """Return the domain with the whole chain of each disk that takes part, where the XML does not spell it out."""
+    open_ended = {disk.target for disk in disks if not disk.closed}
+    chains = {one.target: one.chain for one in planned if one.target in open_ended and one.chain[1:]}
+    return with_chains(old_xml, chains)
+
+
 def _assemble(
     domain: libvirt.virDomain,
     header: xml.SnapshotXml,
@@ -191,6 +201,6 @@ def _assemble(
         overlays=tuple(Overlay(disk.target, str(disk.overlay), str(disk.frozen)) for disk in planned),
         old_xml=old_xml,
         new_xml=xml.stack(old_xml, {disk.target: xml.NewTop(disk.overlay, disk.chain) for disk in planned}),
-        snapshot_xml=xml.snapshot_xml(snapshot, old_xml),
+        snapshot_xml=xml.snapshot_xml(snapshot, _spelt_out(old_xml, disks, planned)),
     )
     return Plan(snapshot, planned, skipped, intent)

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap import log
-from qemu_vmdk_snap.domain import dropin
+from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.create.plan import Plan, Request, make_plan
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
@@ -31,9 +31,11 @@ from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain, regi
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
 from qemu_vmdk_snap.domain.overlay.newfile import make_overlay, refresh_pools
 from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
+from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.switch import Pause, switch
+from qemu_vmdk_snap.domain.qemu.unused import release_unused
 from qemu_vmdk_snap.domain.state import check_state, inactive_xml
-from qemu_vmdk_snap.errors import DomainError
+from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
@@ -59,6 +61,9 @@ class SnapshotReport:
     """How long a running guest was stopped; None for one that was shut off."""
     notes: tuple[str, ...] = ()
     """Problems that did not prevent the operation."""
+    live_xml_stale: bool = False
+    """Whether libvirt's live XML names the old files from now on, until the guest stops. Said of the first live
+    snapshot of a run alone."""
     dry_run: bool = False
     """Whether this is only what would be done."""
 
@@ -76,6 +81,7 @@ class SnapshotReport:
             "parent": self.parent,
             "disks": [disk.as_dict() for disk in self.disks],
             "pause": None if self.pause is None else self.pause.as_dict(),
+            "live-xml-stale": self.live_xml_stale,
             "notes": list(self.notes),
             "skipped": [{"target": target, "reason": reason} for target, reason in self.skipped],
         } | ({"dry-run": True} if self.dry_run else {})
@@ -112,10 +118,44 @@ def create_snapshot(
     with store.locked(domain.UUIDString(), domain.name()), contextlib.ExitStack() as held:
         recovered = recover_domain(conn, domain, store)
         plan = make_plan(conn, domain, request, store, held)
+        stale = _makes_stale(domain, plan)
         with dropin.around("create", domain.name(), as_plan(plan), uri=conn.getURI()) as notes:
             pause = _execute(conn, domain, store, plan)
+        if plan.intent.live:
+            _release(domain)
     refresh_pools(conn, [disk.overlay for disk in plan.disks])
-    return _report(plan, recovered, pause, notes)
+    return replace(_report(plan, recovered, pause, notes), live_xml_stale=stale)
+
+
+def _makes_stale(domain: libvirt.virDomain, plan: Plan) -> bool:
+    """Return whether libvirt's live XML is right until now: after a live snapshot it names the old files."""
+    if not plan.intent.live:
+        return False
+    with libvirt_errors(domain.name(), "read its live XML"):
+        named = {disk.target: disk.path for disk in xml.list_disks(domain.XMLDesc(0))}
+    return any(named.get(disk.target) == disk.frozen for disk in plan.disks)
+
+
+def _release(domain: libvirt.virDomain) -> None:
+    """Close what `virsh detach-disk` has left open of earlier snapshots; if QEMU does not, that is in nobody's way."""
+    with contextlib.suppress(VmdkSnapError):
+        release_unused(Monitor(domain))
+
+
+def freeze_tops(
+    conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, targets: Sequence[str], snapshot: str
+) -> Pause | None:
+    """Let a running guest go on in new overlays on these disks, without a snapshot: what it wrote is frozen then.
+
+    The caller holds the domain's lock; `snapshot` is the one that this is done for. Returns how the guest was held up.
+
+    Raises:
+        VmdkSnapError, OSError: see `create_snapshot`.
+    """
+    with contextlib.ExitStack() as held:
+        plan = make_plan(conn, domain, Request(disks=targets), store, held)
+        intent = replace(plan.intent, operation="freeze", snapshot=snapshot, snapshot_xml="")
+        return _execute(conn, domain, store, replace(plan, intent=intent))
 
 
 def _report(plan: Plan, recovered: Recovery | None, pause: Pause | None, notes: Sequence[str]) -> SnapshotReport:
@@ -155,9 +195,10 @@ def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentS
             intent = intent.made(str(disk.overlay), make_overlay(domain.name(), disk))
         store.write(intent)
         _define(conn, domain, intent)
-        with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):
-            register(domain, intent)
-        _log.info("domain %s: snapshot %r registered with libvirt", domain.name(), intent.snapshot)
+        if intent.operation == "create":
+            with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):
+                register(domain, intent)
+            _log.info("domain %s: snapshot %r registered with libvirt", domain.name(), intent.snapshot)
         if intent.live:
             pause = switch(domain, plan.disks, plan.quiesce, plan.tops)
     except BaseException as error:

@@ -97,6 +97,26 @@ def prune_after_stop(conn: libvirt.virConnect, domain_name: str, keep: Sequence[
     return going
 
 
+def delete_waiting(
+    conn: libvirt.virConnect, domain_name: str, run: int | None = None, seconds: float = 60.0
+) -> list[str]:
+    """Wait until the domain is shut off, then do the deletes that wait for that; return the names of what is gone.
+
+    Raises:
+        VmdkSnapError, OSError: one could not be deleted, see `delete`; the others are gone.
+    """
+    from qemu_vmdk_snap.domain.delete.run import delete
+    from qemu_vmdk_snap.domain.delete.waiting import waiting
+
+    domain = find_domain(conn, domain_name)
+    if not waiting(domain) or wait_until_off(domain, run, seconds) is not None:
+        return []
+    report = delete(conn, domain_name, [], keep_going=True)
+    if report.failed:
+        raise report.failed[0][1]
+    return [one.name for one in report.deleted]
+
+
 def _ours(conn: libvirt.virConnect, domain_name: str) -> list[SnapshotInfo]:
     """Return the snapshots taken after a stop, each dated by the second in its name."""
     return [

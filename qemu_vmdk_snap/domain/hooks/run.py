@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.xml import Disk
 
 PROGRAM: Final = "qemu-vmdk-snap"
+WAITING: Final = "urn:qemu-vmdk-snap:waiting:1"
+"""The namespace by which a domain's XML tells of deletes that wait (`xml.waiting`, which takes longer to import)."""
 _PATIENCE: Final = 2.0
 """Seconds from the deadline to the end of the process, if the exception does not end it."""
 
@@ -87,6 +89,25 @@ def verify_disks(disks: Sequence[Disk], policy: Policy, name: str) -> None:
             _check_deep(disk, disk.path, trusted, name)
 
 
+def require_tops(disks: Sequence[Disk], policy: Policy, name: str) -> None:
+    """Accept disks that nothing is backed by: what a guest writes to one would change what its overlays read.
+
+    Looked for are overlays of any format, in the folders of the chain and in the trusted ones.
+
+    Raises:
+        DomainError: an overlay is backed by a disk, as where a live XML was defined after a snapshot.
+        StillNeeded: a folder cannot be listed.
+    """
+    for disk in disks:
+        if disk.path is None or disk.refusal is not None:
+            continue
+        folders = {disk.path.parent, Path(os.path.realpath(disk.path)).parent, *_folders(disk, policy)}
+        for one in engine.Census.of(folder for folder in folders if folder.is_dir()).dependents([disk.path]):
+            if one.how == "parent":
+                reason = f"disk {disk.target}: {disk.path} backs {one.path}, which would read what the guest writes"
+                raise DomainError(name, f"{reason}: `doctor {name}` says what to do")
+
+
 def vmdk_disks(domain_xml: str, name: str) -> list[Disk]:
     """Return the VMDK disks of the domain.
 
@@ -129,10 +150,13 @@ def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
         extend(policy.deadline)
         text = _read_xml(stdin)
         disks = vmdk_disks(text, name)
-        if policy.verify != "no":
-            verify_disks(disks, policy, name)
-        if policy.revert:
-            _revert(disks, policy, name, text)
+        named = {path.parent for disk in disks if disk.path is not None for path in (disk.path, *disk.backing)}
+        with engine.allowing(*named, below=False):
+            if policy.verify != "no":
+                verify_disks(disks, policy, name)
+                require_tops(disks, policy, name)
+            if policy.revert:
+                _revert(disks, policy, name, text)
 
 
 def _revert(disks: Sequence[Disk], policy: Policy, name: str, domain_xml: str) -> None:
@@ -156,12 +180,13 @@ def _revert(disks: Sequence[Disk], policy: Policy, name: str, domain_xml: str) -
 def _release(path: Path, name: str, stdin: IO[bytes]) -> None:
     with _deadline(policies.DEFAULT_DEADLINE):
         policy = policies.load(path)
-        if not policy.snapshot_after_stop:
+        text = _read_xml(stdin)
+        if not policy.snapshot_after_stop and WAITING not in text:
             return
         import re
 
         # The id tells the run that has ended from a next one. Not worth a parser: libvirt writes it first of all.
-        found = re.search(r"<domain\b[^>]*\bid='(\d+)'", _read_xml(stdin)[:4096])
+        found = re.search(r"<domain\b[^>]*\bid='(\d+)'", text[:4096])
         run = found[1] if found else "-1"
     root = Path(__file__).resolve().parents[2]
     code = f"import sys; sys.path.append({str(root)!r}); from qemu_vmdk_snap.cli.main import main; sys.exit(main())"

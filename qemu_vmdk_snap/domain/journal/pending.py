@@ -38,7 +38,7 @@ class Unfinished:
 
     @property
     def operation(self) -> str:
-        """Return `create`, `revert`, `delete` or `rename`."""
+        """Return `create`, `freeze`, `revert`, `delete` or `rename`."""
         return "unreadable" if self.intent is None else self.intent.operation
 
     @property
@@ -55,6 +55,8 @@ class Unfinished:
         for one in self.intent.work:
             moving = one.get("moving")
             named |= {one.get("frozen"), one.get("child"), *(moving if isinstance(moving, list) else ())}
+        for merge in self.intent.merges:
+            named |= {merge.image, *merge.links}
         return tuple(sorted(Path(name) for name in named if isinstance(name, str)))
 
     def as_dict(self) -> dict[str, object]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import libvirt
 
 STATE_VARIABLE: Final = "QEMU_VMDK_SNAP_STATE"
-OPERATIONS: Final = ("create", "revert", "delete", "rename")
+OPERATIONS: Final = ("create", "freeze", "revert", "delete", "rename")
 _VERSION: Final = 1
 _MAX_BYTES: Final = 64 << 20
 _PATIENCE: Final = 0.3
@@ -53,6 +53,27 @@ class Overlay:
     """The top of the disk before."""
     identity: tuple[int, int] | None = None
     """Device and inode once it is created: another file of that name is not ours. None while it may not exist yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Neighbouring links of a running guest's disk, and the image that takes their place."""
+
+    target: str
+    upper: str
+    """The overlay directly above: the one that the guest writes to, or a frozen one."""
+    links: tuple[str, ...]
+    """The top first. The image takes the name of the first; the others go."""
+    image: str
+    """The name that the image is made under."""
+    below: str | None
+    """What it is backed by; None where it is a base."""
+    size: int
+    """About so many bytes are copied."""
+    doomed: tuple[tuple[str, str, int], ...]
+    """(link, file of it that goes, inode): what else bears the name by then stays."""
+    inode: int | None = None
+    """Of the image once it is made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +96,7 @@ class Intent:
     thaw: bool = False
     """Whether its file systems were to be frozen, so that they must be thawed."""
     operation: str = "create"
-    """`create`, `revert`, `delete` or `rename`."""
+    """`create`, `freeze`, `revert`, `delete` or `rename`."""
     current: str | None = None
     """The current snapshot before; of a rename, afterwards."""
     discard: tuple[str, ...] = ()
@@ -86,11 +107,25 @@ class Intent:
     """Of a delete: what happens to each disk; see `delete.Work`."""
     snapshots: tuple[tuple[str, str], ...] = ()
     """Of a delete: (name, new XML) of the snapshots that stay and name other files afterwards."""
+    merges: tuple[Merge, ...] = ()
+    """Of a delete under a running guest: what is exchanged beneath it."""
+    also: tuple[str, ...] = ()
+    """Of a delete: the snapshots that go with it, in the same step."""
 
     def made(self, path: str, identity: tuple[int, int]) -> Intent:
         """Return the record with the identity of the overlay at `path`."""
         made = tuple(replace(o, identity=identity) if o.path == path else o for o in self.overlays)
         return replace(self, overlays=made)
+
+    def merged(self, image: str, inode: int) -> Intent:
+        """Return the record that knows the new image by its inode."""
+        merges = tuple(replace(one, inode=inode) if one.image == image else one for one in self.merges)
+        return replace(self, merges=merges)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every snapshot that it is about."""
+        return (self.snapshot, *self.also)
 
 
 class IntentStore:
@@ -257,7 +292,7 @@ def _parse(uuid: str, path: Path, record: object) -> Intent:
     if version != _VERSION:
         text = str(version)[:20]
         raise DomainError(uuid, f"the record {path} has version {text}, not {_VERSION}: another version wrote it")
-    intent = fields.read(Intent, record, parts={"Overlay": Overlay})
+    intent = fields.read(Intent, record, parts={"Overlay": Overlay, "Merge": Merge})
     if intent.uuid != uuid:
         raise ValueError(f"it is of domain {intent.uuid[:40]!r}")
     if intent.operation not in OPERATIONS:

@@ -35,6 +35,8 @@ from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.qemu.agent import thaw_left
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.switch import follow_cid, written_files
+from qemu_vmdk_snap.domain.qemu.unused import release_unused
+from qemu_vmdk_snap.domain.registration import register_anew, register_text
 from qemu_vmdk_snap.domain.state import find_snapshot, inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.edits import same_xml, with_disks_back
 from qemu_vmdk_snap.errors import DomainError, LockBusy, VmdkSnapError
@@ -44,8 +46,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-Finisher = Callable[["libvirt.virConnect", "libvirt.virDomain", Intent], None]
-"""Does every step of a recorded operation that is not done yet; it can be called twice."""
+Finisher = Callable[["libvirt.virConnect", "libvirt.virDomain", Intent], bool]
+"""Does every step of a recorded operation that is not done yet; it can be called twice.
+
+False: it had changed nothing that anybody reads, and was taken back.
+"""
 
 FINISHERS: Final[dict[str, tuple[str, str]]] = {
     "delete": ("qemu_vmdk_snap.domain.delete.run", "finish"),
@@ -68,6 +73,8 @@ class Recovery:
     left: tuple[Path, ...] = ()
     """Overlays that were not removed, because they contain data or are not known to be ours."""
     operation: str = "create"
+    also: tuple[str, ...] = ()
+    """Snapshots that were deleted, or are not, in the same step."""
 
     def as_dict(self) -> dict[str, object]:
         """Return it with JSON's own types."""
@@ -92,11 +99,14 @@ def recover(conn: libvirt.virConnect, names: Sequence[str] = ()) -> list[Recover
     failure: VmdkSnapError | OSError | None = None
     for uuid in [uuid_of(conn, store, name) for name in names] if names else store.uuids():
         try:
-            if not store.has(uuid):
+            if not store.has(uuid) and not names:
                 continue
             domain = _lookup(conn, store, uuid)
             with store.locked(uuid, domain.name()):
-                result = recover_domain(conn, domain, store)
+                result = recover_domain(conn, domain, store) if store.has(uuid) else None
+                if names and domain.isActive():
+                    with contextlib.suppress(VmdkSnapError):  # a detached disk that stays open is in nobody's way here
+                        release_unused(Monitor(domain))
         except (VmdkSnapError, OSError) as error:
             failure = failure or error
         else:
@@ -146,6 +156,7 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
     except DomainError as error:
         raise DomainError(name, f"{error.reason}: {abandoning(uri, name)}") from error
     if intent is None:
+        register_anew(domain)  # what an earlier version has registered
         return None
     _log.info(
         "domain %s: the %s of snapshot %r is not finished: finishing or undoing it",
@@ -172,10 +183,8 @@ def _settle(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
     if intent.operation in FINISHERS:
         module, function = FINISHERS[intent.operation]
         finish = cast(Finisher, getattr(importlib.import_module(module), function))
-        finish(conn, domain, intent)
-        if intent.live and intent.resume and domain.isActive():
-            _resume(domain)
-        return Recovery(name, intent.snapshot, finished=True, operation=intent.operation)
+        finished = finish(conn, domain, intent)
+        return Recovery(name, intent.snapshot, finished=finished, operation=intent.operation, also=intent.also)
     with libvirt_errors(name, f"settle its unfinished snapshot {intent.snapshot!r}"):
         if intent.live and domain.isActive() and not _switched(domain, intent):
             _back_to_old(conn, domain, intent)
@@ -195,13 +204,13 @@ def _settle_create(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: 
     name = domain.name()
     if _named(domain, intent):
         _repair_cids(intent)
-        if _registered(domain, intent) is None:
+        if intent.operation == "create" and _registered(domain, intent) is None:
             _register_late(domain, intent)
-        return Recovery(name, intent.snapshot, finished=True)
+        return Recovery(name, intent.snapshot, finished=True, operation=intent.operation)
     if _registered(domain, intent) is not None:
         return Recovery(name, intent.snapshot, finished=True)
     left = overlays.unlink_overlays(conn, domain, intent)
-    return Recovery(name, intent.snapshot, finished=False, left=left)
+    return Recovery(name, intent.snapshot, finished=False, left=left, operation=intent.operation)
 
 
 def _register_late(domain: libvirt.virDomain, intent: Intent) -> None:
@@ -231,9 +240,7 @@ def make_current(domain: libvirt.virDomain, name: str) -> None:
     """Make the snapshot the current one, whose child the next one will be."""
     import libvirt
 
-    text = find_snapshot(domain, name).getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE)
-    flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT
-    domain.snapshotCreateXML(text, flags)
+    register_text(domain, find_snapshot(domain, name).getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE), current=True)
 
 
 def _switched(domain: libvirt.virDomain, intent: Intent) -> bool:
@@ -371,10 +378,7 @@ def _registered(domain: libvirt.virDomain, intent: Intent) -> libvirt.virDomainS
 
 def register(domain: libvirt.virDomain, intent: Intent) -> None:
     """Add the snapshot to libvirt's metadata, as the current one, with the domain as it was before inside."""
-    import libvirt
-
-    flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT
-    domain.snapshotCreateXML(intent.snapshot_xml, flags)
+    register_text(domain, intent.snapshot_xml, current=True)
 
 
 def _forget(snapshot: libvirt.virDomainSnapshot) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
-from qemu_vmdk_snap.domain.doctor import Verdict, check_domain
+from qemu_vmdk_snap.domain.doctor.check import Verdict
+from qemu_vmdk_snap.domain.doctor.domain import check_domain
 from qemu_vmdk_snap.domain.journal.pending import unfinished_of
 from qemu_vmdk_snap.domain.registry import SnapshotInfo, list_snapshots
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver

@@ -143,10 +143,12 @@ class Needed:
         orphans: Given,
         *,
         settled: Callable[[Holder, Walk], bool] = lambda *_: False,
+        apart: Callable[[Holder], bool] = lambda _: False,
     ) -> Iterator[tuple[Path | str, str]]:
         """Yield who of the holders needs one of the files, or may: (who, the end of the sentence).
 
-        `settled` returns whether the operation handles a chain that has one of them.
+        `settled` returns whether the operation handles a chain that has one of them. `apart` says of a chain
+        whose files cannot all be looked at whether it can have nothing to do with them.
         """
         wanted = {one for path in files if (one := identity_if_known(path)) is not None}
         for holder in holders:
@@ -156,7 +158,7 @@ class Needed:
             if at is not None:
                 if not any(map(orphans.has, walk.files[: at + 1])) and not settled(holder, walk):
                     yield holder.owner, _how(holder, top, walk.files[at])
-            elif walk.unseen is None or _is_past(holder, top):
+            elif walk.unseen is None or _is_past(holder, top) or apart(holder):
                 continue
             elif not (top and orphans.has(top)) and not orphans.has(walk.unseen[0]):
                 path, reason = walk.unseen

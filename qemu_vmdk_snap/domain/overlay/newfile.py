@@ -29,21 +29,35 @@ def make_overlay(domain: str, disk: PlannedDisk) -> tuple[int, int]:
         FileExistsError: the name exists.
     """
     engine.create_overlay(disk.overlay, disk.frozen, mode=0o600)
+    # An overlay exists to be written, also on a base that was made read-only to protect it.
+    made = _follow(domain, disk.frozen, disk.overlay, stat.S_IWUSR)
+    return made.st_dev, made.st_ino
+
+
+def like(domain: str, model: Path, image: Path) -> int:
+    """Give the new image owner, mode, ACL and label of another one, durably; return its inode.
+
+    Raises:
+        DomainError: it cannot be given the owner or the label; no file is left.
+    """
+    return _follow(domain, model, image, 0).st_ino
+
+
+def _follow(domain: str, model: Path, image: Path, mode: int) -> os.stat_result:
     try:
         with contextlib.ExitStack() as stack:
-            source = _opened(disk.frozen, os.O_RDONLY, stack)
-            fd = _opened(disk.overlay, os.O_RDWR | os.O_NOFOLLOW, stack)
+            base = _opened(model, os.O_RDONLY, stack)
+            fd = _opened(image, os.O_RDWR | os.O_NOFOLLOW, stack)
             made = os.fstat(fd)
             try:
-                # An overlay exists to be written, also on a base that was made read-only to protect it.
-                engine.copy_attributes(source, fd, names=_FOLLOWED, mode=stat.S_IWUSR)
+                engine.copy_attributes(base, fd, names=_FOLLOWED, mode=mode)
             except OSError as error:
-                raise DomainError(domain, f"{disk.overlay}: {error.strerror}") from error
+                raise DomainError(domain, f"{image}: {error.strerror}") from error
             os.fsync(fd)
     except BaseException:
-        disk.overlay.unlink()
+        image.unlink()
         raise
-    return made.st_dev, made.st_ino
+    return made
 
 
 def _opened(path: Path, flags: int, stack: contextlib.ExitStack) -> int:

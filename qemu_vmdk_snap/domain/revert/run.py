@@ -34,9 +34,9 @@ from qemu_vmdk_snap.domain.overlay.newfile import make_overlay, refresh_pools
 from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.depth import check_depth
 from qemu_vmdk_snap.domain.revert.apart import replaced_by, with_disks_of_today
-from qemu_vmdk_snap.domain.state import check_state, find_snapshot, inactive_xml, volume_resolver
+from qemu_vmdk_snap.domain.state import check_state, find_snapshot, inactive_xml, lenient, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches, with_kept_branches
-from qemu_vmdk_snap.domain.xml.named import frozen_files
+from qemu_vmdk_snap.domain.xml.named import folders_named, frozen_files
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -174,6 +174,8 @@ def make_plan(
     now = _Now.read(domain, name)
     volume_path = volume_resolver(conn, domain.name())
     saved = xml.parse_snapshot(now.target, volume_path)
+    texts = (now.old_xml, now.target, *now.snapshots.values())
+    held.enter_context(engine.allowing(*folders_named(lenient(volume_path), *texts), below=False))
     taken = set().union(*(xml.files_in(one) for one in (now.old_xml, *now.snapshots.values())), pending_overlays(store))
     needed = Needed.read(conn, domain)
     frozen = _frozen_disks(domain.name(), saved)

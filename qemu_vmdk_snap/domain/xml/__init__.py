@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
-from xml.parsers import expat
 
+from qemu_vmdk_snap.domain.xml.form import domain_out_of_form
+from qemu_vmdk_snap.domain.xml.splice import spans as spans
+from qemu_vmdk_snap.domain.xml.splice import spliced
 from qemu_vmdk_snap.errors import DomainError
 
 VolumePath = Callable[[str, str], Path]
@@ -49,6 +51,8 @@ class SnapshotDisk:
     """The file that the domain had when the snapshot was made."""
     backing: tuple[Path, ...] = ()
     """The files below the frozen one, as far as the domain's XML spelt them out."""
+    format: str | None = field(default=None, compare=False)
+    """Of the overlay, as the XML says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +135,7 @@ def relink(text: str, change: Callable[[Sequence[Path]], Sequence[Path]]) -> str
         ["domainsnapshot", "inactiveDomain", "devices", "disk"],
         ["domainsnapshot", "disks", "disk"],
     ):
-        pieces, last = [], 0
-        for start, end in spans(raw, path):
-            element = ET.fromstring(raw[start:end])
-            if _relinked(element, change):
-                element.tail = None
-                pieces += [raw[last:start], ET.tostring(element, encoding="unicode").encode()]
-                last = end
-        raw = b"".join([*pieces, raw[last:]])
+        raw = spliced(raw, spans(raw, path), lambda element: _relinked(element, change))
     return raw.decode()
 
 
@@ -262,7 +259,9 @@ def parse_snapshot(text: str, volume_path: VolumePath | None = None) -> Snapshot
 
 
 def domain_of(snapshot_text: str) -> str:
-    """Return the XML of the domain inside that of a snapshot, byte for byte; the persistent one, if both are there.
+    """Return the XML of the domain inside that of a snapshot; the persistent one, if both are there.
+
+    It is byte for byte what was registered, but for the disks that took part: they are files again (see `form`).
 
     Raises:
         KeyError: there is none.
@@ -271,7 +270,7 @@ def domain_of(snapshot_text: str) -> str:
     found = spans(raw, ["domainsnapshot", "inactiveDomain"]) or spans(raw, ["domainsnapshot", "domain"])
     if not found:
         raise KeyError("domain")
-    text = raw[slice(*found[0])].decode()
+    text = domain_out_of_form(raw[slice(*found[0])], raw).decode()
     if text.startswith("<inactiveDomain"):
         text = "<domain" + text.removeprefix("<inactiveDomain").removesuffix("</inactiveDomain>") + "</domain>"
     return text
@@ -346,37 +345,6 @@ def _disk_spans(raw: bytes) -> list[tuple[int, int]]:
     return spans(raw, ["domain", "devices", "disk"])
 
 
-def spans(raw: bytes, wanted: list[str]) -> list[tuple[int, int]]:
-    """Return where in the text each element of the path `wanted` begins and ends."""
-    path: list[str] = []
-    starts: list[int] = []
-    found: list[tuple[int, int]] = []
-    parser = expat.ParserCreate()
-
-    def start(name: str, _attributes: dict[str, str]) -> None:
-        path.append(name)
-        if path == wanted:
-            starts.append(parser.CurrentByteIndex)
-
-    def end(_name: str) -> None:
-        if path == wanted:
-            at = parser.CurrentByteIndex
-            # Of `<disk>...</disk>` that is where the end tag begins; of `<disk/>` where it begins, or where it ends.
-            if raw[at:].startswith(f"</{path[-1]}".encode()):
-                at = raw.index(b">", at) + 1
-            elif at == starts[-1]:
-                at = raw.index(b"/>", at) + 2
-            found.append((starts[-1], at))
-        path.pop()
-
-    parser.StartElementHandler, parser.EndElementHandler = start, end
-    try:
-        parser.Parse(raw, True)
-    except expat.ExpatError as error:
-        raise DomainError("XML", f"cannot be read: {error}") from error
-    return found
-
-
 def _stacked(element: ET.Element, top: NewTop, before: bytes) -> bytes:
     """Return the `<disk>` element with the new top, indented as the text before it."""
     source = element.find("source")
@@ -418,4 +386,8 @@ def _chain_element(chain: Sequence[Path]) -> ET.Element:
 def _snapshot_disk(element: ET.Element, frozen: Mapping[str, tuple[Path | None, tuple[Path, ...]]]) -> SnapshotDisk:
     target, mode = element.get("name", ""), element.get("snapshot", "external")
     name = _named_by(element.find("source"))
-    return SnapshotDisk(target, mode, Path(name) if name else None, *frozen.get(target, (None, ())))
+    driver = element.find("driver")
+    overlay_format = None if driver is None else driver.get("type")
+    return SnapshotDisk(
+        target, mode, Path(name) if name else None, *frozen.get(target, (None, ())), format=overlay_format
+    )

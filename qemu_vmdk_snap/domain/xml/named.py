@@ -61,6 +61,12 @@ def frozen_files(snapshot_text: str, volume_path: VolumePath) -> list[Path]:
     ]
 
 
+def folders_named(volume_path: VolumePath, *texts: str) -> list[Path]:
+    """Return the folders of all files that these XML texts name: who wrote them allows parents to lie there."""
+    chains = [chain for text in texts for chain in named_chains(text, volume_path)]
+    return sorted({file.path.parent for chain in chains for file in chain.files if file.path.is_absolute()})
+
+
 def source_path(source: ET.Element, volume_path: VolumePath) -> Path | None:
     """Return the file or device that a `<source>` names; None where it names none.
 

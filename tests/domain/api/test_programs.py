@@ -138,7 +138,8 @@ def test_another_command_at_work_is_locked(lab: Lab, domain: str, capsys: pytest
 def test_all_domains_and_one_that_is_broken(
     lab: Lab, domain: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qemu_vmdk_snap.domain import doctor, registry
+    from qemu_vmdk_snap.domain import registry
+    from qemu_vmdk_snap.domain.doctor import domain as doctor
 
     create_snapshot(lab.conn, domain, "s1")
     other: str = lab.define(lab.disk("c")).name()

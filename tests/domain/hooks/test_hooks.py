@@ -108,6 +108,24 @@ def test_a_whole_chain_starts(host: Host) -> None:
         assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.needs("qemu-img")
+@pytest.mark.parametrize("kind", ["vmdk", "qcow2"])
+def test_a_top_with_an_overlay_on_it_is_not_started(host: Host, kind: str) -> None:
+    """As after `dumpxml` of a running domain and `define`: the guest would write into a frozen file."""
+    above = host.images / "a-000002.x"
+    if kind == "vmdk":
+        create_overlay(above, host.overlay, durable=False)
+    else:
+        words = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(host.overlay), "-F", "vmdk", str(above)]
+        subprocess.run(words, check=True)
+    host.policy('verify = "chain"')
+    done = host.call("d1", *START)
+    assert done.returncode == 1
+    assert f"{host.overlay} backs {above}, which would read what the guest writes: `doctor d1` says" in done.stderr
+    above.unlink()
+    assert host.call("d1", *START).returncode == 0
+
+
 def remove_base(host: Host) -> None:
     host.base.unlink()
 

@@ -15,7 +15,7 @@ from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.domain.create import run as create_run
 from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.delete import run as delete_run
-from qemu_vmdk_snap.domain.doctor import check_domain
+from qemu_vmdk_snap.domain.doctor.domain import check_domain
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.registry import list_snapshots
 from tests.domain.lab import Lab, contents, xml_of

@@ -55,6 +55,8 @@ def _fields(snapshot: SnapshotInfo) -> dict[str, object]:
         "Descendants": snapshot.descendants,
         "Metadata": "yes",
     }
+    if snapshot.foreign:
+        fields["Foreign"] = f"{snapshot.foreign}: virsh reverts to it and deletes it"
     if snapshot.description:
         fields["Description"] = " ".join(snapshot.description.split())
     return fields

@@ -108,6 +108,8 @@ def _wanted(snapshots: Sequence[SnapshotInfo], args: argparse.Namespace) -> list
 def _table(snapshots: Sequence[SnapshotInfo], ui: Ui, *, with_parent: bool, with_sizes: bool) -> None:
     header = ["Name", "Creation Time", "State", *(["Parent"] if with_parent else [])]
     header += ["Frozen", "Depth"] if with_sizes else []
+    with_foreign = any(snapshot.foreign for snapshot in snapshots)
+    header += ["Foreign"] if with_foreign else []
     rows = []
     for snapshot in snapshots:
         created = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(snapshot.creation_time))
@@ -116,4 +118,5 @@ def _table(snapshots: Sequence[SnapshotInfo], ui: Ui, *, with_parent: bool, with
             frozen = [disk.frozen_bytes for disk in snapshot.disks if disk.frozen_bytes is not None]
             depths = [disk.depth for disk in snapshot.disks if disk.depth is not None]
             rows[-1] += [format_size(sum(frozen)) if frozen else "-", str(max(depths)) if depths else "-"]
+        rows[-1] += [snapshot.foreign or ""] if with_foreign else []
     ui.table(header, rows)
