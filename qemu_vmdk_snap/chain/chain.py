@@ -121,7 +121,7 @@ class Chain:
         last: Row | None = None
         for table in self.tables(offset, length):
             rows = table.rows()
-            if last is not None:  # within a table all that goes on is joined already
+            if last is not None:  # neighbours within a table are joined already
                 if _continues(last, rows[0]):
                     rows[0] = last._replace(length=last.length + rows[0].length)
                 else:

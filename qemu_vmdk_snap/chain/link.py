@@ -193,7 +193,7 @@ def read_descriptor(file: BlockFile) -> tuple[Descriptor, bool]:
     head = file.read_at(0, SECTOR_SIZE)
     if head[:4] == MAGIC:
         header = SparseExtentHeader.parse(head, path=path)
-        check_header(header, path, file.size(), tolerant=True)  # whoever writes needs more: the extent tells
+        check_header(header, path, file.size(), tolerant=True)  # writers need more checks: those of the extent
         if not header.descriptor_offset:
             raise Unsupported(path, "has no descriptor: it is an extent; open the descriptor file that names it")
         base, size = sector_bytes(header.descriptor_offset), sector_bytes(header.descriptor_size)
@@ -321,7 +321,11 @@ def _refuse_writing_legacy(file: BlockFile, writable: bool) -> None:
 
 def _checked_extents(descriptor: Descriptor, embedded: bool) -> tuple[ExtentLine, ...]:
     path, lines = descriptor.path, descriptor.extents
-    _ = descriptor.cid, descriptor.parent_cid, descriptor.create_type  # a link without these is refused here, by name
+    _ = (
+        descriptor.cid,
+        descriptor.parent_cid,
+        descriptor.create_type,
+    )  # an extent without these is refused here, by name
     if not lines or not descriptor.sectors:
         raise FormatError(path, descriptor.base, "extents", len(lines), "must give the disk at least one sector")
     if descriptor.sectors >= _MAX_SECTORS:

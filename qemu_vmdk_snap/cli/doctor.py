@@ -1,4 +1,4 @@
-"""`doctor`: tell what is wrong with this host, or with one domain; repair that, remove or adopt what nobody names."""
+"""`doctor`: check this host, or one domain; repair it, remove or adopt orphans."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_all(parser)
     add_allow_dir(parser)
     parser.add_argument(
-        "--repair", action="store_true", help="relink CIDs, spell out chains, register snapshots anew: what is found"
+        "--repair",
+        action="store_true",
+        help="repair what is found: relink CIDs, complete chains in the XML, register snapshots again",
     )
     parser.add_argument("--remove", action="store_true", help="remove orphaned overlays that store nothing")
     parser.add_argument(

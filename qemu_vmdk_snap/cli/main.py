@@ -76,10 +76,10 @@ def _main(words: list[str]) -> int:
     command, prog, rest = _find(words)
     if command is None:
         return _show_help(words)
-    # Importing NumPy starts a thread of its linear algebra for each core; nothing here multiplies matrices.
+    # Importing NumPy starts a thread for linear algebra on each core; nothing here needs them.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     module = cast(CommandModule, importlib.import_module(command.module))
-    # How wide a terminal is matters to those alone who ask for help; finding out takes 4 ms of imports.
+    # The width of the terminal matters only for help; finding it takes 4 ms of imports.
     parser = make_parser(module, command, prog, width=None if _HELP & set(rest) else _ANY_WIDTH)
     try:
         args = parser.parse_args(rest)
@@ -151,7 +151,7 @@ def _cancel_on_signals() -> None:
         raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # not where somebody (nohup) wants it ignored
+        if signal.getsignal(number) is signal.SIG_DFL:  # not if it is ignored (nohup)
             signal.signal(number, cancel)
 
 
@@ -183,7 +183,7 @@ def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
             status = module.run(args, ui) or 0
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): nothing to tell, and nothing more to flush at exit.
+        # The reader of our output is gone (`| head`): nothing to report, and nothing more to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (VmdkSnapError, OSError) as error:

@@ -80,7 +80,7 @@ def open_connection(uri: str | None = None) -> libvirt.virConnect:
         raise PluginError(f"libvirt {uri or 'default connection'}", _message(error)) from error
     if root is not None:
         if not _embedded:
-            atexit.register(_embedded.clear)  # while the binding can still close it: later it would complain
+            atexit.register(_embedded.clear)  # while the binding can still close it: later it would print an error
         _embedded[root] = conn
     try:
         _refuse_remote(conn.getURI())

@@ -58,7 +58,7 @@ class _Call:
         """Run one executable; return None if it succeeds, else the failure in one line."""
         _log.info("drop-in %s: %s %s of domain %s", path, phase, self.operation, self.domain)
         words = {"phase": phase, "operation": self.operation, "domain": self.domain, **outcome, "plan": self.plan}
-        # Files, not pipes: whoever does not read, or leaves a process behind, holds up nobody.
+        # Files, not pipes: an executable that does not read, or leaves a process running, does not block us.
         with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as said:
             told.write(json.dumps(words, default=str).encode() + b"\n")
             told.seek(0)

@@ -93,7 +93,7 @@ def rename(conn: libvirt.virConnect, domain_name: str, snapshot: str, name: str)
 def finish_rename(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> bool:
     """Do every step of a rename, also if some are done already; what was edited or deleted meanwhile stays so.
 
-    Returns True: it is never taken back.
+    Returns True: it is never undone.
 
     Raises:
         DomainError: another snapshot has the new name now, or libvirt refuses; the record must stay.

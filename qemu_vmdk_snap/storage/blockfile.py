@@ -213,7 +213,7 @@ class PosixFile:
     def discard_range(self, offset: int, length: int) -> bool:
         """Punch a hole; return False where the file system has none."""
         failed = errno.EINTR if length else 0
-        while failed == errno.EINTR:  # what goes past Python is not repeated by it
+        while failed == errno.EINTR:  # unlike os functions, not repeated by Python when interrupted
             failed = _fallocate_function()(self._fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
         if failed in _NOT_OFFERED or failed == errno.EOPNOTSUPP:
             return False
@@ -237,7 +237,7 @@ class PosixFile:
             if error.errno == errno.ENXIO:
                 return self.size()
             if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-                return unknown  # no hole information here: anything may be data
+                return unknown  # no information about holes: anything may be data
             raise
 
     def fileno(self) -> int:
@@ -259,7 +259,7 @@ def _sync_file_range(fd: int, offset: int, length: int, flags: int) -> int:
 
 @functools.cache
 def _sync_function() -> Callable[[int, int, int, int], int]:
-    import ctypes  # needed only by those who copy much
+    import ctypes  # needed only for large copies
 
     function = ctypes.CDLL(None, use_errno=True).sync_file_range
     function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]

@@ -54,7 +54,7 @@ def working_in(folder: Path) -> Iterator[None]:
     try:
         end = time.monotonic() + _SWEEP_SECONDS
         while fd >= 0 and not _flocked(fd, fcntl.LOCK_SH) and time.monotonic() < end:
-            time.sleep(0.01)  # a sweep lasts no longer; whoever else holds the folder is not waited for
+            time.sleep(0.01)  # a sweep is shorter; any other lock on the folder is not waited for
         yield
     finally:
         if fd >= 0:
@@ -156,7 +156,7 @@ class NewFiles:
         if path.parent not in self._folders:  # once a folder: a split disk has thousands of files in one
             self._held.enter_context(working_in(path.parent))
             self._folders.add(path.parent)
-        self._held.callback(_discard, temporary)  # before it is there: an interruption may come as soon as it is
+        self._held.callback(_discard, temporary)  # before it exists: an interruption may come directly after
         try:
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         except OSError as error:
@@ -169,7 +169,7 @@ class NewFiles:
 
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, *rest: object) -> None:
         """Link the files under their names, or remove every trace of them."""
-        if isinstance(exc, OSError):  # the user knows the names to come, not those of today
+        if isinstance(exc, OSError):  # the user knows the final names, not the temporary ones
             names = {str(file.path): str(path) for file, path in self._pending}
             exc.filename = names.get(exc.filename, exc.filename)
         try:
@@ -275,9 +275,9 @@ def publish(temporary: Path, path: Path, *, parts: Sequence[Path] = (), durable:
 
 
 def link_over(file: Path, path: Path) -> None:
-    """Let the complete file `file` bear the name `path` as well, in one step and durably, over what bears it now.
+    """Give the complete file `file` the name `path` as well, in one step and durably, replacing the file of that name.
 
-    Done again after an interruption it ends what was begun. Where there are no hard links it loses its first name.
+    If it is repeated after an interruption, it finishes. Without hard links the file loses its first name.
     """
     inode = file.stat().st_ino
     temporary = path.with_name(f".{path.name[:_NAME_LENGTH]}.{inode & 0xFFFF_FFFF_FFFF:012x}{_TEMPORARY}")
@@ -317,7 +317,7 @@ class Replacement(PosixFile):
 def replacing(path: Path, mode: int = 0o600) -> Iterator[Replacement]:
     """Give a new empty file that takes the name `path` in one step, durably: a reader sees the old content or the new.
 
-    When the block raises, or gives the file up, `path` is as it was. Killed at any point nothing half-written bears the
+    When the block raises, or gives the file up, `path` is as it was. After a kill, no incomplete file has the
     name; a file left under a hidden name is removed by a later sweep.
     """
     temporary = temporary_name(path)

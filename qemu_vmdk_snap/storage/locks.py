@@ -47,7 +47,7 @@ def lock_image(fd: int, path: Path, *, writable: bool, share_writes: bool = Fals
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise LockBusy(path, "image") from error
         raise
-    # First take, then check: two that start together may both give way, but never both go on.
+    # First lock, then check: of two that start together both may fail, but never both succeed.
     for n in used:
         _check(fd, path, _UNSHARED + n, n)
     for n in unshared:

@@ -29,7 +29,7 @@ def open_locked(path: Path, opener: FileOpener, *, writable: bool, share_writes:
         file = opener(path, writable)
         try:
             descriptor = file.fileno()
-            if descriptor is None:  # a disk that a test put under the engine: nobody else can have it
+            if descriptor is None:  # a disk that a test put under the engine: no other user exists
                 return file
             lock_image(descriptor, path, writable=writable, share_writes=share_writes)
             if identity_of(path) == identity_of_open(descriptor):

@@ -105,7 +105,7 @@ class Operation:
         """
         with contextlib.ExitStack() as stack:
             for pointer in self._pointers():
-                stack.enter_context(working_in(pointer.parent))  # nobody sweeps it before it leads anywhere
+                stack.enter_context(working_in(pointer.parent))  # not swept before it leads anywhere
                 see = os.path.relpath(self.path, pointer.parent)
                 os.close(_store(pointer, {"version": _VERSION, "see": see}))
             self.hold.take(_store(self.path, _as_json(self)))
@@ -144,7 +144,7 @@ class Operation:
         folders = {image.parent for image in self.images} - {self.image.parent}
         if not folders:
             return []
-        import hashlib  # seldom needed
+        import hashlib  # rarely needed
 
         token = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]
         return sorted(folder / f".{_stem(self.image)}.{token}{SUFFIX}" for folder in folders if folder.is_dir())
@@ -238,7 +238,7 @@ def taking_over(pending: Pending, *, allowed: Sequence[Path | str] = ()) -> Iter
         except BlockingIOError as error:
             raise LockBusy(pending.path, "record") from error
         except OSError:
-            pass  # a file system without such locks: the locks of the images must do
+            pass  # a file system without such locks: the image locks are enough
         if identity_of(pending.path) != identity_of_open(fd):
             yield None
             return
@@ -316,7 +316,7 @@ def _stem(image: Path) -> str:
     raw = os.fsencode(image.name)
     if len(raw) <= _MAX_STEM:
         return image.name
-    import hashlib  # seldom needed
+    import hashlib  # rarely needed
 
     return f"{os.fsdecode(raw[: _MAX_STEM - 17])}~{hashlib.sha256(raw).hexdigest()[:16]}"
 
@@ -398,12 +398,12 @@ def _look(found_as: Path, allowed: Sequence[Path | str]) -> Pending | None:
         if "see" in record:
             path = Path(os.path.normpath(path.parent / _text(record["see"])))
             if not os.path.lexists(path):
-                return None  # the operation ended before its pointers went, or never began
+                return None  # the operation ended before its pointers were removed, or never began
             record = _load(path)
         path = _absolute(path)
         operation, misfit = _parse(record, path, [found_as.parent, *allowed])
     except FileNotFoundError:
-        return None  # it ended this moment
+        return None  # it has just ended
     except CorruptChain as error:
         return Pending(path, None, error, found_as)
     except OSError as error:

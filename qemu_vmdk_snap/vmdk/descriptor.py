@@ -238,7 +238,7 @@ def _codec_of(raw: bytes, path: Path, base: int) -> str:
     name = found[1].decode("ascii", "replace")
     codec = _CODECS.get(name.lower().replace("_", "-"))
     if codec is None and raw.isascii():
-        return "ascii"  # QEMU and others never look at the name, and nothing here hangs on it
+        return "ascii"  # QEMU and others never read the name, and nothing here depends on it
     if codec is None:
         rule = "must be UTF-8 or an encoding of Windows or Unix that iconv knows, such as windows-1252, GBK or KOI8-R"
         raise FormatError(path, base + found.start(1), "encoding", name, rule)

@@ -209,7 +209,7 @@ def _backing(text: str, role: Role) -> list[Reference]:
     if "://" in text:
         return []  # served by a host, not a file here
     plain = text.removeprefix("file:")
-    # What stands before a colon is a protocol to QEMU; it may be a file's name all the same.
+    # QEMU takes text before a colon for a protocol; it may be part of a file name nevertheless.
     return [Reference(role, tuple(dict.fromkeys((plain, text))))]
 
 

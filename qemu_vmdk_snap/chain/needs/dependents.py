@@ -283,7 +283,7 @@ def _look_at(entry: os.DirEntry[str], seen: dict[Identity, Claims]) -> _File | N
     try:
         descriptor = os.open(entry.path, _OPEN)
     except FileNotFoundError:
-        return None  # it went this moment
+        return None  # it has just been removed
     except OSError as error:
         return _unseen(path, identity, error)
     try:

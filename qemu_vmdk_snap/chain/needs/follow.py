@@ -50,7 +50,7 @@ def follow(path: Path | str) -> Followed:
             problem = problem or (here, f"cannot be read ({error.strerror})")
             continue
         if is_extent and claims.blank:
-            continue  # the descriptor that led here has said what it needs
+            continue  # the descriptor that names it says what it needs
         below, lost = _below(here, claims)
         queue += below
         problem = problem or (None if lost is None else (here, lost))

@@ -53,9 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
     add_progress(parser)
     add_allow_dir(parser)
-    parser.add_argument(
-        "filename", type=Path, metavar="IMAGE|DOMAIN", help="an image; or what is no file, a domain's name"
-    )
+    parser.add_argument("filename", type=Path, metavar="IMAGE|DOMAIN", help="an image, or the name of a domain")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int:
@@ -157,7 +155,7 @@ def _expect(
     try:
         pattern = re.compile(args.expect.encode())
     except re.error as error:
-        raise InvalidRequest("--expect", f"{args.expect!r} is no regular expression: {error}") from None
+        raise InvalidRequest("--expect", f"{args.expect!r} is not a regular expression: {error}") from None
     if not about:
         read_links(image, trusted_dirs=args.allow_dir)
     with boot(

@@ -1,6 +1,6 @@
 """`image check`: exit status 0 where nothing is wrong, 2 for corruptions, 3 for leaked grains alone.
 
-1 says that something could not be checked, and that nothing is known to be corrupt.
+1: something could not be checked, and no corruption was found.
 """
 
 from __future__ import annotations

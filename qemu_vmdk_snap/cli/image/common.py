@@ -44,7 +44,7 @@ def add_allow_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def add_orphan(parser: argparse.ArgumentParser) -> None:
-    """Add `--orphan`, which gives up a file that needs the image."""
+    """Add `--orphan`, which ignores a file that needs the image."""
     parser.add_argument(
         "--orphan",
         action="append",
@@ -72,7 +72,7 @@ def need_vmdk(path: Path | str, image_format: str) -> None:
 
 
 def as_seen_from(image: Path, name: str | Path) -> Path:
-    """Return the file that the backing file `name` of `image` is: its folder counts, not ours, as for qemu-img."""
+    """Return the path of the backing file `name`: relative to the folder of `image`, as for qemu-img."""
     return image.parent / name
 
 
@@ -105,7 +105,7 @@ def split_options(words: list[str]) -> dict[str, str]:
 
 
 def as_bool(name: str, value: str) -> bool:
-    """Return what an on/off option says."""
+    """Return the value of an on/off option."""
     if value not in ("on", "off", "yes", "no", "true", "false"):
         raise InvalidRequest(f"-o {name}", f"{value!r} must be on or off")
     return value in ("on", "yes", "true")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.ops.make.create import ImageOptions
 
 CACHE_MODES: Final = ("none", "writeback", "unsafe", "directsync", "writethrough")
-"""qemu-img's; how a page cache is gone round is all the same to the result, so only `unsafe` means something here."""
+"""qemu-img's; the others differ only in the use of the page cache, so only `unsafe` has an effect here."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

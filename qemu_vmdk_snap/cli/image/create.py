@@ -1,4 +1,4 @@
-"""`image create`: an empty image, or an overlay on another."""
+"""`image create`: create an empty image, or an overlay on another one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int | None:
-    """Make the image and say what was made, as qemu-img does."""
+    """Create the image and print what was created, as qemu-img does."""
     words = split_options(args.options)
     if "help" in words or "?" in words:
         return _list_options(ui)
@@ -85,13 +85,13 @@ def parse_options(words: dict[str, str]) -> ImageOptions:
     """Return the options of an image without a base, of which `-o` words name some.
 
     Raises:
-        InvalidRequest: an unknown name, a value that cannot be, or an option that the kind has no use for.
+        InvalidRequest: an unknown name, an invalid value, or an option that does not apply to the kind.
     """
     return ImageOptions(**_named_options(words))
 
 
 def overlay_options(words: dict[str, str], base: Path) -> ImageOptions | None:
-    """Return what an overlay on `base` inherits with what `-o` words name in its place; None where they name nothing.
+    """Return the options that an overlay on `base` inherits, changed by the `-o` words; None where there are none.
 
     Raises:
         InvalidRequest: as `parse_options`.
@@ -123,7 +123,7 @@ def _named_options(words: dict[str, str]) -> dict[str, Any]:
 
 
 def _refuse_idle(named: dict[str, Any]) -> None:
-    """Refuse an option that says nothing to the kind, rather than leave it out without a word."""
+    """Refuse an option that does not apply to the kind, instead of ignoring it silently."""
     subformat = named.get("subformat", ImageOptions().subformat)
     kind = KINDS.get(subformat)
     if kind is None or kind.extent_type == "SPARSE":
@@ -142,7 +142,7 @@ def _size(text: str) -> int:
 
 
 def _warn_if_written(base: Path, ui: Ui) -> None:
-    """Say so where a base has a writer: its next change of the CID makes the overlay unreadable, as it should be."""
+    """Warn if the base is open for writing: its next change of the CID makes the overlay invalid."""
     from qemu_vmdk_snap.errors import LockBusy
     from qemu_vmdk_snap.storage.blockfile import PosixFile
     from qemu_vmdk_snap.storage.locks import lock_image
@@ -157,7 +157,7 @@ def _warn_if_written(base: Path, ui: Ui) -> None:
 
 
 def _warn_if_outside(overlay: Path, base: Path, ui: Ui) -> None:
-    """Say so where the new overlay cannot be opened without a word about its base's folder."""
+    """Warn if the new overlay cannot be opened without `--allow-dir`."""
     folder = base.resolve().parent
     if folder != overlay.parent.resolve():
         ui.warn(f"{base} is outside the folder of {overlay}: opening the overlay needs --allow-dir {folder}")

@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
-    """Show the changes, or write them down."""
+    """Show the changes, or write them to a delta."""
     from qemu_vmdk_snap.chain.chain import open_chain
     from qemu_vmdk_snap.ops.copy.diff import changes, depth_of, make_delta
 

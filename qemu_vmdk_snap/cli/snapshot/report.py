@@ -50,7 +50,7 @@ def disk_lines(disks: Iterable[PlannedDisk]) -> list[str]:
 
 
 def pause_line(pause: Pause) -> str:
-    """Return how a running guest was held up."""
+    """Return how long a running guest was stopped."""
     parts = [f"disk requests waited {pause.stalled:.1f} ms"]
     if pause.stopped is not None:
         parts.append(f"its CPUs were stopped for {pause.stopped:.1f} ms")

@@ -227,7 +227,7 @@ def settle_orphans(
         remove_orphan(conn, domain, path, with_data=True, orphans=orphans)
         done.append(Settled(path, None))
     if remove:
-        for orphan in reversed(find_orphans(conn, domain)):  # an orphan goes before the one that it stands on
+        for orphan in reversed(find_orphans(conn, domain)):  # an orphan is removed before the one that backs it
             if orphan.empty:
                 remove_orphan(conn, domain, orphan.path, orphans=orphans)
                 done.append(Settled(orphan.path, None))
@@ -305,7 +305,7 @@ def _from_vmsd(registry: _Registry, vmsd: Vmsd, passed: list[tuple[str, str]]) -
                 reason = "is registered already"
         parent = parents.get(snapshot.parent, snapshot.parent)
         if not frozen:
-            parents[snapshot.uid] = parent  # whoever stands on it stands on its parent now
+            parents[snapshot.uid] = parent  # its children have its parent now
             passed.append((snapshot.name, reason))
             continue
         time = snapshot.creation_time or max(map(_written, frozen.values()))
@@ -450,7 +450,7 @@ def _reparent(registry: _Registry) -> None:
         try:
             parent = _parent_by_files(registry, wish)
         except (VmdkSnapError, OSError):
-            continue  # its files are gone or broken: where it stands cannot be told
+            continue  # its files are gone or broken: its parent is unknown
         if parent is None:
             continue
         with libvirt_errors(registry.domain.name(), f"make {parent!r} the parent of the snapshot {snapshot.name!r}"):

@@ -141,7 +141,7 @@ def _header(
     name = naming.default_snapshot_name(snapshots) if request.name is None else request.name
     naming.check_snapshot_name(name)
     naming.check_description(request.description or "")
-    if name in snapshots:  # libvirt would replace it without a word
+    if name in snapshots:  # libvirt would replace it silently
         raise SnapshotExists(domain, f"has a snapshot {name!r} already", snapshot=name)
     created = int(naming.default_snapshot_name())
     return xml.SnapshotXml(name, "disk-snapshot" if live else "shutoff", created, request.description, parent)

@@ -137,7 +137,7 @@ def _makes_stale(domain: libvirt.virDomain, plan: Plan) -> bool:
 
 
 def _release(domain: libvirt.virDomain) -> None:
-    """Close what `virsh detach-disk` has left open of earlier snapshots; if QEMU does not, that is in nobody's way."""
+    """Close what `virsh detach-disk` has left open of earlier snapshots; it does not matter if QEMU refuses."""
     with contextlib.suppress(VmdkSnapError):
         release_unused(Monitor(domain))
 
@@ -145,9 +145,9 @@ def _release(domain: libvirt.virDomain) -> None:
 def freeze_tops(
     conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, targets: Sequence[str], snapshot: str
 ) -> Pause | None:
-    """Let a running guest go on in new overlays on these disks, without a snapshot: what it wrote is frozen then.
+    """Switch a running guest to new overlays on these disks, without a snapshot: what it wrote is then frozen.
 
-    The caller holds the domain's lock; `snapshot` is the one that this is done for. Returns how the guest was held up.
+    The caller holds the domain's lock; `snapshot` is the reason. Returns how long the guest was stopped.
 
     Raises:
         VmdkSnapError, OSError: see `create_snapshot`.

@@ -25,8 +25,8 @@ def check_work(domain: str, works: Sequence[Work], folders: Collection[Path]) ->
     """Accept work that nothing known stands in the way of; nothing is changed, and no lock is kept.
 
     Raises:
-        LockBusy: somebody has an image open that is written, moved or deleted: a guest, perhaps of another host.
-        CidMismatch, CorruptChain, FormatError, Unsupported: a chain does not hold together, or waits for `recover`.
+        LockBusy: an image that is written, moved or deleted is open: a guest, perhaps of another host.
+        CidMismatch, CorruptChain, FormatError, Unsupported: a chain is broken, or an operation on it is unfinished.
         DomainError: there is no space, or a folder may not be written.
         OSError: a file may not be read or written.
     """

@@ -75,7 +75,7 @@ class PruneReport:
     waiting: tuple[tuple[str, str], ...] = ()
     """Snapshots that go once the guest is shut off, and why not now: that is noted."""
     pause: Pause | None = None
-    """How a running guest was held up; None where it was not."""
+    """How long a running guest was stopped; None if it was not."""
     dry_run: bool = False
     """Whether this is only what would be done."""
 
@@ -121,7 +121,7 @@ def decide(snapshots: Sequence[SnapshotInfo], retention: Retention) -> list[Deci
                 reasons[one.name].append(rule)
     for one in youngest:
         if one.memory != "no" or one.location != "external":
-            reasons[one.name].append("is no external snapshot of disks alone")
+            reasons[one.name].append("is not an external snapshot of disks only")
         elif one.foreign is not None:
             reasons[one.name].append(f"was not made here ({one.foreign})")
     return [Decision(one.name, one.creation_time, tuple(reasons[one.name])) for one in youngest]
@@ -146,7 +146,7 @@ def prune(
 ) -> PruneReport:
     """Delete the snapshots that the policy does not keep; with `dry_run` only report every operation.
 
-    One that cannot be deleted is left as it was, and told in the report; the others go. One that cannot go while the
+    One that cannot be deleted is left as it was, and reported; the others are deleted. One that cannot be while the
     guest runs is noted, and goes with the next delete or prune while the domain is shut off. `orphans`: see `delete`.
 
     Raises:

@@ -2,7 +2,7 @@
 
 A snapshot's state is a frozen file F of each disk. What happens to it, C being an image that is backed by F:
 
-    merge   F has a child C              C's data goes down into F, which takes C's place; C is deleted
+    merge   F has a child C              C's data is copied to F, which replaces C; C is deleted
     copy    F is smaller                 F's data goes up into its children; F's parent backs them; F is deleted
     drop    nothing needs F              F is deleted
     keep    another snapshot has F too   nothing
@@ -15,7 +15,7 @@ this can be done to the files that it uses: see `live` and `steps`.
 The steps, each durable before the next. All of them can be done again, and `finish` does, after a crash:
 
     1  the intent record
-    2  merge: the data goes down; C is empty then, and everything reads through it as before
+    2  merge: the data is copied down; C is then empty, and everything reads through it as before
     3  the children move; from here to 5 a domain that is started from its old XML finds CIDs that do not fit, and fails
     4  what will be deleted is locked, and seen to be empty (merge) or without children (copy, drop)
     5  the persistent XML; the snapshot itself is forgotten; then the XML of the snapshots that stay
@@ -67,7 +67,7 @@ class DeleteReport:
     failed: tuple[tuple[str, VmdkSnapError | OSError], ...] = ()
     """Snapshots that are as they were, and why; only with `keep_going`."""
     pause: Pause | None = None
-    """How a running guest was held up; None where it was not."""
+    """How long a running guest was stopped; None if it was not."""
     waiting: tuple[str, ...] = ()
     """Of those that failed: which are noted, and deleted once the guest is shut off."""
     dry_run: bool = False
@@ -350,7 +350,7 @@ def finish(
 ) -> bool:
     """Do every step that is not done yet; what had to stay goes to `notes`.
 
-    False: nothing of it was begun that anybody reads, and it was taken back.
+    False: nothing of it that is in use was begun, and it was undone.
 
     Raises:
         VmdkSnapError, OSError: a step cannot be done now; the record must stay.
@@ -371,7 +371,7 @@ def finish(
             _change_xml(conn, domain, intent)
         for link in doomed:
             for file in own_files(link):
-                real_file(file).unlink(missing_ok=True)  # a symbolic link to it is the user's, and stays
+                real_file(file).unlink(missing_ok=True)  # a symbolic link to it belongs to the user, and stays
     said = steps.clear(intent)
     if notes is not None:
         notes += said
@@ -388,7 +388,7 @@ def _settle(intent: Intent) -> None:
 
 
 def _drop_empty(domain: str, intent: Intent) -> None:
-    """Unlink the overlays without data, first: nobody names them, and what is merged below need not keep them."""
+    """Unlink the overlays without data, first: nothing names them, and a merge below must not keep them."""
     for one in work_of(intent):
         if one.mode == "empty":
             with contextlib.ExitStack() as held:

@@ -1,4 +1,4 @@
-"""The disks of a domain: does each chain hold together, does the XML spell it out, does nobody else read its top?"""
+"""The disks of a domain: is each chain valid, does the XML spell it out, and does nothing else read its top?"""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _MOST_ROUNDS: Final = 100
 
 
 def check_domain(conn: libvirt.virConnect, domain_name: str) -> Iterator[Check]:
-    """Yield what there is to say about the domain: its disks, its snapshots, what was left unfinished, orphans.
+    """Yield the checks of the domain: its disks, its snapshots, unfinished operations, orphans.
 
     Raises:
         DomainError: there is no such domain, or libvirt reports an error.
@@ -128,7 +128,7 @@ def _check_needs(uuid: str, orphans: Sequence[Orphan], needed: Needed) -> Iterat
 
 
 def _check_orphan(domain: str, orphan: Orphan, kept_by: str | None) -> Check:
-    """Tell of an image that nobody names; `kept_by` is the snapshot that a revert went back to when it kept it."""
+    """Report an orphan; `kept_by` is the snapshot to which the revert that kept it reverted."""
     holds = orphan.problem or ("holds nothing" if orphan.empty else f"holds {format_size(orphan.allocated)}")
     if kept_by is None:
         what = f"is backed by {orphan.parent}, is named by no domain and no snapshot, and {holds}"

@@ -33,7 +33,7 @@ _TOOLS: Final = {
 
 
 def check_host(uri: str | None = None, environ: Mapping[str, str] | None = None) -> Iterator[Check]:
-    """Yield what there is to say about this machine's libvirt, QEMU, tools, hooks and folders."""
+    """Yield the checks of this machine's libvirt, QEMU, tools, hooks and folders."""
     yield from _check_libvirt(uri)
     yield from _check_tools()
     yield from _check_hooks(os.environ if environ is None else environ)

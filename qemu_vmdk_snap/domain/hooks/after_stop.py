@@ -67,7 +67,7 @@ def snapshot_after_stop(
     _log.info("domain %s: snapshot after its stop: %s", domain_name, why_not or "yes")
     if why_not is not None:
         return why_not
-    # Behind those that are there, also where two stops share a second: the names tell the order.
+    # After the existing ones, also if two stops are in one second: the names give the order.
     second = max([int(time.time()), *(snapshot.creation_time + 1 for snapshot in _ours(conn, domain_name))])
     name = f"{PREFIX}{second}"
     return create_snapshot(conn, domain_name, name, "taken after its guest had stopped")

@@ -141,7 +141,7 @@ def install(
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     policy_folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     engine.replace_file(path, _script(policy_folder, environ, made=made).encode(), mode=0o755)
-    path.chmod(0o755)  # whatever the umask says: the daemon runs it
+    path.chmod(0o755)  # independent of the umask: the daemon runs it
     _log.info("hook %s installed", path)
     return path
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PROGRAM: Final = "qemu-vmdk-snap"
 WAITING: Final = "urn:qemu-vmdk-snap:waiting:1"
-"""The namespace by which a domain's XML tells of deletes that wait (`xml.waiting`, which takes longer to import)."""
+"""The namespace of waiting deletes in a domain's XML (`xml.waiting`, which takes longer to import)."""
 _PATIENCE: Final = 2.0
 """Seconds from the deadline to the end of the process, if the exception does not end it."""
 
@@ -134,7 +134,7 @@ def _guarded(name: str, work: Callable[[], None], stderr: IO[str], *, failed: in
     except (VmdkSnapError, OSError, _DeadlinePassed) as error:
         line = " ".join(str(error).split())
         reason = line if line.startswith("domain ") else f"domain {name}: {line}"
-    except Exception as error:  # a mistake of ours, or a broken installation: one line too, never a traceback
+    except Exception as error:  # a bug, or a broken installation: one line too, never a traceback
         reason = f"domain {name}: {type(error).__name__}: {' '.join(str(error).split())}"
     else:
         return 0
@@ -185,7 +185,7 @@ def _release(path: Path, name: str, stdin: IO[bytes]) -> None:
             return
         import re
 
-        # The id tells the run that has ended from a next one. Not worth a parser: libvirt writes it first of all.
+        # The id distinguishes the run that has ended from the next one. libvirt writes it first: no parser is needed.
         found = re.search(r"<domain\b[^>]*\bid='(\d+)'", text[:4096])
         run = found[1] if found else "-1"
     root = Path(__file__).resolve().parents[2]

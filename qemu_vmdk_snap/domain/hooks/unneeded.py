@@ -77,7 +77,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        return "<domain/>"  # it went this moment
+        return "<domain/>"  # it has just been removed
     except (OSError, ValueError) as error:
         raise DomainError(path.stem, f"what it names cannot be determined: {path}: {error}") from error
 

@@ -29,7 +29,7 @@ def unlink_overlays(conn: libvirt.virConnect, domain: libvirt.virDomain, intent:
             continue
         ours = _identity(path) == overlay.identity
         if not ours and (overlay.identity is None or _identity(path)[1] == overlay.identity[1]):
-            # It died before it noted which files it made, or the machine started again, and devices have other numbers.
+            # It died before it recorded which files it made, or the machine was restarted, and device numbers changed.
             ours = _parent_of(path, folders) == Path(overlay.frozen) and not _is_named(conn, domain, path)
         if not ours:
             left.append(path)
@@ -79,7 +79,7 @@ def is_empty(link: Link) -> bool:
 
 
 def _is_named(conn: libvirt.virConnect, domain: libvirt.virDomain, path: Path) -> bool:
-    # Imported by name: what answers knows of the records.
+    # Imported by name, as that module imports the records.
     needed = importlib.import_module("qemu_vmdk_snap.domain.needs.needed")
     return bool(needed.is_named(conn, domain, path))
 

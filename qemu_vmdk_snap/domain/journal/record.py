@@ -71,7 +71,7 @@ class Merge:
     size: int
     """About so many bytes are copied."""
     doomed: tuple[tuple[str, str, int], ...]
-    """(link, file of it that goes, inode): what else bears the name by then stays."""
+    """(link, file of it that goes, inode): another file of that name stays."""
     inode: int | None = None
     """Of the image once it is made."""
 
@@ -263,7 +263,7 @@ def pending_overlays(store: IntentStore) -> set[Path]:
     """Return the overlays that unfinished snapshots of other domains are about to make."""
     paths = set()
     for uuid in store.uuids():
-        with contextlib.suppress(DomainError):  # a damaged record holds up its own domain alone
+        with contextlib.suppress(DomainError):  # a damaged record blocks only its own domain
             intent = store.read(uuid)
             paths |= {Path(overlay.path) for overlay in intent.overlays} if intent else set()
     return paths
@@ -287,7 +287,7 @@ def _load(uuid: str, path: Path) -> object:
 
 def _parse(uuid: str, path: Path, record: object) -> Intent:
     if not isinstance(record, dict):
-        raise TypeError("it is no object")
+        raise TypeError("it is not an object")
     version = record.pop("version", None)
     if version != _VERSION:
         text = str(version)[:20]

@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 Finisher = Callable[["libvirt.virConnect", "libvirt.virDomain", Intent], bool]
 """Does every step of a recorded operation that is not done yet; it can be called twice.
 
-False: it had changed nothing that anybody reads, and was taken back.
+False: it had changed nothing that is in use, and was undone.
 """
 
 FINISHERS: Final[dict[str, tuple[str, str]]] = {
@@ -231,7 +231,7 @@ def _settle_revert(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: 
         return Recovery(domain.name(), intent.snapshot, finished=False, left=left, operation="revert")
     if intent.snapshot in {snapshot.getName() for snapshot in domain.listAllSnapshots()}:  # not deleted meanwhile
         make_current(domain, intent.snapshot)
-    # By name, as the finishers: what it asks knows of the records.
+    # By name, as the finishers: it imports the records.
     importlib.import_module("qemu_vmdk_snap.domain.needs.discard").unlink_discarded(conn, domain, intent)
     return Recovery(domain.name(), intent.snapshot, finished=True, operation="revert")
 
@@ -286,7 +286,7 @@ def _repair_cids(intent: Intent) -> None:
         return
     folders = overlays.chain_folders(intent)
     for overlay in intent.overlays:
-        with contextlib.suppress(LockBusy), contextlib.ExitStack() as held:  # in use: then it fitted
+        with contextlib.suppress(LockBusy), contextlib.ExitStack() as held:  # in use: then it fits
             if overlays.hold_link(overlay, folders, held):
                 held.close()
                 follow_cid(Path(overlay.path), Path(overlay.frozen))

@@ -38,7 +38,7 @@ def unlink_discarded(
     for path in map(Path, intent.discard):
         try:
             if path.stat().st_ino != inodes.get(str(path), path.stat().st_ino):
-                continue  # another file than was given up
+                continue  # another file than the one to discard
             _unlink_one(conn, domain, path, folders, Given(tuple(orphans)))
         except (VmdkSnapError, OSError) as error:
             if notes is not None and not isinstance(error, FileNotFoundError):
@@ -58,4 +58,4 @@ def _unlink_one(
         needed = Needed.read(conn, domain, folders=[path.parent])
         needed.require_unneeded(path, files, needed.in_use(domain.UUIDString()), orphans=orphans)
         for file in files:
-            real_file(file).unlink()  # a symbolic link to it is the user's, and stays
+            real_file(file).unlink()  # a symbolic link to it belongs to the user, and stays

@@ -205,7 +205,7 @@ class Walker:
             found, problem = self._below(file)
             files += [path for path in found if path not in files]
             unseen = unseen or problem
-        # A missing file of a chain that is spelled out hides nothing. One that may not be looked at may be any file.
+        # A missing file of a chain that is spelled out hides nothing. One that cannot be read may be any file.
         hides = unseen is not None and (not chain.closed or chain.problem is not None or self._hidden(chain))
         return Walk(spelled, tuple(files), unseen if hides else None)
 
@@ -242,7 +242,7 @@ class Walker:
 
 
 def require_none(subject: Path, found: Collection[tuple[Path | str, str]]) -> None:
-    """Raise StillNeeded for `subject` where somebody was found who needs it."""
+    """Raise StillNeeded for `subject` if something that needs it was found."""
     if found:
         raise StillNeeded(subject, tuple(found))
 
@@ -303,7 +303,7 @@ def _holders(conn: libvirt.virConnect, asker: libvirt.virDomain) -> Iterator[Hol
             yield from _of_domain(domain, volume_path)
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
-                continue  # it went this moment
+                continue  # it has just been removed
             raise DomainError(asking, f"cannot see what domain {domain.name()} names: {error}") from error
     store = IntentStore.of(conn)
     for uuid in store.uuids():
@@ -336,7 +336,7 @@ def _pending(store: IntentStore, uuid: str, volume_path: VolumePath) -> Iterator
     try:
         intent = store.read(uuid)
     except VmdkSnapError:
-        return  # a damaged record: its own domain's commands refuse to go on
+        return  # a damaged record: the commands of its own domain refuse
     if intent is None:
         return
     for text in (intent.old_xml, intent.new_xml):

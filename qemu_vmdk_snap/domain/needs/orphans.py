@@ -1,7 +1,7 @@
 """Overlays on a domain's files that no domain and no snapshot names: found, and removed where that is safe.
 
 A killed tool, a snapshot whose metadata alone was deleted, a copy made by hand: they leave images that are backed by a
-file of the domain, and are named by no domain and no snapshot. Such an image may hold the only copy of somebody's data.
+file of the domain, and are named by no domain and no snapshot. Such an image may contain the only copy of data.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def remove_orphan(
             raise DomainError(name, f"{path} is the parent of {above[0]}: remove that first")
         folders = sorted({path.parent, real_file(path).parent, found[0].parent.parent})
         with engine.open_chain(path, writable=True, trusted_dirs=folders, check_cids=False) as chain:
-            # Looked at again under the lock: until now somebody may have written to it.
+            # Checked again under the lock: it may have been written to until now.
             if not with_data and not _is_empty(chain):
                 raise DomainError(name, f"{path} contains data: it is removed only if it is named (--discard)")
             files = engine.own_files(chain.links[0])

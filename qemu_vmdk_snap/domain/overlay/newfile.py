@@ -29,7 +29,7 @@ def make_overlay(domain: str, disk: PlannedDisk) -> tuple[int, int]:
         FileExistsError: the name exists.
     """
     engine.create_overlay(disk.overlay, disk.frozen, mode=0o600)
-    # An overlay exists to be written, also on a base that was made read-only to protect it.
+    # An overlay must be writable, also on a base that was made read-only to protect it.
     made = _follow(domain, disk.frozen, disk.overlay, stat.S_IWUSR)
     return made.st_dev, made.st_ino
 

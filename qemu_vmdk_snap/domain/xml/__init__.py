@@ -216,7 +216,7 @@ def _open_end(store: ET.Element) -> None:
 
 def snapshot_xml(snapshot: SnapshotXml, domain_xml: str) -> str:
     """Return the XML that registers `snapshot`, with the domain as it was inside."""
-    from xml.sax.saxutils import escape, quoteattr  # with urllib: a hook at a guest's start cannot wait
+    from xml.sax.saxutils import escape, quoteattr  # imports urllib: too slow for a hook at a guest's start
 
     lines = ["<domainsnapshot>", f"  <name>{escape(snapshot.name)}</name>"]
     if snapshot.description is not None:

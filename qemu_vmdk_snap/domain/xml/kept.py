@@ -43,7 +43,7 @@ def with_kept_branches(domain_xml: str, kept: Mapping[Path, str]) -> str:
 
 
 def _ours(raw: bytes) -> list[tuple[int, int]]:
-    # libvirt keeps the prefix as we wrote it; a name is that of our element only with our namespace inside.
+    # libvirt keeps the prefix as it was written; the element is ours only if it has our namespace.
     found = spans(raw, ["domain", "metadata", "kept:branches"])
     return [(start, end) for start, end in found if NAMESPACE.encode() in raw[start:end]]
 

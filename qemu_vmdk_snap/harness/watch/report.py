@@ -1,4 +1,4 @@
-"""What is told of a guest that failed: its consoles, QEMU's words, the monitor, the chain, and how to run it again."""
+"""The report of a guest that failed: its consoles, QEMU's output, the monitor, the chain, and how to run it again."""
 
 from __future__ import annotations
 

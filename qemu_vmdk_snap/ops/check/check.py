@@ -126,7 +126,7 @@ class _Checker:
         try:
             return self._run(path, whole_chain)
         finally:
-            for file in self._open_files:  # what is closed already stays closed
+            for file in self._open_files:  # what was closed before stays closed
                 file.close()
 
     def _run(self, path: Path, whole_chain: bool) -> CheckReport:
@@ -151,7 +151,7 @@ class _Checker:
         )
 
     def _note_pending(self, path: Path) -> None:
-        with contextlib.suppress(CorruptChain):  # another user's record says nothing about this image
+        with contextlib.suppress(CorruptChain):  # another user's record does not apply to this image
             for pending in pending_in(path.parent):
                 if pending.involves(path):
                     rule = f"must be finished: run `recover {path.parent}`"
@@ -303,7 +303,7 @@ class _Checker:
         if not descriptor.sectors:
             rule = "must give the disk at least one sector"
             self._findings.corrupt(image.path, descriptor.base, "extents", len(descriptor.extents), rule)
-        # A ddb.longContentID out of step says nothing: QEMU changes the CID alone.
+        # A ddb.longContentID that differs is not a fault: QEMU changes only the CID.
 
     def _check_extents(self, image: _Image) -> int:
         if image.header is not None:
@@ -352,7 +352,7 @@ class _Checker:
                 self._findings.unchecked(image.path, line.at, "extent", line.file, rule)
                 return None
             image.files.append(file)
-            cowd = file.read_at(0, 4) == COWD_MAGIC  # which may go under the word SPARSE too
+            cowd = file.read_at(0, 4) == COWD_MAGIC  # which may have the type SPARSE too
             if cowd and line.type in ("SPARSE", "VMFSSPARSE"):
                 return self._check_cowd(line, file, total)
             header = self._read_header(file) if line.type == "SPARSE" else None
@@ -382,7 +382,7 @@ class _Checker:
         end = self._audit(file, header, total).end
         used = byte_sectors(end)
         if used - header.free_sector >= header.grain_size:
-            # QEMU appends grains and leaves it: every reader, QEMU and our writer take the end of the file.
+            # QEMU appends grains and does not update it: every reader, QEMU and our writer use the end of the file.
             rule = f"must be past everything in use, at sector {used}, before ESXi writes to the extent"
             items = [(header.offset_of("free_sector"), header.free_sector, rule)]
             self._findings.repairable_many(file.path, "free_sector", items, 1)

@@ -103,7 +103,7 @@ def repair(
     path, find = Path(path), resolver or confined(trusted_dirs)
     settle(path.parent, opener=opener)
     before = check_image(path, resolver=find, opener=opener, on_progress=on_progress)
-    # Space that one copy of the tables alone names is in use: where entries are missing, they are added first.
+    # Space that only one copy of the tables names is in use: missing entries are added first.
     repairing = before.repairable > 0 if leaks_only else before.corruptions + before.repairable > 0
     if (leaks_only and (before.corruptions or not before.leaks)) or not (repairing or before.leaks):
         return RepairReport(before, before, None)
@@ -127,7 +127,7 @@ def _carry_out(path: Path, plans: list[ExtentPlan], record: Path) -> None:
         try:
             operation.begin()
         except BaseException:
-            record.unlink()  # nothing has changed, and the next repair wants the name
+            record.unlink()  # nothing has changed, and the next repair needs the name
             raise
         for plan in plans:
             _apply(plan)

@@ -166,7 +166,7 @@ class ExtentRepair:
     """Works out the plan of one extent."""
 
     def __init__(self, file: BlockFile, shape: TableShape) -> None:
-        # Grains that begin past the end of the file: a damaged number, by which the file would grow to it.
+        # Grains that begin past the end of the file: the number is damaged, and the file would grow to it.
         start = min(shape.used.start, byte_sectors(file.size()))
         shape = replace(shape, used=range(start, shape.used.stop))
         self._file, self._shape = file, shape
@@ -211,7 +211,7 @@ class ExtentRepair:
                     plan.patches.append((sector_bytes(int(copy.directory[table])), entries.astype("<u4").tobytes()))
         plan.blanks = [(sector_bytes(made.place), sector_bytes(made.length)) for made in self._made]
         plan.fresh = [piece for made in self._made for piece in made.content(self._tables, self._shape)]
-        # What leaks alone held is given up; of the grains that move the place may be cut off.
+        # Leaked space is freed; the old place of grains that move may be cut off.
         plan.kept = list(self._lost()) if repairing else [(copied.source, copied.length) for copied in plan.copies]
         plan.gd_offset = self._primary.gd_offset
         plan.rgd_offset = None if self._redundant is None else self._redundant.gd_offset
@@ -235,9 +235,9 @@ class ExtentRepair:
         *worse, better = sorted(self._copies, key=lambda copy: int(np.count_nonzero(copy.usable)))
         for copy in worse:
             over = _overlap(copy.gd_offset, shape.gd_sectors, better.gd_offset, shape.gd_sectors)
-            if not copy.usable.all():  # else it is a directory, and what lies over it is none of its tables
+            if not copy.usable.all():  # else it is a directory, and what overlaps it is not one of its tables
                 over |= bool((better.over(copy.gd_offset, shape.gd_sectors) & better.usable).any())
-            # In front of the grains a directory is where it was laid out, however little of it is left.
+            # Before the grains a directory is at its original place, however little of it is left.
             few = 2 * np.count_nonzero(copy.usable) < np.count_nonzero(better.usable)
             if over or (few and copy.gd_offset >= shape.used.start):
                 copy.give_up()
@@ -335,8 +335,8 @@ class ExtentRepair:
     def _better(self, primary: Entries, redundant: Entries, first: int, named: Int64s) -> Entries:
         good = self._good(primary) & self._primary.usable[first : first + len(primary), None]
         other = np.where(self._good(redundant), redundant, 0)
-        # A primary 0 whose redundant twin names a grain that nobody else has: the writer died between the two.
-        # So it did between 0 and the mark of zeros, and between that mark and a grain.
+        # A primary 0 whose redundant twin names a grain that no other entry has: the writer died between the two.
+        # The same holds for 0 and the mark of zeros, and for that mark and a grain.
         near = np.searchsorted(named, other.astype(np.int64) - self._step, "right")
         alone = np.ones(other.shape, bool)
         if len(named):
@@ -452,7 +452,7 @@ class ExtentRepair:
 
     def _move(self, grain: int, sector: int, place: int) -> None:
         source, target = sector_bytes(sector), sector_bytes(place)
-        if source in self._split_to:  # it was to be a copy anyway: straight to its last place
+        if source in self._split_to:  # it is copied anyway: directly to its last place
             number = self._split_to.pop(source)
             self._plan.copies[number] = self._plan.copies[number]._replace(target=target)
         else:

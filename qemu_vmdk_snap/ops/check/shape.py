@@ -42,7 +42,7 @@ class TableShape:
         """Return the sector before which unnamed space is not leaked; `tables` are the places of all."""
         if not self.on_demand:
             return self.used.start
-        return int(tables.min(initial=self.used.stop))  # a directory that has moved leaves its place before them
+        return int(tables.min(initial=self.used.stop))  # a directory that was moved leaves free space before them
 
 
 def shape_of(header: SparseExtentHeader | CowdHeader) -> TableShape:
@@ -50,10 +50,10 @@ def shape_of(header: SparseExtentHeader | CowdHeader) -> TableShape:
     if isinstance(header, CowdHeader):
         fixed: tuple[tuple[int, int], ...] = ((0, byte_sectors(HEADER_BYTES)),)
         entries, redundant, lowest = header.tables, None, 1
-        # ESXi makes the file longer in large steps: past the sectors in use nothing is lost yet.
+        # ESXi extends the file in large steps: past the sectors in use nothing is leaked.
         used = range(0, header.free_sector)
     else:
-        # Without a descriptor its size says nothing, whatever it is.
+        # Without a descriptor its size has no meaning.
         text = header.descriptor_size if header.descriptor_offset else 0
         fixed = ((0, 1), (header.descriptor_offset, text))
         entries, redundant = header.gd_entries, header.rgd_offset if header.redundant else None

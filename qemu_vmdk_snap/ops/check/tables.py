@@ -141,7 +141,9 @@ class _Audit:
         if not len(sectors):
             return _NONE, _NONE
         step = self._header.grain_size
-        jumps = np.flatnonzero(sectors[1:] - sectors[:-1] != step)  # 32 bits: a step back wraps, and is a jump too
+        jumps = np.flatnonzero(
+            sectors[1:] - sectors[:-1] != step
+        )  # 32 bits: a step backwards wraps, and counts as a jump
         starts = sectors[np.concatenate([[0], jumps + 1])].astype(np.int64)
         ends = sectors[np.concatenate([jumps, [len(sectors) - 1]])].astype(np.int64) + step
         counts.fragmented += len(jumps) + (self._last >= 0 and int(starts[0]) != self._last)

@@ -148,7 +148,7 @@ def commit(
             try:
                 _keep(plan, sibling, Meter("keep", chain.capacity, on_progress))
             except BaseException:
-                trim_link(sibling)  # it reads what it read: what was copied in vain goes
+                trim_link(sibling)  # it reads the same: what was copied in vain is removed
                 raise
         return _run(plan, needs, on_progress)
 
@@ -282,7 +282,7 @@ def _make_plan(
     for number in range(1, depth) if delete else ():
         needs.require_none(number)
     if depth > 1 and not delete:
-        plan.siblings.append(chain.links[depth - 1])  # stays, with all that hangs on it, and must read what it read
+        plan.siblings.append(chain.links[depth - 1])  # stays, with everything above it, and must read the same
     if delete:
         plan.children = opened(needs.children(0), top)
         longer = [link.path for link in plan.children if link.capacity > top.capacity < base.capacity]
@@ -368,7 +368,7 @@ def _run(plan: _Plan, needs: _Needs, on_progress: OnProgress) -> CommitReport:
         try:
             _copy(chain, plan.depth, on_progress)
         except BaseException:
-            trim_link(base)  # all above reads what it read, and the CIDs fit: nothing is left to finish
+            trim_link(base)  # everything above reads the same, and the CIDs fit: nothing is left to finish
             record.end()
             raise
         record = record.update(stage="finish")

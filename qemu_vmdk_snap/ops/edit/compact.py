@@ -112,8 +112,8 @@ def _rewrite(chain: Chain, placed: PlacedExtent, extent: Compactable, meter: Met
             return 0
         if descriptor is not None:
             copy_attributes(descriptor, new.fileno())
-    # Who has opened the old file and waits for its lock finds nothing in it: what is written to a file without a name
-    # would be lost, and QEMU does not look at the name again.
+    # A process that has opened the old file and waits for its lock finds it empty: what is written to a deleted file
+    # would be lost, and QEMU does not open the name again.
     if descriptor is not None and os.fstat(descriptor).st_nlink == 0:
         old.truncate(0)
     return saved

@@ -113,7 +113,7 @@ def run_moves(
             try:
                 copy_differences(move.chain, move.target, on_progress)
             except BaseException:
-                trim_link(move.chain.links[0])  # nobody reads anything else than before: nothing is left to finish
+                trim_link(move.chain.links[0])  # everything reads the same as before: nothing is left to finish
                 record.end()
                 raise
             move.change.apply(move.chain.links[0])
@@ -127,7 +127,7 @@ def finish_moves(record: Operation, opener: FileOpener) -> None:
     details = record.details
     resolver = confined(folders_of(record))
     with holding(details["delete"], opener):
-        check_unwritten(record)  # nobody can write them any more
+        check_unwritten(record)  # they cannot be written any more
         _finish_each(details, resolver, opener)
         delete_files(details["delete"])
 

@@ -85,7 +85,7 @@ def _relink(path: Path, parent: Path | None, resolver: Resolver, opener: FileOpe
             if is_backed_by(parent, path, resolver):
                 raise InvalidRequest(path, f"cannot have {parent} as its parent, which is backed by it")
             below = open_link(parent, opener=opener, writable=False, resolver=resolver)
-            stack.callback(below.close)  # nobody gives it another CID before it is written down
+            stack.callback(below.close)  # its CID cannot change before it is recorded
             cid = below.cid
         link = open_link_for_change(path, resolver=resolver, opener=opener, stack=stack)
         change = DescriptorChange.plan(link, on_parent(link.descriptor, path, parent, cid))

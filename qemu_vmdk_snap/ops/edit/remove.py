@@ -80,7 +80,7 @@ def remove(
     settle(path.parent, opener=opener, resolver=find)
     given = [Path(child) for child in children]
     with contextlib.ExitStack() as stack:
-        # Opened for writing: nobody else may be using it. It stays open to the end, so that nobody comes to write it.
+        # Opened for writing: nobody else may be using it. It stays open to the end, so that no writer can open it.
         chain = stack.enter_context(open_for_change(path, depths=[0], resolver=find, opener=opener))
         image = chain.links[0]
         parent = chain.links[1].path if chain.depth > 1 else None

@@ -74,7 +74,7 @@ def renew_overlay(
     path = Path(os.path.realpath(path))  # a link at the path stays one
     find = confined([path.parent, *trusted_dirs])
     settle(path.parent, opener=opener, resolver=find)
-    file = open_locked(path, opener, writable=True)  # nobody else, from before the look to the end
+    file = open_locked(path, opener, writable=True)  # nobody else, from before the check to the end
     try:
         links = read_links(path, trusted_dirs=trusted_dirs)
         top = links[0]

@@ -207,7 +207,7 @@ def _plan_cowd(old: CowdHeader, file: BlockFile, sectors: int, size: int) -> _Ta
 
 def _plan_sparse(old: SparseExtentHeader, file: BlockFile, sectors: int, size: int) -> _TablesPlan:
     header = replace(old, capacity=sectors)
-    check_header(replace(header, gd_offset=1, rgd_offset=0), file.path, 1 << 62)  # the limits of the counts alone
+    check_header(replace(header, gd_offset=1, rgd_offset=0), file.path, 1 << 62)  # only the limits of the counts
     added = header.gd_entries - old.gd_entries
     if not added:
         return _TablesPlan(header, [], size)

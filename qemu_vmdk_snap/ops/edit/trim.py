@@ -23,7 +23,7 @@ def trim_link(link: Link) -> int:
         if not isinstance(extent, SparseExtent):
             continue
         if not extent.tables.dirty:
-            # What one copy of the tables alone names is in use: in both of them it is used, not written a second time.
+            # What only one copy of the tables names is in use, too.
             with contextlib.suppress(FormatError):
                 extent.settle_copies()
         header, file = extent.header, extent.file

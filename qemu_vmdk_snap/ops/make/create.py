@@ -228,7 +228,7 @@ def _read_base(base: Path, *, look: bool = False) -> tuple[Descriptor, ImageOpti
         lock_image(file.fileno(), base, writable=False, share_writes=True)
         descriptor, embedded = read_descriptor(file)
         while (again := read_descriptor(file)[0]).raw != descriptor.raw:
-            descriptor = again  # a writer was just giving it another CID
+            descriptor = again  # a writer was changing its CID
         said = look_at(descriptor, writable=False)
         if look:
             said += base_notes(file, descriptor, embedded, confined())

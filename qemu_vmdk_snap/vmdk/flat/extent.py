@@ -103,6 +103,6 @@ class FlatExtent:
 
     def flush(self) -> None:
         """Return when all writes are durable."""
-        # Also what was copied into the file by the kernel, of which no write here told.
+        # This includes what the kernel copied into the file, without a write here.
         if self._writable:
             self._file.flush()

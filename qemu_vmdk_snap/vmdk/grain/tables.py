@@ -111,7 +111,7 @@ def _discard(file: BlockFile, offset: int, length: int) -> None:
         return
     for at in range(offset, offset + length, _CLEARED_BYTES):
         size = min(_CLEARED_BYTES, offset + length - at)
-        if file.read_at(at, size).strip(b"\0"):  # what reads as zeros may be a hole that nobody tells of
+        if file.read_at(at, size).strip(b"\0"):  # what reads as zeros may be a hole that is not reported
             file.write_at(at, bytes(size))
 
 

@@ -149,7 +149,9 @@ class Comparison:
         both = self._usable[0] & self._usable[1]
         for window in map(self._read, self._differing):
             lacking, contrary = self.sort_out(*window)
-            contrary &= both[np.searchsorted(self._tables, window.tables), None]  # else the directory entry is it
+            contrary &= both[
+                np.searchsorted(self._tables, window.tables), None
+            ]  # else the directory entry is the difference
             missing_count += int(np.count_nonzero(lacking))
             count += int(np.count_nonzero(contrary))
             missing += self._list_missing(window, lacking, LISTED - len(missing))
@@ -260,7 +262,7 @@ class Comparison:
 
     def _read(self, first: int) -> _Window:
         window = self._stored(first)
-        if window is None:  # it was there a moment ago: the image is not locked
+        if window is None:  # it existed just before: the image is not locked
             tables = self._tables[first : first + _TABLES_AT_ONCE]
             none = np.zeros((len(tables), self._header.gtes_per_gt), "<u4")
             return _Window(tables, none, none)
@@ -292,7 +294,7 @@ class Comparison:
         return self._named
 
     def _each_names(self) -> Iterator[Entries]:
-        # A damaged directory may name one table a thousand times: none of them is ever written, and once is enough.
+        # A damaged directory may name one table a thousand times; it is never written, so looking at it once is enough.
         first_named = np.zeros((2, len(self._tables)), np.bool_)
         for copy, places in enumerate(self._places):
             first_named[copy, np.unique(places, return_index=True)[1]] = True

@@ -40,7 +40,7 @@ class HeaderFlag(IntFlag):
     MARKERS = 1 << 17
 
 
-# As a plain int: ~ of a flag class would keep to the bits that the class knows.
+# As a plain int: ~ of a flag class has only the bits that the class knows.
 _KNOWN_FLAGS: Final = int(
     HeaderFlag.NEWLINE_TEST
     | HeaderFlag.REDUNDANT_GD
@@ -119,7 +119,7 @@ def check_header(header: SparseExtentHeader, path: Path, file_size: int, *, tole
         rule = f"must need at most {MAX_GD_ENTRIES} grain directory entries, not {header.gd_entries}"
         raise FormatError(path, header.offset_of("capacity"), "capacity", header.capacity, rule)
     if header.descriptor_offset:
-        # An envelope may end with the text: there is nothing after it.
+        # A file with only a descriptor may end with the text.
         _check_inside(header, "descriptor_offset", header.descriptor_size if header.is_extent else 1, path, file_size)
     if not header.is_extent:
         return
@@ -159,7 +159,7 @@ def _leads_to_tables(header: SparseExtentHeader, file: BlockFile, moved: int) ->
     places = [header.gd_offset, header.rgd_offset] if header.redundant else [header.gd_offset]
     for place in places:
         at = sector_bytes(place) + moved
-        inside = 0 <= at < file.size()  # a place that no file reaches is no number that the system takes
+        inside = 0 <= at < file.size()  # the system rejects offsets beyond the largest file
         raw = file.read_at(at, 4 * min(header.gd_entries, _LOOKED_AT)) if inside else b""
         entries = [entry for (entry,) in struct.iter_unpack("<I", raw[: len(raw) // 4 * 4])]
         if not entries or not all(0 < entry <= last for entry in entries):

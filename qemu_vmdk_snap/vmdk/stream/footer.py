@@ -114,7 +114,7 @@ def walk(file: BlockFile, at: int, size: int) -> Iterator[tuple[int, int, int, i
     while at + SECTOR_SIZE <= size:
         value, length, kind = MARKER.unpack(file.read_at(at, MARKER.size))
         if not (value or length or kind):
-            # Of a damaged sector the rest may hold something, and it is where the zeros end.
+            # The rest of a damaged sector may contain data: it is where the zeros end.
             at = max(at + SECTOR_SIZE, _after_zeros(file, at, size))
             continue
         yield at, value, length, kind

@@ -1,4 +1,4 @@
-"""`image compact`: give back the space of leaked grains and of zeros."""
+"""`image compact`: free the space of leaked grains and of zeros."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
-    """Compact and tell how much that gave."""
+    """Compact and show how much was freed."""
     from qemu_vmdk_snap.chain.resolver import confined
     from qemu_vmdk_snap.ops.edit.compact import compact
 

@@ -1,4 +1,4 @@
-"""`image rebase`: put an image on another parent, or with `-b ""` on none."""
+"""`image rebase`: change the parent of an image, or with `-b ""` remove it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`image remove`: delete an image on which others stand; they keep what they read."""
+"""`image remove`: delete an image; the images that it backs keep their contents."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
-    """Remove and tell where the children stand."""
+    """Remove and show the new parent of the children."""
     from qemu_vmdk_snap.chain.resolver import confined
     from qemu_vmdk_snap.ops.edit.remove import remove
 
