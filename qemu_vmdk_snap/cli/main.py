@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NoReturn, Protocol, cast
 
 from qemu_vmdk_snap.chain.look.notes import listening
-from qemu_vmdk_snap.chain.resolver import allowing
 from qemu_vmdk_snap.cli import exit_status
 from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL, Command
 from qemu_vmdk_snap.cli.ui import Ui
@@ -179,7 +178,7 @@ def add_arguments(module: CommandModule, parser: argparse.ArgumentParser) -> Non
 
 def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
     try:
-        with listening(ui.warn), allowing(*(getattr(args, "allow_dir", []) if "connect" in args else [])):
+        with listening(ui.warn), _allowed(args):
             status = module.run(args, ui) or 0
         sys.stdout.flush()
     except BrokenPipeError:
@@ -194,6 +193,16 @@ def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
         ui.error("cancelled" + _half_done(args), error, exit_status.CANCELLED)
         return exit_status.CANCELLED
     return status
+
+
+def _allowed(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Allow the folders of `--allow-dir` to a command on domains; the others pass them on themselves."""
+    folders = getattr(args, "allow_dir", []) if "connect" in args else []
+    if not folders:
+        return contextlib.nullcontext()
+    from qemu_vmdk_snap.chain.resolver import allowing
+
+    return allowing(*folders)
 
 
 def _half_done(args: argparse.Namespace) -> str:

@@ -274,11 +274,12 @@ def publish(temporary: Path, path: Path, *, parts: Sequence[Path] = (), durable:
         sync_folder(path.parent)
 
 
-def link_over(file: Path, path: Path) -> None:
+def link_over(file: Path | str, path: Path | str) -> None:
     """Give the complete file `file` the name `path` as well, in one step and durably, replacing the file of that name.
 
     If it is repeated after an interruption, it finishes. Without hard links the file loses its first name.
     """
+    file, path = Path(file), Path(path)
     inode = file.stat().st_ino
     temporary = path.with_name(f".{path.name[:_NAME_LENGTH]}.{inode & 0xFFFF_FFFF_FFFF:012x}{_TEMPORARY}")
     with working_in(path.parent):

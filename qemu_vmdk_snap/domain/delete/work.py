@@ -116,6 +116,10 @@ class Work:
             *(f"delete {name}" for name in gone),
         ]
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types."""
+        return {"target": self.target, "mode": self.mode, "bytes": self.cost, "operations": self.lines()}
+
     def as_record(self) -> dict[str, Any]:
         """Return it with JSON's own types, for a record."""
         return asdict(self) | {name: list(getattr(self, name)) for name in _LISTS}
@@ -135,11 +139,7 @@ class Deleted:
 
     def as_dict(self) -> dict[str, object]:
         """Return it with JSON's own types."""
-        disks = [
-            {"target": work.target, "mode": work.mode, "bytes": work.cost, "operations": work.lines()}
-            for work in self.work
-        ]
-        return {"snapshot": self.name, "disks": disks}
+        return {"snapshot": self.name, "disks": [work.as_dict() for work in self.work]}
 
 
 def work_of(intent: Intent) -> tuple[Work, ...]:

@@ -37,6 +37,10 @@ class FailureReport:
     """The command that boots the same again, by hand; the image is only read."""
     logs: Path
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types."""
+        return {field.name.replace("_", "-"): str(getattr(self, field.name)) for field in fields(self)}
+
     def __str__(self) -> str:
         """Return the whole report."""
         titles = {

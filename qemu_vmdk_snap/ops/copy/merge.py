@@ -48,6 +48,11 @@ class MergeReport:
     stored: int
     """Guest bytes that it stores."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types."""
+        parent = None if self.parent is None else str(self.parent)
+        return {"filename": str(self.path), "cid": self.cid, "parent": parent, "data-bytes": self.stored}
+
 
 def merge_links(
     path: Path | str,
