@@ -25,6 +25,7 @@ from qemu_vmdk_snap.errors import CidMismatch as CidMismatch
 from qemu_vmdk_snap.errors import CorruptChain as CorruptChain
 from qemu_vmdk_snap.errors import DomainBusy as DomainBusy
 from qemu_vmdk_snap.errors import DomainError as DomainError
+from qemu_vmdk_snap.errors import DomainExists as DomainExists
 from qemu_vmdk_snap.errors import FormatError as FormatError
 from qemu_vmdk_snap.errors import GuestError as GuestError
 from qemu_vmdk_snap.errors import InvalidRequest as InvalidRequest
@@ -58,6 +59,7 @@ from qemu_vmdk_snap.ops.copy.measure import Measurement as Measurement
 from qemu_vmdk_snap.ops.copy.measure import measure as measure
 from qemu_vmdk_snap.ops.copy.merge import MergeReport as MergeReport
 from qemu_vmdk_snap.ops.copy.merge import merge_links as merge_links
+from qemu_vmdk_snap.ops.copy.whole import copy_file as copy_file
 from qemu_vmdk_snap.ops.edit.apply import ApplyReport as ApplyReport
 from qemu_vmdk_snap.ops.edit.apply import apply_delta as apply_delta
 from qemu_vmdk_snap.ops.edit.commit import CommitReport as CommitReport

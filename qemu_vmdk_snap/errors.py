@@ -170,6 +170,12 @@ class NoDomain(DomainError):
     code = "no-domain"
 
 
+class DomainExists(DomainError):
+    """The connection has a domain of that name already."""
+
+    code = "domain-exists"
+
+
 class NoSnapshot(DomainError):
     """The domain has no such snapshot, or no current one."""
 

@@ -35,12 +35,17 @@ def round_up(value: int, unit: int) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Return the number of bytes that `text` means, as qemu-img reads it: `512`, `64K`, `1.5G` (powers of 1024).
+    """Return the number of bytes that `text` means, as for qemu-img: `512`, `64K`, `1.5G` (powers of 1024), `0x200`.
 
     Raises:
         ValueError: `text` is not a size, is negative, or is not a whole number of bytes.
     """
     number, suffix = text.strip(), ""
+    if number[:2] in ("0x", "0X") and number.isascii() and "_" not in number:
+        try:
+            return int(number, 16)
+        except ValueError:
+            raise ValueError(f"size {text!r}: must have hexadecimal digits and no suffix") from None
     if number and number[-1].isalpha():
         number, suffix = number[:-1], number[-1].upper()
     if suffix not in _SUFFIXES or not number.replace(".", "", 1).isdecimal():

@@ -245,9 +245,10 @@ class WritableChain(Chain):
     tables run at a time.
     """
 
-    def __init__(self, links: Sequence[Link]) -> None:
+    def __init__(self, links: Sequence[Link], *, cid_renewed: bool = False) -> None:
+        """Take open links; `cid_renewed` where the top has got its new CID since it was opened."""
         super().__init__(links)
-        self._cid_renewed = False
+        self._cid_renewed = cid_renewed
         self._closed = False
         self._turn = threading.RLock()
 

@@ -41,11 +41,11 @@ def with_cid(descriptor: Descriptor, cid: int, digits: int = 8) -> Descriptor:
     if long_id is not None and len(long_id) >= 8:
         changes["ddb.longContentID"] = f"{long_id[:-8]}{cid:08x}"
     if descriptor.get(_MODIFICATION):
-        changes[_MODIFICATION] = _random_uuid()
+        changes[_MODIFICATION] = random_uuid()
     return descriptor.with_values(changes)
 
 
-def _random_uuid() -> str:
+def random_uuid() -> str:
     """Return a UUID of version 4 (RFC 9562, 5.4); importing the `uuid` module takes longer than all of this."""
     raw = bytearray(os.urandom(16))
     raw[6], raw[8] = raw[6] & 0x0F | 0x40, raw[8] & 0x3F | 0x80

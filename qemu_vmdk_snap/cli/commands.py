@@ -50,6 +50,8 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
         ),
         "list": Command(f"{_HERE}.snapshot.show.list", "list the snapshots of a domain"),
         "info": Command(f"{_HERE}.snapshot.show.info", "show one snapshot and its disks"),
+        "parent": Command(f"{_HERE}.snapshot.show.parent", "show the parent of a snapshot"),
+        "dumpxml": Command(f"{_HERE}.snapshot.show.dumpxml", "print the XML of a snapshot"),
         "adopt": Command(
             f"{_HERE}.snapshot.edit.adopt", "register snapshots that VMware made, or that were made by hand"
         ),
@@ -59,6 +61,18 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
         "current": Command(f"{_HERE}.snapshot.show.current", "show or set the current snapshot"),
         "rename": Command(f"{_HERE}.snapshot.edit.rename", "rename a snapshot"),
         "describe": Command(f"{_HERE}.snapshot.edit.describe", "change the description of a snapshot"),
+        "clone": Command(
+            f"{_HERE}.snapshot.whole.clone", "make a new domain of a snapshot, or of a domain that is shut off"
+        ),
+        "destroy": Command(
+            f"{_HERE}.snapshot.whole.destroy", "undefine a domain and delete every file that is its alone"
+        ),
+        "move": Command(
+            f"{_HERE}.snapshot.whole.move", "move the files of a domain and its snapshots to another folder"
+        ),
+        "consolidate": Command(
+            f"{_HERE}.snapshot.whole.consolidate", "merge the links of a domain's chains that no snapshot has"
+        ),
     },
     "guest": {
         "boot": Command(f"{_HERE}.guest.boot", "boot the probe guest on an image"),
@@ -73,6 +87,7 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
 }
 
 TOP_LEVEL: Final[dict[str, Command]] = {
+    "serve": Command(f"{_HERE}.serve", "serve the disk of an image over NBD: snapshots and merges while it is used"),
     "recover": Command(f"{_HERE}.recover", "finish or undo an operation that was interrupted"),
     "doctor": Command(f"{_HERE}.doctor", "check this host, or a domain and its snapshots, for problems"),
     "metrics": Command(

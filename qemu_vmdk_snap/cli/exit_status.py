@@ -46,6 +46,15 @@ def as_object(error: BaseException, message: str, status: int) -> dict[str, obje
     `code` never changes its meaning; docs/json.md lists all codes. What the error is about (`path`, `domain`,
     `snapshot`, ...) is included if it is known.
     """
+    return {"error": {**_described(error, message), "exit-status": status}}
+
+
+def as_error(error: Exception) -> dict[str, object]:
+    """Return the inner object of `as_object`, for answers that end no process."""
+    return _described(error, errors.printable(one_line(error)))
+
+
+def _described(error: BaseException, message: str) -> dict[str, object]:
     value: dict[str, object] = {"class": type(error).__name__, "code": code_of(error), "message": message}
     for name in _FIELDS:
         about = getattr(error, name, None)
@@ -58,7 +67,7 @@ def as_object(error: BaseException, message: str, status: int) -> dict[str, obje
             value["path"] = os.fsdecode(error.filename)
         if error.errno is not None:
             value["errno"] = error.errno
-    return {"error": {**value, "exit-status": status}}
+    return value
 
 
 def one_line(error: Exception) -> str:

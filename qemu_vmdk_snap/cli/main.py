@@ -11,7 +11,8 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol, cast
 
@@ -19,11 +20,15 @@ from qemu_vmdk_snap.chain.look.notes import listening
 from qemu_vmdk_snap.cli import exit_status
 from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL, Command
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.cli.words import sorted_words
 from qemu_vmdk_snap.errors import FormatError, LockBusy, Unsupported, VmdkSnapError, printable
 
 PROGRAM = "qemu-vmdk-snap"
 _HELP = frozenset({"-h", "--help"})
 _ANY_WIDTH = 80
+_NAMED = frozenset({"--domain", "--snapshotname"})
+"""What virsh calls its positional arguments where they are given as options."""
+_NUMBERS = tuple(f"-{digit}" for digit in range(10))
 
 
 class CommandModule(Protocol):
@@ -39,6 +44,10 @@ class CommandModule(Protocol):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise exit_status.UsageError(f"{self.prog}: {printable(message)} (try {self.prog} --help)")
+
+    def parse_sorted(self, words: Sequence[str], found: argparse.Namespace | None = None) -> argparse.Namespace:
+        """Return what the words say, options wherever they are among them; a size such as -1G is no option."""
+        return self.parse_args(sorted_words(words, self._option_string_actions, self.error, plain=_NUMBERS), found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,12 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_status.CANCELLED
 
 
-def _usage_error(error: exit_status.UsageError, words: Sequence[str]) -> int:
+def _usage_error(error: Exception, words: Sequence[str], status: int = exit_status.USAGE) -> int:
     """Show the usage error, as JSON too if the command line asks for JSON."""
-    sys.stderr.write(f"{error}\n")
+    begin = "" if isinstance(error, exit_status.UsageError) else f"{PROGRAM}: "
+    sys.stderr.write(f"{begin}{error}\n")
     if "--output=json" in words or ("--output", "json") in itertools.pairwise(words):
-        Ui(json_output=True).json(exit_status.as_object(error, str(error), exit_status.USAGE))
-    return exit_status.USAGE
+        Ui(json_output=True).json(exit_status.as_object(error, str(error), status))
+    return status
 
 
 def _main(words: list[str]) -> int:
@@ -81,11 +91,15 @@ def _main(words: list[str]) -> int:
     # The width of the terminal matters only for help; finding it takes 4 ms of imports.
     parser = make_parser(module, command, prog, width=None if _HELP & set(rest) else _ANY_WIDTH)
     try:
-        args = parser.parse_args(rest)
+        words_in_order, found = _as_positionals(module, _with_values(module, rest))
+        args = parser.parse_sorted(words_in_order, found)
     except exit_status.UsageError as error:
         if command.monitoring:
             return _unknown(str(error))
         raise SystemExit(_usage_error(error, words)) from None
+    except Unsupported as error:  # a name that means something else than a file
+        status = parser.get_default("error_status") or exit_status.status_of(error)
+        raise SystemExit(_usage_error(error, words, status)) from None
     if command.monitoring:
         return _as_plugin(args, prog, rest, module)
     if args.debug or os.environ.get("QEMU_VMDK_SNAP_LOG"):
@@ -154,9 +168,26 @@ def _cancel_on_signals() -> None:
             signal.signal(number, cancel)
 
 
-def make_parser(
-    module: CommandModule, command: Command, prog: str, *, width: int | None = None
-) -> argparse.ArgumentParser:
+def _with_values(module: CommandModule, rest: Sequence[str]) -> list[str]:
+    """Return the words with the value of each option that may be without: virsh's `--quiesce NAME` names a domain."""
+    optional: dict[str, tuple[str, ...]] = getattr(module, "OPTIONAL_VALUES", {})
+    words = []
+    for word, following in itertools.zip_longest(rest, rest[1:]):
+        alone = word in optional and following not in optional[word]
+        words.append(f"{word}={optional[word][0]}" if alone else word)
+    return words
+
+
+def _as_positionals(module: CommandModule, rest: list[str]) -> tuple[list[str], argparse.Namespace | None]:
+    """Return the words, with those that virsh lets name by an option (`--domain web`) in place, and what is parsed."""
+    if not any(word.partition("=")[0] in _NAMED for word in rest):
+        return rest, None
+    from qemu_vmdk_snap.cli.named import as_positionals
+
+    return as_positionals(module, rest)
+
+
+def make_parser(module: CommandModule, command: Command, prog: str, *, width: int | None = None) -> _Parser:
     """Return the argument parser of one command, with the options that all of them have.
 
     Its help is `width` columns wide; None asks the terminal.
@@ -178,8 +209,9 @@ def add_arguments(module: CommandModule, parser: argparse.ArgumentParser) -> Non
 
 def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
     try:
-        with listening(ui.warn), _allowed(args):
+        with listening(ui.warn), _allowed(args), _telling_progress(ui):
             status = module.run(args, ui) or 0
+        ui.end()
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output is gone (`| head`): nothing to report, and nothing more to flush at exit.
@@ -205,6 +237,19 @@ def _allowed(args: argparse.Namespace) -> contextlib.AbstractContextManager[None
     return allowing(*folders)
 
 
+@contextlib.contextmanager
+def _telling_progress(ui: Ui) -> Iterator[None]:
+    """Let SIGUSR1 show how far the command is, as qemu-img does, where nobody else wants that signal."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGUSR1, lambda *_: ui.tell_progress())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
 def _half_done(args: argparse.Namespace) -> str:
     """Return the addition to an error that has left an unfinished operation."""
     image = getattr(args, "filename", None)
@@ -222,6 +267,8 @@ def _half_done(args: argparse.Namespace) -> str:
 
 def _way_out(error: Exception, args: argparse.Namespace) -> str:
     """Return the addition to the error: what can be done, or what the file is instead of a VMDK image."""
+    if isinstance(error, FileExistsError) and "no_create" in args:
+        return " (nothing is overwritten; -n writes into an image that is there)"
     if isinstance(error, OSError):
         return _half_done(args)
     if isinstance(error, FormatError) and (error.offset, error.field) == (0, "magic"):

@@ -69,11 +69,15 @@ def _run_domains(args: argparse.Namespace, ui: Ui) -> None:
         return
     for one in settled:
         what = "finished" if one.finished else "undid"
-        ui.text(f"domain {one.domain}: {what} the interrupted {one.operation} of snapshot {one.snapshot}")
+        ui.text(f"domain {one.domain}: {what} the interrupted {one.operation}{_of(one.snapshot)}")
         for path in one.left:
             ui.text(f"  left in place: {path}")
     if not settled:
         ui.text("Nothing to recover.")
+
+
+def _of(snapshot: str | None) -> str:
+    return f" of snapshot {snapshot}" if snapshot else ""
 
 
 def _show_abandoned(gone: list[Unfinished], ui: Ui) -> None:
@@ -81,7 +85,7 @@ def _show_abandoned(gone: list[Unfinished], ui: Ui) -> None:
         ui.json([one.as_dict() for one in gone])
         return
     for one in gone:
-        about = f"the record {one.record}" if one.intent is None else f"the {one.operation} of snapshot {one.snapshot}"
+        about = f"the record {one.record}" if one.intent is None else f"the {one.operation}{_of(one.snapshot)}"
         ui.text(f"domain {one.domain}: abandoned {about}" + (f" ({one.problem})" if one.problem else ""))
         for path in one.files:
             ui.text(f"  left as it is: {path}")

@@ -27,6 +27,7 @@ class Ui:
         self._started = time.monotonic()
         self._last_progress = 0.0
         self._progress_open = False
+        self._step: Progress | None = None
         self._streams = False
         self._answered = False
         self._warned: dict[str, None] = {}  # in their order
@@ -63,15 +64,25 @@ class Ui:
 
     def progress(self, step: Progress) -> None:
         """Show the progress of an operation: at once with `-p`, else on a terminal if it takes over a second."""
-        now = time.monotonic()
+        now, self._step = time.monotonic(), step
         shown = self._progress_wanted or (self._terminal and now - self._started > _PROGRESS_AFTER)
-        if self.quiet or self.json_output or not shown or now - self._last_progress < _PROGRESS_EVERY:
+        whole = step.done >= step.total
+        if self.quiet or self.json_output or not shown or (not whole and now - self._last_progress < _PROGRESS_EVERY):
             return
         self._last_progress = now
-        percent = 100.0 * step.done / step.total if step.total else 100.0
-        sys.stderr.write(f"\r    ({percent:.2f}/100%) {step.stage:<8}")
+        sys.stderr.write(f"\r{_percent(step)}")
         sys.stderr.flush()
         self._progress_open = True
+
+    def tell_progress(self) -> None:
+        """Show how far the operation is, on a line of its own: somebody has asked (SIGUSR1)."""
+        self._end_progress()
+        sys.stderr.write(f"{_percent(self._step)}\n")
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """End the line of the progress, if one is open: nothing more will be written."""
+        self._end_progress()
 
     def warn(self, message: str) -> None:
         """Print one line on standard error that does not end the command; the same line is printed once."""
@@ -103,6 +114,13 @@ class Ui:
         if self._progress_open:
             sys.stderr.write("\n")
             self._progress_open = False
+
+
+def _percent(step: Progress | None) -> str:
+    if step is None:
+        return f"    ({0:.2f}/100%)"
+    percent = 100.0 * step.done / step.total if step.total else 100.0
+    return f"    ({percent:.2f}/100%) {step.stage:<8}"
 
 
 def columns(text: str) -> int:

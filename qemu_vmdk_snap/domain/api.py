@@ -14,14 +14,19 @@ from typing import TYPE_CHECKING
 from qemu_vmdk_snap import OnProgress, ignore
 from qemu_vmdk_snap.domain import edit
 from qemu_vmdk_snap.domain.adopt.run import AdoptReport, adopt
+from qemu_vmdk_snap.domain.clone.plan import Mode
+from qemu_vmdk_snap.domain.clone.run import CloneReport, clone
+from qemu_vmdk_snap.domain.consolidate.run import ConsolidateReport, consolidate
 from qemu_vmdk_snap.domain.create import run as create_run
 from qemu_vmdk_snap.domain.create.run import SnapshotReport
 from qemu_vmdk_snap.domain.delete.plan import Scope
 from qemu_vmdk_snap.domain.delete.prune import PruneReport, Retention, prune
 from qemu_vmdk_snap.domain.delete.run import DeleteReport, delete
+from qemu_vmdk_snap.domain.destroy.run import DestroyReport, destroy
 from qemu_vmdk_snap.domain.dry_run import plan_create, plan_delete, plan_revert
 from qemu_vmdk_snap.domain.journal import recover as journal
 from qemu_vmdk_snap.domain.journal.recover import Recovery
+from qemu_vmdk_snap.domain.move.run import MoveReport, move
 from qemu_vmdk_snap.domain.revert.run import After, RevertReport, revert
 
 if TYPE_CHECKING:
@@ -193,6 +198,94 @@ def set_current_snapshot(conn: libvirt.virConnect, domain: str, snapshot: str) -
         NoSnapshot, NoDomain, DomainBusy, DomainError: see `create_snapshot`.
     """
     edit.set_current(conn, domain, snapshot)
+
+
+def clone_domain(
+    conn: libvirt.virConnect,
+    domain: str,
+    snapshot: str | None,
+    name: str,
+    *,
+    mode: Mode | None = None,
+    folder: Path | str | None = None,
+    dry_run: bool = False,
+    on_progress: OnProgress = ignore,
+) -> CloneReport:
+    """Define a new domain `name` that shows what the snapshot holds; without a snapshot, what the domain has now.
+
+    It has a UUID, MAC addresses and UEFI variables of its own. `mode` is "linked" (overlays on the frozen files, which
+    the original then keeps; the default of a snapshot) or "full" (copies; of a domain as it is the only one). New files
+    are beside those of the original, or in `folder`.
+
+    Raises:
+        DomainExists: there is a domain of that name.
+        NoSnapshot, NoDomain, DomainBusy, DomainError: see `create_snapshot`.
+        InvalidRequest: the name cannot be, or a linked clone of no snapshot is asked for.
+        VmdkSnapError, OSError: a chain is broken or in use, or a file could not be made.
+    """
+    home = None if folder is None else Path(folder).absolute()
+    return clone(conn, domain, snapshot, name, mode=mode, folder=home, dry_run=dry_run, on_progress=on_progress)
+
+
+def destroy_domain(
+    conn: libvirt.virConnect, domain: str, *, orphans: Sequence[Path | str] = (), dry_run: bool = False
+) -> DestroyReport:
+    """Undefine a domain that is shut off, with its snapshots, and delete every file that is its alone.
+
+    Its alone are the images that it or one of its snapshots has or had on top of a disk; what is only below them (the
+    base of a clone, a template) stays. `orphans`: see `delete_snapshots`.
+
+    Raises:
+        NoDomain, DomainBusy, DomainError: see `create_snapshot`.
+        StillNeeded: something else needs one of the files, or may; it names what.
+        VmdkSnapError, OSError: an image is broken or in use; what is not finished is left to `recover_domains`.
+    """
+    return destroy(conn, domain, orphans=[Path(path).absolute() for path in orphans], dry_run=dry_run)
+
+
+def move_domain(
+    conn: libvirt.virConnect,
+    domain: str,
+    folder: Path | str,
+    *,
+    orphans: Sequence[Path | str] = (),
+    dry_run: bool = False,
+    on_progress: OnProgress = ignore,
+) -> MoveReport:
+    """Move the VMDK files that are the alone of a domain to `folder`; its XML and that of its snapshots follow.
+
+    On one file system the files get other names, else they are copied. `orphans`: see `delete_snapshots`.
+
+    Raises:
+        InvalidRequest: the folder is none.
+        NoDomain, DomainBusy, DomainError: see `create_snapshot`.
+        StillNeeded: something else needs a file where it is, or may; it names what.
+        VmdkSnapError, OSError: an image is broken or in use; what is not finished is left to `recover_domains`.
+    """
+    given_up = [Path(path).absolute() for path in orphans]
+    return move(conn, domain, Path(folder).absolute(), orphans=given_up, dry_run=dry_run, on_progress=on_progress)
+
+
+def consolidate_domain(
+    conn: libvirt.virConnect,
+    domain: str,
+    *,
+    include: Sequence[Path | str] = (),
+    orphans: Sequence[Path | str] = (),
+    dry_run: bool = False,
+    on_progress: OnProgress = ignore,
+) -> ConsolidateReport:
+    """Merge the links of the chains of a domain that no snapshot has; it and its snapshots keep reading what they read.
+
+    A link whose overlay is not called after it may be a template: it is merged only where `include` names it. The
+    report has each link that stays, and why. `orphans`: see `delete_snapshots`.
+
+    Raises:
+        NoDomain, DomainBusy, DomainError: see `create_snapshot`.
+        VmdkSnapError, OSError: an image is broken or in use; what is not finished is left to `recover_domains`.
+    """
+    named, given_up = ([Path(path).absolute() for path in paths] for paths in (include, orphans))
+    return consolidate(conn, domain, include=named, orphans=given_up, dry_run=dry_run, on_progress=on_progress)
 
 
 def recover_domains(conn: libvirt.virConnect, domains: Sequence[str] = ()) -> list[Recovery]:

@@ -46,7 +46,7 @@ def plan_create(
             change.
     """
     request = Request(name, description, disks, required, exclude, overlays or {}, quiesce)
-    with _planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
+    with planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
         plan = make_plan(conn, domain, request, store, held)
     header = plan.snapshot
     return SnapshotReport(
@@ -71,7 +71,7 @@ def plan_revert(
     Raises:
         DomainError: an operation on the domain is unfinished; and all that `revert` raises before its first change.
     """
-    with _planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
+    with planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
         plan = plan_of_revert(conn, domain, snapshot, after, store, held, discard=discard)
         already = is_there(conn, domain, plan)
     kept, gone = ((), plan.old_tops) if discard else (plan.old_tops, ())
@@ -94,7 +94,7 @@ def plan_delete(
     Raises:
         DomainError: an operation on the domain is unfinished; and all that `delete` raises before its first change.
     """
-    with _planning(conn, domain_name) as (domain, _):
+    with planning(conn, domain_name) as (domain, _):
         wanted = chosen(domain, [names] if isinstance(names, str) else names, scope)
         deleted, failed = preview(State.read(conn, domain, orphans), domain, wanted, metadata=metadata)
         if failed:
@@ -103,7 +103,12 @@ def plan_delete(
 
 
 @contextlib.contextmanager
-def _planning(conn: libvirt.virConnect, domain_name: str) -> Iterator[tuple[libvirt.virDomain, IntentStore]]:
+def planning(conn: libvirt.virConnect, domain_name: str) -> Iterator[tuple[libvirt.virDomain, IntentStore]]:
+    """Be the only command on the domain while a plan is made.
+
+    Raises:
+        DomainError: there is no such domain, it is being changed, or an operation on it is unfinished.
+    """
     domain = find_domain(conn, domain_name)
     store = IntentStore.of(conn)
     uuid = domain.UUIDString()

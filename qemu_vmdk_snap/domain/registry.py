@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
-from qemu_vmdk_snap.domain.state import lenient, volume_resolver
+from qemu_vmdk_snap.domain.state import find_snapshot, lenient, volume_resolver
 from qemu_vmdk_snap.domain.xml.named import folders_named
 from qemu_vmdk_snap.domain.xml.origin import maker_of
 from qemu_vmdk_snap.errors import NoSnapshot, VmdkSnapError
@@ -139,6 +139,20 @@ def snapshot_info(conn: libvirt.virConnect, domain: str, snapshot: str | None = 
             return info
     reason = "has no current snapshot" if snapshot is None else f"has no snapshot {snapshot!r}"
     raise NoSnapshot(domain, reason, snapshot=snapshot)
+
+
+def snapshot_xml(conn: libvirt.virConnect, domain_name: str, snapshot: str, *, secure: bool = False) -> str:
+    """Return the XML of a snapshot as libvirt keeps it; `secure`: with passwords.
+
+    Raises:
+        DomainError: there is no such domain or snapshot, or libvirt refuses.
+    """
+    import libvirt
+
+    domain = find_domain(conn, domain_name)
+    with libvirt_errors(domain.name(), f"read its snapshot {snapshot!r}"):
+        flags = libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE if secure else 0
+        return str(find_snapshot(domain, snapshot).getXMLDesc(flags))
 
 
 def tree_lines(snapshots: Sequence[SnapshotInfo]) -> Iterator[str]:

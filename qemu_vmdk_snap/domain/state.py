@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.domain import xml
-from qemu_vmdk_snap.domain.connect import libvirt_errors
+from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.xml.named import folders_named
 from qemu_vmdk_snap.errors import DomainError, NoSnapshot, VmdkSnapError
 
@@ -31,6 +31,15 @@ def check_state(domain: libvirt.virDomain) -> None:
     if domain.hasManagedSaveImage():
         reason = "has a saved state, which would resume on the frozen disks: start it, or virsh managedsave-remove it"
         raise DomainError(domain.name(), reason)
+
+
+def is_running(conn: libvirt.virConnect, domain: str) -> bool:
+    """Return whether the domain has a guest, running or paused.
+
+    Raises:
+        DomainError: there is no such domain.
+    """
+    return bool(find_domain(conn, domain).isActive())
 
 
 def find_snapshot(domain: libvirt.virDomain, name: str) -> libvirt.virDomainSnapshot:

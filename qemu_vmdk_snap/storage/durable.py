@@ -20,13 +20,17 @@ from typing import Final
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.errors import LockBusy
 from qemu_vmdk_snap.storage.blockfile import PosixFile, naming
+from qemu_vmdk_snap.storage.empty import EmptyFile, is_empty
 from qemu_vmdk_snap.storage.locks import lock_image
 
 _log = log.of(__name__)
 
 _TEMPORARY: Final = ".qemu-vmdk-snap.tmp"
 _TEMPORARY_NAME: Final = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.qemu-vmdk-snap\.tmp", re.DOTALL)
-_NAME_LENGTH: Final = 200
+_NAME_BYTES: Final = 200
+"""What a temporary name has of the name to come: a file system counts bytes, 255 in most."""
+
+_CHARACTER_BYTES: Final = 4
 _RENAME_NOREPLACE: Final = 1
 _AT_FDCWD: Final = -100
 _SWEEP_SECONDS: Final = 2.0
@@ -91,7 +95,7 @@ def _flocked(fd: int, how: int) -> bool:
 
 def _sweep(path: Path, about: Path | None) -> bool:
     match = _TEMPORARY_NAME.fullmatch(path.name)
-    if match is None or (about is not None and match["name"] != about.name[:_NAME_LENGTH]):
+    if match is None or (about is not None and match["name"] != _shortened(about.name)):
         return False
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -103,7 +107,7 @@ def _sweep(path: Path, about: Path | None) -> bool:
             return False
         lock_image(fd, path, writable=True)
         claim = path.with_name(match["name"])
-        if facts.st_nlink == 1 and len(claim.name) < _NAME_LENGTH:
+        if facts.st_nlink == 1 and len(os.fsencode(claim.name)) < _NAME_BYTES - _CHARACTER_BYTES:
             _drop_claim(claim)
         path.unlink()
     except (OSError, LockBusy):
@@ -132,6 +136,7 @@ class NewFiles:
         self._durable = durable
         self._pending: list[tuple[PosixFile, Path]] = []
         self._linked: list[Path] = []
+        self._empty: dict[Path, EmptyFile] = {}
         self._held = contextlib.ExitStack()
         self._folders: set[Path] = set()
         self._last_look: Callable[[], None] = lambda: None
@@ -144,13 +149,23 @@ class NewFiles:
         """Return the group, still empty."""
         return self
 
+    def allow_empty(self, path: Path) -> None:
+        """Let the file that is added as `path` take the place, and the mode, of an empty file that is there now.
+
+        Raises:
+            LockBusy, OSError: that one cannot be held.
+        """
+        if is_empty(path):
+            self._empty[path] = held = EmptyFile(path)
+            self._held.callback(held.close)
+
     def add(self, path: Path, mode: int = 0o666) -> PosixFile:
         """Return a new empty file that will be called `path`; the umask applies to `mode`.
 
         Raises:
             FileExistsError: the name exists.
         """
-        if os.path.lexists(path):
+        if path not in self._empty and os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         temporary = temporary_name(path)
         if path.parent not in self._folders:  # once a folder: a split disk has thousands of files in one
@@ -164,6 +179,8 @@ class NewFiles:
             raise
         file = PosixFile(fd, temporary, lazy=not self._durable)
         self._held.callback(file.close)
+        if path in self._empty:
+            os.fchmod(fd, self._empty[path].mode)
         self._pending.append((file, path))
         return file
 
@@ -191,7 +208,10 @@ class NewFiles:
         for last, (file, path) in enumerate(self._pending, 1):
             if last == len(self._pending) > 1:
                 self._sync_folders()  # barrier: the extents have their names before the descriptor that names them
-            _link(file.path, path)
+            if (held := self._empty.get(path)) is not None:
+                held.give_name(file.path)
+            else:
+                _link(file.path, path)
             self._linked.append(path)
         self._last_look()
         self._sync_folders()
@@ -212,8 +232,12 @@ def _link(temporary: Path, path: Path) -> None:
             return
         # Nor that (some FUSE): claim the name by an exclusive create, then rename over our own claim. Killed between
         # the two, the sweep removes the claim.
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        temporary.replace(path)
+        claim = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            lock_image(claim, path, writable=True)  # nobody takes our claim for an empty file to be replaced
+            temporary.replace(path)
+        finally:
+            os.close(claim)
 
 
 def _renamed_beside(temporary: Path, path: Path) -> bool:
@@ -251,13 +275,27 @@ def _discard(temporary: Path) -> None:
 
 def temporary_name(path: Path) -> Path:
     """Return a new hidden name beside `path`, for a file that is renamed to `path` when it is complete."""
-    return path.with_name(f".{path.name[:_NAME_LENGTH]}.{os.urandom(6).hex()}{_TEMPORARY}")
+    return path.with_name(f".{_shortened(path.name)}.{os.urandom(6).hex()}{_TEMPORARY}")
 
 
-def publish(temporary: Path, path: Path, *, parts: Sequence[Path] = (), durable: bool = True) -> None:
+def _shortened(name: str) -> str:
+    """Return `name`, or as many whole characters of it as a temporary name has room for."""
+    raw = os.fsencode(name)
+    return name if len(raw) <= _NAME_BYTES else raw[:_NAME_BYTES].decode("utf-8", "ignore")
+
+
+def publish(
+    temporary: Path,
+    path: Path,
+    *,
+    parts: Sequence[Path] = (),
+    durable: bool = True,
+    empty: EmptyFile | None = None,
+) -> None:
     """Rename the complete file `temporary` to `path`, never overwriting another file.
 
-    `parts` are the files beside it that it names: they are made durable, with their names, before it.
+    `parts` are the files beside it that it names: they are made durable, with their names, before it. `empty` is the
+    empty file that has the name now, and is given up.
 
     Raises:
         FileExistsError: the name exists; neither file is changed.
@@ -267,7 +305,10 @@ def publish(temporary: Path, path: Path, *, parts: Sequence[Path] = (), durable:
             _sync_file(file)  # barrier: the file is complete on disk before it gets its name
         if parts:
             sync_folder(path.parent)  # barrier: the extents have their names before the descriptor that names them
-    _link(temporary, path)
+    if empty is None:
+        _link(temporary, path)
+    else:
+        empty.give_name(temporary)
     _log.debug("%s: complete, and has its name", path)
     _discard(temporary)
     if durable:
@@ -281,7 +322,7 @@ def link_over(file: Path | str, path: Path | str) -> None:
     """
     file, path = Path(file), Path(path)
     inode = file.stat().st_ino
-    temporary = path.with_name(f".{path.name[:_NAME_LENGTH]}.{inode & 0xFFFF_FFFF_FFFF:012x}{_TEMPORARY}")
+    temporary = path.with_name(f".{_shortened(path.name)}.{inode & 0xFFFF_FFFF_FFFF:012x}{_TEMPORARY}")
     with working_in(path.parent):
         temporary.unlink(missing_ok=True)
         try:

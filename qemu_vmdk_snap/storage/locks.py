@@ -68,6 +68,16 @@ def keep_from_writers(fd: int) -> None:
                 raise
 
 
+def let_go(fd: int) -> None:
+    """Give up every lock that `lock_image` gave, for another descriptor of the same file that holds its own."""
+    for byte in (*(_USED + n for n in _NAMES), *(_UNSHARED + n for n in _NAMES)):
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, 0, byte, 1, 0))
+        except OSError as error:
+            if error.errno not in _NO_OFD_LOCKS:
+                raise
+
+
 def _check(fd: int, path: Path, byte: int, permission: int) -> None:
     answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, byte, 1, 0))
     if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:

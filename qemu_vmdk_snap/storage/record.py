@@ -35,6 +35,7 @@ from qemu_vmdk_snap import log
 from qemu_vmdk_snap.errors import CorruptChain, LockBusy
 from qemu_vmdk_snap.storage.blockfile import naming
 from qemu_vmdk_snap.storage.durable import alone_in, sync_folder, working_in
+from qemu_vmdk_snap.storage.grainlog import waiting
 from qemu_vmdk_snap.storage.identity import identity_of, identity_of_open
 
 _log = log.of(__name__)
@@ -199,7 +200,13 @@ def pending_in(folder: Path, *, allowed: Sequence[Path | str] = ()) -> list[Pend
 
 
 def refuse_pending(*images: Path) -> None:
-    """Raise CorruptChain if an operation on one of `images` has begun and not ended."""
+    """Raise CorruptChain if an operation on one of `images` has begun and not ended, or its server was killed."""
+    for image in images:
+        left = waiting(image)
+        if left is not None:
+            left.close()
+            reason = f"its server was killed, and has acknowledged more than is stored: run `recover {image}` first"
+            raise CorruptChain(image, reason)
     for folder in sorted({image.parent for image in images}):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             for pending in pending_in(folder):

@@ -28,6 +28,7 @@ NOTICED: Final[dict[str, tuple[str, str]]] = {
     "storage/durable:NewFiles._publish: the file is complete on disk before it g": ("create", "sparse"),
     "storage/durable:NewFiles._publish: self._sync_folders()": ("create", "sparse"),
     "storage/durable:NewFiles._publish: the extents have their names before the": ("create", "cowd"),
+    "storage/durable:link_over: sync_folder(path.parent)": ("merge_links", "sparse"),
     "storage/durable:publish: the file is complete on disk before it g": ("convert_onto_same", "sparse"),
     "storage/durable:publish: sync_folder(path.parent)": ("delta", "sparse"),
     "storage/durable:publish: the extents have their names before the": ("convert_onto_same", "cowd"),

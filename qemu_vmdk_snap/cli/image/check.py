@@ -9,7 +9,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.cli.image.common import add_open_options, add_progress, need_vmdk
+from qemu_vmdk_snap.cli.image.common import add_cache, add_open_options, add_progress, need_vmdk
+from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
@@ -36,9 +37,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="with -r all: accept each parent as it is and write its CID into its overlay",
     )
     parser.add_argument("--take-back", type=Path, metavar="FILE", help="undo a repair with its undo file, then check")
-    parser.add_argument("-T", "--src-cache", help=argparse.SUPPRESS)
+    add_cache(parser, "-T", "--src-cache", "accepted, without effect")
     add_progress(parser)
-    parser.add_argument("filename", type=Path, help="the image")
+    parser.add_argument("filename", type=image_file, help="the image")
     parser.set_defaults(error_status=1)
 
 

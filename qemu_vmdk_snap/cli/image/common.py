@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from qemu_vmdk_snap.cli.image.names import file_name
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 from qemu_vmdk_snap.units import parse_size
 
@@ -60,6 +61,30 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print only errors")
 
 
+CACHE_MODES: Final = ("none", "writeback", "unsafe", "directsync", "writethrough")
+"""qemu-img's; the others differ only in the use of the page cache, so only `unsafe` has an effect here."""
+
+
+def add_cache(parser: argparse.ArgumentParser, short: str, long: str, meaning: str) -> None:
+    """Add `-t` or `-T`; what it means is told of its values but `unsafe`."""
+    default = "writeback" if short == "-t" else None
+    parser.add_argument(short, long, default=default, choices=CACHE_MODES, metavar="CACHE", help=meaning)
+
+
+def add_rate_limit(parser: argparse.ArgumentParser) -> None:
+    """Add `-r`."""
+    parser.add_argument(
+        "-r", "--rate-limit", type=_rate, default=0, metavar="RATE", help="store at most RATE bytes a second"
+    )
+
+
+def _rate(text: str) -> int:
+    rate = size_argument(text)
+    if not rate:
+        raise argparse.ArgumentTypeError("must be more than 0 bytes a second")
+    return rate
+
+
 def add_progress(parser: argparse.ArgumentParser) -> None:
     """Add `-p`."""
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
@@ -73,7 +98,7 @@ def need_vmdk(path: Path | str, image_format: str) -> None:
 
 def as_seen_from(image: Path, name: str | Path) -> Path:
     """Return the path of the backing file `name`: relative to the folder of `image`, as for qemu-img."""
-    return image.parent / name
+    return image.parent / file_name(str(name), image.parent)
 
 
 def open_disk(path: Path, image_format: str, args: argparse.Namespace) -> Disk:

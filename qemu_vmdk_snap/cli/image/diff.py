@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from qemu_vmdk_snap.cli.image.common import add_open_options, add_progress, need_vmdk, split_options
+from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import Unsupported
 
@@ -25,8 +26,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=("kind of the delta: streamOptimized (default) or monolithicSparse"),
     )
     add_progress(parser)
-    parser.add_argument("base", type=Path, help="an image in the backing chain of top")
-    parser.add_argument("top", type=Path, help="the image with the changes")
+    parser.add_argument("base", type=image_file, help="an image in the backing chain of top")
+    parser.add_argument("top", type=image_file, help="the image with the changes")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.image.common import add_open_options, need_vmdk
+from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.units import format_size
 
@@ -18,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image info`."""
     add_open_options(parser, raw=True)
     parser.add_argument("--backing-chain", action="store_true", help="show every image of the chain, the top first")
-    parser.add_argument("filename", type=Path, help="the image")
+    parser.add_argument("filename", type=image_file, help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from qemu_vmdk_snap.cli.image.common import add_open_options, add_progress, open_disk, size_argument, split_options
+from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 
@@ -20,8 +21,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-o", "--options", action="append", default=[], metavar="NAME=VALUE,...", help="options of the new image"
     )
     parser.add_argument("--size", type=size_argument, metavar="SIZE", help="measure an empty disk of this size instead")
+    parser.add_argument("-l", "--snapshot", metavar="SNAPSHOT", help=argparse.SUPPRESS)
     add_progress(parser)
-    parser.add_argument("filename", type=Path, nargs="?", help="the image")
+    parser.add_argument("filename", type=image_file, nargs="?", help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -29,6 +31,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.cli.image.create import parse_options
     from qemu_vmdk_snap.ops.copy.measure import measure
 
+    if args.snapshot is not None:
+        raise Unsupported(args.filename or Path("-l"), "-l: a VMDK image has no internal snapshots")
     if (args.filename is None) == (args.size is None):
         raise InvalidRequest("measure", "needs either an image or --size")
     if args.target_format not in ("vmdk", "raw"):

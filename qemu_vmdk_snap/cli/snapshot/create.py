@@ -15,6 +15,23 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.create.run import SnapshotReport
 
 
+OPTIONAL_VALUES = {"--quiesce": ("require", "auto", "no")}
+"""Options whose value may be left out: then it is the first one."""
+
+EXAMPLES = (
+    ("snapshot create web before-upgrade", "all VMDK disks of the domain, running or not"),
+    ("snapshot create web --quiesce --description 'before the upgrade'", "with the guest's file systems frozen"),
+    ("snapshot create web s1 --diskspec vdb,snapshot=no --dry-run", "without one disk; only what would be done"),
+)
+
+_REFUSED = {
+    "no_metadata": "what libvirt does not know can be neither reverted nor deleted: `image create -b` makes an overlay",
+    "halt": "shut the guest down (virsh shutdown) and create the snapshot then: its disks are whole then",
+    "reuse_external": "an overlay is always made, and no file is overwritten: remove the one that is there",
+}
+"""Options of virsh that are not possible here, and the way that is."""
+
+
 class DiskSpec(NamedTuple):
     """One `--diskspec`."""
 
@@ -32,6 +49,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="the same, as virsh snapshot-create-as has it")
     parser.add_argument("--description", metavar="TEXT", help="description of the snapshot")
     parser.add_argument("--disk-only", action="store_true", help="only the disks, no memory (always the case)")
+    parser.add_argument("--atomic", action="store_true", help="all disks or none (always the case)")
+    parser.add_argument("--live", action="store_true", help="while the guest runs (always the case if it does)")
+    parser.add_argument("--validate", action="store_true", help="only valid XML for libvirt (always the case)")
+    parser.add_argument("--print-xml", action="store_true", help="print the XML of the snapshot, and make none")
+    for option in _REFUSED:
+        parser.add_argument(f"--{option.replace('_', '-')}", action="store_true", help="not possible: says what is")
     parser.add_argument(
         "--memspec",
         metavar="FILE",
@@ -60,15 +83,19 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.domain.connect import connection
     from qemu_vmdk_snap.domain.create.run import create_snapshot
     from qemu_vmdk_snap.domain.dry_run import plan_create
+    from qemu_vmdk_snap.domain.state import is_running
 
     if args.name is not None and args.snapshotname not in (None, args.name):
         raise InvalidRequest(f"the snapshot has two names: {args.snapshotname!r} and {args.name!r}", "give one")
     if args.memspec is not None:
         reason = "the memory of a guest on QEMU's vmdk driver cannot be saved: the driver blocks migration"
         raise Unsupported(Path(args.memspec), f"{reason}; take the snapshot without --memspec")
+    for option, way in _REFUSED.items():
+        if getattr(args, option):
+            raise InvalidRequest(f"--{option.replace('_', '-')}", way)
     specs = [parse_diskspec(text) for text in args.diskspec]
     with connection(args.connect) as conn:
-        take = plan_create if args.dry_run else create_snapshot
+        take = plan_create if args.dry_run or args.print_xml else create_snapshot
         report = take(
             conn,
             args.domain,
@@ -79,7 +106,22 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             overlays={spec.disk: spec.overlay for spec in specs if spec.overlay is not None},
             quiesce=args.quiesce,
         )
+        if args.print_xml:
+            text = _xml(report, args.description, running=is_running(conn, args.domain))
+            show(ui, report, report.as_dict() | {"xml": text}, text.splitlines())
+            return
     show(ui, report, report.as_dict(), _lines(report))
+
+
+def _xml(report: SnapshotReport, description: str | None, *, running: bool) -> str:
+    """Return the XML by which the snapshot would be registered, without the domain inside."""
+    from qemu_vmdk_snap.domain.xml import SnapshotDisk, SnapshotXml, snapshot_xml
+
+    disks = [SnapshotDisk(disk.target, "external", disk.overlay, disk.frozen) for disk in report.disks]
+    disks += [SnapshotDisk(target, "no", None, None) for target, _ in report.skipped]
+    state = "disk-snapshot" if running else "shutoff"
+    header = SnapshotXml(report.snapshot, state, report.creation_time, description, report.parent, disks=tuple(disks))
+    return snapshot_xml(header, "").replace("\n\n", "\n")
 
 
 def _lines(report: SnapshotReport) -> list[str]:

@@ -58,8 +58,10 @@ def tell_recovery(recovery: Recovery | None, ui: Ui) -> None:
         return
     what = "was finished" if recovery.finished else "was undone"
     left = f"; left in place: {', '.join(map(str, recovery.left))}" if recovery.left else ""
-    which = "snapshot" if recovery.operation == "create" else f"{recovery.operation} of snapshot"
-    ui.warn(f"domain {recovery.domain}: the interrupted {which} {recovery.snapshot!r} {what}{left}")
+    which = "snapshot" if recovery.operation == "create" else recovery.operation
+    if recovery.snapshot:
+        which += f" {recovery.snapshot!r}" if which == "snapshot" else f" of snapshot {recovery.snapshot!r}"
+    ui.warn(f"domain {recovery.domain}: the interrupted {which} {what}{left}")
 
 
 def warn_pending(line: str | None, ui: Ui) -> None:

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.revert.run import RevertReport
 
 
+EXAMPLES = (
+    ("snapshot revert web before-upgrade", "back to the snapshot; what was written since is kept in its file"),
+    ("snapshot revert web --current --discard --running", "a clean start from the newest one"),
+)
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_domain(parser)
@@ -33,6 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="delete what was written since the last snapshot (default: the file is kept)",
     )
+    parser.add_argument("--force", action="store_true", help="accepted: no revert here needs it")
+    parser.add_argument("--reset-nvram", action="store_true", help="not possible: says what is")
     add_orphans(parser)
     add_dry_run(parser)
 
@@ -46,6 +54,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
     if (args.snapshotname is None) is not args.current:
         raise InvalidRequest(f"domain {args.domain}", "needs either a snapshot or --current")
+    if args.reset_nvram:
+        way = "revert with --shutoff, and `virsh start --reset-nvram` makes the UEFI variables anew"
+        raise InvalidRequest("--reset-nvram", way)
     with connection(args.connect) as conn:
         name = args.snapshotname or snapshot_info(conn, args.domain).name
         if args.dry_run:

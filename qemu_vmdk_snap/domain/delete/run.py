@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import qemu_vmdk_snap as engine
 from qemu_vmdk_snap import Census, Link, OnProgress, confined, ignore, log, open_chain, own_files, read_facts
 from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
@@ -347,10 +348,11 @@ def finish(
     *,
     on_progress: OnProgress = ignore,
     notes: list[str] | None = None,
-) -> bool:
+) -> Recovery | None:
     """Do every step that is not done yet; what had to stay goes to `notes`.
 
-    False: nothing of it that is in use was begun, and it was undone.
+    Returns None once it is finished. Where nothing of it was begun that anybody reads it is taken back, as the returned
+    recovery says.
 
     Raises:
         VmdkSnapError, OSError: a step cannot be done now; the record must stay.
@@ -359,7 +361,8 @@ def finish(
     if intent.merges:
         if not steps.is_begun(domain, intent):
             steps.take_back(domain, intent)
-            return False
+            name, also = domain.name(), intent.also
+            return Recovery(name, intent.snapshot, finished=False, operation=intent.operation, also=also)
         steps.place_images(conn, domain, intent)
     _drop_empty(domain.name(), intent)
     _copy_up(intent, on_progress)
@@ -375,16 +378,14 @@ def finish(
     said = steps.clear(intent)
     if notes is not None:
         notes += said
-    return True
+    return None
 
 
 def _settle(intent: Intent) -> None:
     """Finish what was interrupted inside an operation on the images."""
-    from qemu_vmdk_snap import recover
-
     folders = {Path(one.frozen).parent for one in work_of(intent)}
     for folder in folders | {Path(one.image).parent for one in intent.merges}:
-        recover(folder)
+        engine.recover(folder)
 
 
 def _drop_empty(domain: str, intent: Intent) -> None:
@@ -399,19 +400,15 @@ def _drop_empty(domain: str, intent: Intent) -> None:
 
 def _copy_up(intent: Intent, on_progress: OnProgress) -> None:
     """Give all of F's data to the overlays that do not stay on it, and put them on its parent."""
-    from qemu_vmdk_snap import rebase
-
     resolver = confined(folders_of(intent))
     for one in work_of(intent):
         onto = None if one.parent is None else Path(one.parent)
         for image in map(Path, one.copied):
             if _is_backed_by(image, Path(one.frozen), folders_of(intent)):
-                rebase(image, onto, resolver=resolver, on_progress=on_progress)
+                engine.rebase(image, onto, resolver=resolver, on_progress=on_progress)
 
 
 def _merge_down(intent: Intent, on_progress: OnProgress) -> None:
-    from qemu_vmdk_snap import commit
-
     resolver = confined(folders_of(intent))
     for one in work_of(intent):
         if one.mode != "merge" or one.child is None or not Path(one.child).exists():
@@ -419,7 +416,7 @@ def _merge_down(intent: Intent, on_progress: OnProgress) -> None:
         with open_one(Path(one.child), folders_of(intent), lock=False) as link:
             done = is_empty(link)
         if not done:  # done already, its children may stand on the base by now: they must keep what they read
-            commit(
+            engine.commit(
                 one.child,
                 base=one.frozen,
                 keep_siblings=True,
@@ -431,8 +428,6 @@ def _merge_down(intent: Intent, on_progress: OnProgress) -> None:
 
 
 def _move(intent: Intent, on_progress: OnProgress) -> None:
-    from qemu_vmdk_snap import rebase
-
     resolver = confined(folders_of(intent))
     for one in work_of(intent):
         onto = Path(one.frozen) if one.mode == "merge" else None if one.parent is None else Path(one.parent)
@@ -440,7 +435,7 @@ def _move(intent: Intent, on_progress: OnProgress) -> None:
             continue
         for image in map(Path, one.moving):
             if _is_backed_by(image, one.removed, folders_of(intent)):
-                rebase(image, onto, resolver=resolver, on_progress=on_progress)
+                engine.rebase(image, onto, resolver=resolver, on_progress=on_progress)
 
 
 def _is_backed_by(image: Path, parent: Path, folders: Sequence[Path]) -> bool:

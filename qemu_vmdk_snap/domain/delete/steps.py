@@ -28,7 +28,7 @@ from qemu_vmdk_snap.domain.delete.plan import folders_of, open_one
 from qemu_vmdk_snap.domain.delete.work import Change, change_before, change_of, work_of
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Merge
 from qemu_vmdk_snap.domain.needs.needed import real_file
-from qemu_vmdk_snap.domain.overlay.newfile import like
+from qemu_vmdk_snap.domain.overlay.newfile import follow_base
 from qemu_vmdk_snap.domain.qemu.exchange import Exchange, ExchangeReport, close_unused, exchange
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.options import read_options
@@ -53,7 +53,7 @@ def make_images(domain: str, store: IntentStore, intent: Intent, on_progress: On
         engine.merge_links(
             one.links[0], one.links[-1], one.image, trusted_dirs=folders, mode=0o600, on_progress=on_progress
         )
-        intent = intent.merged(one.image, like(domain, Path(one.links[0]), Path(one.image)))
+        intent = intent.merged(one.image, follow_base(domain, Path(one.image), Path(one.links[0]), mode=0)[1])
     if intent.merges:
         store.write(intent)
     return intent

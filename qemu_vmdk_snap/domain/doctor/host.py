@@ -28,7 +28,6 @@ _TOOLS: Final = {
     "qemu-system-x86_64": ("note", "guests of this kind, `guest boot` and `demo`: qemu-system-x86"),
     "qemu-img": ("note", "nothing here, but a second opinion on images: qemu-utils"),
     "virsh": ("note", "nothing here, but the examples and most administrators: libvirt-clients"),
-    "nbdkit": ("note", "`serve`: nbdkit and nbdkit-plugin-python"),
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.domain.connect import find_domain
-from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
+from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, doing
 from qemu_vmdk_snap.errors import DomainError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Unfinished:
 
     @property
     def operation(self) -> str:
-        """Return `create`, `freeze`, `revert`, `delete` or `rename`."""
+        """Return which it is, one of `record.OPERATIONS`."""
         return "unreadable" if self.intent is None else self.intent.operation
 
     @property
@@ -54,7 +54,8 @@ class Unfinished:
         named: set[object] = {*(overlay.path for overlay in self.intent.overlays), *self.intent.discard}
         for one in self.intent.work:
             moving = one.get("moving")
-            named |= {one.get("frozen"), one.get("child"), *(moving if isinstance(moving, list) else ())}
+            named |= {one.get(key) for key in ("frozen", "child", "source", "path")}
+            named |= {*moving} if isinstance(moving, list) else set()
         for merge in self.intent.merges:
             named |= {merge.image, *merge.links}
         return tuple(sorted(Path(name) for name in named if isinstance(name, str)))
@@ -76,7 +77,7 @@ class Unfinished:
             return "another command is changing its snapshots now"
         if self.problem is not None:
             return f"{self.problem}: {abandoning(self.uri, self.domain)}"
-        what = f"the {self.operation} of snapshot {self.snapshot!r} is not finished"
+        what = f"{doing(self.operation, self.snapshot)} is not finished"
         return f"{what}: {ways_out(self.uri, self.domain)}"
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import libvirt
 
 STATE_VARIABLE: Final = "QEMU_VMDK_SNAP_STATE"
-OPERATIONS: Final = ("create", "freeze", "revert", "delete", "rename")
+OPERATIONS: Final = ("create", "freeze", "revert", "delete", "rename", "clone", "destroy", "move", "consolidate")
 _VERSION: Final = 1
 _MAX_BYTES: Final = 64 << 20
 _PATIENCE: Final = 0.3
@@ -96,21 +96,26 @@ class Intent:
     thaw: bool = False
     """Whether its file systems were to be frozen, so that they must be thawed."""
     operation: str = "create"
-    """`create`, `freeze`, `revert`, `delete` or `rename`."""
+    """One of `OPERATIONS`."""
     current: str | None = None
     """The current snapshot before; of a rename, afterwards."""
     discard: tuple[str, ...] = ()
-    """Of a revert: the files to delete once no XML names them."""
+    """Of a revert, a destroy and a move: the files that go once no XML names them."""
     discard_inodes: tuple[int, ...] = ()
     """The inode of each: another file of that name stays."""
     work: tuple[dict[str, Any], ...] = ()
-    """Of a delete: what happens to each disk; see `delete.Work`."""
+    """Of a delete: what happens to each disk (`delete.plan.Work`); of a clone and a move: to each file."""
     snapshots: tuple[tuple[str, str], ...] = ()
-    """Of a delete: (name, new XML) of the snapshots that stay and name other files afterwards."""
+    """(name, XML): of a delete and a move, the new one of snapshots that name other files then; of a destroy, all."""
     merges: tuple[Merge, ...] = ()
     """Of a delete under a running guest: what is exchanged beneath it."""
     also: tuple[str, ...] = ()
     """Of a delete: the snapshots that go with it, in the same step."""
+
+    @property
+    def what(self) -> str:
+        """Return what is being done, as a part of a sentence."""
+        return doing(self.operation, self.snapshot)
 
     def made(self, path: str, identity: tuple[int, int]) -> Intent:
         """Return the record with the identity of the overlay at `path`."""
@@ -196,7 +201,7 @@ class IntentStore:
         self._make_folder()
         data = json.dumps({"version": _VERSION, **asdict(intent)}, indent=1).encode()
         replace_file(self.path(intent.uuid), data, mode=0o600)  # the XML may hold passwords
-        _logger().info("domain %s: %s of snapshot %r journaled", intent.domain, intent.operation, intent.snapshot)
+        _logger().info("domain %s: %s journaled", intent.domain, intent.what)
 
     def remove(self, uuid: str) -> None:
         """Remove the record; the order of the steps before makes this safe without waiting for the disk."""
@@ -257,6 +262,11 @@ class IntentStore:
         for folder in missing:
             _sync(folder.parent)
         self.check_folder()
+
+
+def doing(operation: str, snapshot: str | None) -> str:
+    """Return what is being done, as a part of a sentence: "the delete of snapshot 's1'"."""
+    return f"the {operation} of snapshot {snapshot!r}" if snapshot else f"the {operation} of the domain"
 
 
 def pending_overlays(store: IntentStore) -> set[Path]:

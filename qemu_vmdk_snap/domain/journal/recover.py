@@ -46,15 +46,17 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-Finisher = Callable[["libvirt.virConnect", "libvirt.virDomain", Intent], bool]
-"""Does every step of a recorded operation that is not done yet; it can be called twice.
-
-False: it had changed nothing that is in use, and was undone.
-"""
+Finisher = Callable[["libvirt.virConnect", "libvirt.virDomain", Intent], "Recovery | None"]
+"""Does every step of a recorded operation that is not done yet; it can be called twice. What it returns says what
+became of the operation; None is for one that is finished."""
 
 FINISHERS: Final[dict[str, tuple[str, str]]] = {
     "delete": ("qemu_vmdk_snap.domain.delete.run", "finish"),
     "rename": ("qemu_vmdk_snap.domain.edit", "finish_rename"),
+    "clone": ("qemu_vmdk_snap.domain.clone.run", "settle"),
+    "destroy": ("qemu_vmdk_snap.domain.destroy.run", "settle"),
+    "move": ("qemu_vmdk_snap.domain.move.run", "settle"),
+    "consolidate": ("qemu_vmdk_snap.domain.delete.run", "finish"),
 }
 """Operation -> module and function of its `Finisher`. For other operations the XML decides, as above."""
 
@@ -101,12 +103,14 @@ def recover(conn: libvirt.virConnect, names: Sequence[str] = ()) -> list[Recover
         try:
             if not store.has(uuid) and not names:
                 continue
-            domain = _lookup(conn, store, uuid)
-            with store.locked(uuid, domain.name()):
-                result = recover_domain(conn, domain, store) if store.has(uuid) else None
-                if names and domain.isActive():
-                    with contextlib.suppress(VmdkSnapError):  # a detached disk that stays open is in nobody's way here
-                        release_unused(Monitor(domain))
+            result = _settle_destroyed(conn, store, uuid)
+            if result is None:
+                domain = _lookup(conn, store, uuid)
+                with store.locked(uuid, domain.name()):
+                    result = recover_domain(conn, domain, store) if store.has(uuid) else None
+                    if names and domain.isActive():
+                        with contextlib.suppress(VmdkSnapError):  # a detached disk that stays open is in nobody's way
+                            release_unused(Monitor(domain))
         except (VmdkSnapError, OSError) as error:
             failure = failure or error
         else:
@@ -116,6 +120,23 @@ def recover(conn: libvirt.virConnect, names: Sequence[str] = ()) -> list[Recover
     if failure is not None:
         raise failure
     return settled
+
+
+def _settle_destroyed(conn: libvirt.virConnect, store: IntentStore, uuid: str) -> Recovery | None:
+    """Finish the destroy of a domain that libvirt has forgotten already; None where there is no such one."""
+    import libvirt
+
+    with contextlib.suppress(libvirt.libvirtError):
+        conn.lookupByUUIDString(uuid)
+        return None
+    intent = store.read(uuid)
+    if intent is None or intent.operation != "destroy":
+        return None
+    with store.locked(uuid, intent.domain):
+        # By name, as the finishers.
+        result = importlib.import_module("qemu_vmdk_snap.domain.destroy.run").finish(conn, intent)
+        store.remove(uuid)
+    return cast(Recovery, result)
 
 
 def _lookup(conn: libvirt.virConnect, store: IntentStore, uuid: str) -> libvirt.virDomain:
@@ -158,12 +179,7 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
     if intent is None:
         register_anew(domain)  # what an earlier version has registered
         return None
-    _log.info(
-        "domain %s: the %s of snapshot %r is not finished: finishing or undoing it",
-        name,
-        intent.operation,
-        intent.snapshot,
-    )
+    _log.info("domain %s: %s is not finished: finishing or undoing it", name, intent.what)
     try:
         result = _settle(conn, domain, intent)
         store.remove(intent.uuid)
@@ -172,8 +188,7 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
             reason = f"its record {store.path(intent.uuid)} is damaged ({type(error).__name__})"
         else:
             reason = error.reason if isinstance(error, DomainError) else str(error)
-        what = f"the {intent.operation} of snapshot {intent.snapshot!r} is not finished"
-        raise DomainError(name, f"{reason}; {what}: {ways_out(uri, name)}") from error
+        raise DomainError(name, f"{reason}; {intent.what} is not finished: {ways_out(uri, name)}") from error
     _log.info("domain %s: the %s is %s", name, intent.operation, "finished" if result.finished else "undone")
     return result
 
@@ -183,8 +198,11 @@ def _settle(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
     if intent.operation in FINISHERS:
         module, function = FINISHERS[intent.operation]
         finish = cast(Finisher, getattr(importlib.import_module(module), function))
-        finished = finish(conn, domain, intent)
-        return Recovery(name, intent.snapshot, finished=finished, operation=intent.operation, also=intent.also)
+        result = finish(conn, domain, intent)
+        if intent.live and intent.resume and domain.isActive():
+            _resume(domain)
+        done = Recovery(name, intent.snapshot, finished=True, operation=intent.operation, also=intent.also)
+        return result or done
     with libvirt_errors(name, f"settle its unfinished snapshot {intent.snapshot!r}"):
         if intent.live and domain.isActive() and not _switched(domain, intent):
             _back_to_old(conn, domain, intent)

@@ -215,7 +215,7 @@ class Walker:
         for holder in holders:
             for path in self.walk(holder.chain).files:
                 folders |= {path.parent, real_file(path).parent}
-        return {folder for folder in folders if folder.is_dir() and not real_file(folder).is_relative_to("/dev")}
+        return {folder for folder in folders if folder.is_dir() and not _is_of_devices(real_file(folder))}
 
     def _below(self, file: NamedFile) -> tuple[tuple[Path, ...], tuple[Path, str] | None]:
         try:
@@ -261,6 +261,11 @@ def _is_past(holder: Holder, top: Path | None) -> bool:
         return identity_of(top) is None
     except OSError:
         return False
+
+
+def _is_of_devices(folder: Path) -> bool:
+    """Return whether the folder has devices, which are not looked at; /dev/shm has files."""
+    return folder.is_relative_to("/dev") and not folder.is_relative_to("/dev/shm")
 
 
 def _disk(holder: Holder) -> str:

@@ -74,3 +74,18 @@ def check_description(text: str) -> None:
     """
     if _NOT_XML.search(text):
         raise InvalidRequest("description", "must not contain control characters")
+
+
+def check_domain_name(name: str) -> None:
+    """Accept what libvirt accepts as the name of a domain, and what can begin the name of a file.
+
+    Raises:
+        InvalidRequest: it does not.
+    """
+    subject = f"domain name {name[:40]!r}"
+    if not name or name.startswith((".", "-")) or "/" in name:
+        raise InvalidRequest(subject, "must not be empty, contain '/', or start with '.' or '-'")
+    if not name.isprintable() or name != name.strip():
+        raise InvalidRequest(subject, "must be printable, without spaces at its ends")
+    if len(os.fsencode(name)) > _MAX_SNAPSHOT_NAME - len("-vda.vmdk"):
+        raise InvalidRequest(subject, f"must be at most {_MAX_SNAPSHOT_NAME - len('-vda.vmdk')} bytes long")

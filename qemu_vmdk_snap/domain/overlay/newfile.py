@@ -30,34 +30,31 @@ def make_overlay(domain: str, disk: PlannedDisk) -> tuple[int, int]:
     """
     engine.create_overlay(disk.overlay, disk.frozen, mode=0o600)
     # An overlay must be writable, also on a base that was made read-only to protect it.
-    made = _follow(domain, disk.frozen, disk.overlay, stat.S_IWUSR)
-    return made.st_dev, made.st_ino
+    return follow_base(domain, disk.overlay, disk.frozen)
 
 
-def like(domain: str, model: Path, image: Path) -> int:
-    """Give the new image owner, mode, ACL and label of another one, durably; return its inode.
+def follow_base(domain: str, path: Path, model: Path, mode: int = stat.S_IWUSR) -> tuple[int, int]:
+    """Give the new file `path` owner, mode, ACL and label of `model`, durably; return its device and inode.
+
+    `mode` are bits that are set besides those of `model`.
 
     Raises:
         DomainError: it cannot be given the owner or the label; no file is left.
     """
-    return _follow(domain, model, image, 0).st_ino
-
-
-def _follow(domain: str, model: Path, image: Path, mode: int) -> os.stat_result:
     try:
         with contextlib.ExitStack() as stack:
             base = _opened(model, os.O_RDONLY, stack)
-            fd = _opened(image, os.O_RDWR | os.O_NOFOLLOW, stack)
+            fd = _opened(path, os.O_RDWR | os.O_NOFOLLOW, stack)
             made = os.fstat(fd)
             try:
                 engine.copy_attributes(base, fd, names=_FOLLOWED, mode=mode)
             except OSError as error:
-                raise DomainError(domain, f"{image}: {error.strerror}") from error
+                raise DomainError(domain, f"{path}: {error.strerror}") from error
             os.fsync(fd)
     except BaseException:
-        image.unlink()
+        path.unlink()
         raise
-    return made
+    return made.st_dev, made.st_ino
 
 
 def _opened(path: Path, flags: int, stack: contextlib.ExitStack) -> int:

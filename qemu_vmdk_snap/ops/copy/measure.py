@@ -43,9 +43,10 @@ def measure(
     options: ImageOptions | None = None,
     on_progress: OnProgress = ignore,
 ) -> Measurement:
-    """Return what an image of `disk`, or with None of an empty disk of `size` bytes, would take.
+    """Return what an image of `disk`, or with None of an empty disk of `size` bytes, would take: the lengths of files.
 
-    Stored grains are counted whole, even if they contain only zeros, so a copy may be smaller.
+    Grains that are stored are counted whole: a copy that looks for zeros in them may be smaller. A raw image is as
+    long as its disk. The image is taken to be called as `disk` is.
 
     Raises:
         Unsupported: the image would be streamOptimized.
@@ -53,8 +54,9 @@ def measure(
     """
     capacity = round_up(size if disk is None else disk.capacity, SECTOR_SIZE)
     if output_format == "raw":
-        return Measurement(_stored(disk, 1, capacity, on_progress), capacity)
-    path = Path("measure.vmdk") if disk is None else disk.path
+        return Measurement(capacity, capacity)
+    # A descriptor in a file of its own names the extents: one of another name is as many bytes longer, or shorter.
+    path = Path("disk.vmdk") if disk is None else disk.path.with_suffix(".vmdk")
     plan = plan_base(path, capacity, options or ImageOptions())
     if plan.kind.stream:
         raise Unsupported(path, "the size of a streamOptimized image depends on how its data deflates")

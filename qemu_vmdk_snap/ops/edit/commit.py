@@ -38,6 +38,7 @@ from qemu_vmdk_snap.chain.needs.dependents import (
 from qemu_vmdk_snap.chain.needs.own import own_files, require_own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined, unconfined
 from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest, StillNeeded, Unsupported
+from qemu_vmdk_snap.ops.copy.limited import paced
 from qemu_vmdk_snap.ops.copy.transfer import Clearable, LinkWriter, View, restricted, upper_tables
 from qemu_vmdk_snap.ops.edit.move import delete_files, holding
 from qemu_vmdk_snap.ops.edit.trim import trim_link
@@ -109,6 +110,7 @@ def commit(
     trusted_dirs: Sequence[Path | str] = (),
     resolver: Resolver | None = None,
     opener: FileOpener = open_posix,
+    rate_limit: int = 0,
     on_progress: OnProgress = ignore,
 ) -> CommitReport:
     """Merge the image `path`, and every link between, into `base` (by default its parent).
@@ -117,7 +119,8 @@ def commit(
     the links between are deleted, and its children become children of `base`. Children are those in `children`, and
     those in the folders of the chain and in those that `resolver` allows. Other children of a link that changes would
     read other data: that is refused, or, with `keep_siblings`, what they would lose is first copied into them.
-    `orphans` are files that need a link that changes and are given up: they are not changed, and become invalid.
+    `orphans` are files that need a link that changes and are given up: they are not changed, and become invalid. At
+    most `rate_limit` bytes a second are stored; 0 is no limit.
 
     If a callback cancels it, everything above the base reads the same; the base is partly merged, under a new CID.
 
@@ -150,7 +153,7 @@ def commit(
             except BaseException:
                 trim_link(sibling)  # it reads the same: what was copied in vain is removed
                 raise
-        return _run(plan, needs, on_progress)
+        return _run(plan, needs, rate_limit, on_progress)
 
 
 class _Needs(NamedTuple):
@@ -344,7 +347,7 @@ def _keep(plan: _Plan, sibling: Link, meter: Meter) -> None:
     writer.finish()
 
 
-def _run(plan: _Plan, needs: _Needs, on_progress: OnProgress) -> CommitReport:
+def _run(plan: _Plan, needs: _Needs, rate_limit: int, on_progress: OnProgress) -> CommitReport:
     chain, top, base = plan.chain, plan.top, plan.base
     details = {
         "stage": "copy",
@@ -366,7 +369,7 @@ def _run(plan: _Plan, needs: _Needs, on_progress: OnProgress) -> CommitReport:
         for change in plan.begin:
             change.apply(links[change.path])
         try:
-            _copy(chain, plan.depth, on_progress)
+            _copy(chain, plan.depth, rate_limit, on_progress)
         except BaseException:
             trim_link(base)  # everything above reads the same, and the CIDs fit: nothing is left to finish
             record.end()
@@ -382,10 +385,10 @@ def _run(plan: _Plan, needs: _Needs, on_progress: OnProgress) -> CommitReport:
     return CommitReport(top.path, base.path, tuple(change.path for change in plan.finish), deleted)
 
 
-def _copy(chain: Chain, depth: int, on_progress: OnProgress) -> None:
+def _copy(chain: Chain, depth: int, rate_limit: int, on_progress: OnProgress) -> None:
     base, total = chain.links[depth], chain.capacity
     meter = Meter("commit", total, on_progress)
-    writer = LinkWriter(base, View(chain, depth + 1), meter.step)
+    writer = LinkWriter(base, View(chain, depth + 1), paced(meter.step, rate_limit))
     for table in upper_tables(chain, depth, 0, total):
         writer.put_rows(table.rows(), chain)
         meter.reach(table.end)
@@ -409,7 +412,7 @@ def finish_commit(record: Operation, opener: FileOpener) -> None:
         depths = range(depth + 1)
         with open_links(record.image, writable_depths=depths, resolver=resolver, opener=opener) as chain:
             trim_link(chain.links[depth])
-            _copy(chain, depth, ignore)
+            _copy(chain, depth, 0, ignore)
         record = record.update(stage="finish")
     with holding(details["delete"], opener):
         for change in _changes(details["finish"]):

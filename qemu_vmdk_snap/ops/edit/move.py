@@ -122,6 +122,35 @@ def run_moves(
         record.end()
 
 
+def relink_copied(
+    operation: str,
+    moved: DescriptorChange,
+    link: Link,
+    parent: Path | None,
+    gone: Link,
+    delete: Sequence[Path],
+    still: Callable[[], None] = lambda: None,
+) -> None:
+    """Put an open link that has everything already on another parent, then delete the files of the one that is gone.
+
+    For who copied by himself, durably, while the image was in use. Recorded as `run_moves` does, so that it is finished
+    by whoever comes after a crash.
+    """
+    details = {
+        "changes": [moved.as_detail()],
+        "targets": [parent],
+        "links": sorted({path for path in (link.path, gone.path, parent) if path is not None}),
+        "delete": list(delete),
+    }
+    record = guarded_operation(operation, Path(gone.path), [moved.path, *delete], details)
+    with record.hold:
+        record.begin_if(still)
+        moved.apply(link)
+        _log.info("%s: its parent is now %s", moved.path, parent)
+        delete_files(delete)
+        record.end()
+
+
 def finish_moves(record: Operation, opener: FileOpener) -> None:
     """Finish moves that another process began."""
     details = record.details

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
-from qemu_vmdk_snap.chain.resolver import Confined, Resolver
-from qemu_vmdk_snap.errors import CorruptChain, LockBusy, VmdkSnapError
+from qemu_vmdk_snap.chain.resolver import Confined, Resolver, confined
+from qemu_vmdk_snap.errors import CorruptChain, FormatError, LockBusy, VmdkSnapError
 from qemu_vmdk_snap.ops.journal.guard import check_unwritten
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
 from qemu_vmdk_snap.storage.durable import sweep_temporaries
+from qemu_vmdk_snap.storage.grainlog import waiting, waiting_in
 from qemu_vmdk_snap.storage.record import Operation, Pending, abandon, pending_in, sweep, taking_over
 
 FINISHERS: Final[dict[str, tuple[str, str]]] = {
@@ -33,6 +34,9 @@ FINISHERS: Final[dict[str, tuple[str, str]]] = {
 
 SWEEP: Final = "sweep"
 """The name of the operation that removes a temporary file; its image is that file."""
+
+SERVE: Final = "serve"
+"""What adopting the grains of a killed server is called among the operations."""
 
 _MALFORMED: Final = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 """What a finisher raises for a record that can be read but is incomplete."""
@@ -71,6 +75,14 @@ def recover(
     sweep(home)
     done: list[Recovered] = []
     failure: Exception | None = None
+    # First what was acknowledged: whoever finishes an operation cuts off what no table names.
+    for one in waiting_in(home):
+        try:
+            if image in (None, one):
+                _adopt(one, confined(trusted_dirs))
+                done.append(Recovered(SERVE, one))
+        except (VmdkSnapError, OSError) as error:
+            failure = failure or error
     for pending in found:
         if image is not None and not pending.involves(image):
             continue
@@ -111,9 +123,18 @@ def settle(folder: Path, *, opener: FileOpener = open_posix, resolver: Resolver 
     Operations that are running or cannot be finished are skipped: only their images stay refused to writers.
     """
     allowed = resolver.trusted if isinstance(resolver, Confined) else ()
+    for image in waiting_in(folder):
+        with contextlib.suppress(LockBusy, CorruptChain, FormatError):
+            _adopt(image, resolver or confined())
     for pending in pending_in(folder, allowed=allowed):
         with contextlib.suppress(LockBusy, CorruptChain):
             _finish(pending, opener, allowed)
+
+
+def _adopt(image: Path, resolver: Resolver) -> None:
+    """Name the grains that a killed server has left."""
+    module = importlib.import_module("qemu_vmdk_snap.ops.edit.adopt")
+    cast(Callable[[Path, Resolver], int], module.adopt)(image, resolver)
 
 
 def _place(folder: Path) -> tuple[Path, Path | None]:
@@ -132,6 +153,10 @@ def _finish(pending: Pending, opener: FileOpener, allowed: Sequence[Path | str])
             return None
         if operation.name not in FINISHERS:
             raise CorruptChain(pending.path, f"operation {operation.name!r} is not known: a later version began it")
+        for image in operation.images:
+            if (left := waiting(image)) is not None:  # it could not be adopted: nothing may be cut off
+                left.close()
+                raise LockBusy(image, "what its killed server acknowledged and did not store")
         module, name = FINISHERS[operation.name]
         finisher = cast(Callable[[Operation, FileOpener], None], getattr(importlib.import_module(module), name))
         try:

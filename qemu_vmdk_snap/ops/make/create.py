@@ -15,6 +15,7 @@ from qemu_vmdk_snap.chain.look import notes
 from qemu_vmdk_snap.chain.look.opening import look_at
 from qemu_vmdk_snap.chain.resolver import check_opened, confined
 from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest
+from qemu_vmdk_snap.ops.make.allocate import replace_empty
 from qemu_vmdk_snap.ops.make.base_notes import base_notes
 from qemu_vmdk_snap.ops.make.layout import (
     DEFAULT_GRAIN,
@@ -62,11 +63,13 @@ def create_image(
     options: ImageOptions | None = None,
     durable: bool = True,
     mode: int = 0o666,
+    over_empty: bool = False,
 ) -> None:
     """Make `path` an empty image of `size` guest bytes (rounded up to a sector).
 
     `kind` replaces `options.subformat`. Names of extent files are derived from the image's; all files appear
-    together, or none. `durable=False` does not wait for the disk: for images that are temporary.
+    together, or none. `durable=False` does not wait for the disk: for images that are temporary. `over_empty`
+    lets the image take the place of an empty file that nothing needs.
 
     Raises:
         FileExistsError: the name, or that of an extent, exists; that file is not changed.
@@ -76,6 +79,8 @@ def create_image(
     path, options = Path(path), _with_kind(options or ImageOptions(), kind)
     plan = plan_base(path, size, options)
     with NewFiles(durable=durable) as files:
+        if over_empty:
+            replace_empty(files, path)
         made = write_image(files, path, plan, mode)
         if plan.kind.stream:
             bulk_writer(plan, made).finish()
@@ -92,13 +97,15 @@ def create_overlay(
     durable: bool = True,
     mode: int = 0o666,
     name: str | None = None,
+    over_empty: bool = False,
 ) -> None:
     """Make `path` an empty overlay on `base`: same size, grain, adapter, geometry and hardware version.
 
     `base` may be open in a running QEMU: it is read as `qemu-img -U` reads it. `hint` is the overlay's name for its
     parent; by default the path to `base` from the overlay's folder. `options` replaces what would be inherited; begin
     with `inherited_options` to change a part of it. `kind` replaces its `subformat`. The geometry is the base's
-    unless the adapter is another. `name` is what the overlay will be called, where that is not `path` yet.
+    unless the adapter is another. `name` is what the overlay will be called, where that is not `path` yet. `over_empty`
+    lets it take the place of an empty file that nothing needs.
 
     Raises:
         FileExistsError: the name exists; that file is not changed.
@@ -134,6 +141,8 @@ def create_overlay(
         ddb={**ddb, "longContentID": _long_id(cid)},
     )
     with NewFiles(durable=durable) as files:
+        if over_empty:
+            replace_empty(files, path)
         write_image(files, path, plan, mode)
         files.before_ready(lambda: _require_still(base, identity, descriptor.cid))
 

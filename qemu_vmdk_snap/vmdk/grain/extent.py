@@ -13,6 +13,7 @@ Invariants of writing:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -65,6 +66,7 @@ class GrainExtent:
         self._writable = writable
         self._file_size = file.size()
         self._unsynced = False
+        self._on_entry: Callable[[int, int], None] | None = None
         self.notes = Notes()
 
     @property
@@ -160,6 +162,24 @@ class GrainExtent:
                 length = self._write_new(offset + done, view[done : done + _WRITE_BATCH], below)
             done += length
 
+    def wrote(self) -> None:
+        """Note that stored grains were written by way of the file itself: the next flush makes them durable too."""
+        self._unsynced = True
+
+    def tell_entries(self, on_entry: Callable[[int, int], None] | None) -> None:
+        """Let `on_entry` hear each (grain, sector) that a table names from now on, long before that is durable."""
+        self._on_entry = on_entry
+
+    def forget_entry(self, grain: int) -> None:
+        """Let the parent answer again for a grain that was named since the last flush, and whose data did not come."""
+        self.tables.set_entry(grain, GTE_UNALLOCATED)
+
+    def adopt_entry(self, grain: int, sector: int) -> None:
+        """Name a grain that another process stored and did not live to name; durable after `flush`."""
+        self._make_table(grain // self.tables.entries_per_table)
+        self.tables.set_entry(grain, sector)
+        self._unsynced = True
+
     def flush(self) -> None:
         """Return when everything is durable: grains first, then every copy of the tables that name them."""
         if self._unsynced:
@@ -190,6 +210,30 @@ class GrainExtent:
         self._name_grains(first, count, byte_sectors(position))
         return position
 
+    def append(self, first: int, data: Buffer) -> int:
+        """Store whole grains from `first` on, none of them stored yet; return the byte offset of the first in the file.
+
+        The data is in the file before anybody hears of the entries.
+        """
+        if len(self.tables.dirty) >= MAX_DIRTY_TABLES:
+            self.flush()
+        length = len(data)
+        position = self._place_at_end(length, first)
+        self._file.write_at(position, data)
+        self._file_size = position + length
+        self._name_grains(first, length // self._grain_bytes, byte_sectors(position))
+        return position
+
+    def append_hole(self, grain: int) -> int:
+        """Store one grain of zeros, as a hole of the file; return its byte offset."""
+        if len(self.tables.dirty) >= MAX_DIRTY_TABLES:
+            self.flush()
+        position = self._place_at_end(self._grain_bytes, grain)
+        self._file.truncate(position + self._grain_bytes)
+        self._file_size = position + self._grain_bytes
+        self._name_grains(grain, 1, byte_sectors(position))
+        return position
+
     def zero(self, offset: int, length: int) -> bool:
         """Mark whole grains, none of them stored, as zeros over any parent; False where there is no such mark."""
         if not self._has_zeroed:
@@ -197,6 +241,8 @@ class GrainExtent:
         for grain in range(offset // self._grain_bytes, -(-(offset + length) // self._grain_bytes)):
             self._make_table(grain // self.tables.entries_per_table)
             self.tables.set_entry(grain, GTE_ZEROED)
+            if self._on_entry is not None:
+                self._on_entry(grain, GTE_ZEROED)
             if len(self.tables.dirty) >= MAX_DIRTY_TABLES:
                 self.flush()
         return True
@@ -228,6 +274,8 @@ class GrainExtent:
         for i in range(count):
             self._make_table((first + i) // self.tables.entries_per_table)
             self.tables.set_entry(first + i, sector + i * step)
+            if self._on_entry is not None:
+                self._on_entry(first + i, sector + i * step)
 
     def _whole_grain(self, grain: int, inside: int, piece: memoryview, below: Below | None) -> bytes:
         unit = self._grain_bytes

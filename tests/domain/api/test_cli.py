@@ -56,6 +56,7 @@ def test_create_as_json(lab: Lab, domain: str, capsys: pytest.CaptureFixture[str
             for target, frozen, overlay in (("vda", "a.vmdk", "t,op.vmdk"), ("vdb", "b.vmdk", "b-000001.vmdk"))
         ],
         "pause": None,
+        "live-xml-stale": False,
         "notes": [],
         "skipped": [],
     }
@@ -100,7 +101,7 @@ def test_list_filters_and_shapes(lab: Lab, domain: str, capsys: pytest.CaptureFi
         assert main(["snapshot", "list", "-c", lab.uri, domain, *options]) == 0
         return capsys.readouterr().out.splitlines()
 
-    assert listed("--name") == ["A2", "b1", "c3"]
+    assert listed("--name") == ["b1", "A2", "c3"]
     assert listed("--name", "--roots") == ["b1"]
     assert listed("--name", "--leaves") == ["c3"]
     assert listed("--name", "--current") == []
@@ -108,8 +109,8 @@ def test_list_filters_and_shapes(lab: Lab, domain: str, capsys: pytest.CaptureFi
     header, _rule, *rows = listed("--parent")
     assert header.split() == ["Name", "Creation", "Time", "State", "Parent"]
     assert [(row.split()[0], row.split()[4:]) for row in rows] == [
-        ("A2", ["shutoff", "b1"]),
         ("b1", ["shutoff"]),
+        ("A2", ["shutoff", "b1"]),
         ("c3", ["shutoff", "A2"]),
     ]
     (shown,) = [item for item in json.loads("\n".join(listed("--output=json"))) if item["current"]]

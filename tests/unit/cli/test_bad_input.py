@@ -257,7 +257,8 @@ def test_nothing_is_overwritten(tmp_path: Path, base: Path, name: str, capsys: p
         ["convert", str(base), str(target)],
     ):
         assert main(["image", *words]) == 74
-        assert capsys.readouterr().err == f"qemu-vmdk-snap: {target}: File exists\n"
+        hint = " (nothing is overwritten; -n writes into an image that is there)" if words[0] == "convert" else ""
+        assert capsys.readouterr().err == f"qemu-vmdk-snap: {target}: File exists{hint}\n"
     assert name == "dangling" or target.read_bytes() == b"precious"
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["base.vmdk", name])
 

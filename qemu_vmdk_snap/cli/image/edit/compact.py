@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_progress, add_quiet, need_vmdk
+from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.units import format_size
 
@@ -16,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
     add_progress(parser)
     add_allow_dir(parser)
-    parser.add_argument("filename", type=Path, help="the image")
+    parser.add_argument("filename", type=image_file, help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

@@ -1,0 +1,73 @@
+"""Opening a chain to serve it: what others left unfinished first, then as any writer opens it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from qemu_vmdk_snap import Link, open_chain, replace_file, require_writable
+from qemu_vmdk_snap.chain.links import is_backed_by
+from qemu_vmdk_snap.chain.resolver import confined
+from qemu_vmdk_snap.errors import VmdkSnapError
+from qemu_vmdk_snap.ops.edit.trim import trim_link
+from qemu_vmdk_snap.ops.journal.recover import settle
+
+
+class TopNote:
+    """The note beside the socket that names the top, which snapshots have moved away from the image first served.
+
+    It is what a server that is started again with the old words follows; whoever starts it with newer ones is right.
+    """
+
+    def __init__(self, path: Path, image: Path) -> None:
+        self._path, self._image = path, image
+
+    def top(self, trusted_dirs: Sequence[Path | str] = ()) -> Path:
+        """Return the top to serve: that of the note if it is backed by this image, else the image itself."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, VmdkSnapError):
+            facts = self._path.lstat()
+            if stat.S_ISREG(facts.st_mode) and facts.st_uid in (0, os.geteuid()) and not facts.st_mode & 0o022:
+                note = json.loads(self._path.read_bytes())
+                image, top = Path(note["image"]), Path(note["top"])
+                trusted = [*trusted_dirs, image.parent]
+                follows = not image.exists() or is_backed_by(top, image, confined(trusted))  # merged away, or below
+                if image == self._image and top.exists() and follows:
+                    return top
+        return self._image
+
+    def store(self, top: Path) -> None:
+        """Note the top, durably."""
+        note = {"image": str(self._image), "top": str(top)}
+        replace_file(self._path, json.dumps(note).encode() + b"\n", 0o600)
+
+    def remove(self) -> None:
+        """Forget it."""
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
+
+def open_served(path: Path, *, read_only: bool, trusted_dirs: Sequence[Path | str] = ()) -> list[Link]:
+    """Return the links of the chain, the top first, locked as a writer locks them.
+
+    What a killed operation or server left is finished first; what it stored and did not name is cut off.
+
+    Raises:
+        StillNeeded: an overlay is backed by the image: it is frozen.
+        VmdkSnapError, OSError: what `open_chain` raises.
+    """
+    if read_only:
+        return list(open_chain(path, trusted_dirs=trusted_dirs).links)
+    settle(path.parent, resolver=confined(trusted_dirs))
+    require_writable(path, trusted_dirs=trusted_dirs)
+    chain = open_chain(path, writable=True, trusted_dirs=trusted_dirs)
+    try:
+        trim_link(chain.links[0])
+    except BaseException:
+        with contextlib.suppress(OSError, VmdkSnapError):
+            chain.close()
+        raise
+    return list(chain.links)
