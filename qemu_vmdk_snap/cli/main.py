@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks, at TAB
+            return _complete()
         _cancel_on_signals()
         if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
             # One write for a short answer, also under PYTHONUNBUFFERED: `| head -1` ends before a second one.
@@ -65,6 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # while modules were still being imported
         sys.stderr.write(f"{PROGRAM}: cancelled\n")
         return exit_status.CANCELLED
+
+
+def _complete() -> int:
+    from qemu_vmdk_snap.cli.pages.complete import answer
+
+    answer()  # ends the process
+    return 1
 
 
 def _usage_error(error: Exception, words: Sequence[str], status: int = exit_status.USAGE) -> int:
@@ -192,8 +201,12 @@ def make_parser(module: CommandModule, command: Command, prog: str, *, width: in
 
     Its help is `width` columns wide; None asks the terminal.
     """
-    formatter = functools.partial(argparse.HelpFormatter, width=width)
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=width)
     parser = _Parser(prog=prog, description=command.help, allow_abbrev=False, formatter_class=formatter)
+    if width is None:
+        from qemu_vmdk_snap.cli.pages.examples import as_text
+
+        parser.epilog = as_text(prog)
     add_arguments(module, parser)
     return parser
 

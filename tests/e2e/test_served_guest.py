@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from qemu_vmdk_snap import check_image, create_image, open_chain
-from qemu_vmdk_snap.harness import Machine, boot, pattern
+from qemu_vmdk_snap.harness import Machine, boot, hardware, pattern
 from qemu_vmdk_snap.harness import machine as machines
+from qemu_vmdk_snap.harness.hardware import Channels, Setup
 from tests.support.qemu import qemu_img
 from tests.support.served import Served, serving
 
@@ -24,16 +25,15 @@ pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
 @pytest.fixture
 def on_socket(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the machine's disk be what is served on the socket, waited for when it is gone."""
-    plain = machines._arguments
     server = f"file.driver=nbd,file.server.type=unix,file.server.path={scratch}/s,file.reconnect-delay=60"
 
-    def arguments(setup: machines.Setup, folder: Path, serial_fd: int) -> list[str]:
-        words = plain(setup, folder, serial_fd)
+    def arguments(setup: Setup, folder: Path, channels: Channels) -> list[str]:
+        words = hardware.arguments(setup, folder, channels)
         return [
             f"if=none,id=disk,format=raw,{server}" if word.startswith("if=none,id=disk,") else word for word in words
         ]
 
-    monkeypatch.setattr(machines, "_arguments", arguments)
+    monkeypatch.setattr(machines, "arguments", arguments)
 
 
 def write(machine: Machine, seed: int) -> None:

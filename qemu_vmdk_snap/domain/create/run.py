@@ -29,6 +29,7 @@ from qemu_vmdk_snap.domain.create.plan import Plan, Request, make_plan
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain, register
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
+from qemu_vmdk_snap.domain.nvram import freeze_nvram
 from qemu_vmdk_snap.domain.overlay.newfile import make_overlay, refresh_pools
 from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
@@ -54,7 +55,9 @@ class SnapshotReport:
     parent: str | None
     disks: tuple[PlannedDisk, ...]
     skipped: tuple[tuple[str, str], ...]
-    """(target, reason) of the disks that took no part."""
+    """(target, reason) of the disks that took no part, and of `nvram` and `tpm` where they could not."""
+    nvram: Path | None
+    """The copy of the UEFI variables that was frozen with the disks."""
     recovered: Recovery | None
     """The recovery of an unfinished operation that was found first."""
     pause: Pause | None = None
@@ -81,6 +84,7 @@ class SnapshotReport:
             "parent": self.parent,
             "disks": [disk.as_dict() for disk in self.disks],
             "pause": None if self.pause is None else self.pause.as_dict(),
+            "nvram": None if self.nvram is None else str(self.nvram),
             "live-xml-stale": self.live_xml_stale,
             "notes": list(self.notes),
             "skipped": [{"target": target, "reason": reason} for target, reason in self.skipped],
@@ -155,7 +159,7 @@ def freeze_tops(
     with contextlib.ExitStack() as held:
         plan = make_plan(conn, domain, Request(disks=targets), store, held)
         intent = replace(plan.intent, operation="freeze", snapshot=snapshot, snapshot_xml="")
-        return _execute(conn, domain, store, replace(plan, intent=intent))
+        return _execute(conn, domain, store, replace(plan, intent=intent, nvram=None))
 
 
 def _report(plan: Plan, recovered: Recovery | None, pause: Pause | None, notes: Sequence[str]) -> SnapshotReport:
@@ -167,6 +171,7 @@ def _report(plan: Plan, recovered: Recovery | None, pause: Pause | None, notes: 
         header.parent,
         plan.disks,
         plan.skipped,
+        plan.nvram,
         recovered,
         pause,
         (*notes, *(pause.notes if pause else ())),
@@ -194,6 +199,8 @@ def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentS
             _log.info("domain %s: disk %s: new overlay %s on %s", domain.name(), disk.target, disk.overlay, disk.frozen)
             intent = intent.made(str(disk.overlay), make_overlay(domain.name(), disk))
         store.write(intent)
+        if plan.nvram is not None:
+            freeze_nvram(intent.old_xml, plan.nvram)
         _define(conn, domain, intent)
         if intent.operation == "create":
             with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):

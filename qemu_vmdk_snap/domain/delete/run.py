@@ -44,6 +44,7 @@ from qemu_vmdk_snap.domain.journal.overlays import is_empty
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain
 from qemu_vmdk_snap.domain.needs.needed import Given, place_in, real_file, require_none, same_file
+from qemu_vmdk_snap.domain.nvram import discard_nvram
 from qemu_vmdk_snap.domain.overlay.newfile import refresh_pools
 from qemu_vmdk_snap.domain.qemu.switch import Pause
 from qemu_vmdk_snap.domain.registration import register_text
@@ -371,6 +372,8 @@ def finish(
     with contextlib.ExitStack() as held:
         doomed = [link for one in work_of(intent) if (link := _hold(domain.name(), one, intent, held)) is not None]
         with libvirt_errors(domain.name(), f"forget the snapshot {intent.snapshot!r}"):
+            there = [one for one in domain.listAllSnapshots() if one.getName() in intent.also]
+            gone = [intent.snapshot_xml, *(one.getXMLDesc(0) for one in there)]
             _change_xml(conn, domain, intent)
         for link in doomed:
             for file in own_files(link):
@@ -378,6 +381,9 @@ def finish(
     said = steps.clear(intent)
     if notes is not None:
         notes += said
+    if intent.work:  # not where libvirt alone is to forget it
+        for text in gone:
+            discard_nvram(conn, domain, text)
     return None
 
 

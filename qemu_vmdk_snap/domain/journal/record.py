@@ -201,7 +201,7 @@ class IntentStore:
         self._make_folder()
         data = json.dumps({"version": _VERSION, **asdict(intent)}, indent=1).encode()
         replace_file(self.path(intent.uuid), data, mode=0o600)  # the XML may hold passwords
-        _logger().info("domain %s: %s journaled", intent.domain, intent.what)
+        _logger().info("domain %s: %s journaled", intent.domain, intent.what.removeprefix("the "))
 
     def remove(self, uuid: str) -> None:
         """Remove the record; the order of the steps before makes this safe without waiting for the disk."""

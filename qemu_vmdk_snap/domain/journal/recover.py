@@ -32,6 +32,7 @@ from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.journal import overlays
 from qemu_vmdk_snap.domain.journal.pending import abandoning, uuid_of, ways_out
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
+from qemu_vmdk_snap.domain.nvram import discard_nvram, restore_nvram
 from qemu_vmdk_snap.domain.qemu.agent import thaw_left
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.switch import follow_cid, written_files
@@ -129,7 +130,9 @@ def _settle_destroyed(conn: libvirt.virConnect, store: IntentStore, uuid: str) -
     with contextlib.suppress(libvirt.libvirtError):
         conn.lookupByUUIDString(uuid)
         return None
-    intent = store.read(uuid)
+    intent = None
+    with contextlib.suppress(DomainError):  # one that cannot be followed is told of as ever
+        intent = store.read(uuid)
     if intent is None or intent.operation != "destroy":
         return None
     with store.locked(uuid, intent.domain):
@@ -228,6 +231,7 @@ def _settle_create(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: 
     if _registered(domain, intent) is not None:
         return Recovery(name, intent.snapshot, finished=True)
     left = overlays.unlink_overlays(conn, domain, intent)
+    discard_nvram(conn, domain, intent.snapshot_xml)
     return Recovery(name, intent.snapshot, finished=False, left=left, operation=intent.operation)
 
 
@@ -249,6 +253,8 @@ def _settle_revert(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: 
         return Recovery(domain.name(), intent.snapshot, finished=False, left=left, operation="revert")
     if intent.snapshot in {snapshot.getName() for snapshot in domain.listAllSnapshots()}:  # not deleted meanwhile
         make_current(domain, intent.snapshot)
+    if not domain.isActive():
+        restore_nvram(intent.snapshot_xml, intent.new_xml)
     # By name, as the finishers: it imports the records.
     importlib.import_module("qemu_vmdk_snap.domain.needs.discard").unlink_discarded(conn, domain, intent)
     return Recovery(domain.name(), intent.snapshot, finished=True, operation="revert")
@@ -347,6 +353,8 @@ def roll_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: Intent
         held.close()
         for overlay in made:
             overlays.unlink_made(overlay)
+        if intent.operation == "create":
+            discard_nvram(conn, domain, intent.snapshot_xml)
     store.remove(intent.uuid)
 
 
