@@ -252,7 +252,7 @@ def _allowed(args: argparse.Namespace) -> contextlib.AbstractContextManager[None
 
 @contextlib.contextmanager
 def _telling_progress(ui: Ui) -> Iterator[None]:
-    """Let SIGUSR1 show how far the command is, as qemu-img does, where nobody else wants that signal."""
+    """Show the progress on SIGUSR1, as qemu-img does, unless that signal is used otherwise."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL:
         yield
         return

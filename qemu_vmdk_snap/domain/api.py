@@ -211,7 +211,7 @@ def clone_domain(
     dry_run: bool = False,
     on_progress: OnProgress = ignore,
 ) -> CloneReport:
-    """Define a new domain `name` that shows what the snapshot holds; without a snapshot, what the domain has now.
+    """Define a new domain `name` with the contents of the snapshot; without a snapshot, with the current contents.
 
     It has a UUID, MAC addresses and UEFI variables of its own. `mode` is "linked" (overlays on the frozen files, which
     the original then keeps; the default of a snapshot) or "full" (copies; of a domain as it is the only one). New files
@@ -230,9 +230,9 @@ def clone_domain(
 def destroy_domain(
     conn: libvirt.virConnect, domain: str, *, orphans: Sequence[Path | str] = (), dry_run: bool = False
 ) -> DestroyReport:
-    """Undefine a domain that is shut off, with its snapshots, and delete every file that is its alone.
+    """Undefine a domain that is shut off, with its snapshots, and delete every file that belongs only to it.
 
-    Its alone are the images that it or one of its snapshots has or had on top of a disk; what is only below them (the
+    These are the images that it or one of its snapshots has or had on top of a disk; what is only below them (the
     base of a clone, a template) stays. `orphans`: see `delete_snapshots`.
 
     Raises:
@@ -252,12 +252,12 @@ def move_domain(
     dry_run: bool = False,
     on_progress: OnProgress = ignore,
 ) -> MoveReport:
-    """Move the VMDK files that are the alone of a domain to `folder`; its XML and that of its snapshots follow.
+    """Move the VMDK files that belong only to a domain to `folder`; its XML and that of its snapshots follow.
 
     On one file system the files get other names, else they are copied. `orphans`: see `delete_snapshots`.
 
     Raises:
-        InvalidRequest: the folder is none.
+        InvalidRequest: it is not a folder.
         NoDomain, DomainBusy, DomainError: see `create_snapshot`.
         StillNeeded: something else needs a file where it is, or may; it names what.
         VmdkSnapError, OSError: an image is broken or in use; what is not finished is left to `recover_domains`.
@@ -275,9 +275,9 @@ def consolidate_domain(
     dry_run: bool = False,
     on_progress: OnProgress = ignore,
 ) -> ConsolidateReport:
-    """Merge the links of the chains of a domain that no snapshot has; it and its snapshots keep reading what they read.
+    """Merge the links of a domain's chains that no snapshot has; it and its snapshots keep their contents.
 
-    A link whose overlay is not called after it may be a template: it is merged only where `include` names it. The
+    A link whose overlay's name is not derived from it may be a template: it is merged only if `include` names it. The
     report has each link that stays, and why. `orphans`: see `delete_snapshots`.
 
     Raises:

@@ -234,7 +234,7 @@ def _link(temporary: Path, path: Path) -> None:
         # the two, the sweep removes the claim.
         claim = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            lock_image(claim, path, writable=True)  # nobody takes our claim for an empty file to be replaced
+            lock_image(claim, path, writable=True)  # so that the claim is not replaced as an empty file
             temporary.replace(path)
         finally:
             os.close(claim)

@@ -161,10 +161,10 @@ def _size(text: str) -> int:
 
 
 def _check_writers(base: Path, ui: Ui, *, allowed: bool) -> None:
-    """Refuse a base that is being written: its next change of the CID makes the overlay unreadable, as it should be.
+    """Refuse a base that is open for writing: its next change of the CID makes the overlay invalid.
 
     Raises:
-        LockBusy: it is. Where that is `allowed` it is only said.
+        LockBusy: it is. If that is `allowed`, there is only a warning.
     """
     from qemu_vmdk_snap.errors import LockBusy
     from qemu_vmdk_snap.storage.blockfile import PosixFile

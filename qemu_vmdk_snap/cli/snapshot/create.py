@@ -21,7 +21,7 @@ OPTIONAL_VALUES = {"--quiesce": ("require", "auto", "no")}
 
 _REFUSED = {
     "no_metadata": "what libvirt does not know can be neither reverted nor deleted: `image create -b` makes an overlay",
-    "halt": "shut the guest down (virsh shutdown) and create the snapshot then: its disks are whole then",
+    "halt": "shut the guest down (virsh shutdown) and create the snapshot then: its disks are consistent then",
     "reuse_external": "an overlay is always made, and no file is overwritten: remove the one that is there",
 }
 """Options of virsh that are not possible here, and the way that is."""

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if (args.snapshotname is None) is not args.current:
         raise InvalidRequest(f"domain {args.domain}", "needs either a snapshot or --current")
     if args.reset_nvram:
-        way = "revert with --shutoff, and `virsh start --reset-nvram` makes the UEFI variables anew"
+        way = "revert with --shutoff, and `virsh start --reset-nvram` creates the UEFI variables again"
         raise InvalidRequest("--reset-nvram", way)
     with connection(args.connect) as conn:
         name = args.snapshotname or snapshot_info(conn, args.domain).name

@@ -131,7 +131,7 @@ def _source(domain: libvirt.virDomain, snapshot: str | None, mode: Mode) -> tupl
             whole = find_snapshot(domain, snapshot).getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE)
             parsed = xml.parse_snapshot(whole)
             if parsed.memory != "no":
-                raise DomainError(name, f"snapshot {snapshot!r} holds memory too: it cannot be cloned")
+                raise DomainError(name, f"snapshot {snapshot!r} has memory too: it cannot be cloned")
             return xml.domain_of(whole), [disk.target for disk in parsed.disks if disk.mode == "external"]
         if mode == "linked":
             raise InvalidRequest(f"domain {name}", "a linked clone is on frozen files: name a snapshot")
@@ -181,7 +181,7 @@ def _require_free(domain: str, disks: Sequence[ClonedDisk], pending: set[Path]) 
         if os.path.lexists(disk.path) or disk.path in pending:
             raise DomainError(domain, f"disk {disk.target}: {disk.path} exists already")
         if not os.access(disk.path.parent, os.W_OK | os.X_OK):
-            raise DomainError(domain, f"disk {disk.target}: {disk.path.parent} is no folder that may be written")
+            raise DomainError(domain, f"disk {disk.target}: {disk.path.parent} is not a writable folder")
 
 
 def _require_frozen(needed: Needed, domain: str, disks: Sequence[ClonedDisk]) -> None:

@@ -112,7 +112,7 @@ class Work:
         return [
             *([f"freeze {head}: the guest continues in the new overlay {self.overlay}"] if self.overlay else []),
             f"merge {', '.join(gone)} into a copy of {head}{base} ({self.size} bytes)",
-            f"let the copy take the place of {head} beneath the running guest",
+            f"replace {head} with the copy beneath the running guest",
             *(f"delete {name}" for name in gone),
         ]
 

@@ -90,7 +90,7 @@ class _Gone(NamedTuple):
 def destroy(
     conn: libvirt.virConnect, domain_name: str, *, orphans: Sequence[Path] = (), dry_run: bool = False
 ) -> DestroyReport:
-    """Undefine a domain that is shut off, with its snapshots, and delete every file that is its alone.
+    """Undefine a domain that is shut off, with its snapshots, and delete every file that belongs only to it.
 
     Its alone are the images that it or one of its snapshots has or had on top of a disk. What is only below them (the
     base of a clone, a template) stays, as does what is read-only, shared or a CD. `orphans` are files that need what

@@ -90,7 +90,7 @@ def move(
     it is and are given up. When it fails nothing has changed, unless the error says that the rest is left to `recover`.
 
     Raises:
-        InvalidRequest: the folder is none.
+        InvalidRequest: it is not a folder.
         DomainError: the domain runs, something bears a name already, there is no space, or libvirt refuses.
         StillNeeded: something else needs a file where it is, or may; it names what.
         VmdkSnapError, OSError: a chain is broken or in use, or a file cannot be made.

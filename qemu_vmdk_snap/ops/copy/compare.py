@@ -50,7 +50,7 @@ def compare(
     """Compare the disks byte by byte. What neither stores, and what both store in the same place, is not read.
 
     Where one is longer, its rest must be zeros; `strict` requires equal sizes and equal allocation too, as qemu-img's
-    `-s`. With `blocks` files that share their blocks (reflinks) are not read there; what is not stored yet is, first.
+    `-s`. With `blocks`, ranges whose blocks are shared (reflinks) are not read; pending writes are stored first.
     """
     sizes = None if one.capacity == two.capacity else (one.capacity, two.capacity)
     if strict and sizes:

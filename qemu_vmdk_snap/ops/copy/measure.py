@@ -46,7 +46,7 @@ def measure(
     """Return what an image of `disk`, or with None of an empty disk of `size` bytes, would take: the lengths of files.
 
     Grains that are stored are counted whole: a copy that looks for zeros in them may be smaller. A raw image is as
-    long as its disk. The image is taken to be called as `disk` is.
+    long as its disk. The image is assumed to have the name of `disk`.
 
     Raises:
         Unsupported: the image would be streamOptimized.

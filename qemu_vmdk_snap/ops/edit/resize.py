@@ -1,4 +1,4 @@
-"""Make the disk of an image larger, or cut off an empty end, in place: nothing that is stored moves.
+"""Make the disk of an image larger, or cut off an empty end, in place: no data moves.
 
 A sparse extent that needs more tables gets new directories, with the new tables, after the end of its file; the old
 tables stay where they are and the new directories name them too. The first sector of the header switches over.

@@ -69,7 +69,7 @@ def create_image(
 
     `kind` replaces `options.subformat`. Names of extent files are derived from the image's; all files appear
     together, or none. `durable=False` does not wait for the disk: for images that are temporary. `over_empty`
-    lets the image take the place of an empty file that nothing needs.
+    lets the image replace an empty file that nothing needs.
 
     Raises:
         FileExistsError: the name, or that of an extent, exists; that file is not changed.
