@@ -67,8 +67,8 @@ def convert(
     leaves out what is zeros, in units of so many bytes; None does so in units of 4096 bytes, unless the file system
     lets the copy share the blocks of the source, and nothing has to be read. With `backing` the copy is an overlay that
     stores what differs from it. At most `rate_limit` bytes a second are stored; 0 is no limit. `preallocation` of a raw
-    image is off, falloc or full. The new image appears when it is complete; after a failure, or a callback that raises, no file
-    is left. `over_empty` lets it replace an empty file that nothing needs.
+    image is off, falloc or full. The new image appears when it is complete; after a failure, or a callback that raises,
+    no file is left. `over_empty` lets it replace an empty file that nothing needs.
 
     Raises:
         FileExistsError: the name exists; that file is not changed.
