@@ -70,9 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complete() -> int:
-    from qemu_vmdk_snap.cli.pages.complete import answer
-
-    answer()  # ends the process
+    # By name: it is made of the table of commands, and of the parser here.
+    importlib.import_module("qemu_vmdk_snap.cli.pages.complete").answer()  # ends the process
     return 1
 
 
@@ -203,10 +202,15 @@ def make_parser(module: CommandModule, command: Command, prog: str, *, width: in
     """
     formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=width)
     parser = _Parser(prog=prog, description=command.help, allow_abbrev=False, formatter_class=formatter)
+    group = prog.removeprefix(f"{PROGRAM} ")
+    also = ""
+    if group in COMMANDS:  # `serve` is a command and a group
+        names = ", ".join(f"{group} {name}" for name in COMMANDS[group])
+        also = f"Also: {names} ({GROUPS[group]})"
     if width is None:
-        from qemu_vmdk_snap.cli.pages.examples import as_text
+        from qemu_vmdk_snap.cli.examples import as_text
 
-        parser.epilog = as_text(prog)
+        parser.epilog = "\n\n".join(text for text in (also, as_text(prog)) if text)
     add_arguments(module, parser)
     return parser
 
@@ -303,10 +307,10 @@ def _instead_of(path: Path) -> str:
 
 
 def _find(words: Sequence[str]) -> tuple[Command | None, str, list[str]]:
+    if len(words) > 1 and words[1] in COMMANDS.get(words[0], {}):  # first: `serve` is a command and a group
+        return COMMANDS[words[0]][words[1]], f"{PROGRAM} {words[0]} {words[1]}", list(words[2:])
     if words and words[0] in TOP_LEVEL:
         return TOP_LEVEL[words[0]], f"{PROGRAM} {words[0]}", list(words[1:])
-    if len(words) > 1 and words[1] in COMMANDS.get(words[0], {}):
-        return COMMANDS[words[0]][words[1]], f"{PROGRAM} {words[0]} {words[1]}", list(words[2:])
     return None, PROGRAM, []
 
 

@@ -10,16 +10,13 @@ import argparse
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
 from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL, Command
 from qemu_vmdk_snap.cli.main import PROGRAM, CommandModule, add_arguments
 from qemu_vmdk_snap.errors import VmdkSnapError
-
-if TYPE_CHECKING:
-    import libvirt
 
 Completer = Callable[..., Iterable[str]]
 
@@ -103,38 +100,24 @@ def _nothing(**_: object) -> Iterable[str]:
 
 
 def _domains(*, parsed_args: argparse.Namespace, **_: object) -> list[str]:
-    with _connection(parsed_args) as conn:
-        return [] if conn is None else sorted(domain.name() for domain in conn.listAllDomains())
+    from qemu_vmdk_snap.domain.names import domain_names
+
+    with contextlib.suppress(VmdkSnapError, OSError):
+        return domain_names(getattr(parsed_args, "connect", None))
+    return []
 
 
 def _snapshots(*, parsed_args: argparse.Namespace, **_: object) -> list[str]:
-    with _connection(parsed_args) as conn:
-        if conn is None or not getattr(parsed_args, "domain", None):
-            return []
-        from qemu_vmdk_snap.domain.connect import find_domain
+    from qemu_vmdk_snap.domain.names import snapshot_names
 
-        return sorted(find_domain(conn, parsed_args.domain).snapshotListNames())
+    with contextlib.suppress(VmdkSnapError, OSError):
+        return snapshot_names(getattr(parsed_args, "connect", None), str(getattr(parsed_args, "domain", "")))
+    return []
 
 
 def _disks(*, parsed_args: argparse.Namespace, **_: object) -> list[str]:
-    with _connection(parsed_args) as conn:
-        if conn is None or not getattr(parsed_args, "domain", None):
-            return []
-        from qemu_vmdk_snap.domain.connect import find_domain
-        from qemu_vmdk_snap.domain.xml import list_disks
+    from qemu_vmdk_snap.domain.names import disk_names
 
-        disks = list_disks(find_domain(conn, parsed_args.domain).XMLDesc(0))
-        return [disk.target for disk in disks if disk.refusal is None]
-
-
-@contextlib.contextmanager
-def _connection(args: argparse.Namespace) -> Iterator[libvirt.virConnect | None]:
-    """Give a connection to a libvirt of this host; None where there is none. Whatever fails inside is silent."""
-    from qemu_vmdk_snap.domain.connect import connection
-
-    with contextlib.ExitStack() as stack:
-        try:
-            conn = stack.enter_context(connection(getattr(args, "connect", None)))
-        except (VmdkSnapError, OSError):
-            conn = None
-        yield conn
+    with contextlib.suppress(VmdkSnapError, OSError):
+        return disk_names(getattr(parsed_args, "connect", None), str(getattr(parsed_args, "domain", "")))
+    return []

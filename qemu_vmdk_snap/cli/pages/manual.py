@@ -82,8 +82,8 @@ def _command_page(entry: Entry) -> Iterator[str]:
 
 
 def _examples(words: str) -> Iterator[str]:
+    from qemu_vmdk_snap.cli.examples import EXAMPLES
     from qemu_vmdk_snap.cli.main import PROGRAM
-    from qemu_vmdk_snap.cli.pages.examples import EXAMPLES
 
     for line, why in EXAMPLES[words]:
         yield from (".TP", f".B {_roff(f'{PROGRAM} {line}')}", _roff(why))

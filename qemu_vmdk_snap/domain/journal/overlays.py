@@ -73,6 +73,15 @@ def hold_link(overlay: Overlay, folders: Sequence[Path], held: contextlib.ExitSt
     return is_empty(link)
 
 
+def all_empty(intent: Intent) -> bool:
+    """Return whether nothing has been written to the overlays, which nobody has open."""
+    for overlay in intent.overlays:
+        with contextlib.ExitStack() as held:
+            if not hold_link(overlay, chain_folders(intent), held):
+                return False
+    return True
+
+
 def is_empty(link: Link) -> bool:
     """Return whether the image stores nothing of its own."""
     return all(bool((table.kinds == HOLE).all()) for table in link.tables())

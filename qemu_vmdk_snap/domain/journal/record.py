@@ -36,7 +36,19 @@ if TYPE_CHECKING:
     import libvirt
 
 STATE_VARIABLE: Final = "QEMU_VMDK_SNAP_STATE"
-OPERATIONS: Final = ("create", "freeze", "revert", "delete", "rename", "clone", "destroy", "move", "consolidate")
+OPERATIONS: Final = (
+    "create",
+    "freeze",
+    "revert",
+    "delete",
+    "rename",
+    "clone",
+    "destroy",
+    "move",
+    "consolidate",
+    "attach",
+    "detach",
+)
 _VERSION: Final = 1
 _MAX_BYTES: Final = 64 << 20
 _PATIENCE: Final = 0.3
@@ -109,8 +121,14 @@ class Intent:
     """(name, XML): of a delete and a move, the new one of snapshots that name other files then; of a destroy, all."""
     merges: tuple[Merge, ...] = ()
     """Of a delete under a running guest: what is exchanged beneath it."""
+    nvram: tuple[str, ...] = ()
+    """Of a delete: the frozen copies of UEFI variables that go."""
     also: tuple[str, ...] = ()
     """Of a delete: the snapshots that go with it, in the same step."""
+    memory: str | None = None
+    """The file with the guest's memory that is made or restored."""
+    memories: tuple[str, ...] = ()
+    """Of a delete: the files with the memory of the snapshots, which no other snapshot has."""
 
     @property
     def what(self) -> str:

@@ -291,10 +291,10 @@ def test_a_copy_of_the_xml_is_told_from_its_original(case: Case) -> None:
 
 def test_a_linked_clone_is_told_from_its_original(case: Case) -> None:
     clone = case.lab.folder / "clone.vmdk"
-    create_overlay(clone, case.file(1))
+    create_overlay(clone, case.file(0))
     original, case.name = case.name, case.lab.define(clone).name()
     (found,) = (one for one in case.doctor()[1]["checks"] if one["subject"] == "disk vda")
     assert found["verdict"] == "good"
-    assert found["text"].endswith(f"it is a clone: {case.file(1)} is what snapshot s2 of domain {original} froze")
+    assert found["text"].endswith(f"it is a clone: {case.file(0)} is what snapshot s1 of domain {original} froze")
     case.name = original
     assert case.bad() == {}
