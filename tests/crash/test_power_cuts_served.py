@@ -10,7 +10,12 @@ from typing import Final
 from unittest.mock import patch
 
 import pytest
-from tests.support.cutplans import (
+
+from qemu_vmdk_snap.serve.control.merge import Merger
+from qemu_vmdk_snap.serve.control.switch import Holder, Switcher
+from qemu_vmdk_snap.serve.disk.disk import Disk
+from qemu_vmdk_snap.serve.server import Server
+from tests.support.crash.cutplans import (
     GRAIN,
     KINDS,
     PLANS,
@@ -25,11 +30,6 @@ from tests.support.cutplans import (
     overlay,
     pattern,
 )
-
-from qemu_vmdk_snap.serve.control.merge import Merger
-from qemu_vmdk_snap.serve.control.switch import Holder, Switcher
-from qemu_vmdk_snap.serve.disk.disk import Disk
-from qemu_vmdk_snap.serve.server import Server
 
 STATES: Final = int(os.environ.get("VMDK_CUT_STATES", "6"))
 FIRST: Final = [(5 * GRAIN, GRAIN), (GRAIN + 1024, 512), (17 * GRAIN + 512, 2048), (12 * GRAIN, 3 * GRAIN)]

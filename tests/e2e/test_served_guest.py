@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 from qemu_vmdk_snap import check_image, create_image, open_chain
-from qemu_vmdk_snap.harness import Machine, boot, hardware, pattern
-from qemu_vmdk_snap.harness import machine as machines
-from qemu_vmdk_snap.harness.hardware import Channels, Setup
+from qemu_vmdk_snap.harness import Machine, boot, pattern
 from tests.support.qemu import qemu_img
 from tests.support.served import Served, serving
 
@@ -23,17 +21,9 @@ pytestmark = pytest.mark.needs("qemu-system-x86_64", "qemu-img")
 
 
 @pytest.fixture
-def on_socket(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the machine's disk be what is served on the socket, waited for when it is gone."""
-    server = f"file.driver=nbd,file.server.type=unix,file.server.path={scratch}/s,file.reconnect-delay=60"
-
-    def arguments(setup: Setup, folder: Path, channels: Channels) -> list[str]:
-        words = hardware.arguments(setup, folder, channels)
-        return [
-            f"if=none,id=disk,format=raw,{server}" if word.startswith("if=none,id=disk,") else word for word in words
-        ]
-
-    monkeypatch.setattr(machines, "arguments", arguments)
+def on_socket(scratch: Path) -> str:
+    """Return what makes the machine's disk what is served on the socket, waited for when it is gone."""
+    return f"file.driver=nbd,file.server.type=unix,file.server.path={scratch}/s,file.reconnect-delay=60"
 
 
 def write(machine: Machine, seed: int) -> None:
@@ -47,12 +37,11 @@ def assert_reads(machine: Machine, seed: int) -> None:
         assert machine.probe.crc(piece * 4 * MIB, MIB // 2) == expected, piece
 
 
-@pytest.mark.usefixtures("on_socket")
-def test_the_guest_runs_on_through_snapshots_and_the_death_of_its_server(scratch: Path) -> None:
+def test_the_guest_runs_on_through_snapshots_and_the_death_of_its_server(scratch: Path, on_socket: str) -> None:
     create_image(scratch / "a.vmdk", SIZE)
     with (
         serving(scratch / "a.vmdk", scratch) as first,
-        boot(scratch / "a.vmdk", image_format="raw", writable=True) as guest,
+        boot(scratch / "a.vmdk", image_format="raw", writable=True, drive=on_socket) as guest,
     ):
         write(guest, 100)
         first.control("snapshot", overlay=str(scratch / "b.vmdk"))

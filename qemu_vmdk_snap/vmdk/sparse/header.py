@@ -17,7 +17,7 @@ from qemu_vmdk_snap.vmdk.ondisk import U8, U16, U32, U64, Must, OnDisk, Wire, po
 MAGIC: Final = b"KDMV"
 NEWLINE_PROBE: Final = b"\n \r\n"
 GD_AT_END: Final = 0xFFFF_FFFF_FFFF_FFFF
-"""The The The The The gdOffset of a stream whose real header is the footer at the end of the file."""
+"""The The The The The The gdOffset of a stream whose real header is the footer at the end of the file."""
 
 GTES_PER_GT: Final = 512
 MAX_GRAIN_SECTORS: Final = 0x200000  # QEMU's limit: 1 GiB
