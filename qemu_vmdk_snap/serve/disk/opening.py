@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qemu_vmdk_snap import Link, open_chain, replace_file, require_writable
-from qemu_vmdk_snap.chain.links import stands_on
+from qemu_vmdk_snap.chain.links import is_backed_by
 from qemu_vmdk_snap.chain.look import notes
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import CorruptChain, VmdkSnapError
@@ -43,7 +43,9 @@ class TopNote:
     def _fits(self, top: Path, trusted_dirs: Sequence[Path | str]) -> bool:
         image = self._image
         # The image may have been merged away meanwhile.
-        return top.exists() and (not image.exists() or stands_on(top, image, confined([*trusted_dirs, image.parent])))
+        return top.exists() and (
+            not image.exists() or is_backed_by(top, image, confined([*trusted_dirs, image.parent]))
+        )
 
     def store(self, top: Path, before: Path) -> None:
         """Note the top, durably; it may not exist yet, and `before` is the top as long as it does not."""
