@@ -77,7 +77,10 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
     },
     "guest": {
         "boot": Command(f"{_HERE}.guest.boot", "boot the probe guest on an image"),
-        "verify": Command(f"{_HERE}.guest.verify", "check that a guest reads what the engine reads"),
+        "verify": Command(
+            f"{_HERE}.guest.verify", "check what a guest reads from an image or domain, or that its system boots"
+        ),
+        "linux": Command(f"{_HERE}.guest.linux", "make the Linux guest of the harness, of the distribution's packages"),
     },
     "serve": {
         "attach": Command(f"{_HERE}.served.attach", "let disks of a shut-off domain be served from its next start on"),

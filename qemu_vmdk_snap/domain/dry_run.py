@@ -57,6 +57,7 @@ def plan_create(
         header.parent,
         plan.disks,
         plan.skipped,
+        plan.nvram,
         recovered=None,
         dry_run=True,
         memory=header.memory_file,

@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 OPTIONAL_VALUES = {"--quiesce": ("require", "auto", "no")}
 """Options whose value may be left out: then it is the first one."""
 
-EXAMPLES = (
-    ("snapshot create web before-upgrade", "all VMDK disks of the domain, running or not"),
-    ("snapshot create web --quiesce --description 'before the upgrade'", "with the guest's file systems frozen"),
-    ("snapshot create web s1 --diskspec vdb,snapshot=no --dry-run", "without one disk; only what would be done"),
-)
 
 _REFUSED = {
     "no_metadata": "what libvirt does not know can be neither reverted nor deleted: `image create -b` makes an overlay",
@@ -129,6 +124,8 @@ def _lines(report: SnapshotReport) -> list[str]:
         f"Domain snapshot {report.snapshot} {'would be created' if report.dry_run else 'created'}",
         *disk_lines(report.disks),
     ]
+    if report.nvram is not None:
+        lines.append(f"  nvram: {report.nvram}")
     if report.memory is not None:
         lines.append(f"  memory: {report.memory}")
     if report.pause is not None:

@@ -26,6 +26,7 @@ from qemu_vmdk_snap.domain.overlay.naming import check_domain_name
 from qemu_vmdk_snap.domain.qemu.depth import check_depth
 from qemu_vmdk_snap.domain.state import check_state, find_snapshot, inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.elements import nvram_of, with_files_of_volumes
+from qemu_vmdk_snap.domain.xml.nvram import frozen_nvram
 from qemu_vmdk_snap.errors import DomainError, DomainExists, InvalidRequest
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def make_plan(
         _check_space(domain.name(), disks)
         text = with_copies(text, {disk.source: disk.path for disk in disks})
     notes = tuple(f"the clone has what the original has: {what}" for what in shared_with_original(text))
-    copied = old_nvram if old_nvram is not None and old_nvram.is_file() else None
+    frozen = None if snapshot is None else frozen_nvram(find_snapshot(domain, snapshot).getXMLDesc(0))
+    copied = next((one for one in (frozen, old_nvram) if one is not None and one.is_file()), None)
     if copied is not None and os.path.lexists(identity.nvram or ""):
         raise DomainError(domain.name(), f"{identity.nvram} exists already: the clone's UEFI variables would be there")
     intent = _intent(domain, snapshot or "", mode, disks, copied, identity, with_identity(text, identity))

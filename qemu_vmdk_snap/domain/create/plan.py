@@ -12,6 +12,7 @@ import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay, pending_overlays
+from qemu_vmdk_snap.domain.nvram import plan_nvram
 from qemu_vmdk_snap.domain.overlay import naming
 from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.agent import check_quiesce
@@ -22,6 +23,7 @@ from qemu_vmdk_snap.domain.served.hold import check_served
 from qemu_vmdk_snap.domain.served.memory import check_memory
 from qemu_vmdk_snap.domain.state import check_state, inactive_xml, lenient, volume_resolver
 from qemu_vmdk_snap.domain.xml.named import folders_named
+from qemu_vmdk_snap.domain.xml.nvram import with_nvram
 from qemu_vmdk_snap.domain.xml.respell import with_chains
 from qemu_vmdk_snap.domain.xml.served import ServedDisk, served_disks
 from qemu_vmdk_snap.errors import DomainError, SnapshotExists
@@ -56,11 +58,13 @@ class Plan:
     snapshot: xml.SnapshotXml
     disks: tuple[PlannedDisk, ...]
     skipped: tuple[tuple[str, str], ...]
-    """(target, reason) of the disks that take no part."""
+    """(target, reason) of the disks that take no part, and of `nvram` and `tpm` where they cannot."""
     intent: Intent
     quiesce: str = "no"
     tops: Tops = field(default_factory=Tops)
     """Of a running domain: what QEMU writes to."""
+    nvram: Path | None = None
+    """The copy of the UEFI variables that is frozen with the disks."""
     served: Mapping[str, ServedDisk] = field(default_factory=dict)
     """Of a running domain: the disks among these that servers of ours write to."""
     others: tuple[str, ...] = ()
@@ -117,7 +121,8 @@ def make_plan(
                 _check_direct(name, planned[-1])
             check_depth(conn, name, disk.target, planned[-1].chain)
         taken.add(planned[-1].overlay)
-    plan = _assemble(domain, header, old_xml, disks, tuple(planned), tuple(skipped))
+    nvram, left_out = plan_nvram(old_xml)
+    plan = _assemble(domain, header, old_xml, disks, tuple(planned), (*skipped, *left_out), nvram)
     intent = replace(plan.intent, live=live, resume=running, thaw=live and request.quiesce != "no")
     others = tuple(disk.target for disk in disks if disk not in chosen)
     return replace(plan, quiesce=request.quiesce, tops=tops, intent=intent, served=served, others=others)
@@ -230,6 +235,7 @@ def _assemble(
     disks: Sequence[xml.Disk],
     planned: tuple[PlannedDisk, ...],
     skipped: tuple[tuple[str, str], ...],
+    nvram: Path | None,
 ) -> Plan:
     overlays = {disk.target: disk.overlay for disk in planned}
     entries = tuple(
@@ -239,6 +245,7 @@ def _assemble(
         for disk in disks
     )
     snapshot = replace(header, disks=entries)
+    then = _spelt_out(old_xml, disks, planned)
     intent = Intent(
         uuid=domain.UUIDString(),
         domain=domain.name(),
@@ -246,7 +253,7 @@ def _assemble(
         overlays=tuple(Overlay(disk.target, str(disk.overlay), str(disk.frozen)) for disk in planned),
         old_xml=old_xml,
         new_xml=xml.stack(old_xml, {disk.target: xml.NewTop(disk.overlay, disk.chain) for disk in planned}),
-        snapshot_xml=xml.snapshot_xml(snapshot, _spelt_out(old_xml, disks, planned)),
+        snapshot_xml=xml.snapshot_xml(snapshot, then if nvram is None else with_nvram(then, nvram)),
         memory=None if header.memory_file is None else str(header.memory_file),
     )
-    return Plan(snapshot, planned, skipped, intent)
+    return Plan(snapshot, planned, skipped, intent, nvram=nvram)

@@ -30,6 +30,7 @@ from qemu_vmdk_snap.domain.create.switch import switch_all
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain, register
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
+from qemu_vmdk_snap.domain.nvram import freeze_nvram
 from qemu_vmdk_snap.domain.overlay.newfile import follow_base, make_overlay, refresh_pools
 from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
@@ -58,7 +59,9 @@ class SnapshotReport:
     parent: str | None
     disks: tuple[PlannedDisk, ...]
     skipped: tuple[tuple[str, str], ...]
-    """(target, reason) of the disks that took no part."""
+    """(target, reason) of the disks that took no part, and of `nvram` and `tpm` where they could not."""
+    nvram: Path | None
+    """The copy of the UEFI variables that was frozen with the disks."""
     recovered: Recovery | None
     """What became of an unfinished snapshot that was found first."""
     pause: Pause | None = None
@@ -92,6 +95,7 @@ class SnapshotReport:
             "parent": self.parent,
             "disks": [disk.as_dict() for disk in self.disks],
             "pause": None if pause is None else pause.as_dict(),
+            "nvram": None if self.nvram is None else str(self.nvram),
             "live-xml-stale": self.live_xml_stale,
             "notes": list(self.notes),
             "skipped": [{"target": target, "reason": reason} for target, reason in self.skipped],
@@ -168,7 +172,7 @@ def freeze_tops(
     with contextlib.ExitStack() as held:
         plan = make_plan(conn, domain, Request(disks=targets), store, held)
         intent = replace(plan.intent, operation="freeze", snapshot=snapshot, snapshot_xml="")
-        return _execute(conn, domain, store, replace(plan, intent=intent))
+        return _execute(conn, domain, store, replace(plan, intent=intent, nvram=None))
 
 
 def _report(plan: Plan, recovered: Recovery | None, pause: Pause | None, notes: Sequence[str]) -> SnapshotReport:
@@ -180,6 +184,7 @@ def _report(plan: Plan, recovered: Recovery | None, pause: Pause | None, notes: 
         header.parent,
         plan.disks,
         plan.skipped,
+        plan.nvram,
         recovered,
         pause,
         (*notes, *(pause.notes if pause else ())),
@@ -210,6 +215,8 @@ def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentS
             store.write(intent)
             if intent.memory is not None:
                 save_memory(domain, Path(intent.memory), tuple(plan.served), plan.others)
+            if plan.nvram is not None:
+                freeze_nvram(intent.old_xml, plan.nvram)
             _define(conn, domain, intent)
             if intent.operation == "create":
                 with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):

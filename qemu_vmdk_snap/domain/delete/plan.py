@@ -30,6 +30,7 @@ from qemu_vmdk_snap.domain.needs.needed import (
 from qemu_vmdk_snap.domain.served.server import statuses
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches
+from qemu_vmdk_snap.domain.xml.nvram import frozen_nvram
 from qemu_vmdk_snap.domain.xml.origin import refuse_foreign
 from qemu_vmdk_snap.errors import DomainError, NoSnapshot, NotWhileRunning, VmdkSnapError
 
@@ -253,6 +254,7 @@ def intent_of(
             changed[other] = xml.with_parent(changed[other], parent)
     for other in set().union(*(_descendants(name, parents) for name in names)) - set(names):
         changed[other] += "\n"  # libvirt itself changes their XML when it forgets one above them
+    gone = names if work or merges else ()  # where libvirt alone is to forget them, every file stays
     return Intent(
         uuid=state.uuid,
         domain=state.name,
@@ -266,6 +268,7 @@ def intent_of(
         work=tuple(one.as_record() for one in work),
         snapshots=tuple((other, text) for other, text in changed.items() if text != texts[other]),
         merges=tuple(merges),
+        nvram=tuple(str(copy) for name in gone if (copy := frozen_nvram(state.snapshots[name])) is not None),
         also=tuple(names[1:]),
         memories=() if metadata else tuple(str(file) for name in names if (file := memory_of(state, names, name))),
     )

@@ -109,11 +109,12 @@ def decide(snapshots: Sequence[SnapshotInfo], retention: Retention) -> list[Deci
     # Two of one second: a child is younger than its parent.
     youngest = sorted(snapshots, key=lambda one: (-one.creation_time, -_generation(one, snapshots), one.name))
     reasons: dict[str, list[str]] = {one.name: [] for one in youngest}
-    for one in youngest[: retention.last]:
+    counted = [one for one in youngest if one.foreign is None]  # what virsh made takes nobody's place
+    for one in counted[: retention.last]:
         reasons[one.name].append("last")
     for rule, period in _PERIODS.items():
         seen: list[tuple[int, ...]] = []
-        for one in youngest:
+        for one in counted:
             when = period(time.localtime(one.creation_time))
             if when not in seen and len(seen) < counts[rule]:
                 seen.append(when)

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import qemu_vmdk_snap as engine
 from qemu_vmdk_snap import Census, Link, OnProgress, confined, ignore, log, open_chain, own_files, read_facts
 from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
@@ -44,6 +45,7 @@ from qemu_vmdk_snap.domain.journal.overlays import is_empty
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain
 from qemu_vmdk_snap.domain.needs.needed import Given, place_in, real_file, require_none, same_file
+from qemu_vmdk_snap.domain.nvram import discard_copies
 from qemu_vmdk_snap.domain.overlay.newfile import refresh_pools
 from qemu_vmdk_snap.domain.qemu.switch import Pause
 from qemu_vmdk_snap.domain.registration import register_text
@@ -380,6 +382,7 @@ def finish(
                 real_file(file).unlink(missing_ok=True)  # a symbolic link to it is the user's, and stays
     for memory in intent.memories:
         unlink_memory(memory, domain.name(), intent.uuid)
+    discard_copies(conn, domain, intent.nvram)
     said = steps.clear(intent)
     if notes is not None:
         notes += said
@@ -388,13 +391,11 @@ def finish(
 
 def _settle(domain: libvirt.virDomain, intent: Intent) -> None:
     """Finish what was interrupted inside an operation on the images; a server settles what is its own."""
-    from qemu_vmdk_snap import recover
-
     works = work_of(intent)
     served = {Path(one.frozen).parent for one in works if one.served and domain.isActive()}
     folders = {Path(one.frozen).parent for one in works} - served
     for folder in folders | {Path(one.image).parent for one in intent.merges}:
-        recover(folder)
+        engine.recover(folder)
 
 
 def _drop_empty(domain: str, intent: Intent) -> None:
@@ -409,19 +410,15 @@ def _drop_empty(domain: str, intent: Intent) -> None:
 
 def _copy_up(intent: Intent, on_progress: OnProgress) -> None:
     """Give all of F's data to the overlays that do not stay on it, and put them on its parent."""
-    from qemu_vmdk_snap import rebase
-
     resolver = confined(folders_of(intent))
     for one in work_of(intent):
         onto = None if one.parent is None else Path(one.parent)
         for image in map(Path, one.copied):
             if _is_backed_by(image, Path(one.frozen), folders_of(intent)):
-                rebase(image, onto, resolver=resolver, on_progress=on_progress)
+                engine.rebase(image, onto, resolver=resolver, on_progress=on_progress)
 
 
 def _merge_down(intent: Intent, on_progress: OnProgress) -> None:
-    from qemu_vmdk_snap import commit
-
     resolver = confined(folders_of(intent))
     for one in work_of(intent):
         if one.mode != "merge" or one.child is None or not Path(one.child).exists():
@@ -429,7 +426,7 @@ def _merge_down(intent: Intent, on_progress: OnProgress) -> None:
         with open_one(Path(one.child), folders_of(intent), lock=False) as link:
             done = is_empty(link)
         if not done:  # done already, its children may stand on the base by now: they must keep what they read
-            commit(
+            engine.commit(
                 one.child,
                 base=one.frozen,
                 keep_siblings=True,
@@ -441,8 +438,6 @@ def _merge_down(intent: Intent, on_progress: OnProgress) -> None:
 
 
 def _move(intent: Intent, on_progress: OnProgress) -> None:
-    from qemu_vmdk_snap import rebase
-
     resolver = confined(folders_of(intent))
     for one in work_of(intent):
         onto = Path(one.frozen) if one.mode == "merge" else None if one.parent is None else Path(one.parent)
@@ -450,7 +445,7 @@ def _move(intent: Intent, on_progress: OnProgress) -> None:
             continue
         for image in map(Path, one.moving):
             if _is_backed_by(image, one.removed, folders_of(intent)):
-                rebase(image, onto, resolver=resolver, on_progress=on_progress)
+                engine.rebase(image, onto, resolver=resolver, on_progress=on_progress)
 
 
 def _is_backed_by(image: Path, parent: Path, folders: Sequence[Path]) -> bool:

@@ -30,6 +30,7 @@ from qemu_vmdk_snap.domain.needs.needed import Given, Needed, real_file
 from qemu_vmdk_snap.domain.overlay.newfile import refresh_pools
 from qemu_vmdk_snap.domain.served.memory import memory_files
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
+from qemu_vmdk_snap.domain.xml.nvram import frozen_nvram
 from qemu_vmdk_snap.errors import DomainError, StillNeeded, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -178,6 +179,8 @@ def _plan(conn: libvirt.virConnect, domain: libvirt.virDomain, orphans: Sequence
             raise DomainError(name, f"{real_file(file).parent} may not be written, so {file} cannot be deleted")
     files = [real_file(file) for file in alone.files]  # a symbolic link to it is the user's, and stays
     files += [real_file(file) for file in memory_files(name, uuid, snapshots.values())]
+    copies = [frozen_nvram(one) for one in snapshots.values()]
+    files += [copy for copy in copies if copy is not None and copy.is_file()]
     intent = Intent(
         uuid=uuid,
         domain=name,

@@ -14,6 +14,7 @@ from qemu_vmdk_snap.domain.doctor.view import View
 from qemu_vmdk_snap.domain.needs.needed import place_in, same_file
 from qemu_vmdk_snap.domain.registration import register_text
 from qemu_vmdk_snap.domain.xml.form import in_form
+from qemu_vmdk_snap.domain.xml.nvram import frozen_nvram
 from qemu_vmdk_snap.domain.xml.origin import maker_of
 from qemu_vmdk_snap.domain.xml.respell import with_chains
 from qemu_vmdk_snap.errors import CidMismatch
@@ -32,6 +33,10 @@ def check_snapshot(view: View, name: str) -> Iterator[Check]:
         yield Check(subject, "bad", text, f"`snapshot revert {view.name} {name} --shutoff` still brings back its disks")
         return
     found = [check for disk in external if (check := _check_disk(view, snapshot, disk)) is not None]
+    nvram = frozen_nvram(view.texts[name])
+    if nvram is not None and not nvram.exists():
+        remedy = "bring the file back: without it a revert leaves the UEFI variables as they are"
+        found.append(Check(subject, "bad", f"its UEFI variables {nvram} are gone", remedy))
     if found:
         yield found[0]
     else:

@@ -121,6 +121,8 @@ class Intent:
     """(name, XML): of a delete and a move, the new one of snapshots that name other files then; of a destroy, all."""
     merges: tuple[Merge, ...] = ()
     """Of a delete under a running guest: what is exchanged beneath it."""
+    nvram: tuple[str, ...] = ()
+    """Of a delete: the frozen copies of UEFI variables that go."""
     also: tuple[str, ...] = ()
     """Of a delete: the snapshots that go with it, in the same step."""
     memory: str | None = None
@@ -217,7 +219,7 @@ class IntentStore:
         self._make_folder()
         data = json.dumps({"version": _VERSION, **asdict(intent)}, indent=1).encode()
         replace_file(self.path(intent.uuid), data, mode=0o600)  # the XML may hold passwords
-        _logger().info("domain %s: %s journaled", intent.domain, intent.what)
+        _logger().info("domain %s: %s journaled", intent.domain, intent.what.removeprefix("the "))
 
     def remove(self, uuid: str) -> None:
         """Forget the record; the order of the steps before it is safe without waiting for the disk."""

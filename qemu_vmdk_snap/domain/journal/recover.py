@@ -33,6 +33,7 @@ from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.journal import overlays
 from qemu_vmdk_snap.domain.journal.pending import abandoning, uuid_of, ways_out
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
+from qemu_vmdk_snap.domain.nvram import discard_nvram, restore_nvram
 from qemu_vmdk_snap.domain.qemu.agent import thaw_left
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.switch import follow_cid, written_files
@@ -137,7 +138,9 @@ def _settle_destroyed(conn: libvirt.virConnect, store: IntentStore, uuid: str) -
     with contextlib.suppress(libvirt.libvirtError):
         conn.lookupByUUIDString(uuid)
         return None
-    intent = store.read(uuid)
+    intent = None
+    with contextlib.suppress(DomainError):  # one that cannot be followed is told of as ever
+        intent = store.read(uuid)
     if intent is None or intent.operation != "destroy":
         return None
     with store.locked(uuid, intent.domain):
@@ -243,6 +246,7 @@ def _settle_create(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: 
     if _registered(domain, intent) is not None:
         return Recovery(name, intent.snapshot, finished=True)
     left = overlays.unlink_overlays(conn, domain, intent)
+    discard_nvram(conn, domain, intent.snapshot_xml)
     unlink_memory(intent.memory, name, intent.uuid)
     return Recovery(name, intent.snapshot, finished=False, left=left, operation=intent.operation)
 
@@ -265,6 +269,8 @@ def _settle_revert(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: 
         return Recovery(domain.name(), intent.snapshot, finished=False, left=left, operation="revert")
     if intent.snapshot in {snapshot.getName() for snapshot in domain.listAllSnapshots()}:  # not deleted meanwhile
         make_current(domain, intent.snapshot)
+    if not domain.isActive():
+        restore_nvram(intent.snapshot_xml, intent.new_xml)
     if intent.memory is not None and not domain.isActive() and overlays.all_empty(intent):
         resume_from_memory(conn, domain, intent)
     # By name, as the finishers: what it asks knows of the records.
@@ -372,6 +378,8 @@ def take_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: Intent
         held.close()
         for overlay in made:
             overlays.unlink_made(overlay)
+        if intent.operation == "create":
+            discard_nvram(conn, domain, intent.snapshot_xml)
         if intent.operation == "create" and intent.memory is not None:
             unlink_memory(intent.memory, name, intent.uuid)
             if intent.resume:

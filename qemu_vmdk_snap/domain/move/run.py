@@ -33,6 +33,7 @@ from qemu_vmdk_snap.domain.journal.staged import drop_staged, is_ours, make_stag
 from qemu_vmdk_snap.domain.move.plan import MovedFile, Plan, make_plan, relinking
 from qemu_vmdk_snap.domain.needs.alone import all_locked
 from qemu_vmdk_snap.domain.overlay.newfile import refresh_pools
+from qemu_vmdk_snap.domain.registration import register_text
 from qemu_vmdk_snap.domain.state import define, inactive_xml
 from qemu_vmdk_snap.domain.xml import files_in
 from qemu_vmdk_snap.domain.xml.edits import keeping_description
@@ -194,8 +195,6 @@ def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
 
 def _finish(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
     """Do what is left of the steps 3 and 4; what was edited meanwhile stays."""
-    import libvirt
-
     with libvirt_errors(domain.name(), "correct its XML and that of its snapshots"):
         now = inactive_xml(domain)
         changed = relinking(_files(intent))(now)
@@ -205,9 +204,8 @@ def _finish(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
         current = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
         for name, text in intent.snapshots:
             if name in there:
-                flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
-                flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT if name == current else 0
-                domain.snapshotCreateXML(keeping_description(text, there[name].getXMLDesc(0)), flags)
+                edited = keeping_description(text, there[name].getXMLDesc(0))
+                register_text(domain, edited, current=name == current)
     for one in _files(intent):
         source, path = Path(one["source"]), Path(one["path"])
         drop_staged(Path(one["staged"]))

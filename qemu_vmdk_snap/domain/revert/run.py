@@ -30,6 +30,7 @@ from qemu_vmdk_snap.domain.journal.recover import Recovery, make_current, recove
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
 from qemu_vmdk_snap.domain.needs.discard import unlink_discarded
 from qemu_vmdk_snap.domain.needs.needed import NOTHING, Needed, place_in, same_file
+from qemu_vmdk_snap.domain.nvram import restore_nvram
 from qemu_vmdk_snap.domain.overlay import naming
 from qemu_vmdk_snap.domain.overlay.newfile import make_overlay, refresh_pools
 from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
@@ -376,6 +377,8 @@ def _execute(
     except BaseException as error:
         _undo(conn, domain, store, intent, error)
         raise
+    hindered = restore_nvram(intent.snapshot_xml, intent.new_xml)
+    notes += [] if hindered is None else [hindered]
     gone = unlink_discarded(conn, domain, intent, orphans=orphans, notes=notes)
     if intent.memory is not None:
         try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qemu_vmdk_snap.domain.xml.form import domain_out_of_form
+from qemu_vmdk_snap.domain.xml.nvram import nvram_out_of_snapshot
 from qemu_vmdk_snap.domain.xml.splice import spans as spans
 from qemu_vmdk_snap.domain.xml.splice import spliced
 from qemu_vmdk_snap.errors import DomainError
@@ -268,7 +269,8 @@ def parse_snapshot(text: str, volume_path: VolumePath | None = None) -> Snapshot
 def domain_of(snapshot_text: str) -> str:
     """Return the XML of the domain inside that of a snapshot; the persistent one, if both are there.
 
-    It is byte for byte what was registered, but for the disks that took part: they are files again (see `form`).
+    It is byte for byte what was registered, but for the disks that took part: they are files again (see `form`); and
+    for the UEFI variables, whose file is the one that is written (see `nvram`).
 
     Raises:
         KeyError: there is none.
@@ -277,7 +279,7 @@ def domain_of(snapshot_text: str) -> str:
     found = spans(raw, ["domainsnapshot", "inactiveDomain"]) or spans(raw, ["domainsnapshot", "domain"])
     if not found:
         raise KeyError("domain")
-    text = domain_out_of_form(raw[slice(*found[0])], raw).decode()
+    text = nvram_out_of_snapshot(domain_out_of_form(raw[slice(*found[0])], raw)).decode()
     if text.startswith("<inactiveDomain"):
         text = "<domain" + text.removeprefix("<inactiveDomain").removesuffix("</inactiveDomain>") + "</domain>"
     return text

@@ -2,13 +2,15 @@
 
 Order of a snapshot, so that a chain that opens is left whenever this stops, and that its last writer is found:
 1. The top has its new CID already, so it will not change; the overlay names it, is durable, and open.
-2. The note beside the socket names the overlay, which reads what the top reads.
+2. The note beside the socket names the overlay before that exists; it reads what the top reads.
 3. In a pause: everything is flushed, the log ends, requests go to the overlay.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import secrets
 import threading
 import time
@@ -181,6 +183,9 @@ class Switcher:
         with stack.turn:
             stack.flush()  # most of what there is to flush, outside the pause
         base = stack.top
+        if overlay.exists() or overlay.is_symlink():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(overlay))
+        self._server.remember_top(overlay)  # first: once it exists, the base is frozen to whoever starts again
         create_overlay(overlay, base.path)
         try:
             link = self._opened(overlay, base)
@@ -192,7 +197,6 @@ class Switcher:
         try:
             link.renew_cid()  # here, so that nothing is waited for after the switch
             prepared.log = log_for(link)
-            self._server.remember_top(overlay)
         except BaseException:
             self._abort(prepared)
             raise

@@ -56,6 +56,8 @@ def test_create_as_json(lab: Lab, domain: str, capsys: pytest.CaptureFixture[str
             for target, frozen, overlay in (("vda", "a.vmdk", "t,op.vmdk"), ("vdb", "b.vmdk", "b-000001.vmdk"))
         ],
         "pause": None,
+        "nvram": None,
+        "live-xml-stale": False,
         "notes": [],
         "skipped": [],
     }

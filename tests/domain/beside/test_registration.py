@@ -122,7 +122,7 @@ def test_an_older_registration_is_put_right_by_the_next_command(lab: Lab) -> Non
     assert domain.snapshotCurrent().getName() == "s3"
 
 
-def test_a_volume_is_registered_as_its_file(daemon_lab: Lab) -> None:
+def test_a_volume_is_registered_as_its_file(daemon_lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     lab = daemon_lab
     create_image(lab.folder / "v.vmdk", MIB)
     target = f"<target><path>{lab.folder}</path></target>"
@@ -140,6 +140,10 @@ def test_a_volume_is_registered_as_its_file(daemon_lab: Lab) -> None:
         pool.destroy()
         (disk,) = snapshot_info(lab.conn, domain.name(), "s1").disks
         assert (disk.frozen, disk.problem) == (lab.folder / "v.vmdk", None)
+        assert main(["doctor", "-c", lab.uri, domain.name()]) == 0
+        said = capsys.readouterr().out
+        assert "[good] snapshot s1: 1 disk\n" in said
+        assert f"[good] disk vda: {lab.folder}/v-000001.vmdk: chain of 2, sound" in said
         revert(lab.conn, domain.name(), "s1")
         domain.create()
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qemu_vmdk_snap import commit, open_chain, remove
+from qemu_vmdk_snap import commit, create_overlay, open_chain, remove
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.create.run import create_snapshot
@@ -287,3 +287,14 @@ def test_a_copy_of_the_xml_is_told_from_its_original(case: Case) -> None:
     top = next(one.path for one in xml.list_disks(xml_of(case.lab.conn.lookupByName(original))))
     case.lab.conn.defineXML(xml_of(copy).replace(str(case.lab.folder / "copy.vmdk"), str(top)))
     assert f"is the disk vda of domain {original} too, and both write to it" in json.dumps(case.bad())
+
+
+def test_a_linked_clone_is_told_from_its_original(case: Case) -> None:
+    clone = case.lab.folder / "clone.vmdk"
+    create_overlay(clone, case.file(0))
+    original, case.name = case.name, case.lab.define(clone).name()
+    (found,) = (one for one in case.doctor()[1]["checks"] if one["subject"] == "disk vda")
+    assert found["verdict"] == "good"
+    assert found["text"].endswith(f"it is a clone: {case.file(0)} is what snapshot s1 of domain {original} froze")
+    case.name = original
+    assert case.bad() == {}
