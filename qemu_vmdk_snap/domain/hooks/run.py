@@ -151,6 +151,10 @@ def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
         extend(policy.deadline)
         text = direct_view(_read_xml(stdin))
         _require_reason(path, text)
+        if served_disks(text):
+            from qemu_vmdk_snap.domain.hooks.serve import refuse_other_state
+
+            refuse_other_state(text, name)
         disks = vmdk_disks(text, name)
         named = {path.parent for disk in disks if disk.path is not None for path in (disk.path, *disk.backing)}
         with engine.allowing(*named, below=False):
