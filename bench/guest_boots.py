@@ -1,12 +1,12 @@
 """`python -m bench.guest_boots`: from the start of a guest to its verdict, beside a script of QEMU and pexpect.
 
 Both boot the probe under plain emulation from a floppy, ask for the checksum of a sector of the same VMDK disk, and let
-it switch off. The script has what such a script has: QEMU's serial port on standard output, and pexpect. Taken in pairs,
-the first of a pair by turns; then eight of each at once.
+it switch off. The script has what such a script has: QEMU's serial port on standard output, and pexpect. Taken in
+pairs, the first of a pair by turns; then eight of each at once.
 
-`--linux` compares the Linux guest up to its first command with the same kernel and initramfs under QEMU alone, up to the
-same line. `--flakes N` boots N times in a row while `--load K` processes (8) keep the processors busy, and counts what
-went wrong.
+`--linux` compares the Linux guest up to its first command with the same kernel and initramfs under QEMU alone, up to
+the same line. `--flakes N` boots N times in a row while `--load K` processes (8) keep the processors busy, and counts
+what went wrong.
 """
 
 from __future__ import annotations
