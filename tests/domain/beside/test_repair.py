@@ -219,6 +219,25 @@ def test_a_qcow2_top_that_libvirts_own_revert_has_left(case: Case) -> None:
     case.domain.create()
 
 
+@pytest.mark.needs("qemu-img")
+def test_a_revert_by_virsh(daemon_lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a snapshot in the form of before: libvirt refuses it until 9.9, and later deletes the active overlays."""
+    case = Case(daemon_lab, capsys)
+    for name in ("s1", "s2", "s3"):
+        unform(case.domain, name)
+    refused = virsh(case.lab, "snapshot-revert", case.name, "s2")
+    assert bool(refused) is (daemon_lab.conn.getLibVersion() < 9_009_000)
+    if not refused:
+        assert "is what snapshot 's2' froze, so libvirt may have reverted to that" in case.bad()["disk vda"]["text"]
+    case.doctor("--repair")
+    disk = case.top()
+    assert disk.refusal is None
+    assert disk.path is not None
+    assert case.read(disk.path) == case.states[3 if refused else 1]
+    create_snapshot(case.lab.conn, case.name, "next")
+    case.domain.create()
+
+
 @pytest.mark.parametrize("how", ["repair", "recover", "create"])
 def test_nodes_of_a_detached_disk_are_closed(
     how: str, daemon: Daemon, daemon_lab: Lab, capsys: pytest.CaptureFixture[str]
