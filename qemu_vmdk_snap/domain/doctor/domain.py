@@ -17,7 +17,7 @@ from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.journal.recover import recover_domain
 from qemu_vmdk_snap.domain.needs.needed import NOTHING, Needed, place_in
 from qemu_vmdk_snap.domain.needs.orphans import Orphan, find_orphans
-from qemu_vmdk_snap.domain.registration import out_of_form
+from qemu_vmdk_snap.domain.registration import lacking_form
 from qemu_vmdk_snap.domain.xml.kept import kept_branches
 from qemu_vmdk_snap.errors import InvalidRequest, StillNeeded
 from qemu_vmdk_snap.units import format_size
@@ -54,10 +54,10 @@ def repair_domain(conn: libvirt.virConnect, domain_name: str) -> list[str]:
     done: list[str] = []
     with store.locked(domain.UUIDString(), domain.name()):
         with libvirt_errors(domain.name(), "read its snapshots"):
-            before = out_of_form(domain)
+            before = lacking_form(domain)
         recover_domain(conn, domain, store)
         with libvirt_errors(domain.name(), "read its snapshots"):
-            after = out_of_form(domain)
+            after = lacking_form(domain)
         done += [f"snapshot {name} is registered anew, in the form of today" for name in before if name not in after]
         for _ in range(_MOST_ROUNDS):
             repairs = [check.repair for check in _check(conn, domain) if check.repair is not None]

@@ -138,6 +138,24 @@ def test_the_live_xml_defined_after_a_live_snapshot(case: Case, stopped: bool) -
     assert xml.list_disks(xml_of(case.domain)) == xml.list_disks(right)
 
 
+def test_a_disk_that_was_exchanged_in_the_xml_alone_is_left_so(case: Case) -> None:
+    """An administrator gave the domain another disk from the next start on; or an overlay, which is another matter."""
+    case.domain.create()
+    other = case.lab.disk("other")
+    before = xml_of(case.domain)
+    case.lab.conn.defineXML(with_chains(before, {"vda": [other]}))
+    found = [one for one in case.doctor("--repair")[1]["checks"] if "the next start takes" in one["text"]]
+    assert [one["verdict"] for one in found] == ["note"]
+    assert case.top().path == other
+    above = case.lab.folder / "above.vmdk"
+    case.lab.conn.defineXML(before)
+    case.domain.destroy()
+    create_overlay(above, case.file(3))
+    case.domain.create()
+    case.lab.conn.defineXML(with_chains(before, {"vda": [above, *(case.file(number) for number in (3, 2, 1, 0))]}))
+    assert f"the running guest writes to {case.file(3)}, which backs {above}" in case.bad()["disk vda"]["text"]
+
+
 def test_a_top_that_cannot_be_told_is_left_to_the_user(case: Case) -> None:
     """Two branches on the file: which of them the disk has continued in is not known."""
     create_snapshot(case.lab.conn, case.name, "s4")
