@@ -190,7 +190,7 @@ def chosen(domain: libvirt.virDomain, names: Sequence[str], scope: Scope) -> lis
     return sorted(wanted, key=lambda name: (-depth(name), name))
 
 
-def refuse_foreign_ones(domain: libvirt.virDomain, names: Sequence[str]) -> None:
+def require_ours(domain: libvirt.virDomain, names: Sequence[str]) -> None:
     """Accept snapshots that were all made here: none is deleted where another one of them cannot be.
 
     Raises:
