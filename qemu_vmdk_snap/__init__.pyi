@@ -5,6 +5,7 @@ from qemu_vmdk_snap.chain.chain import WritableChain as WritableChain
 from qemu_vmdk_snap.chain.chain import open_chain as open_chain
 from qemu_vmdk_snap.chain.disk import Disk as Disk
 from qemu_vmdk_snap.chain.disk import RawDisk as RawDisk
+from qemu_vmdk_snap.chain.identity import fitting_parent as fitting_parent
 from qemu_vmdk_snap.chain.link import Link as Link
 from qemu_vmdk_snap.chain.link import open_link as open_link
 from qemu_vmdk_snap.chain.link import read_descriptor as read_descriptor

@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks, at TAB
+            return _complete()
         _cancel_on_signals()
         if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
             # One write for a short answer, also under PYTHONUNBUFFERED: `| head -1` ends before a second one.
@@ -66,6 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # while modules were still being imported
         sys.stderr.write(f"{PROGRAM}: cancelled\n")
         return exit_status.CANCELLED
+
+
+def _complete() -> int:
+    # By name: it is made of the table of commands, and of the parser here.
+    importlib.import_module("qemu_vmdk_snap.cli.pages.complete").answer()  # ends the process
+    return 1
 
 
 def _usage_error(error: Exception, words: Sequence[str], status: int = exit_status.USAGE) -> int:
@@ -193,8 +201,17 @@ def make_parser(module: CommandModule, command: Command, prog: str, *, width: in
 
     Its help is `width` columns wide; None asks the terminal.
     """
-    formatter = functools.partial(argparse.HelpFormatter, width=width)
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=width)
     parser = _Parser(prog=prog, description=command.help, allow_abbrev=False, formatter_class=formatter)
+    group = prog.removeprefix(f"{PROGRAM} ")
+    also = ""
+    if group in COMMANDS:  # `serve` is a command and a group
+        names = ", ".join(f"{group} {name}" for name in COMMANDS[group])
+        also = f"Also: {names} ({GROUPS[group]})"
+    if width is None:
+        from qemu_vmdk_snap.cli.examples import as_text
+
+        parser.epilog = "\n\n".join(text for text in (also, as_text(prog)) if text)
     add_arguments(module, parser)
     return parser
 
@@ -282,10 +299,10 @@ def _instead_of(path: Path) -> str:
 
 
 def _find(words: Sequence[str]) -> tuple[Command | None, str, list[str]]:
+    if len(words) > 1 and words[1] in COMMANDS.get(words[0], {}):  # first: `serve` is a command and a group
+        return COMMANDS[words[0]][words[1]], f"{PROGRAM} {words[0]} {words[1]}", list(words[2:])
     if words and words[0] in TOP_LEVEL:
         return TOP_LEVEL[words[0]], f"{PROGRAM} {words[0]}", list(words[1:])
-    if len(words) > 1 and words[1] in COMMANDS.get(words[0], {}):
-        return COMMANDS[words[0]][words[1]], f"{PROGRAM} {words[0]} {words[1]}", list(words[2:])
     return None, PROGRAM, []
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from qemu_vmdk_snap import OnProgress, ignore
 from qemu_vmdk_snap.domain import edit
 from qemu_vmdk_snap.domain.adopt.run import AdoptReport, adopt
+from qemu_vmdk_snap.domain.attach import run as attach_run
+from qemu_vmdk_snap.domain.attach.run import AttachReport
 from qemu_vmdk_snap.domain.clone.plan import Mode
 from qemu_vmdk_snap.domain.clone.run import CloneReport, clone
 from qemu_vmdk_snap.domain.consolidate.run import ConsolidateReport, consolidate
@@ -28,6 +30,7 @@ from qemu_vmdk_snap.domain.journal import recover as journal
 from qemu_vmdk_snap.domain.journal.recover import Recovery
 from qemu_vmdk_snap.domain.move.run import MoveReport, move
 from qemu_vmdk_snap.domain.revert.run import After, RevertReport, revert
+from qemu_vmdk_snap.domain.served import commands as served_commands
 
 if TYPE_CHECKING:
     import libvirt
@@ -44,13 +47,15 @@ def create_snapshot(
     exclude: Collection[str] = (),
     overlays: Mapping[str, Path | str] | None = None,
     quiesce: str = "no",
+    memory: Path | str | None = None,
     dry_run: bool = False,
 ) -> SnapshotReport:
     """Freeze the VMDK disks of a domain, which continues in new overlays, and register the snapshot with libvirt.
 
     Without a `name` it is the second since 1970. Disks are named by target or by file: `disks` are the only ones that
     take part, those in `required` must be able to, those in `exclude` are left out, and `overlays` says where the
-    overlay of a disk goes, if not beside it. `quiesce` is "no", "auto" or "require".
+    overlay of a disk goes, if not beside it. `quiesce` is "no", "auto" or "require". `memory` is the file for the
+    memory of a running guest whose disks are all served: memory and disks are of one instant.
 
     Raises:
         SnapshotExists: the domain has a snapshot of that name.
@@ -70,6 +75,7 @@ def create_snapshot(
         exclude=exclude,
         overlays={disk: Path(path) for disk, path in (overlays or {}).items()},
         quiesce=quiesce,
+        memory=None if memory is None else Path(memory).absolute(),
     )
 
 
@@ -194,6 +200,49 @@ def set_current_snapshot(conn: libvirt.virConnect, domain: str, snapshot: str) -
         NoSnapshot, NoDomain, DomainBusy, DomainError: see `create_snapshot`.
     """
     edit.set_current(conn, domain, snapshot)
+
+
+def attach_served(
+    conn: libvirt.virConnect, domain: str, disks: Sequence[str] = (), *, dry_run: bool = False
+) -> AttachReport:
+    """Let these disks (all, without names) of a shut-off domain be served by servers of ours from its next start on.
+
+    Raises:
+        NoDomain, DomainBusy, DomainError: see `create_snapshot`.
+        InvalidRequest: there is no place for the sockets.
+        VmdkSnapError, OSError: a chain is broken or in use, or cannot be served. Nothing has changed.
+    """
+    return attach_run.attach(conn, domain, disks, dry_run=dry_run)
+
+
+def detach_served(
+    conn: libvirt.virConnect, domain: str, disks: Sequence[str] = (), *, dry_run: bool = False
+) -> AttachReport:
+    """Let QEMU open the files of these disks (of all, without names) itself again, from the domain's next start on.
+
+    Raises:
+        NoDomain, DomainBusy, DomainError: see `create_snapshot`.
+        VmdkSnapError, OSError: a chain is broken or in use. Nothing has changed.
+    """
+    return attach_run.detach(conn, domain, disks, dry_run=dry_run)
+
+
+def start_servers(conn: libvirt.virConnect, domain: str) -> list[str]:
+    """Start the servers of the domain's served disks that do not run, as the hook does; return their targets.
+
+    Raises:
+        NoDomain, DomainError: the domain is not there, or a disk cannot be served.
+    """
+    return served_commands.start_servers(conn, domain)
+
+
+def stop_servers(conn: libvirt.virConnect, domain: str) -> list[str]:
+    """Stop the servers of the served disks of a domain that is shut off; return their targets.
+
+    Raises:
+        NoDomain, DomainError: the domain is not there, it runs, or a server does not end.
+    """
+    return served_commands.stop_servers(conn, domain)
 
 
 def clone_domain(

@@ -38,6 +38,7 @@ def plan_create(
     exclude: Collection[str] = (),
     overlays: Mapping[str, Path] | None = None,
     quiesce: str = "no",
+    memory: Path | None = None,
 ) -> SnapshotReport:
     """Return what `create_snapshot` would report, with `dry_run` set.
 
@@ -45,7 +46,7 @@ def plan_create(
         DomainError: an operation on the domain is unfinished; and all that `create_snapshot` raises before its first
             change.
     """
-    request = Request(name, description, disks, required, exclude, overlays or {}, quiesce)
+    request = Request(name, description, disks, required, exclude, overlays or {}, quiesce, memory)
     with planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
         plan = make_plan(conn, domain, request, store, held)
     header = plan.snapshot
@@ -59,6 +60,7 @@ def plan_create(
         plan.nvram,
         recovered=None,
         dry_run=True,
+        memory=header.memory_file,
     )
 
 
@@ -76,8 +78,18 @@ def plan_revert(
         plan = plan_of_revert(conn, domain, snapshot, after, store, held, discard=discard)
         already = is_there(conn, domain, plan)
     kept, gone = ((), plan.old_tops) if discard else (plan.old_tops, ())
+    memory = None if plan.intent.memory is None else Path(plan.intent.memory)
     return RevertReport(
-        domain.name(), snapshot, plan.state, plan.disks, kept, gone, recovered=None, dry_run=True, already=already
+        domain.name(),
+        snapshot,
+        plan.state,
+        plan.disks,
+        kept,
+        gone,
+        recovered=None,
+        dry_run=True,
+        already=already,
+        memory=memory,
     )
 
 

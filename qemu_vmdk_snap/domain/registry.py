@@ -70,6 +70,8 @@ class SnapshotInfo:
     description: str | None
     memory: str
     disks: tuple[DiskState, ...]
+    memory_file: Path | None = None
+    """The file with the guest's memory of then."""
     foreign: str | None = None
     """What kind of snapshot it is, where it was not made here: virsh's own commands are there for it."""
 
@@ -94,6 +96,7 @@ class SnapshotInfo:
             "description": self.description,
             "foreign": self.foreign,
             "disks": [disk.as_dict() for disk in self.disks],
+            **({} if self.memory_file is None else {"memory": str(self.memory_file)}),
         }
 
 
@@ -193,6 +196,7 @@ def _info(
         description=snapshot.description,
         memory=snapshot.memory,
         disks=tuple(_disk_state(disk) for disk in snapshot.disks),
+        memory_file=snapshot.memory_file,
         foreign=maker_of(snapshot),
     )
 

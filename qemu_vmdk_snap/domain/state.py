@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.xml.named import folders_named
+from qemu_vmdk_snap.domain.xml.served import NAMESPACE, PREFIX, direct_view, notes_element, served_view
 from qemu_vmdk_snap.errors import DomainError, NoSnapshot, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -53,11 +54,28 @@ def find_snapshot(domain: libvirt.virDomain, name: str) -> libvirt.virDomainSnap
 
 
 def inactive_xml(domain: libvirt.virDomain) -> str:
-    """Return the persistent XML with its secrets, as it must be to be defined again."""
+    """Return the persistent XML with its secrets, as it must be to be defined again: see `define`.
+
+    A served disk appears as the VMDK file that is behind it (`xml.served`).
+    """
     import libvirt
 
     text: str = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
-    return text
+    return direct_view(text)
+
+
+def define(conn: libvirt.virConnect, text: str) -> None:
+    """Define the domain by XML as `inactive_xml` returns it; what a running guest's XML says of served disks follows.
+
+    That goes into memory that is saved, and tells at its restoring which state of the disks it belongs to.
+    """
+    import libvirt
+
+    domain = conn.defineXML(served_view(text))
+    notes = notes_element(served_view(text))
+    if notes is not None and domain.isActive():
+        kind, flags = libvirt.VIR_DOMAIN_METADATA_ELEMENT, libvirt.VIR_DOMAIN_AFFECT_LIVE
+        domain.setMetadata(kind, notes, PREFIX, NAMESPACE, flags)
 
 
 def volume_resolver(conn: libvirt.virConnect, domain: str) -> xml.VolumePath:

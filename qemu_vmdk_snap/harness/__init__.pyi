@@ -6,6 +6,12 @@ from qemu_vmdk_snap.harness.hardware import Disk as Disk
 from qemu_vmdk_snap.harness.known.content import Content as Content
 from qemu_vmdk_snap.harness.known.reads import WrongContent as WrongContent
 from qemu_vmdk_snap.harness.known.reads import WrongSize as WrongSize
+from qemu_vmdk_snap.harness.linux.build import build_guest as build_guest
+from qemu_vmdk_snap.harness.linux.guest import CommandFailed as CommandFailed
+from qemu_vmdk_snap.harness.linux.guest import LinuxGuest as LinuxGuest
+from qemu_vmdk_snap.harness.linux.guest import Ran as Ran
+from qemu_vmdk_snap.harness.linux.guest import boot_linux as boot_linux
+from qemu_vmdk_snap.harness.linux.guest import missing_stamps as missing_stamps
 from qemu_vmdk_snap.harness.machine import Machine as Machine
 from qemu_vmdk_snap.harness.machine import boot as boot
 from qemu_vmdk_snap.harness.probe import disk_image as disk_image

@@ -28,6 +28,8 @@ MACHINES: Final = ("pc", "q35")
 EXECUTABLE: Final = "qemu-system-x86_64"
 MEMORY_MIB: Final = 16
 MAX_DISKS: Final = 4
+COMMANDS: Final = "qemu-vmdk-snap"
+"""The name of the port for commands."""
 
 _UEFI: Final = (
     Path("/usr/share/OVMF/OVMF_CODE_4M.fd"),
@@ -69,7 +71,9 @@ class Setup:
     uefi: bool = False
     """Boot by UEFI from the disk; the probe, which needs a BIOS, then cannot run."""
     kernel: tuple[str, ...] = ()
-    """QEMU's arguments for a kernel that it boots itself, in the probe's place."""
+    """QEMU's arguments for a kernel that it boots itself, in the probe's place; it is told what to do over a port."""
+    drive: str | None = None
+    """What QEMU's `-drive` is told of the first disk in the place of its file: `file.driver=nbd,...`."""
     hold: bool = False
     """Leave a guest that fails running, its console and monitor on sockets."""
 
@@ -97,6 +101,8 @@ class Channels:
     serial: int
     qmp: int
     sockets: Path | None = None
+    commands: int | None = None
+    """For a guest that is told what to do over a port of its own, beside the serial line."""
 
 
 def arguments(setup: Setup, folder: Path, channels: Channels) -> list[str]:
@@ -107,6 +113,9 @@ def arguments(setup: Setup, folder: Path, channels: Channels) -> list[str]:
     if channels.sockets is not None:
         words += ["-chardev", f"socket,id=monitor,path={_escaped(channels.sockets / 'monitor')},server=on,wait=off"]
         words += ["-mon", "chardev=monitor,mode=readline", "-no-shutdown"]
+    if channels.commands is not None:
+        words += ["-device", "virtio-serial-pci", "-chardev", f"socket,id=commands,fd={channels.commands}"]
+        words += ["-device", f"virtserialport,chardev=commands,name={COMMANDS}"]
     return [*_board(setup), *words, *_disks(setup, {}), *_boot(setup, folder), *setup.qemu_args]
 
 
@@ -131,7 +140,8 @@ def _disks(setup: Setup, forced: dict[str, str]) -> list[str]:
         # Without `snapshot=on` a guest could not be kept from writing: IDE has no read-only disks.
         options = dict.fromkeys(("snapshot",), "on") if not disk.writable else {}
         tail = "".join(f",{key}={value}" for key, value in (options | forced).items())
-        words += ["-drive", f"if=none,id={name},format={disk.image_format},file={_escaped(disk.image)}{tail}"]
+        where = f"file={_escaped(disk.image)}" if number or setup.drive is None else setup.drive
+        words += ["-drive", f"if=none,id={name},format={disk.image_format},{where}{tail}"]
         attached = CONTROLLERS[setup.controller]
         own = attached[-2:]  # what goes before is the controller, which the first disk has brought
         device = own[1].replace("drive=disk", f"drive={name}").replace("ahci.0", f"ahci.{number}")

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 from qemu_vmdk_snap import read_links
 from qemu_vmdk_snap.errors import GuestError, InvalidRequest, PluginError, VmdkSnapError
 from qemu_vmdk_snap.harness.accelerator import choose_accelerator
-from qemu_vmdk_snap.harness.deadlines import SILENT_SECONDS, SYSTEM_SECONDS, scaled
+from qemu_vmdk_snap.harness.deadlines import HUNG_SECONDS, SILENT_SECONDS, SYSTEM_SECONDS, scaled
 from qemu_vmdk_snap.harness.hardware import DEFAULT_CONTROLLER, EXECUTABLE, Channels, Disk, Setup, arguments, by_hand
 from qemu_vmdk_snap.harness.known.content import Content, Known
 from qemu_vmdk_snap.harness.probe import floppy_image
@@ -44,8 +44,11 @@ class Machine:
         *,
         expect: bytes | re.Pattern[bytes] | None = None,
         failures: Sequence[bytes | re.Pattern[bytes]] = PANICS,
+        patience: float | None = None,
     ) -> None:
         """Start QEMU, its logs going to `folder`, and wait for the probe, or for `expect`; `boot` is the usual way.
+
+        `patience` is how long the guest may show no sign of life.
 
         Raises:
             PluginError: QEMU is not installed.
@@ -65,11 +68,11 @@ class Machine:
         """What matched `expect`."""
         started = time.monotonic()
         self._start(executable)
+        self.console.patience = patience or (HUNG_SECONDS if expect is None else SILENT_SECONDS)
         try:
             if expect is None:
                 self.probe.wait_for_boot(seconds)
             else:
-                self.console.patience = SILENT_SECONDS
                 self.found = self.console.wait_for(expect, seconds, failures)
         except BaseException:
             self.kill()
@@ -83,11 +86,13 @@ class Machine:
             (folder / "probe.img").write_bytes(floppy_image())
         serial, their_serial = socket.socketpair()
         monitor, their_monitor = socket.socketpair()
-        with serial, their_serial, their_monitor, (folder / "stderr.log").open("wb") as stderr:
-            fds = their_serial.fileno(), their_monitor.fileno()
+        port, their_port = socket.socketpair()
+        with serial, port, their_serial, their_monitor, their_port, (folder / "stderr.log").open("wb") as stderr:
+            fds = their_serial.fileno(), their_monitor.fileno(), their_port.fileno()
             # A path of pytest's is often too long for a Unix socket.
             self._sockets = Path(tempfile.mkdtemp(prefix="vmdk-", dir="/tmp")) if setup.hold else None
-            self.command = [executable, *arguments(setup, folder, Channels(*fds, self._sockets))]
+            channels = Channels(fds[0], fds[1], self._sockets, fds[2] if setup.kernel else None)
+            self.command = [executable, *arguments(setup, folder, channels)]
             self.command_by_hand = shlex.join([executable, *by_hand(setup, folder)])
             (folder / "command").write_text(f"{self.command_by_hand}\n")
             self._log = (folder / "serial.log").open("wb", buffering=0)
@@ -95,11 +100,15 @@ class Machine:
                 self.command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, pass_fds=fds
             )
             self.qmp = Qmp(monitor, setup.image.name, folder / "qmp.log")
-            line = Console(serial.detach(), self._process.pid, self.qmp, folder / "firmware.log", self.failure)
-        line.logfile_read = self._log
+            main = port.detach() if setup.kernel else serial.detach()
+            line = Console(main, self._process.pid, self.qmp, folder / "firmware.log", self.failure)
+            if setup.kernel:
+                line.listen(serial.detach(), self._log)
+            else:
+                line.logfile_read = self._log
         line.explain_end = self._death
         self.console = line
-        """The guest's serial line: `expect` and `send` as pexpect has them."""
+        """The guest's serial line, or the port for its commands: `expect` and `send` as pexpect has them."""
         self.probe = ProbeSession(line, setup.image.name, self._death, self.failure)
         self.probe.memory = self.memory
 
@@ -193,6 +202,8 @@ class Machine:
         elif self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+        with contextlib.suppress(GuestError):  # a panic, of which nobody waits to hear any more
+            self.console.drain()
         self.probe.close()
         self.qmp.close()
         self._log.close()
@@ -235,7 +246,7 @@ class Machine:
         )
 
 
-class _Booting(AbstractContextManager[Machine]):
+class Booting(AbstractContextManager[Machine]):
     """A machine from its start to its end, and what becomes of its logs."""
 
     def __init__(self, setup: Setup, log_dir: Path | None, chain: Known | None, options: dict[str, Any]) -> None:
@@ -299,6 +310,8 @@ def boot(
     qemu_args: Sequence[str] = (),
     uefi: bool = False,
     memory_mib: int | None = None,
+    drive: str | None = None,
+    patience: float | None = None,
     expect: bytes | str | re.Pattern[bytes] | None = None,
     failures: Sequence[bytes | re.Pattern[bytes]] = PANICS,
     hold: bool = False,
@@ -316,7 +329,8 @@ def boot(
 
     The logs (QEMU's command line, its standard error, serial line, firmware, QMP) go to `log_dir`, or to a temporary
     folder that is kept when the guest or the caller's own check fails; the error, or a note on it, then names it.
-    `hold` leaves a guest that fails running.
+    `hold` leaves a guest that fails running. `drive` takes the place of the file in QEMU's `-drive`, as
+    `file.driver=nbd,...`; `patience` that of the two and the thirty seconds, which `drive` has too.
 
     Raises:
         InvalidRequest: there is no such controller, or there are too many disks.
@@ -339,10 +353,13 @@ def boot(
         qemu_args=tuple(qemu_args),
         uefi=uefi,
         memory_mib=memory_mib or (512 if own_system else 16),
+        drive=drive,
         hold=hold,
     )
+    if patience is None and drive is not None:
+        patience = SILENT_SECONDS  # whoever has the disk may be slow, or be started again
     known = image if isinstance(image, Known) else None
-    return _Booting(
+    return Booting(
         setup,
         log_dir,
         known,
@@ -350,5 +367,6 @@ def boot(
             "seconds": seconds or (SYSTEM_SECONDS if own_system else BOOT_SECONDS),
             "expect": pattern,
             "failures": failures,
+            "patience": patience,
         },
     )

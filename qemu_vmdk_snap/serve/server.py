@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -22,7 +23,10 @@ _log = log.of(__name__)
 
 MOST_CLIENTS: Final = 128
 _HANDSHAKE_SECONDS: Final = 30.0
+_GOODBYE_SECONDS: Final = 3.0
+"""For clients to read their last answers, when the server ends."""
 _SEND_BUFFER: Final = 4 << 20
+_SO_SNDBUFFORCE: Final = 32
 
 
 class Server:
@@ -88,9 +92,9 @@ class Server:
         return [_name(link) for link in disk.stack.links[disk.places.depth + 1 :]]
 
     def remember_top(self, top: Path) -> None:
-        """Note, durably, that `top` is what is served from now on, for the server that follows this one."""
+        """Note, durably, that `top` is served from now on, once it exists: for the server that follows this one."""
         if self._note is not None:
-            self._note.store(top)
+            self._note.store(top, Path(self.stack.top.path))
 
     # --- clients ------------------------------------------------------------------------------------------------------
 
@@ -124,8 +128,9 @@ class Server:
     def _serve(self, client: socket.socket) -> None:
         disk: Disk | None = None
         try:
-            with contextlib.suppress(OSError):
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            for option in (socket.SO_SNDBUF, _SO_SNDBUFFORCE):  # the second goes beyond the limit, where it is allowed
+                with contextlib.suppress(OSError):
+                    client.setsockopt(socket.SOL_SOCKET, option, _SEND_BUFFER)
             client.settimeout(_HANDSHAKE_SECONDS)
             agreed = shake_hands(client, self)
             if agreed is not None:
@@ -155,8 +160,9 @@ class Server:
                 for client in self._clients:
                     with contextlib.suppress(OSError):
                         client.shutdown(socket.SHUT_RD)
+        deadline = time.monotonic() + _GOODBYE_SECONDS
         for thread in list(self._threads):
-            thread.join(2.0)
+            thread.join(max(0.0, deadline - time.monotonic()))
         with self.stack.pause():
             self._close_stacks()
 

@@ -18,7 +18,7 @@ import pytest
 from qemu_vmdk_snap.errors import PluginError, VmdkSnapError
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.harness import ChainMaker, Machine
+    from qemu_vmdk_snap.harness import ChainMaker, LinuxGuest, Machine
     from qemu_vmdk_snap.testing.domains import GuestDomain
 
 __tracebackhide__ = True
@@ -163,43 +163,84 @@ def vmdk_chain(tmp_path: Path, vmdk_kind: str | None, vmdk_depth: int) -> ChainM
 
 @pytest.fixture
 def vmdk_guest(
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-    vmdk_controller: str,
-    vmdk_machine: str,
-    vmdk_accelerator: str | None,
-) -> Iterator[Callable[..., Machine]]:
+    _guests: _Guests, vmdk_controller: str, vmdk_machine: str, vmdk_accelerator: str | None
+) -> Callable[..., Machine]:
     """Return what boots guests, with the arguments of `harness.boot`.
 
     As in `guest = vmdk_guest(chain, writable=True)`. A guest ends with the test, or with its own `with` block. Its logs
     are in `tmp_path` if anything failed.
     """
-    with _lacking_skips(request.config):
-        if shutil.which(_QEMU) is None:
-            raise PluginError(_QEMU, _INSTALL)
-        from qemu_vmdk_snap.harness import boot
-
-    config = request.config
-    folder = _log_folder(request, tmp_path)
-    started = request.node.stash.setdefault(_machines, [])
-    usual = {
-        "controller": vmdk_controller,
-        "machine": vmdk_machine,
-        "accelerator": vmdk_accelerator,
-        "hold": config.getoption("--guest-pdb"),
-    }
+    usual = {"controller": vmdk_controller, "machine": vmdk_machine, "accelerator": vmdk_accelerator}
 
     def start(image: Any, **options: Any) -> Machine:  # noqa: ANN401 - as `boot`
         __tracebackhide__ = True
-        logs = folder / f"guest{len(started) + 1}"
-        with _lacking_skips(config):
-            machine = boot(image, **{"log_dir": logs, **usual, **options}).__enter__()
-        started.append(machine)
+        with _guests.lacking_skips:
+            from qemu_vmdk_snap.harness import boot
+
+            return _guests.keep(boot(image, **_guests.options(), **{**usual, **options}).__enter__())
+
+    return start
+
+
+@pytest.fixture
+def vmdk_linux(
+    request: pytest.FixtureRequest, _guests: _Guests, vmdk_machine: str, vmdk_accelerator: str | None
+) -> Callable[..., LinuxGuest]:
+    """Return what boots a Linux, with the arguments of `harness.boot_linux`.
+
+    As in `guest = vmdk_linux(chain)`. The guest is made before the first test that wants one starts. Its disks are on
+    virtio-blk, or on what the mark for controllers says.
+    """
+    marked = request.node.get_closest_marker("vmdk_controllers") is not None
+    controller = request.getfixturevalue("vmdk_controller") if marked else "virtio-blk"
+    usual = {"controller": controller, "machine": vmdk_machine, "accelerator": vmdk_accelerator}
+    with _guests.lacking_skips:
+        from qemu_vmdk_snap.harness import boot_linux, build_guest
+
+        build_guest("generic" if controller == "ahci" else "cloud")
+
+    def start(image: Any, **options: Any) -> LinuxGuest:  # noqa: ANN401 - as `boot_linux`
+        __tracebackhide__ = True
+        with _guests.lacking_skips:
+            guest = boot_linux(image, **_guests.options(), **{**usual, **options}).__enter__()
+        _guests.keep(guest.machine)
+        return guest
+
+    return start
+
+
+class _Guests:
+    """The guests of one test, and where their logs go."""
+
+    def __init__(self, request: pytest.FixtureRequest, folder: Path) -> None:
+        self.lacking_skips = _lacking_skips(request.config)
+        self._hold = request.config.getoption("--guest-pdb")
+        self._folder = folder
+        self.started: list[Machine] = request.node.stash.setdefault(_machines, [])
+        self._booted = 0
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of the next guest that a test does not choose."""
+        self._booted += 1
+        return {"log_dir": self._folder / f"guest{self._booted}", "hold": self._hold}
+
+    def keep(self, machine: Machine) -> Machine:
+        """Remember a machine: it ends with the test."""
+        self.started.append(machine)
         return machine
 
-    yield start
+
+@pytest.fixture
+def _guests(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_Guests]:
+    config = request.config
+    guests = _Guests(request, _log_folder(request, tmp_path))
+    with guests.lacking_skips:
+        if shutil.which(_QEMU) is None:
+            raise PluginError(_QEMU, _INSTALL)
+        import qemu_vmdk_snap.harness.machine  # noqa: F401 - which needs pexpect
+    yield guests
     failed = request.node.stash.get(_failed, False)
-    for machine in started:
+    for machine in guests.started:
         machine.kill()
         if not (failed or machine.report is not None or config.getoption("--guest-keep")):
             shutil.rmtree(machine.folder, ignore_errors=True)

@@ -125,7 +125,7 @@ class Descriptor:
         raw = data.split(b"\0", 1)[0]
         if not _looks_like(raw):
             raise FormatError(path, base, "descriptor", raw[:24], "must begin with '# Disk DescriptorFile'")
-        codec = _codec_of(raw, path, base)
+        codec = _codec_of(raw)
         values: dict[str, _Value] = {}
         extents: list[ExtentLine] = []
         at = 0
@@ -146,12 +146,17 @@ class Descriptor:
 
     @property
     def cid(self) -> int:
-        """The content ID: changes when the disk is first written after each open."""
-        return self._hex("CID")
+        """The content ID: changes when the disk is first written after each open.
+
+        Without one it is `NO_PARENT`, which fits the overlays that QEMU makes on such a base, and no other.
+        """
+        return self._hex("CID") if "cid" in self.values else NO_PARENT
 
     @property
     def parent_cid(self) -> int:
         """The CID that the parent had when this overlay was made; `NO_PARENT` where there is none."""
+        if "parentcid" not in self.values and self.parent_hint is None:
+            return NO_PARENT
         return self._hex("parentCID")
 
     @property
@@ -199,6 +204,12 @@ class Descriptor:
             kept.insert(after + 1, b'parentFileNameHint="' + _quoted_text(hint, self.codec, self.path) + b'"' + end)
         return Descriptor.parse(b"\n".join(kept), path=self.path, base=self.base)
 
+    def condensed(self) -> Descriptor:
+        """Return the same without comments and blank lines, the first line aside: for where there is no room."""
+        first, *lines = self.raw.split(b"\n")
+        kept = [line for line in lines if line.strip() and not line.lstrip().startswith(b"#")]
+        return Descriptor.parse(b"\n".join([first, *kept, b""]), path=self.path, base=self.base)
+
     def _required(self, key: str) -> _Value:
         value = self.values.get(key.lower())
         if value is None:
@@ -207,7 +218,7 @@ class Descriptor:
 
     def _hex(self, key: str) -> int:
         value = self._required(key)
-        if not re.fullmatch(r"[0-9A-Fa-f]{1,8}", value.text):
+        if not re.fullmatch(r"(?:0[xX])?[0-9A-Fa-f]{1,8}", value.text):
             raise FormatError(self.path, self.base + value.start, key, value.text, "must be 1 to 8 hexadecimal digits")
         return int(value.text, 16)
 
@@ -231,18 +242,13 @@ def _looks_like(raw: bytes) -> bool:
     return False
 
 
-def _codec_of(raw: bytes, path: Path, base: int) -> str:
-    found = re.search(rb"^[ \t]*encoding[ \t]*=[ \t]*\"?([\w.\-]+)\"?[ \t]*\r?$", raw, re.IGNORECASE | re.MULTILINE)
+def _codec_of(raw: bytes) -> str:
+    found = re.search(rb"^[ \t]*encoding[ \t]*=[ \t]*\"?([\w.\-:]+)\"?[ \t]*\r?$", raw, re.IGNORECASE | re.MULTILINE)
     if not found:
         return "utf-8"
     name = found[1].decode("ascii", "replace")
-    codec = _CODECS.get(name.lower().replace("_", "-"))
-    if codec is None and raw.isascii():
-        return "ascii"  # QEMU and others never look at the name, and nothing here hangs on it
-    if codec is None:
-        rule = "must be UTF-8 or an encoding of Windows or Unix that iconv knows, such as windows-1252, GBK or KOI8-R"
-        raise FormatError(path, base + found.start(1), "encoding", name, rule)
-    return codec
+    # QEMU and others never look at the name. What is not ASCII is then kept as the bytes of a file name.
+    return _CODECS.get(name.lower().replace("_", "-").partition(":")[0], "ascii")
 
 
 def _decode(value: bytes, codec: str) -> str:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,14 @@ from tests.support.served import ControlError, io, refusal, serving
 MIB = 1 << 20
 
 pytestmark = pytest.mark.needs("nbdinfo", "nbdcopy", "qemu-img", "qemu-io")
+
+
+AS_SYSTEMD = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES="nbd")
+os.execv(sys.executable, [sys.executable, "-m", "qemu_vmdk_snap", "serve", sys.argv[2]])
+"""
 
 
 def tool(*words: str | Path) -> str:
@@ -235,6 +245,50 @@ def test_a_killed_server_is_followed_on_the_top_that_it_had(scratch: Path) -> No
     with serving(scratch / "a.vmdk", scratch) as served:
         assert served.control("status")["top"] == f"{scratch}/b.vmdk"
         io(served.uri, "read -P 2 0 64k")
+        served.control("snapshot-prepare", overlay=str(scratch / "c.vmdk"))
+        io(served.uri, "write -P 3 0 4k")
+        served.kill()
+    with serving(scratch / "a.vmdk", scratch) as served:  # the overlay is there, and reads what its base reads
+        assert served.control("status")["top"] == f"{scratch}/c.vmdk"
+        io(served.uri, "read -P 3 0 4k", "read -P 2 4k 60k")
+
+
+def test_what_changed_since_a_link_was_frozen(scratch: Path) -> None:
+    create_image(scratch / "a.vmdk", 8 * MIB)
+    with serving(scratch / "a.vmdk", scratch) as served:
+        io(served.uri, "write -P 1 0 8M")
+        served.control("snapshot", overlay=str(scratch / "b.vmdk"))
+        io(served.uri, "write -P 2 1M 64k")
+        served.control("snapshot", overlay=str(scratch / "c.vmdk"))
+        io(served.uri, "write -P 3 3M 70k", "write -z 5M 64k")
+        since = {
+            name: [
+                (one["offset"], one["length"])
+                for one in json.loads(tool("nbdinfo", "--json", f"--map=qemu-vmdk-snap:since:{name}", served.uri))
+                if one["type"] == 1
+            ]
+            for name in ("a.vmdk", "b.vmdk")
+        }
+    assert since["b.vmdk"] == [(3 * MIB, 2 << 16), (5 * MIB, 1 << 16)]
+    assert since["a.vmdk"] == [(MIB, 1 << 16), *since["b.vmdk"]]
+
+
+def test_sockets_that_systemd_passes(scratch: Path) -> None:
+    create_image(scratch / "a.vmdk", MIB)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(scratch / "n.sock"))
+        listener.listen()
+        words = [sys.executable, "-c", AS_SYSTEMD, str(listener.fileno()), str(scratch / "a.vmdk")]
+        with subprocess.Popen(words, pass_fds=[listener.fileno()], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == (
+                f"serving {scratch}/a.vmdk on {scratch}/n.sock (control {scratch}/n.sock.control)\n"
+            )
+            io(f"nbd+unix:///?socket={scratch}/n.sock", "write -P 1 0 64k", "read -P 1 0 64k")
+            process.terminate()
+        assert process.returncode == 0
+    assert (scratch / "n.sock").exists()
+    assert not (scratch / "n.sock.control").exists()
 
 
 def test_others_are_kept_from_a_served_image(scratch: Path) -> None:

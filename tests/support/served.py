@@ -91,6 +91,12 @@ class Served:
         self.process.kill()
         self.process.communicate(timeout=60)
 
+    def close(self) -> None:
+        """Let go of its pipes."""
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
     def memory(self) -> int:
         """Return the bytes of memory that it has resident."""
         fields = Path(f"/proc/{self.process.pid}/statm").read_text().split()
@@ -109,9 +115,7 @@ def serving(image: Path, folder: Path, *words: str | Path) -> Iterator[Served]:
     finally:
         if served.process.poll() is None:
             served.kill()
-        for pipe in (served.process.stdout, served.process.stderr):
-            if pipe is not None:
-                pipe.close()
+        served.close()
 
 
 def refusal(image: Path, path: Path, *words: str | Path) -> tuple[int, str]:

@@ -37,7 +37,7 @@ def test_the_example_passes_from_the_wheel(installed: Path, tmp_path: Path) -> N
     project = tmp_path / "project"
     shutil.copytree(EXAMPLE, project, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     guide = "\n\n".join(re.findall(r"```python\n((?:@.*\n)*def test_.*?)```", GUIDE.read_text(), re.DOTALL))
-    assert guide.count("def test_") == 2
+    assert guide.count("def test_") == 3
     (project / "test_guide.py").write_text(f"import pytest\n\n{guide}")
     where = (
         "import qemu_vmdk_snap.testing.plugin as plugin\n\n\ndef test_where():\n    assert plugin.__file__.startswith"
@@ -52,7 +52,7 @@ def test_the_example_passes_from_the_wheel(installed: Path, tmp_path: Path) -> N
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "13 passed" in done.stdout
+    assert "14 passed" in done.stdout
 
 
 def test_the_guide_names_every_option_mark_and_fixture() -> None:

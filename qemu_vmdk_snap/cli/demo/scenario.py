@@ -97,9 +97,12 @@ class Demo:
         for point in self.points:
             self._boot_read_only(point)
         self.snapshots = list_snapshots(self._conn, DOMAIN)
+        self._note_chain()
+        return all(row.same for row in self.seen)
+
+    def _note_chain(self) -> None:
         with open_chain(self.points[-1].image) as chain:
             self.chain = [(link.path.name, link.cid, link.parent_cid) for link in chain.links]
-        return all(row.same for row in self.seen)
 
     def _make_base(self) -> None:
         self.base = self.folder / "disk.vmdk"

@@ -16,6 +16,8 @@ class Entry(NamedTuple):
 
     words: tuple[str, ...]
     help: str
+    description: str
+    """What the command does, in a sentence or two."""
     options: tuple[argparse.Action, ...]
     positionals: tuple[argparse.Action, ...]
     parser: argparse.ArgumentParser
@@ -56,7 +58,13 @@ def every_command() -> Iterator[Entry]:
         shown = [action for action in listed.actions if action.help != argparse.SUPPRESS]
         options = tuple(action for action in shown if action.option_strings)
         positionals = tuple(action for action in shown if not action.option_strings)
-        yield Entry(words, command.help, options, positionals, parser)
+        yield Entry(words, command.help, _description(module.__doc__ or ""), options, positionals, parser)
+
+
+def _description(doc: str) -> str:
+    """Return the first paragraph of a command's module without the command's name, as sentences."""
+    text = " ".join(doc.split("\n\n")[0].split()).partition(": ")[2].replace("`", "")
+    return text[:1].upper() + text[1:]
 
 
 def takes_value(option: argparse.Action) -> bool:

@@ -16,12 +16,6 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.delete.work import Deleted
 
 
-EXAMPLES = (
-    ("snapshot delete web before-upgrade --dry-run", "every operation on files, and nothing is changed"),
-    ("snapshot delete web before-upgrade", "all other snapshots, and the domain, read what they read"),
-)
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_domain(parser)

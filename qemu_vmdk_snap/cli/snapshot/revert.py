@@ -14,12 +14,6 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.revert.run import RevertReport
 
 
-EXAMPLES = (
-    ("snapshot revert web before-upgrade", "back to the snapshot; what was written since is kept in its file"),
-    ("snapshot revert web --current --discard --running", "a clean start from the newest one"),
-)
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_domain(parser)

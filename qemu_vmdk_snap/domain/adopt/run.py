@@ -29,7 +29,7 @@ from qemu_vmdk_snap.domain.needs.needed import place_in, same_file
 from qemu_vmdk_snap.domain.needs.orphans import find_orphans, remove_orphan
 from qemu_vmdk_snap.domain.overlay.naming import next_overlay
 from qemu_vmdk_snap.domain.registration import register_text
-from qemu_vmdk_snap.domain.state import inactive_xml, named_folders, volume_resolver
+from qemu_vmdk_snap.domain.state import define, inactive_xml, named_folders, volume_resolver
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -450,7 +450,7 @@ def _spell_out(conn: libvirt.virConnect, registry: _Registry, *, dry_run: bool) 
     if tops and not dry_run:
         registry.text = xml.stack(registry.text, tops)
         with libvirt_errors(registry.domain.name(), "define it with its whole chains"):
-            conn.defineXML(registry.text)
+            define(conn, registry.text)
     return tuple(tops)
 
 

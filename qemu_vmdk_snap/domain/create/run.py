@@ -26,16 +26,20 @@ from qemu_vmdk_snap import log
 from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.create.plan import Plan, Request, make_plan
+from qemu_vmdk_snap.domain.create.switch import switch_all
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain, register
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
 from qemu_vmdk_snap.domain.nvram import freeze_nvram
-from qemu_vmdk_snap.domain.overlay.newfile import make_overlay, refresh_pools
+from qemu_vmdk_snap.domain.overlay.newfile import follow_base, make_overlay, refresh_pools
 from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
-from qemu_vmdk_snap.domain.qemu.switch import Pause, switch
+from qemu_vmdk_snap.domain.qemu.switch import Pause
 from qemu_vmdk_snap.domain.qemu.unused import release_unused
-from qemu_vmdk_snap.domain.state import check_state, inactive_xml
+from qemu_vmdk_snap.domain.served.guest import ready
+from qemu_vmdk_snap.domain.served.hold import Holds
+from qemu_vmdk_snap.domain.served.memory import save_memory
+from qemu_vmdk_snap.domain.state import check_state, define, inactive_xml
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -69,6 +73,12 @@ class SnapshotReport:
     snapshot of a run alone."""
     dry_run: bool = False
     """Whether this is only what would be done."""
+    memory: Path | None = None
+    """The file with the guest's memory."""
+
+    def _more(self) -> dict[str, object]:
+        memory: dict[str, object] = {} if self.memory is None else {"memory": str(self.memory)}
+        return memory | ({"dry-run": True} if self.dry_run else {})
 
     @property
     def changed(self) -> bool:
@@ -89,7 +99,7 @@ class SnapshotReport:
             "live-xml-stale": self.live_xml_stale,
             "notes": list(self.notes),
             "skipped": [{"target": target, "reason": reason} for target, reason in self.skipped],
-        } | ({"dry-run": True} if self.dry_run else {})
+        } | self._more()
 
 
 def create_snapshot(
@@ -103,13 +113,14 @@ def create_snapshot(
     exclude: Collection[str] = (),
     overlays: Mapping[str, Path] | None = None,
     quiesce: str = "no",
+    memory: Path | None = None,
 ) -> SnapshotReport:
     """Freeze the VMDK disks of a shut-off domain, let it go on in new overlays, and register the snapshot.
 
     Without a `name` it is the second since 1970, as virsh has it. Disks are named by target or by file: `disks` are the
     only ones that take part, those in `required` must be able to, those in `exclude` are left out, and `overlays` says
-    where the overlay of a disk goes, if not beside it. When it fails nothing has changed, unless the error says that
-    the rest is left to `recover`.
+    where the overlay of a disk goes, if not beside it. `memory` is the file that the guest's memory goes to, where all
+    its disks are served. When it fails nothing has changed, unless the error says that the rest is left to `recover`.
 
     Raises:
         DomainError: the domain does not allow it (it runs, has no VMDK disk, has such a snapshot), or libvirt refused.
@@ -118,10 +129,11 @@ def create_snapshot(
         OSError: a file could not be made.
     """
     domain = find_domain(conn, domain_name)
-    request = Request(name, description, disks, required, exclude, overlays or {}, quiesce)
+    request = Request(name, description, disks, required, exclude, overlays or {}, quiesce, memory)
     store = IntentStore.of(conn)
     with store.locked(domain.UUIDString(), domain.name()), contextlib.ExitStack() as held:
         recovered = recover_domain(conn, domain, store)
+        ready(conn, domain)
         plan = make_plan(conn, domain, request, store, held)
         stale = _makes_stale(domain, plan)
         with dropin.around("create", domain.name(), as_plan(plan), uri=conn.getURI()) as notes:
@@ -160,7 +172,7 @@ def freeze_tops(
     with contextlib.ExitStack() as held:
         plan = make_plan(conn, domain, Request(disks=targets), store, held)
         intent = replace(plan.intent, operation="freeze", snapshot=snapshot, snapshot_xml="")
-        return _execute(conn, domain, store, replace(plan, intent=intent))
+        return _execute(conn, domain, store, replace(plan, intent=intent, nvram=None))
 
 
 def _report(plan: Plan, recovered: Recovery | None, pause: Pause | None, notes: Sequence[str]) -> SnapshotReport:
@@ -176,6 +188,7 @@ def _report(plan: Plan, recovered: Recovery | None, pause: Pause | None, notes: 
         recovered,
         pause,
         (*notes, *(pause.notes if pause else ())),
+        memory=header.memory_file,
     )
 
 
@@ -196,26 +209,40 @@ def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentS
     pause = None
     try:
         store.write(intent)  # barrier: no file is made that nobody would know of after a crash
-        for disk in plan.disks:
-            _log.info("domain %s: disk %s: new overlay %s on %s", domain.name(), disk.target, disk.overlay, disk.frozen)
-            intent = intent.made(str(disk.overlay), make_overlay(domain.name(), disk))
-        store.write(intent)
-        if plan.nvram is not None:
-            freeze_nvram(intent.old_xml, plan.nvram)
-        _define(conn, domain, intent)
-        if intent.operation == "create":
-            with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):
-                register(domain, intent)
-            _log.info("domain %s: snapshot %r registered with libvirt", domain.name(), intent.snapshot)
-        if intent.live:
-            pause = switch(domain, plan.disks, plan.quiesce, plan.tops)
+        with Holds(domain.name(), plan.served) as holds:
+            for disk in plan.disks:
+                intent = intent.made(str(disk.overlay), _make(domain, disk, holds))
+            store.write(intent)
+            if intent.memory is not None:
+                save_memory(domain, Path(intent.memory), tuple(plan.served), plan.others)
+            if plan.nvram is not None:
+                freeze_nvram(intent.old_xml, plan.nvram)
+            _define(conn, domain, intent)
+            if intent.operation == "create":
+                with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):
+                    register(domain, intent)
+                _log.info("domain %s: snapshot %r registered with libvirt", domain.name(), intent.snapshot)
+            if intent.live:
+                pause = switch_all(domain, plan, holds)
     except BaseException as error:
         _undo(conn, domain, store, intent, error)
         raise
+    if intent.memory is not None and intent.resume:
+        with libvirt_errors(domain.name(), "resume it: the snapshot is complete"):
+            domain.resume()
     # The snapshot is complete. A record that cannot be removed says nothing new: the next command drops it.
     with contextlib.suppress(OSError):
         store.remove(intent.uuid)
     return pause
+
+
+def _make(domain: libvirt.virDomain, disk: PlannedDisk, holds: Holds) -> tuple[int, int]:
+    """Make the overlay, or let the server of the disk make it; return its device and inode."""
+    _log.info("domain %s: disk %s: new overlay %s on %s", domain.name(), disk.target, disk.overlay, disk.frozen)
+    if disk.target not in holds:
+        return make_overlay(domain.name(), disk)
+    holds.prepare(disk.target, disk.overlay)
+    return follow_base(domain.name(), disk.overlay, disk.frozen)
 
 
 def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
@@ -225,4 +252,4 @@ def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
             raise DomainError(domain.name(), "was started or stopped while the snapshot was prepared: try again")
         if inactive_xml(domain) != intent.old_xml:
             raise DomainError(domain.name(), "was edited while the snapshot was prepared: try again")
-        conn.defineXML(intent.new_xml)
+        define(conn, intent.new_xml)

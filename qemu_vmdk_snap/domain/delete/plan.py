@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +27,7 @@ from qemu_vmdk_snap.domain.needs.needed import (
     same_chain,
     same_file,
 )
+from qemu_vmdk_snap.domain.served.server import statuses
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches
 from qemu_vmdk_snap.domain.xml.nvram import frozen_nvram
@@ -56,6 +58,8 @@ class State:
     needed: Needed
     orphans: Given
     volume_path: xml.VolumePath
+    served: dict[str, list[Path]] = field(default_factory=dict)
+    """Of a running guest: target -> chain that its server serves, the top first."""
     moved: tuple[tuple[Path, Path | None], ...] = ()
     """Images that would have another parent; the last entry of an image counts."""
     gone: tuple[Path, ...] = ()
@@ -81,6 +85,7 @@ class State:
                 Needed.read(conn, domain),
                 Given(tuple(orphans)),
                 volume_resolver(conn, domain.name()),
+                _served_chains(domain) if domain.isActive() else {},
             )
 
     def after(self, intent: Intent) -> State:
@@ -165,6 +170,26 @@ class State:
         return blocks + sum(size for path, size in self.grown if same_file(path, image))
 
 
+def _served_chains(domain: libvirt.virDomain) -> dict[str, list[Path]]:
+    found = statuses(domain.name(), inactive_xml(domain))
+    return {target: [*map(Path, said["chain"])] for target, said in found.items() if said is not None}
+
+
+def memory_of(state: State, names: Collection[str], name: str) -> Path | None:
+    """Return the file with the snapshot's memory, which none but those that go have.
+
+    Raises:
+        DomainError: it could not be deleted.
+    """
+    memory = xml.parse_snapshot(state.snapshots[name]).memory_file
+    others = (text for other, text in state.snapshots.items() if other not in names)
+    if memory is None or any(xml.parse_snapshot(text).memory_file == memory for text in others):
+        return None
+    if memory.exists() and not os.access(memory.parent, os.W_OK | os.X_OK):
+        raise DomainError(state.name, f"{memory.parent} may not be written, so the memory {memory} cannot be deleted")
+    return memory
+
+
 def chosen(domain: libvirt.virDomain, names: Sequence[str], scope: Scope) -> list[str]:
     """Return the snapshots in question, every child before its parent.
 
@@ -217,10 +242,17 @@ def make_intent(state: State, name: str, *, metadata: bool) -> Intent:
         refuse_foreign(state.name, saved)
         for disk in saved.disks:
             work += planner.plan(disk) if disk.mode == "external" else []
-    return intent_of(state, [name], work)
+    return intent_of(state, [name], work, metadata=metadata)
 
 
-def intent_of(state: State, names: Sequence[str], work: Sequence[Work], merges: Sequence[Merge] = ()) -> Intent:
+def intent_of(
+    state: State,
+    names: Sequence[str],
+    work: Sequence[Work],
+    merges: Sequence[Merge] = (),
+    *,
+    metadata: bool = False,
+) -> Intent:
     """Return the record of the deletes of these snapshots in one step."""
     texts = {other: text for other, text in state.snapshots.items() if other not in names}
     change = change_of(work, merges)
@@ -250,6 +282,7 @@ def intent_of(state: State, names: Sequence[str], work: Sequence[Work], merges: 
         merges=tuple(merges),
         nvram=tuple(str(copy) for name in gone if (copy := frozen_nvram(state.snapshots[name])) is not None),
         also=tuple(names[1:]),
+        memories=() if metadata else tuple(str(file) for name in names if (file := memory_of(state, names, name))),
     )
 
 
@@ -293,6 +326,10 @@ class Planner:
         folders = self.folders(frozen)
         state = self._state
         children, parent = state.children(frozen, folders), state.parent(frozen, folders)
+        if (target := self._server_of(frozen)) is not None:
+            work = self._by_server(target, frozen, children, parent)
+            self._require_unneeded(work, folders, ())
+            return [work]
         empty = self.empty(children, folders)
         children = [child for child in children if child not in empty]
         self._check(disk.target, [frozen, *children])
@@ -361,6 +398,25 @@ class Planner:
                 ways.append((own * count, 1, child, "siblings"))
         _, _, best, how = min(ways, key=lambda way: way[:2])
         return best, how
+
+    def _server_of(self, frozen: Path) -> str | None:
+        """Return the target of the running guest whose server has the file in its chain."""
+        chains = self._state.served.items()
+        return next((target for target, chain in chains if place_in(chain, frozen) is not None), None)
+
+    def _by_server(self, target: str, frozen: Path, children: Sequence[Path], parent: Path | None) -> Work:
+        """Return the work of a server: what the file holds goes up into the image above, and the guest writes on."""
+        state, chain = self._state, self._state.served[target]
+        at = place_in(chain, frozen)
+        above = None if not at else place_in(children, chain[at - 1])
+        if above is None:
+            raise DomainError(state.name, f"disk {target}: its server does not serve {frozen} as the parent of another")
+        into = children[above]
+        others = [child for child in children if child is not into]
+        self._check(target, others)
+        below, orphans = None if parent is None else str(parent), tuple(map(str, state.orphans.paths))
+        size, moving = state.size(frozen), (str(into), *map(str, others))
+        return Work(target, "copy", str(frozen), None, moving, below, size, orphans=orphans, served=True)
 
     def _require_unneeded(self, work: Work, folders: Collection[Path], dropped: Collection[Path]) -> None:
         """Ask who else needs what the work changes or removes; overlays have been judged already."""

@@ -36,7 +36,7 @@ def check_work(domain: str, works: Sequence[Work], folders: Collection[Path]) ->
         touched = [Path(name) for name in (work.frozen, work.child, *work.handled) if name is not None]
         for image in [Path(work.child)] if work.child else [Path(work.frozen), *map(Path, work.moving)]:
             engine.read_links(image, trusted_dirs=sorted(folders))
-        for image in touched:
+        for image in touched if not work.served else ():
             with open_one(image, folders, lock=True) as link:
                 if work.removed is not None and image == work.removed:
                     engine.own_files(link)

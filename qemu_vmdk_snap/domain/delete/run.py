@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import qemu_vmdk_snap as engine
 from qemu_vmdk_snap import Census, Link, OnProgress, confined, ignore, log, open_chain, own_files, read_facts
 from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
@@ -38,7 +39,8 @@ from qemu_vmdk_snap.domain.delete import steps, waiting
 from qemu_vmdk_snap.domain.delete.live import LivePlan, is_live, make_live_plan
 from qemu_vmdk_snap.domain.delete.plan import Scope, State, chosen, folders_of, make_intent, open_one, require_ours
 from qemu_vmdk_snap.domain.delete.preflight import check_live, check_work
-from qemu_vmdk_snap.domain.delete.work import Deleted, Work, change_of, work_of
+from qemu_vmdk_snap.domain.delete.served import is_begun_by_server, merge_served
+from qemu_vmdk_snap.domain.delete.work import Deleted, Work, change_of, deleted_by, work_of
 from qemu_vmdk_snap.domain.journal.overlays import is_empty
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain
@@ -47,7 +49,9 @@ from qemu_vmdk_snap.domain.nvram import discard_copies
 from qemu_vmdk_snap.domain.overlay.newfile import refresh_pools
 from qemu_vmdk_snap.domain.qemu.switch import Pause
 from qemu_vmdk_snap.domain.registration import register_text
-from qemu_vmdk_snap.domain.state import inactive_xml
+from qemu_vmdk_snap.domain.served.guest import ready
+from qemu_vmdk_snap.domain.served.memory import unlink_memory
+from qemu_vmdk_snap.domain.state import define, inactive_xml
 from qemu_vmdk_snap.domain.xml.edits import keeping_description
 from qemu_vmdk_snap.errors import DomainError, NotWhileRunning, VmdkSnapError
 
@@ -165,6 +169,7 @@ def delete(
     run = _Run(conn, domain, store, orphans, on_progress, keep_going, [], [], [])
     with store.locked(domain.UUIDString(), domain.name()):
         recovered = recover_domain(conn, domain, store)
+        ready(conn, domain)
         wanted = without_finished([names] if isinstance(names, str) else names, domain, recovered)
         wanted = chosen(domain, wanted, scope)
         if not metadata and not domain.isActive():
@@ -267,9 +272,9 @@ def _undo_live(run: _Run, intent: Intent, cause: BaseException) -> None:
 def _delete_one(run: _Run, name: str, *, metadata: bool) -> None:
     conn, domain = run.conn, run.domain
     intent = make_intent(State.read(conn, domain, run.orphans), name, metadata=metadata)
-    one = Deleted(name, work_of(intent))
+    one = deleted_by(intent)
     if not metadata:
-        _settle(intent)
+        _settle(domain, intent)
         check_work(domain.name(), one.work, folders_of(intent))
     with _dropins(run, one, metadata=metadata) as said:
         _execute(run, intent)
@@ -306,14 +311,15 @@ def _execute(run: _Run, intent: Intent) -> None:
     frozen_as = _cids(intent)
     store.write(intent)  # barrier: from here on `finish` knows what to do
     try:
+        merge_served(domain, intent, run.on_progress)
         _drop_empty(domain.name(), intent)
         _copy_up(intent, run.on_progress)
         _merge_down(intent, run.on_progress)
     except BaseException as error:
         begun = True
         with contextlib.suppress(VmdkSnapError, OSError):
-            _settle(intent)
-            begun = _cids(intent) != frozen_as
+            _settle(domain, intent)
+            begun = _cids(intent) != frozen_as or is_begun_by_server(domain, intent)
             if not begun:
                 store.remove(intent.uuid)  # the snapshot is as it was
         if begun and isinstance(error, (VmdkSnapError, OSError)):
@@ -357,13 +363,14 @@ def finish(
     Raises:
         VmdkSnapError, OSError: a step cannot be done now; the record must stay.
     """
-    _settle(intent)
+    _settle(domain, intent)
     if intent.merges:
         if not steps.is_begun(domain, intent):
             steps.take_back(domain, intent)
             name, also = domain.name(), intent.also
             return Recovery(name, intent.snapshot, finished=False, operation=intent.operation, also=also)
         steps.place_images(conn, domain, intent)
+    merge_served(domain, intent, on_progress)
     _drop_empty(domain.name(), intent)
     _copy_up(intent, on_progress)
     _merge_down(intent, on_progress)
@@ -375,6 +382,8 @@ def finish(
         for link in doomed:
             for file in own_files(link):
                 real_file(file).unlink(missing_ok=True)  # a symbolic link to it is the user's, and stays
+    for memory in intent.memories:
+        unlink_memory(memory, domain.name(), intent.uuid)
     discard_copies(conn, domain, intent.nvram)
     said = steps.clear(intent)
     if notes is not None:
@@ -382,13 +391,13 @@ def finish(
     return None
 
 
-def _settle(intent: Intent) -> None:
-    """Finish what was interrupted inside an operation on the images."""
-    from qemu_vmdk_snap import recover
-
-    folders = {Path(one.frozen).parent for one in work_of(intent)}
+def _settle(domain: libvirt.virDomain, intent: Intent) -> None:
+    """Finish what was interrupted inside an operation on the images; a server settles what is its own."""
+    works = work_of(intent)
+    served = {Path(one.frozen).parent for one in works if one.served and domain.isActive()}
+    folders = {Path(one.frozen).parent for one in works} - served
     for folder in folders | {Path(one.image).parent for one in intent.merges}:
-        recover(folder)
+        engine.recover(folder)
 
 
 def _drop_empty(domain: str, intent: Intent) -> None:
@@ -403,19 +412,15 @@ def _drop_empty(domain: str, intent: Intent) -> None:
 
 def _copy_up(intent: Intent, on_progress: OnProgress) -> None:
     """Give all of F's data to the overlays that do not stay on it, and put them on its parent."""
-    from qemu_vmdk_snap import rebase
-
     resolver = confined(folders_of(intent))
     for one in work_of(intent):
         onto = None if one.parent is None else Path(one.parent)
         for image in map(Path, one.copied):
             if _is_backed_by(image, Path(one.frozen), folders_of(intent)):
-                rebase(image, onto, resolver=resolver, on_progress=on_progress)
+                engine.rebase(image, onto, resolver=resolver, on_progress=on_progress)
 
 
 def _merge_down(intent: Intent, on_progress: OnProgress) -> None:
-    from qemu_vmdk_snap import commit
-
     resolver = confined(folders_of(intent))
     for one in work_of(intent):
         if one.mode != "merge" or one.child is None or not Path(one.child).exists():
@@ -423,7 +428,7 @@ def _merge_down(intent: Intent, on_progress: OnProgress) -> None:
         with open_one(Path(one.child), folders_of(intent), lock=False) as link:
             done = is_empty(link)
         if not done:  # done already, its children may stand on the base by now: they must keep what they read
-            commit(
+            engine.commit(
                 one.child,
                 base=one.frozen,
                 keep_siblings=True,
@@ -435,8 +440,6 @@ def _merge_down(intent: Intent, on_progress: OnProgress) -> None:
 
 
 def _move(intent: Intent, on_progress: OnProgress) -> None:
-    from qemu_vmdk_snap import rebase
-
     resolver = confined(folders_of(intent))
     for one in work_of(intent):
         onto = Path(one.frozen) if one.mode == "merge" else None if one.parent is None else Path(one.parent)
@@ -444,7 +447,7 @@ def _move(intent: Intent, on_progress: OnProgress) -> None:
             continue
         for image in map(Path, one.moving):
             if _is_backed_by(image, one.removed, folders_of(intent)):
-                rebase(image, onto, resolver=resolver, on_progress=on_progress)
+                engine.rebase(image, onto, resolver=resolver, on_progress=on_progress)
 
 
 def _is_backed_by(image: Path, parent: Path, folders: Sequence[Path]) -> bool:
@@ -490,4 +493,4 @@ def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
     files = xml.files_in(now)
     goes = [one.removed for one in work] + [Path(one.frozen) for one in work if one.copied]
     if changed != now and any(place_in(files, path) is not None for path in goes):
-        conn.defineXML(changed)
+        define(conn, changed)

@@ -32,7 +32,7 @@ from qemu_vmdk_snap.domain.overlay.newfile import follow_base
 from qemu_vmdk_snap.domain.qemu.exchange import Exchange, ExchangeReport, close_unused, exchange
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.options import read_options
-from qemu_vmdk_snap.domain.state import inactive_xml
+from qemu_vmdk_snap.domain.state import define, inactive_xml
 from qemu_vmdk_snap.errors import DomainError, LockBusy, StillNeeded, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -199,4 +199,4 @@ def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, change: Change)
     changed = xml.relink(now, change)
     if changed != now:
         with libvirt_errors(domain.name(), "define it with its new chains"):
-            conn.defineXML(changed)
+            define(conn, changed)

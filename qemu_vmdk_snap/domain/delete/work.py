@@ -49,6 +49,8 @@ class Work:
     """keep: why."""
     overlay: str | None = None
     """exchange: the new overlay that freezes what the guest writes to first."""
+    served: bool = False
+    """copy: whether the server of the running guest's disk does it."""
 
     @property
     def removed(self) -> Path | None:
@@ -132,6 +134,8 @@ class Deleted:
 
     name: str
     work: tuple[Work, ...]
+    memory: Path | None = None
+    """The file with the guest's memory, which goes with it."""
 
     def as_dict(self) -> dict[str, object]:
         """Return it with JSON's own types."""
@@ -139,12 +143,18 @@ class Deleted:
             {"target": work.target, "mode": work.mode, "bytes": work.cost, "operations": work.lines()}
             for work in self.work
         ]
-        return {"snapshot": self.name, "disks": disks}
+        memory = {} if self.memory is None else {"memory": str(self.memory)}
+        return {"snapshot": self.name, "disks": disks, **memory}
 
 
 def work_of(intent: Intent) -> tuple[Work, ...]:
     """Return the work that a record tells of, without that of an exchange."""
     return tuple(Work(**one | {name: tuple(one.get(name, ())) for name in _LISTS}) for one in intent.work)
+
+
+def deleted_by(intent: Intent) -> Deleted:
+    """Return what the record of the delete of one snapshot tells of, for a report."""
+    return Deleted(intent.snapshot, work_of(intent), next(map(Path, intent.memories), None))
 
 
 def change_of(work: Sequence[Work], merges: Sequence[Merge] = ()) -> Change:

@@ -10,6 +10,7 @@ from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.doctor.check import Check
 from qemu_vmdk_snap.domain.doctor.disks import check_disk, check_top
 from qemu_vmdk_snap.domain.doctor.running import Live, ask_qemu, check_running, writes_to_top
+from qemu_vmdk_snap.domain.doctor.served import check_served
 from qemu_vmdk_snap.domain.doctor.snapshots import check_snapshot
 from qemu_vmdk_snap.domain.doctor.view import View
 from qemu_vmdk_snap.domain.journal.pending import unfinished_of
@@ -19,6 +20,7 @@ from qemu_vmdk_snap.domain.needs.needed import NOTHING, Needed, place_in
 from qemu_vmdk_snap.domain.needs.orphans import Orphan, find_orphans
 from qemu_vmdk_snap.domain.registration import lacking_form
 from qemu_vmdk_snap.domain.xml.kept import kept_branches
+from qemu_vmdk_snap.domain.xml.served import served_disks
 from qemu_vmdk_snap.errors import InvalidRequest, StillNeeded
 from qemu_vmdk_snap.units import format_size
 
@@ -83,13 +85,14 @@ def _check(conn: libvirt.virConnect, domain: libvirt.virDomain) -> Iterator[Chec
         yield live
     elif live is not None:
         yield from check_running(view, live)
+    yield from check_served(view)
     for name in view.snapshots:
         yield from check_snapshot(view, name)
     if view.snapshots and view.current is None:
         remedy = f"`snapshot current {view.name} NAME` makes one the current one"
         yield Check("snapshots", "note", "none of them is the current one", remedy)
     for disk in view.disks:
-        if not isinstance(live, Live) or writes_to_top(live, disk):
+        if disk.target in served_disks(view.text) or not isinstance(live, Live) or writes_to_top(live, disk):
             yield from check_top(view, disk)
     yield from _check_unnamed(view)
 

@@ -12,7 +12,9 @@ from qemu_vmdk_snap.domain.doctor.view import View
 from qemu_vmdk_snap.domain.needs.needed import place_in, same_file
 from qemu_vmdk_snap.domain.qemu.monitor import LiveTop, Monitor
 from qemu_vmdk_snap.domain.qemu.unused import release_unused, unused_nodes
+from qemu_vmdk_snap.domain.state import define
 from qemu_vmdk_snap.domain.xml.respell import with_chains
+from qemu_vmdk_snap.domain.xml.served import served_disks
 from qemu_vmdk_snap.errors import VmdkSnapError
 
 
@@ -71,6 +73,8 @@ def writes_to_top(live: Live, disk: xml.Disk) -> bool:
 
 
 def _check_disk(view: View, live: Live, disk: xml.Disk) -> Iterator[Check]:
+    if disk.target in served_disks(view.text):
+        return  # its server knows what it writes to
     subject, top = f"disk {disk.target}", live.tops.get(disk.target)
     if top is None or disk.path is None:
         yield Check(subject, "note", "is not plugged into the running guest")
@@ -108,7 +112,7 @@ def _stale(view: View, disk: xml.Disk, written: Path) -> Check:
     chain = [link.path for link in links]
     done = Repair(
         f"disk {disk.target}: the XML names {written} again",
-        lambda: view.conn.defineXML(with_chains(view.text, {disk.target: chain})),
+        lambda: define(view.conn, with_chains(view.text, {disk.target: chain})),
     )
     return Check(subject, "bad", found, f"`doctor {view.name} --repair` lets the XML name it", done)
 

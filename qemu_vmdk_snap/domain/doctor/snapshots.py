@@ -28,6 +28,10 @@ def check_snapshot(view: View, name: str) -> Iterator[Check]:
         yield _check_foreign(snapshot, maker)
         return
     external = [disk for disk in snapshot.disks if disk.mode == "external"]
+    if snapshot.memory_file is not None and not snapshot.memory_file.exists():
+        text = f"its memory {snapshot.memory_file} is gone"
+        yield Check(subject, "bad", text, f"`snapshot revert {view.name} {name} --shutoff` still brings back its disks")
+        return
     found = [check for disk in external if (check := _check_disk(view, snapshot, disk)) is not None]
     nvram = frozen_nvram(view.texts[name])
     if nvram is not None and not nvram.exists():

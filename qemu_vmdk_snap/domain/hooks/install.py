@@ -24,6 +24,7 @@ from typing import Final
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain.hooks import policy as policies
 from qemu_vmdk_snap.domain.trust import Distrust, distrust, distrust_tree
+from qemu_vmdk_snap.domain.xml.served import NAMESPACE
 from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
 
 _log = logging.getLogger(__name__)
@@ -50,26 +51,30 @@ release/end) refused=0 ;;
 esac
 policies={policies}
 policy="$policies/$1.toml"
-# A policy by UUID goes before one by name. The XML is read only as far as its UUID, and only where there is such a one.
+# A policy by UUID goes before one by name. Disks that are to be served are told of in the metadata, and need no policy.
+# The XML is read no further than that, and only where there are policies by UUID, or there is none by name.
 head=
+served=
+read=
+[ -e "$policy" ] || read=1
 for file in "$policies"/????????-????-????-????-????????????.toml; do
-    [ -e "$file" ] || break
-    while IFS= read -r line || [ -n "$line" ]; do
-        head="$head$line
-"
-        case "$line" in
-        *"<uuid>"*"</uuid>"*)
-            line="${{line#*<uuid>}}"
-            if [ -e "$policies/${{line%%</uuid>*}}.toml" ]; then policy="$policies/${{line%%</uuid>*}}.toml"; fi
-            break
-            ;;
-        *"<memory"* | *"<metadata"* | *"<os"*) break ;;
-        esac
-    done
+    [ -e "$file" ] && read=1
     break
 done
-# A domain without a policy is let through here.
-[ -e "$policy" ] || exit 0
+while [ -n "$read" ] && {{ IFS= read -r line || [ -n "$line" ]; }}; do
+    head="$head$line
+"
+    case "$line" in
+    *"<uuid>"*"</uuid>"*)
+        line="${{line#*<uuid>}}"
+        if [ -e "$policies/${{line%%</uuid>*}}.toml" ]; then policy="$policies/${{line%%</uuid>*}}.toml"; fi
+        ;;
+    *{served}*) served=1 ;;
+    *"</metadata>"* | *"<memory"* | *"<os"*) break ;;
+    esac
+done
+# A domain without a policy and without served disks is let through here.
+[ -e "$policy" ] || [ -n "$served" ] || exit 0
 python={python}
 if [ ! -x "$python" ]; then
     echo "qemu-vmdk-snap: $python is gone: install the hook again, or remove $policy" >&2
@@ -218,6 +223,7 @@ def _script(policy_folder: Path, environ: Mapping[str, str], *, made: bool) -> s
         policies=shlex.quote(str(policy_folder)),
         python=shlex.quote(sys.executable),
         exports="".join(exports),
+        served=shlex.quote(NAMESPACE),
         code=shlex.quote(_CODE.format(root=str(root))),
     )
 

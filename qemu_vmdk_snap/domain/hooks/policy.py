@@ -7,6 +7,7 @@ One file per domain in `/etc/qemu-vmdk-snap/domains`: `UUID.toml`, which follows
     revert-on-start = true       # or ["vda"]: these disks begin each run as their last snapshot left them
     trusted-dirs = ["/srv/base"] # where parents may lie besides the folders that the domain's XML names
     deadline = 30                # seconds the hook may take at a start
+    serve = false                # somebody else starts the servers of its served disks
     snapshot-after-stop = true
     keep-last = 7                # which of the snapshots taken after a stop stay; also keep-hourly, -daily, ...
     connect = "qemu:///system"   # where the snapshot after a stop finds the domain
@@ -44,6 +45,8 @@ class Policy(NamedTuple):
     keep: tuple[tuple[str, int], ...] = ()
     """(`keep-last`, 7) and so on, in the order of `KEEP`; empty: all are kept."""
     connect: str = DEFAULT_CONNECT
+    serve: bool = True
+    """Whether the hook starts and stops the servers of served disks."""
 
 
 def load(path: Path) -> Policy:
@@ -71,6 +74,7 @@ def load(path: Path) -> Policy:
         snapshot_after_stop=_truth(path, "snapshot-after-stop", words.pop("snapshot-after-stop", False)),
         keep=keep,
         connect=_text(path, "connect", words.pop("connect", DEFAULT_CONNECT)),
+        serve=_truth(path, "serve", words.pop("serve", True)),
     )
     if words:
         raise InvalidRequest(path, f"{next(iter(words))!r} is not known")

@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Final
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain.hooks import policy as policies
+from qemu_vmdk_snap.domain.xml.served import direct_view, served_disks
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -146,9 +147,10 @@ def _guarded(name: str, work: Callable[[], None], stderr: IO[str], *, failed: in
 
 def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
     with _deadline(policies.DEFAULT_DEADLINE) as extend:
-        policy = policies.load(path)
+        policy = _policy(path)
         extend(policy.deadline)
-        text = _read_xml(stdin)
+        text = direct_view(_read_xml(stdin))
+        _require_reason(path, text)
         disks = vmdk_disks(text, name)
         named = {path.parent for disk in disks if disk.path is not None for path in (disk.path, *disk.backing)}
         with engine.allowing(*named, below=False):
@@ -157,6 +159,27 @@ def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
                 require_tops(disks, policy, name)
             if policy.revert:
                 _revert(disks, policy, name, text)
+        if policy.serve and served_disks(text):
+            from qemu_vmdk_snap.domain.hooks.serve import start_servers
+
+            start_servers(text, policy, name)
+
+
+def _policy(path: Path) -> Policy:
+    """Return the policy; a domain with served disks needs none of its own."""
+    if path.exists():
+        return policies.load(path)
+    return policies.Policy(path, connect=policies.DEFAULT_CONNECT if os.geteuid() == 0 else "qemu:///session")
+
+
+def _require_reason(path: Path, text: str) -> None:
+    """Refuse a policy that is not there, but for a domain with served disks.
+
+    Raises:
+        OSError: there is none.
+    """
+    if not path.exists() and not served_disks(text):
+        policies.load(path)
 
 
 def _revert(disks: Sequence[Disk], policy: Policy, name: str, domain_xml: str) -> None:
@@ -177,8 +200,13 @@ def _revert(disks: Sequence[Disk], policy: Policy, name: str, domain_xml: str) -
 
 def _release(path: Path, name: str, stdin: IO[bytes]) -> None:
     with _deadline(policies.DEFAULT_DEADLINE):
-        policy = policies.load(path)
+        policy = _policy(path)
         text = _read_xml(stdin)
+        _require_reason(path, text)
+        if policy.serve and served_disks(text):
+            from qemu_vmdk_snap.domain.hooks.serve import stop_servers
+
+            stop_servers(text, name)
         if not policy.snapshot_after_stop and WAITING not in text:
             return
         import re

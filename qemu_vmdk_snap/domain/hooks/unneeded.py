@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from qemu_vmdk_snap.domain.needs.needed import NOTHING, Holder, Needed, Walk, holders_in, require_none, same_file
 from qemu_vmdk_snap.domain.state import volume_by_pool_xml
+from qemu_vmdk_snap.domain.xml.served import direct_view
 from qemu_vmdk_snap.errors import DomainError
 
 
@@ -93,4 +94,4 @@ def _holders(text: str, owner: str, places: Drivers, snapshot: str | None) -> It
     domain = root if root.tag == "domain" else root.find("domain")
     if domain is not None:
         name, uuid = domain.findtext("name", ""), domain.findtext("uuid", "")
-        yield from holders_in(text, uuid, f"{owner} {name}", volume_path, snapshot)
+        yield from holders_in(direct_view(text), uuid, f"{owner} {name}", volume_path, snapshot)

@@ -13,6 +13,7 @@ from qemu_vmdk_snap import HOLE, Link, confined, open_link, open_posix
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.journal.record import Intent, Overlay
 from qemu_vmdk_snap.domain.state import inactive_xml
+from qemu_vmdk_snap.domain.xml.served import direct_view
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -75,6 +76,15 @@ def hold_link(overlay: Overlay, folders: Sequence[Path], held: contextlib.ExitSt
     return is_empty(link)
 
 
+def all_empty(intent: Intent) -> bool:
+    """Return whether nothing has been written to the overlays, which nobody has open."""
+    for overlay in intent.overlays:
+        with contextlib.ExitStack() as held:
+            if not hold_link(overlay, folders_of(intent), held):
+                return False
+    return True
+
+
 def is_empty(link: Link) -> bool:
     """Return whether the image stores nothing of its own."""
     return all(bool((table.kinds == HOLE).all()) for table in link.tables())
@@ -92,7 +102,7 @@ def _all_named(conn: libvirt.virConnect) -> set[Path]:
     """Return every file that any domain or snapshot of the connection names."""
     named: set[Path] = set()
     for domain in conn.listAllDomains():
-        named |= xml.files_in(domain.XMLDesc(0)) | xml.files_in(inactive_xml(domain))
+        named |= xml.files_in(direct_view(domain.XMLDesc(0))) | xml.files_in(inactive_xml(domain))
         for snapshot in domain.listAllSnapshots():
             named |= xml.files_in(snapshot.getXMLDesc(0))
     return named

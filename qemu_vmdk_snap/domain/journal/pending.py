@@ -52,6 +52,7 @@ class Unfinished:
         if self.intent is None:
             return ()
         named: set[object] = {*(overlay.path for overlay in self.intent.overlays), *self.intent.discard}
+        named |= {self.intent.memory, *self.intent.memories}
         for one in self.intent.work:
             moving = one.get("moving")
             named |= {one.get(key) for key in ("frozen", "child", "source", "path")}

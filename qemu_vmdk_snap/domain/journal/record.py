@@ -36,7 +36,19 @@ if TYPE_CHECKING:
     import libvirt
 
 STATE_VARIABLE: Final = "QEMU_VMDK_SNAP_STATE"
-OPERATIONS: Final = ("create", "freeze", "revert", "delete", "rename", "clone", "destroy", "move", "consolidate")
+OPERATIONS: Final = (
+    "create",
+    "freeze",
+    "revert",
+    "delete",
+    "rename",
+    "clone",
+    "destroy",
+    "move",
+    "consolidate",
+    "attach",
+    "detach",
+)
 _VERSION: Final = 1
 _MAX_BYTES: Final = 64 << 20
 _PATIENCE: Final = 0.3
@@ -113,6 +125,10 @@ class Intent:
     """Of a delete: the frozen copies of UEFI variables that go."""
     also: tuple[str, ...] = ()
     """Of a delete: the snapshots that go with it, in the same step."""
+    memory: str | None = None
+    """The file with the guest's memory that is made or restored."""
+    memories: tuple[str, ...] = ()
+    """Of a delete: the files with the memory of the snapshots, which no other snapshot has."""
 
     @property
     def what(self) -> str:
@@ -203,7 +219,7 @@ class IntentStore:
         self._make_folder()
         data = json.dumps({"version": _VERSION, **asdict(intent)}, indent=1).encode()
         replace_file(self.path(intent.uuid), data, mode=0o600)  # the XML may hold passwords
-        _logger().info("domain %s: %s journaled", intent.domain, intent.what)
+        _logger().info("domain %s: %s journaled", intent.domain, intent.what.removeprefix("the "))
 
     def remove(self, uuid: str) -> None:
         """Forget the record; the order of the steps before it is safe without waiting for the disk."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,8 +39,13 @@ from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.switch import follow_cid, written_files
 from qemu_vmdk_snap.domain.qemu.unused import release_unused
 from qemu_vmdk_snap.domain.registration import register_anew, register_text
-from qemu_vmdk_snap.domain.state import find_snapshot, inactive_xml, volume_resolver
+from qemu_vmdk_snap.domain.served import server
+from qemu_vmdk_snap.domain.served.guest import resume_from_memory
+from qemu_vmdk_snap.domain.served.hold import await_decided, complete_switch, written_by_servers
+from qemu_vmdk_snap.domain.served.memory import unlink_memory
+from qemu_vmdk_snap.domain.state import define, find_snapshot, inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.edits import same_xml, with_disks_back
+from qemu_vmdk_snap.domain.xml.served import served_disks
 from qemu_vmdk_snap.errors import DomainError, LockBusy, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -54,6 +60,8 @@ became of the operation; None is for one that is finished."""
 FINISHERS: Final[dict[str, tuple[str, str]]] = {
     "delete": ("qemu_vmdk_snap.domain.delete.run", "finish"),
     "rename": ("qemu_vmdk_snap.domain.edit", "finish_rename"),
+    "attach": ("qemu_vmdk_snap.domain.attach.run", "finish"),
+    "detach": ("qemu_vmdk_snap.domain.attach.run", "finish"),
     "clone": ("qemu_vmdk_snap.domain.clone.run", "settle"),
     "destroy": ("qemu_vmdk_snap.domain.destroy.run", "settle"),
     "move": ("qemu_vmdk_snap.domain.move.run", "settle"),
@@ -130,7 +138,9 @@ def _settle_destroyed(conn: libvirt.virConnect, store: IntentStore, uuid: str) -
     with contextlib.suppress(libvirt.libvirtError):
         conn.lookupByUUIDString(uuid)
         return None
-    intent = store.read(uuid)
+    intent = None
+    with contextlib.suppress(DomainError):  # one that cannot be followed is told of as ever
+        intent = store.read(uuid)
     if intent is None or intent.operation != "destroy":
         return None
     with store.locked(uuid, intent.domain):
@@ -174,6 +184,8 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
         DomainError: it cannot be settled now; the error names what can be done. The record stays.
     """
     name, uri = domain.name(), conn.getURI()
+    if not domain.isActive():
+        server.stop(name, inactive_xml(domain))  # an idle one keeps everybody from its images
     try:
         intent = store.read(domain.UUIDString())
     except DomainError as error:
@@ -206,8 +218,12 @@ def _settle(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
         done = Recovery(name, intent.snapshot, finished=True, operation=intent.operation, also=intent.also)
         return result or done
     with libvirt_errors(name, f"settle its unfinished snapshot {intent.snapshot!r}"):
-        if intent.live and domain.isActive() and not _switched(domain, intent):
-            _back_to_old(conn, domain, intent)
+        if intent.live and domain.isActive():
+            await_decided(name, intent.new_xml, _overlays(intent))
+            if _switched(domain, intent):
+                complete_switch(name, intent.new_xml, _overlays(intent))
+            else:
+                _back_to_old(conn, domain, intent)
         result = (
             _settle_revert(conn, domain, intent)
             if intent.operation == "revert"
@@ -231,6 +247,7 @@ def _settle_create(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: 
         return Recovery(name, intent.snapshot, finished=True)
     left = overlays.unlink_overlays(conn, domain, intent)
     discard_nvram(conn, domain, intent.snapshot_xml)
+    unlink_memory(intent.memory, name, intent.uuid)
     return Recovery(name, intent.snapshot, finished=False, left=left, operation=intent.operation)
 
 
@@ -254,6 +271,8 @@ def _settle_revert(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: 
         make_current(domain, intent.snapshot)
     if not domain.isActive():
         restore_nvram(intent.snapshot_xml, intent.new_xml)
+    if intent.memory is not None and not domain.isActive() and overlays.all_empty(intent):
+        resume_from_memory(conn, domain, intent)
     # By name, as the finishers: what it asks knows of the records.
     importlib.import_module("qemu_vmdk_snap.domain.needs.discard").unlink_discarded(conn, domain, intent)
     return Recovery(domain.name(), intent.snapshot, finished=True, operation="revert")
@@ -267,9 +286,16 @@ def make_current(domain: libvirt.virDomain, name: str) -> None:
 
 
 def _switched(domain: libvirt.virDomain, intent: Intent) -> bool:
-    """Return whether QEMU writes to the overlays: all, or none, as it goes over in one step."""
-    candidates = {overlay.target: [Path(overlay.path)] for overlay in intent.overlays}
-    return bool(written_files(domain, candidates))
+    """Return whether QEMU, or a server, writes to the overlays: all, or none, as they go over in one step."""
+    served = served_disks(intent.new_xml)
+    direct = {target: [path] for target, path in _overlays(intent).items() if target not in served}
+    if direct and written_files(domain, direct):
+        return True
+    return bool(written_by_servers(domain.name(), intent.new_xml, _overlays(intent)))
+
+
+def _overlays(intent: Intent) -> dict[str, Path]:
+    return {overlay.target: Path(overlay.path) for overlay in intent.overlays}
 
 
 def _back_to_old(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
@@ -288,7 +314,7 @@ def _back_to_old(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: In
 def _put_disks_back(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
     """Take the overlays out of the persistent XML; whatever was edited in it meanwhile stays."""
     tops = {Path(overlay.path): overlay.target for overlay in intent.overlays}
-    conn.defineXML(with_disks_back(inactive_xml(domain), intent.old_xml, intent.new_xml, tops))
+    define(conn, with_disks_back(inactive_xml(domain), intent.old_xml, intent.new_xml, tops))
     _log.info("domain %s: its disks are back on the files before %s", domain.name(), ", ".join(map(str, tops)))
 
 
@@ -300,7 +326,7 @@ def _put_all_back(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: I
     """
     if not same_xml(inactive_xml(domain), intent.new_xml):
         raise DomainError(domain.name(), "was edited since it went back to the snapshot")
-    conn.defineXML(intent.old_xml)
+    define(conn, intent.old_xml)
 
 
 def _repair_cids(intent: Intent) -> None:
@@ -334,6 +360,7 @@ def take_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: Intent
         raise DomainError(name, "QEMU writes to the overlays already")
     with libvirt_errors(name, "take the snapshot back"), contextlib.ExitStack() as held:
         made = [overlay for overlay in intent.overlays if overlay.identity is not None]
+        made = [overlay for overlay in made if os.path.lexists(overlay.path)]  # a server removes its own
         if _named(domain, intent):
             for overlay in made:
                 overlays.hold_empty(overlay, overlays.folders_of(intent), held)  # from here on no guest can start on it
@@ -353,6 +380,10 @@ def take_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: Intent
             overlays.unlink_made(overlay)
         if intent.operation == "create":
             discard_nvram(conn, domain, intent.snapshot_xml)
+        if intent.operation == "create" and intent.memory is not None:
+            unlink_memory(intent.memory, name, intent.uuid)
+            if intent.resume:
+                _resume(domain)
     store.remove(intent.uuid)
 
 

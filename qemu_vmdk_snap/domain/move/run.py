@@ -34,7 +34,7 @@ from qemu_vmdk_snap.domain.move.plan import MovedFile, Plan, make_plan, relinkin
 from qemu_vmdk_snap.domain.needs.alone import all_locked
 from qemu_vmdk_snap.domain.overlay.newfile import refresh_pools
 from qemu_vmdk_snap.domain.registration import register_text
-from qemu_vmdk_snap.domain.state import inactive_xml
+from qemu_vmdk_snap.domain.state import define, inactive_xml
 from qemu_vmdk_snap.domain.xml import files_in
 from qemu_vmdk_snap.domain.xml.edits import keeping_description
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
@@ -190,7 +190,7 @@ def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
             raise DomainError(domain.name(), "was started meanwhile: nothing was changed")
         if inactive_xml(domain) != intent.old_xml:
             raise DomainError(domain.name(), "was edited meanwhile: try again")
-        conn.defineXML(intent.new_xml)
+        define(conn, intent.new_xml)
 
 
 def _finish(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
@@ -199,7 +199,7 @@ def _finish(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
         now = inactive_xml(domain)
         changed = relinking(_files(intent))(now)
         if changed != now:
-            conn.defineXML(changed)
+            define(conn, changed)
         there = {snapshot.getName(): snapshot for snapshot in domain.listAllSnapshots()}
         current = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
         for name, text in intent.snapshots:

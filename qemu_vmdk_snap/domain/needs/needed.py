@@ -22,6 +22,7 @@ from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml import VolumePath
 from qemu_vmdk_snap.domain.xml.named import NamedChain, NamedFile, named_chains
+from qemu_vmdk_snap.domain.xml.served import direct_view
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ def _is_of_devices(folder: Path) -> bool:
 
 
 def _disk(holder: Holder) -> str:
-    return f"disk {holder.chain.disk}"
+    return "memory" if holder.chain.role == "memory" else f"disk {holder.chain.disk}"
 
 
 def _how(holder: Holder, top: Path | None, file: Path) -> str:
@@ -323,11 +324,12 @@ def _of_domain(domain: libvirt.virDomain, volume_path: VolumePath) -> Iterator[H
         # Once a live snapshot was taken through the monitor, libvirt's live XML names old tops: those that the
         # persistent one has in a chain are known already.
         named = [file.path for holder in persistent for file in holder.chain.files]
-        for holder in holders_in(domain.XMLDesc(0), uuid, owner, volume_path):
+        for holder in holders_in(direct_view(domain.XMLDesc(0)), uuid, owner, volume_path):
             if not holder.chain.files or place_in(named, holder.chain.files[0].path) is None:
                 yield holder
     if domain.hasManagedSaveImage():
-        yield from holders_in(domain.managedSaveGetXMLDesc(0), uuid, f"the saved state of {owner}", volume_path)
+        saved = direct_view(domain.managedSaveGetXMLDesc(0))
+        yield from holders_in(saved, uuid, f"the saved state of {owner}", volume_path)
     for snapshot in domain.listAllSnapshots():
         name = snapshot.getName()
         yield from holders_in(snapshot.getXMLDesc(0), uuid, f"snapshot {name} of {owner}", volume_path, name)

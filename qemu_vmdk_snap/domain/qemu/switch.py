@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qemu_vmdk_snap import Descriptor, PosixFile, confined, open_link, open_posix, read_descriptor
+from qemu_vmdk_snap import Descriptor, PosixFile, confined, fitting_parent, open_link, open_posix, read_descriptor
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.qemu.agent import frozen
@@ -217,10 +217,10 @@ def _fits(run: _Run) -> bool:
 
 def follow_cid(overlay: Path, base: Path) -> None:
     """Give an overlay that is empty, and open nowhere, the CID that its base has now."""
-    cid = _descriptor(base).cid
+    below = _descriptor(base)
     link = open_link(overlay, opener=open_posix, writable=True, resolver=confined())
     try:
-        link.write_descriptor(link.descriptor.with_values({"parentCID": f"{cid:08x}"}))
+        link.write_descriptor(fitting_parent(link.descriptor, below))
     finally:
         link.close()
 

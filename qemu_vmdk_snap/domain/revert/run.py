@@ -9,7 +9,8 @@ domain had is kept, file by file, unless it is to be discarded. The steps, each 
     4  the persistent XML of the snapshot, which now names the overlays
     5  the snapshot becomes the current one
     6  discarded tops are unlinked: nothing names them, and nothing stands on them
-    7  the record goes; the guest starts, if it is to
+    7  of a snapshot with memory: the disks are served, and the guest resumes from it
+    8  the record goes; the guest starts, if it is to
 """
 
 from __future__ import annotations
@@ -35,9 +36,13 @@ from qemu_vmdk_snap.domain.overlay.newfile import make_overlay, refresh_pools
 from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.depth import check_depth
 from qemu_vmdk_snap.domain.revert.apart import replaced_by, with_disks_of_today
-from qemu_vmdk_snap.domain.state import check_state, find_snapshot, inactive_xml, lenient, volume_resolver
+from qemu_vmdk_snap.domain.served import server
+from qemu_vmdk_snap.domain.served.guest import resume_from_memory
+from qemu_vmdk_snap.domain.served.memory import check_restorable
+from qemu_vmdk_snap.domain.state import check_state, define, find_snapshot, inactive_xml, lenient, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches, with_kept_branches
 from qemu_vmdk_snap.domain.xml.named import folders_named, frozen_files
+from qemu_vmdk_snap.domain.xml.served import served_disks, with_notes_of
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -68,6 +73,8 @@ class RevertReport:
     notes: tuple[str, ...] = ()
     dry_run: bool = False
     """Whether this is only what would be done."""
+    memory: Path | None = None
+    """The file that the guest has resumed from; None where it did not."""
     already: bool = False
     """In a dry run: whether the domain is at the snapshot already, shut off, with nothing written since."""
 
@@ -86,6 +93,7 @@ class RevertReport:
             "kept": [str(path) for path in self.kept],
             "discarded": [str(path) for path in self.discarded],
             "notes": list(self.notes),
+            **({} if self.memory is None else {"memory": str(self.memory)}),
         } | ({"dry-run": True, "already": self.already} if self.dry_run else {})
 
 
@@ -126,15 +134,21 @@ def revert(
     store = IntentStore.of(conn)
     with store.locked(domain.UUIDString(), domain.name()), contextlib.ExitStack() as held:
         recovered = recover_domain(conn, domain, store)
+        if not domain.isActive():
+            server.stop(domain.name(), inactive_xml(domain))
         plan = make_plan(conn, domain, snapshot, after, store, held, discard=discard)
         said = [*plan.notes]
         with dropin.around("revert", domain.name(), _as_plan(plan, discard=discard), uri=conn.getURI()) as notes:
             gone = _execute(conn, domain, store, plan, orphans, said)
     refresh_pools(conn, [disk.overlay for disk in plan.disks])
     kept = tuple(path for path in plan.old_tops if path not in gone)
-    if plan.state != "shutoff":
+    if plan.state != "shutoff" and plan.intent.memory is None:
+        server.start(domain.name(), plan.intent.new_xml, conn.getURI())
         _start(domain, paused=plan.state == "paused")
-    return RevertReport(domain.name(), snapshot, plan.state, plan.disks, kept, gone, recovered, (*notes, *said))
+    memory = None if plan.intent.memory is None else Path(plan.intent.memory)
+    return RevertReport(
+        domain.name(), snapshot, plan.state, plan.disks, kept, gone, recovered, (*notes, *said), memory=memory
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +196,18 @@ def make_plan(
     frozen = _frozen_disks(domain.name(), saved)
     then = xml.with_domain_name(xml.domain_of(now.target), domain.name())
     then = with_disks_of_today(then, now.old_xml, {disk.target for disk in frozen})
+    state = after if after != "as-saved" else saved.state if saved.state in _LIVE else "shutoff"
+    memory = saved.memory_file if state != "shutoff" else None
+    # How a disk is attached is today's business, unless memory has it as it was attached then.
+    then = with_notes_of(then, now.old_xml, besides={disk.target for disk in frozen} if memory else ())
+    served = served_disks(then)
+    if memory is not None:
+        check_restorable(domain, memory, [disk.target for disk in frozen], served)
     frozen += _frozen_apart(domain, then, {disk.target for disk in frozen}, now, needed, volume_path)
     disks = _plan_disks(domain.name(), frozen, taken, needed, held)
     for disk in disks:
-        check_depth(conn, domain.name(), disk.target, disk.chain)
+        if disk.target not in served:
+            check_depth(conn, domain.name(), disk.target, disk.chain)
     then = xml.stack(then, {disk.target: xml.NewTop(disk.overlay, disk.chain) for disk in disks})
     tops = _unsaved_tops(domain, now.old_xml, then, needed, volume_path)
     given_up = _overlays_of(tops, {disk.target for disk in disks}) if discard else ()
@@ -202,8 +224,9 @@ def make_plan(
         current=now.current,
         discard=tuple(map(str, given_up)),
         discard_inodes=tuple(top.stat().st_ino if top.exists() else 0 for top in given_up),
+        memory=None if memory is None else str(memory),
+        resume=memory is not None and state != "paused",
     )
-    state = after if after != "as-saved" else saved.state if saved.state in _LIVE else "shutoff"
     return Plan(disks, old_tops, "running" if state == "blocked" else state, intent, _replaced(then, now.old_xml))
 
 
@@ -253,8 +276,8 @@ def _frozen_apart(
 
 
 def _frozen_disks(domain: str, saved: xml.SnapshotXml) -> list[xml.SnapshotDisk]:
-    if saved.memory != "no":
-        raise DomainError(domain, f"snapshot {saved.name!r} holds memory too: virsh snapshot-revert goes back to it")
+    if saved.memory not in ("no", "external") or (saved.memory == "external" and saved.memory_file is None):
+        raise DomainError(domain, f"snapshot {saved.name!r} has its memory in no file of its own")
     modes = {disk.mode for disk in saved.disks} - {"no"}
     if modes != {"external"}:
         what = ", ".join(sorted(modes)) or "no"
@@ -347,7 +370,8 @@ def _execute(
             _refuse_edited(domain, intent)
             if domain.isActive():
                 domain.destroy()
-            conn.defineXML(intent.new_xml)
+            server.stop(domain.name(), intent.old_xml)
+            define(conn, intent.new_xml)
             make_current(domain, intent.snapshot)
         _log.info("domain %s: defined as of snapshot %r", domain.name(), intent.snapshot)
     except BaseException as error:
@@ -356,6 +380,13 @@ def _execute(
     hindered = restore_nvram(intent.snapshot_xml, intent.new_xml)
     notes += [] if hindered is None else [hindered]
     gone = unlink_discarded(conn, domain, intent, orphans=orphans, notes=notes)
+    if intent.memory is not None:
+        try:
+            resume_from_memory(conn, domain, intent)
+        except DomainError as error:
+            store.remove(intent.uuid)
+            reason = f"is back at the disks of snapshot {intent.snapshot!r}, shut off: {error.reason}"
+            raise DomainError(domain.name(), reason, snapshot=intent.snapshot) from error
     with contextlib.suppress(OSError):
         store.remove(intent.uuid)
     return gone

@@ -68,6 +68,8 @@ class SnapshotXml:
     parent: str | None = None
     memory: str = "no"
     disks: tuple[SnapshotDisk, ...] = field(default=())
+    memory_file: Path | None = None
+    """Where the guest's memory of then is, if the snapshot has it."""
 
 
 class NewTop(NamedTuple):
@@ -227,7 +229,7 @@ def snapshot_xml(snapshot: SnapshotXml, domain_xml: str) -> str:
         lines.append(f"  <parent><name>{escape(snapshot.parent)}</name></parent>")
     lines += [
         f"  <creationTime>{snapshot.creation_time}</creationTime>",
-        f"  <memory snapshot='{snapshot.memory}'/>",
+        f"  <memory snapshot='{snapshot.memory}'{_memory_file(snapshot, quoteattr)}/>",
         "  <disks>",
     ]
     for disk in snapshot.disks:
@@ -239,6 +241,10 @@ def snapshot_xml(snapshot: SnapshotXml, domain_xml: str) -> str:
         lines.append(f"{head} type='file'><driver type='vmdk'/><source file={source}/></disk>")
     lines += ["  </disks>", domain_xml.strip(), "</domainsnapshot>", ""]
     return "\n".join(lines)
+
+
+def _memory_file(snapshot: SnapshotXml, quoted: Callable[[str], str]) -> str:
+    return "" if snapshot.memory_file is None else f" file={quoted(str(snapshot.memory_file))}"
 
 
 def parse_snapshot(text: str, volume_path: VolumePath | None = None) -> SnapshotXml:
@@ -256,6 +262,7 @@ def parse_snapshot(text: str, volume_path: VolumePath | None = None) -> Snapshot
         parent=root.findtext("parent/name"),
         memory="no" if memory is None else memory.get("snapshot", "no"),
         disks=tuple(_snapshot_disk(element, frozen) for element in root.findall("./disks/disk")),
+        memory_file=None if memory is None or not memory.get("file") else Path(memory.get("file", "")),
     )
 
 

@@ -7,13 +7,14 @@ GuestError. Time-outs are in seconds of the guest's own time, see `watch.clock`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import IO, Any, Final, cast
 
 from qemu_vmdk_snap.errors import GuestError, PluginError
 from qemu_vmdk_snap.harness.deadlines import HUNG_SECONDS, timeout_scale
@@ -60,6 +61,7 @@ class Console(SpawnBase):  # type: ignore[type-arg]
         self._poll.register(qmp.fileno(), select.POLLIN)
         self._serial = select.poll()
         self._serial.register(fd, select.POLLIN)
+        self._others: dict[int, tuple[IO[bytes], bytes]] = {}
         self._idle = self._spent = self._next_look = 0.0
         self._next_judgement = HUNG_SECONDS
         self._limit: float | None = None
@@ -104,6 +106,21 @@ class Console(SpawnBase):  # type: ignore[type-arg]
             raise self._fail(f"waiting for {self.waits_for}: {match[0].decode(errors='replace').strip()}")
         return match
 
+    def listen(self, fd: int, log: IO[bytes]) -> None:
+        """Write what comes in by another descriptor to `log`, and fail when it is one of `PANICS`; closed with this."""
+        self._others[fd] = (log, b"")
+        self._poll.register(fd, select.POLLIN)
+
+    def drain(self) -> None:
+        """Take in what the other console has said so far, without waiting."""
+        poll = select.poll()
+        for fd in self._others if self.child_fd >= 0 else ():
+            poll.register(fd, select.POLLIN)
+        while ready := [fd for fd, event in poll.poll(0) if event & select.POLLIN]:
+            for fd in ready:
+                if not self._overheard(fd):
+                    poll.unregister(fd)
+
     def send(self, data: bytes) -> int:
         """Write all of `data` to the guest's serial port; its input takes as much as it takes."""
         view = memoryview(data)
@@ -118,7 +135,8 @@ class Console(SpawnBase):  # type: ignore[type-arg]
     def close(self) -> None:
         """Let go of the line."""
         if self.child_fd >= 0:
-            os.close(self.child_fd)
+            for fd in (self.child_fd, *self._others):
+                os.close(fd)
             self.child_fd = -1
 
     def isalive(self) -> bool:
@@ -136,6 +154,8 @@ class Console(SpawnBase):  # type: ignore[type-arg]
                 if time.monotonic() > self._next_look:
                     self._look()
                 return data
+            for fd in ready & self._others.keys():
+                self._overheard(fd)
             if self._qmp.fileno() in ready and not self._qmp.closed:
                 self._qmp.feed()
             if self._qmp.closed:
@@ -173,6 +193,26 @@ class Console(SpawnBase):  # type: ignore[type-arg]
         if self.logfile_read is not None:
             self.logfile_read.write(data)
         return data
+
+    def _overheard(self, fd: int) -> bool:
+        """Take in what the other console says, and return whether it may say more."""
+        log, before = self._others[fd]
+        try:
+            data = os.read(fd, 1 << 16)
+        except OSError:
+            data = b""
+        if not data:
+            with contextlib.suppress(KeyError):
+                self._poll.unregister(fd)
+            return False
+        self._idle = 0.0
+        log.write(data)
+        text = (before + data)[-_TAIL:]
+        self._others[fd] = (log, text)
+        for pattern in PANICS:
+            if (found := pattern.search(text)) is not None:
+                raise self._fail(f"waiting for {self.waits_for}: {found[0].decode(errors='replace').strip()}")
+        return True
 
     def _poll_serial_alone(self) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from qemu_vmdk_snap.chain.identity import fitting_parent
 from qemu_vmdk_snap.chain.parent import MAX_DEPTH, find_parent
 from qemu_vmdk_snap.chain.resolver import Resolver, check_opened
 from qemu_vmdk_snap.errors import Unsupported
@@ -37,10 +38,9 @@ def plan_relinks(
         seen.add(parent.resolve())
         below, fits = _opened(link, parent, resolver, opener)
         stack.callback(below.close)
-        cid = descriptor_of(below).cid
-        mine = descriptor_of(link)
-        if mine.parent_cid != cid:
-            _add_relink(plan, link, mine, cid)
+        theirs, mine = descriptor_of(below), descriptor_of(link)
+        if mine.parent_cid != theirs.cid:
+            _add_relink(plan, link, mine, theirs)
             changed.append(link.path)
         link, plan = below, ExtentPlan(below, end=below.size())
         if not fits:
@@ -85,8 +85,8 @@ def _fits(link: BlockFile, resolver: Resolver, opener: FileOpener) -> bool:
         below.close()
 
 
-def _add_relink(plan: ExtentPlan, link: BlockFile, mine: Descriptor, cid: int) -> None:
-    changed = mine.with_values({"parentCID": f"{cid:08x}"}).raw
+def _add_relink(plan: ExtentPlan, link: BlockFile, mine: Descriptor, theirs: Descriptor) -> None:
+    changed = fitting_parent(mine, theirs).raw
     if mine.base:
         header = SparseExtentHeader.parse(link.read_at(0, SECTOR_SIZE), path=link.path)
         room = sector_bytes(header.descriptor_size)

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 
 from qemu_vmdk_snap.chain.disk import Disk
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
+from qemu_vmdk_snap.storage.blocks import in_same_blocks
 from qemu_vmdk_snap.units import KIB, SECTOR_SIZE
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, Row
 
@@ -38,18 +39,20 @@ class _Pair(NamedTuple):
     skip_two: int
 
 
-def compare(one: Disk, two: Disk, *, strict: bool = False, on_progress: OnProgress = ignore) -> CompareReport:
+def compare(
+    one: Disk, two: Disk, *, strict: bool = False, blocks: bool = False, on_progress: OnProgress = ignore
+) -> CompareReport:
     """Compare the disks byte by byte. What both leave out, and what both take from the same place, is not read.
 
     Where one is longer, its rest must be zeros; `strict` asks for equal sizes and equal allocation too, as qemu-img's
-    `-s`.
+    `-s`. With `blocks` files that share their blocks (reflinks) are not read there; what is not stored yet is, first.
     """
     sizes = None if one.capacity == two.capacity else (one.capacity, two.capacity)
     if strict and sizes:
         return CompareReport(False, "size", None, sizes)
     common = min(one.capacity, two.capacity)
     meter = Meter("compare", max(one.capacity, two.capacity), on_progress)
-    reader = _Reader(one, two, meter)
+    reader = _Reader(one, two, meter, blocks)
     for pair in _pairs(one, two, common):
         if strict and (pair.one.kind == HOLE) != (pair.two.kind == HOLE):
             return CompareReport(False, "allocation", pair.offset, sizes)
@@ -83,8 +86,8 @@ def _pairs(one: Disk, two: Disk, end: int) -> Iterator[_Pair]:
 class _Reader:
     """Reads both disks into the same two buffers again and again: new ones would cost more than the reading."""
 
-    def __init__(self, one: Disk, two: Disk, meter: Meter) -> None:
-        self._one, self._two, self._meter = one, two, meter
+    def __init__(self, one: Disk, two: Disk, meter: Meter, blocks: bool) -> None:
+        self._one, self._two, self._meter, self._blocks = one, two, meter, blocks
         self._buffers = bytearray(_STEP), bytearray(_STEP)
         self._zeros = bytes(_STEP)
 
@@ -96,7 +99,7 @@ class _Reader:
             return self.first_nonzero(self._two, pair.two, pair.skip_two, pair.length)
         if pair.two.kind < DATA:
             return self.first_nonzero(self._one, pair.one, pair.skip_one, pair.length)
-        if _same_place(self._one, self._two, pair):
+        if _same_place(self._one, self._two, pair) or (self._blocks and self._same_blocks(pair)):
             return None
         for done in range(0, pair.length, _STEP):
             length = min(_STEP, pair.length - done)
@@ -106,6 +109,14 @@ class _Reader:
                 return pair.offset + done + _differing_sector(left, right)
             self._meter.step(length)
         return None
+
+    def _same_blocks(self, pair: _Pair) -> bool:
+        files = self._one.file_of(pair.one), self._two.file_of(pair.two)
+        descriptors = [None if file is None else file.fileno() for file in files]
+        if descriptors[0] is None or descriptors[1] is None:
+            return False
+        places = pair.one.file_offset + pair.skip_one, pair.two.file_offset + pair.skip_two
+        return in_same_blocks(descriptors[0], places[0], descriptors[1], places[1], pair.length)
 
     def first_nonzero(self, disk: Disk, row: Row, skip: int, length: int) -> int | None:
         """Return the guest offset of the first sector that is not zeros in the part of `row`, or None."""

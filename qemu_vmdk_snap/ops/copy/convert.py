@@ -196,7 +196,15 @@ def _convert_onto(
         if empty is None and os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         try:
-            create_overlay(temporary, backing, size=source.capacity, options=options, durable=False, name=path.name)
+            create_overlay(
+                temporary,
+                backing,
+                size=source.capacity,
+                options=options,
+                durable=False,
+                mode=0o666 if empty is None else empty.mode,
+                name=path.name,
+            )
             unfinished = extent_files(temporary)
             with open_chain(temporary, writable=True, trusted_dirs=[backing.resolve().parent]) as target:
                 for row in source.rows():

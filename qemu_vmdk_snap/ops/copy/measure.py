@@ -41,8 +41,8 @@ def measure(
 ) -> Measurement:
     """Return what an image of `disk`, or with None of an empty disk of `size` bytes, would take: the lengths of files.
 
-    Grains that are stored are counted whole: a copy that looks for zeros in them may be smaller. A raw image is as
-    long as its disk. The image is taken to be called as `disk` is.
+    Grains that are stored are counted whole: a copy that looks for zeros in them may turn out smaller. A raw image is
+    as long as its disk. The image is taken to be called as `disk` is.
 
     Raises:
         Unsupported: the image would be streamOptimized.

@@ -148,7 +148,7 @@ def _fill(chain: Chain, count: int, temporary: Path, find: Resolver, on_progress
 
 def _require_same(chain: Chain, temporary: Path, image: Path, find: Resolver, on_progress: OnProgress) -> None:
     with open_chain(temporary, resolver=find) as made:
-        result = compare(chain, made, on_progress=on_progress)
+        result = compare(chain, made, blocks=True, on_progress=on_progress)
     if not result.identical or result.sizes is not None:
         where = f" at byte {result.offset}" if result.offset is not None else ""
         raise CorruptChain(image, f"would not read as {chain.path} does{where}: it is not kept")

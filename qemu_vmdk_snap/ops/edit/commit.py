@@ -22,7 +22,7 @@ from typing import NamedTuple
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.chain.chain import Chain, open_chain, open_links
 from qemu_vmdk_snap.chain.change import open_for_change, open_link_for_change
-from qemu_vmdk_snap.chain.identity import on_parent, with_fresh_cid
+from qemu_vmdk_snap.chain.identity import fitting_parent, on_parent, with_fresh_cid
 from qemu_vmdk_snap.chain.link import Link, open_link
 from qemu_vmdk_snap.chain.links import read_facts
 from qemu_vmdk_snap.chain.needs.dependents import (
@@ -316,11 +316,10 @@ def _plan_descriptors(plan: _Plan) -> None:
     plan.begin = [DescriptorChange.plan(base, fresh)]
     above = plan.chain.links[plan.depth - 1]
     for link in [above, *_others(plan)]:
-        changed = link.descriptor.with_values({"parentCID": f"{fresh.cid:08x}"})
-        plan.begin.append(DescriptorChange.plan(link, changed))
+        plan.begin.append(DescriptorChange.plan(link, fitting_parent(link.descriptor, fresh)))
     moving = plan.children if plan.delete else [plan.top] if plan.depth > 1 else []
     for link in moving:
-        changed = on_parent(link.descriptor, link.path, base.path, fresh.cid)
+        changed = on_parent(link.descriptor, link.path, base.path, fresh)
         plan.finish.append(DescriptorChange.plan(link, changed))
 
 

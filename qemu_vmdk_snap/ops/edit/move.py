@@ -34,7 +34,6 @@ from qemu_vmdk_snap.storage.durable import sync_folder
 from qemu_vmdk_snap.storage.locks import keep_from_writers
 from qemu_vmdk_snap.storage.opening import open_locked
 from qemu_vmdk_snap.storage.record import Operation
-from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, NO_SOURCE, ZERO, Row, RunTable
 
 _log = log.of(__name__)
@@ -82,8 +81,7 @@ def open_move(
     else:
         chain = stack.enter_context(open_for_change(path, depths=[0], resolver=resolver, opener=opener))
     link = chain.links[0]
-    cid = NO_PARENT if target is None else target.links[0].cid
-    changed = on_parent(link.descriptor, path, parent, cid)
+    changed = on_parent(link.descriptor, path, parent, None if target is None else target.links[0].descriptor)
     return Move(chain, target, DescriptorChange.plan(link, changed))
 
 

@@ -20,7 +20,6 @@ from qemu_vmdk_snap.ops.journal.relink import DescriptorChange
 from qemu_vmdk_snap.ops.progress import OnProgress, ignore
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
 from qemu_vmdk_snap.storage.record import Operation
-from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 
 OPERATION = "rebase"
 
@@ -71,7 +70,7 @@ def rebase(
 
 
 def _relink(path: Path, parent: Path | None, resolver: Resolver, opener: FileOpener) -> None:
-    cid = NO_PARENT
+    known = None
     with contextlib.ExitStack() as stack:
         if parent is not None:
             if parent.resolve() == path.resolve():
@@ -80,9 +79,9 @@ def _relink(path: Path, parent: Path | None, resolver: Resolver, opener: FileOpe
                 raise InvalidRequest(path, f"cannot have {parent} as its parent, which is backed by it")
             below = open_link(parent, opener=opener, writable=False, resolver=resolver)
             stack.callback(below.close)  # nobody gives it another CID before it is written down
-            cid = below.cid
+            known = below.descriptor
         link = open_link_for_change(path, resolver=resolver, opener=opener, stack=stack)
-        change = DescriptorChange.plan(link, on_parent(link.descriptor, path, parent, cid))
+        change = DescriptorChange.plan(link, on_parent(link.descriptor, path, parent, known))
         record = guarded_operation("relink", path, [], {"change": change.as_detail()})
         with record.hold:
             record.begin()

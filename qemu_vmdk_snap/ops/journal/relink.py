@@ -30,7 +30,7 @@ class DescriptorChange:
 
     @classmethod
     def plan(cls, link: Link, new: Descriptor) -> Self:
-        """Return the change of `link`'s descriptor to `new`.
+        """Return the change of `link`'s descriptor to `new`; comments go where its room would not do otherwise.
 
         Raises:
             Unsupported: it does not fit into the room that the header gives it.
@@ -38,6 +38,8 @@ class DescriptorChange:
         if new.base:
             header = SparseExtentHeader.parse(link.file.read_at(0, SECTOR_SIZE), path=link.path)
             room = sector_bytes(header.descriptor_size)
+            if len(new.raw) > room:
+                new = new.condensed()
             if len(new.raw) > room:
                 raise Unsupported(link.path, f"a descriptor of {len(new.raw)} bytes does not fit into its {room} bytes")
         return cls(link.path.parent.resolve() / link.path.name, new.base, link.descriptor.raw, new.raw)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qemu_vmdk_snap.chain.identity import hint_to, new_cid
+from qemu_vmdk_snap.chain.identity import hint_to, new_cid, overlay_uuids
 from qemu_vmdk_snap.chain.link import read_descriptor
 from qemu_vmdk_snap.chain.look import notes
 from qemu_vmdk_snap.chain.look.opening import look_at
@@ -138,7 +138,7 @@ def create_overlay(
         cid=cid,
         parent_cid=descriptor.cid,
         hint=hint_to(path, base) if hint is None else hint,
-        ddb={**ddb, "longContentID": _long_id(cid)},
+        ddb={**ddb, "longContentID": _long_id(cid), **overlay_uuids(descriptor)},
     )
     with NewFiles(durable=durable) as files:
         if over_empty:

@@ -52,13 +52,11 @@ class Control:
     def accept(self, listener: socket.socket) -> None:
         """Take clients until the listener is closed."""
         while True:
+            self._places.acquire()  # one more waits until another has gone
             try:
                 client, _ = listener.accept()
             except OSError:
                 return
-            if not self._places.acquire(blocking=False):
-                client.close()
-                continue
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def end(self) -> None:

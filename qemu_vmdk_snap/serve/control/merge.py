@@ -32,7 +32,6 @@ from qemu_vmdk_snap.serve.disk.pull import Puller, stored_pieces
 from qemu_vmdk_snap.serve.server import Server
 from qemu_vmdk_snap.storage.identity import identity_of_open
 from qemu_vmdk_snap.storage.locks import keep_from_writers, let_go, lock_image
-from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 
 _log = log.of(__name__)
 
@@ -282,9 +281,9 @@ class Merger:
         stack, link, child = self._stack, job.link, job.child
         at = stack.links.index(link)
         parent = stack.links[at + 1] if at + 1 < len(stack.links) else None
-        cid = NO_PARENT if parent is None else parent.cid
         path = None if parent is None else Path(parent.path)
-        new = on_parent(job.target.descriptor, Path(child.path), path, cid)
+        below = None if parent is None else parent.descriptor
+        new = on_parent(job.target.descriptor, Path(child.path), path, below)
         change = DescriptorChange.plan(job.target, new)
 
         def still() -> None:

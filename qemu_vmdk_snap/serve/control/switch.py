@@ -2,13 +2,15 @@
 
 Order of a snapshot, so that a chain that opens is left whenever this stops, and that its last writer is found:
 1. The top has its new CID already, so it will not change; the overlay names it, is durable, and open.
-2. The note beside the socket names the overlay, which reads what the top reads.
+2. The note beside the socket names the overlay before that exists; it reads what the top reads.
 3. In a pause: everything is flushed, the log ends, requests go to the overlay.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import secrets
 import threading
 import time
@@ -42,6 +44,8 @@ class _Prepared:
     overlay: Path
     link: Link
     base: Link
+    preparer: Holder | None = None
+    """Who has prepared it in a step of its own, and takes it back by going away before the switch is final."""
     log: GrainLog | None = None
     """That of the overlay until the switch, that of the base from then on."""
     holder: Holder | None = None
@@ -83,10 +87,11 @@ class Switcher:
             yield
 
     def let_go(self, holder: Holder) -> None:
-        """Take back what the holder holds: its connection is gone."""
+        """Take back what the holder has prepared or holds: its connection is gone."""
         with self._one:
-            if self._held is not None and self._held.holder is holder:
-                self._abort(self._held)
+            for prepared in list(self._prepared.values()):
+                if holder in (prepared.preparer, prepared.holder):
+                    self._abort(prepared)
 
     def end(self) -> None:
         """Take back everything that is prepared or held: the server ends."""
@@ -119,7 +124,9 @@ class Switcher:
 
     def _snapshot_prepare(self, arguments: Arguments, holder: Holder) -> dict[str, Any]:
         with self._one:
-            return {"token": self._prepare(path_argument(arguments, "overlay")).token}
+            prepared = self._prepare(path_argument(arguments, "overlay"))
+            prepared.preparer = holder
+            return {"token": prepared.token}
 
     def _snapshot_switch(self, arguments: Arguments, holder: Holder) -> dict[str, Any]:
         with self._one:
@@ -176,6 +183,9 @@ class Switcher:
         with stack.turn:
             stack.flush()  # most of what there is to flush, outside the pause
         base = stack.top
+        if overlay.exists() or overlay.is_symlink():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(overlay))
+        self._server.remember_top(overlay)  # first: once it exists, the base is frozen to whoever starts again
         create_overlay(overlay, base.path)
         try:
             link = self._opened(overlay, base)
@@ -187,7 +197,6 @@ class Switcher:
         try:
             link.renew_cid()  # here, so that nothing is waited for after the switch
             prepared.log = log_for(link)
-            self._server.remember_top(overlay)
         except BaseException:
             self._abort(prepared)
             raise

@@ -11,10 +11,13 @@ from pathlib import Path
 
 from qemu_vmdk_snap import Link, open_chain, replace_file, require_writable
 from qemu_vmdk_snap.chain.links import stands_on
+from qemu_vmdk_snap.chain.look import notes
 from qemu_vmdk_snap.chain.resolver import confined
-from qemu_vmdk_snap.errors import VmdkSnapError
+from qemu_vmdk_snap.errors import CorruptChain, VmdkSnapError
+from qemu_vmdk_snap.ops.edit.adopt import adopt
 from qemu_vmdk_snap.ops.edit.trim import trim_link
 from qemu_vmdk_snap.ops.journal.recover import settle
+from qemu_vmdk_snap.storage.grainlog import waiting_in
 
 
 class TopNote:
@@ -32,22 +35,20 @@ class TopNote:
             facts = self._path.lstat()
             if stat.S_ISREG(facts.st_mode) and facts.st_uid in (0, os.geteuid()) and not facts.st_mode & 0o022:
                 note = json.loads(self._path.read_bytes())
-                image, top = Path(note["image"]), Path(note["top"])
-                trusted = [*trusted_dirs, image.parent]
-                follows = not image.exists() or stands_on(top, image, confined(trusted))  # merged away, or below
-                if image == self._image and top.exists() and follows:
-                    return top
+                for name in (note["top"], note["before"]) if note["image"] == str(self._image) else ():
+                    if self._fits(Path(name), trusted_dirs):
+                        return Path(name)
         return self._image
 
-    def store(self, top: Path) -> None:
-        """Note the top, durably."""
-        note = {"image": str(self._image), "top": str(top)}
-        replace_file(self._path, json.dumps(note).encode() + b"\n", 0o600)
+    def _fits(self, top: Path, trusted_dirs: Sequence[Path | str]) -> bool:
+        image = self._image
+        # The image may have been merged away meanwhile.
+        return top.exists() and (not image.exists() or stands_on(top, image, confined([*trusted_dirs, image.parent])))
 
-    def remove(self) -> None:
-        """Forget it."""
-        with contextlib.suppress(OSError):
-            self._path.unlink()
+    def store(self, top: Path, before: Path) -> None:
+        """Note the top, durably; it may not exist yet, and `before` is the top as long as it does not."""
+        note = {"image": str(self._image), "top": str(top), "before": str(before)}
+        replace_file(self._path, json.dumps(note).encode() + b"\n", 0o600)
 
 
 def open_served(path: Path, *, read_only: bool, trusted_dirs: Sequence[Path | str] = ()) -> list[Link]:
@@ -61,7 +62,16 @@ def open_served(path: Path, *, read_only: bool, trusted_dirs: Sequence[Path | st
     """
     if read_only:
         return list(open_chain(path, trusted_dirs=trusted_dirs).links)
-    settle(path.parent, resolver=confined(trusted_dirs))
+    resolver = confined(trusted_dirs)
+    for image in waiting_in(path.parent):
+        try:
+            adopt(image, resolver)
+        except CorruptChain as error:  # nothing can be done about it, but it is not kept silent
+            notes.say([str(error)])
+        except (VmdkSnapError, OSError):
+            if image.samefile(path):
+                raise
+    settle(path.parent, resolver=resolver)
     require_writable(path, trusted_dirs=trusted_dirs)
     chain = open_chain(path, writable=True, trusted_dirs=trusted_dirs)
     try:

@@ -59,6 +59,8 @@ class Connection:
         self._given = memoryview(bytearray(_GIVEN))
         self._start = self._end = 0
         """What of `_taken` is not done yet."""
+        self._missing = 0
+        """How many bytes the write that comes first in `_taken` lacks."""
         self._filled = 0
         """How much of `_given` is to be sent."""
         self._waiting: list[int] = []
@@ -70,10 +72,14 @@ class Connection:
         """Serve until the client disconnects; raises Dropped, or OSError of the socket."""
         receive, gate, turn = self._sock.recv_into, self._stack.gate, self._stack.turn
         while True:
-            got = receive(self._taken[self._end :])
+            if self._missing:  # the rest of a write whose length is known: in one call, however it comes
+                got = receive(self._taken[self._end :], self._missing, socket.MSG_WAITALL)
+            else:
+                got = receive(self._taken[self._end :])
             if not got:
                 return
             self._end += got
+            self._missing = 0
             more = True
             while more:
                 if not gate.is_set():
@@ -123,6 +129,7 @@ class Connection:
                     continue
                 stop = start + _REQUEST + length
                 if stop > end:
+                    self._missing = stop - end
                     break
                 self._write(flags, cookie, offset, taken[start + _REQUEST : stop])
                 start = stop

@@ -87,13 +87,22 @@ def test_the_rules_fire_when_they_should() -> None:
     assert [name for name in named if tests.count(name) < 2] == []  # one test where it fires, one where it does not
 
 
+def test_the_server_is_started_with_what_its_file_says() -> None:
+    (line,) = [value for key, value in settings("qemu-vmdk-snap-serve@.service") if key == "ExecStart"]
+    program, name, command, *words = shlex.split(line.replace("$OPTIONS", "--read-only").replace("${IMAGE}", "/a.vmdk"))
+    assert (program, name, command) == ("/usr/bin/env", "qemu-vmdk-snap", "serve")
+    module = cast(CommandModule, importlib.import_module(TOP_LEVEL[command].module))
+    args = make_parser(module, TOP_LEVEL[command], "prog").parse_args(words)
+    assert (args.filename, args.read_only, args.socket) == (Path("/a.vmdk"), True, None)
+
+
 @pytest.mark.needs("systemd-analyze")
 def test_systemd_understands_them(tmp_path: Path) -> None:
     paths = []
     for unit in UNITS.iterdir():
         paths.append(tmp_path / unit.name.replace("@", "@d1"))
         paths[-1].write_bytes(unit.read_bytes())
-    assert len(paths) == 4
+    assert len(paths) == 6
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", *paths], capture_output=True, text=True, check=False, timeout=60
     )

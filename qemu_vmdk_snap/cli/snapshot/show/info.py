@@ -55,6 +55,8 @@ def _fields(snapshot: SnapshotInfo) -> dict[str, object]:
         "Descendants": snapshot.descendants,
         "Metadata": "yes",
     }
+    if snapshot.memory_file is not None:
+        fields["Memory"] = snapshot.memory_file
     if snapshot.foreign:
         fields["Foreign"] = f"{snapshot.foreign}: virsh reverts to it and deletes it"
     if snapshot.description:

@@ -17,13 +17,6 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.registry import SnapshotInfo
 
 
-EXAMPLES = (
-    ("snapshot list web --tree", "who is whose child, as virsh draws it"),
-    ("snapshot list web --from before-upgrade --descendants", "what was made on top of one"),
-    ("snapshot list --all --output=json", "all domains, for a program"),
-)
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_domain(parser, or_all=True)

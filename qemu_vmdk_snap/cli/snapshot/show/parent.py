@@ -8,8 +8,6 @@ from qemu_vmdk_snap.cli.snapshot.options import add_domain, warn_pending
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, NoSnapshot
 
-EXAMPLES = (("snapshot parent web --current", "the one before the current one"),)
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""

@@ -14,11 +14,6 @@ from qemu_vmdk_snap.cli.ui import Ui
 if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.consolidate.run import ConsolidateReport
 
-EXAMPLES = (
-    ("snapshot consolidate web --dry-run", "whether the domain needs it, and what would be merged"),
-    ("snapshot consolidate web", "merge what deleted metadata, or a killed tool, has left in the chains"),
-)
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""

@@ -15,11 +15,6 @@ from qemu_vmdk_snap.units import format_size
 if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.destroy.run import DestroyReport
 
-EXAMPLES = (
-    ("snapshot destroy web-test --storage --dry-run", "what would be deleted, and what stays"),
-    ("snapshot destroy web-test --storage", "undefine the domain and delete its files"),
-)
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
