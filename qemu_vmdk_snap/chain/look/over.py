@@ -20,7 +20,8 @@ def look_over(extent: Extent) -> list[str]:
     What can be read all the same goes to the extent's own notes. Only the beginning of a very large extent is looked
     at, so that the time is bounded: `check` reads everything.
     """
-    if isinstance(extent, FlatExtent):  # what there is to say of it is known since it was opened
+    # What there is to say of these is known since they were opened.
+    if isinstance(extent, FlatExtent) or getattr(extent, "small_entries", lambda: None)() is not None:
         return []
     try:
         for start, stop in itertools.islice(extent_windows(extent), _WINDOWS):
