@@ -20,11 +20,13 @@ from qemu_vmdk_snap.chain.needs.follow import Followed as Followed
 from qemu_vmdk_snap.chain.needs.follow import follow as follow
 from qemu_vmdk_snap.chain.needs.own import own_files as own_files
 from qemu_vmdk_snap.chain.resolver import Resolver as Resolver
+from qemu_vmdk_snap.chain.resolver import allowing as allowing
 from qemu_vmdk_snap.chain.resolver import confined as confined
 from qemu_vmdk_snap.errors import CidMismatch as CidMismatch
 from qemu_vmdk_snap.errors import CorruptChain as CorruptChain
 from qemu_vmdk_snap.errors import DomainBusy as DomainBusy
 from qemu_vmdk_snap.errors import DomainError as DomainError
+from qemu_vmdk_snap.errors import DomainExists as DomainExists
 from qemu_vmdk_snap.errors import FormatError as FormatError
 from qemu_vmdk_snap.errors import GuestError as GuestError
 from qemu_vmdk_snap.errors import InvalidRequest as InvalidRequest
@@ -32,6 +34,7 @@ from qemu_vmdk_snap.errors import LockBusy as LockBusy
 from qemu_vmdk_snap.errors import MissingFile as MissingFile
 from qemu_vmdk_snap.errors import NoDomain as NoDomain
 from qemu_vmdk_snap.errors import NoSnapshot as NoSnapshot
+from qemu_vmdk_snap.errors import NotWhileRunning as NotWhileRunning
 from qemu_vmdk_snap.errors import PluginError as PluginError
 from qemu_vmdk_snap.errors import SnapshotExists as SnapshotExists
 from qemu_vmdk_snap.errors import StillNeeded as StillNeeded
@@ -55,6 +58,9 @@ from qemu_vmdk_snap.ops.copy.diff import depth_of as depth_of
 from qemu_vmdk_snap.ops.copy.diff import make_delta as make_delta
 from qemu_vmdk_snap.ops.copy.measure import Measurement as Measurement
 from qemu_vmdk_snap.ops.copy.measure import measure as measure
+from qemu_vmdk_snap.ops.copy.merge import MergeReport as MergeReport
+from qemu_vmdk_snap.ops.copy.merge import merge_links as merge_links
+from qemu_vmdk_snap.ops.copy.whole import copy_file as copy_file
 from qemu_vmdk_snap.ops.edit.apply import ApplyReport as ApplyReport
 from qemu_vmdk_snap.ops.edit.apply import apply_delta as apply_delta
 from qemu_vmdk_snap.ops.edit.commit import CommitReport as CommitReport
@@ -89,8 +95,10 @@ from qemu_vmdk_snap.storage.blockfile import BlockFile as BlockFile
 from qemu_vmdk_snap.storage.blockfile import FileOpener as FileOpener
 from qemu_vmdk_snap.storage.blockfile import PosixFile as PosixFile
 from qemu_vmdk_snap.storage.blockfile import open_posix as open_posix
+from qemu_vmdk_snap.storage.durable import link_over as link_over
 from qemu_vmdk_snap.storage.durable import replace_file as replace_file
 from qemu_vmdk_snap.storage.identity import Identity as Identity
+from qemu_vmdk_snap.storage.identity import identity_if_known as identity_if_known
 from qemu_vmdk_snap.storage.identity import identity_of as identity_of
 from qemu_vmdk_snap.vmdk.descriptor import Descriptor as Descriptor
 from qemu_vmdk_snap.vmdk.descriptor import ExtentLine as ExtentLine

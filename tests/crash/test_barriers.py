@@ -28,6 +28,7 @@ NOTICED: Final[dict[str, tuple[str, str]]] = {
     "storage/durable:NewFiles._publish: the file is complete on disk before it g": ("create", "sparse"),
     "storage/durable:NewFiles._publish: self._sync_folders()": ("create", "sparse"),
     "storage/durable:NewFiles._publish: the extents have their names before the": ("create", "cowd"),
+    "storage/durable:link_over: sync_folder(path.parent)": ("merge_links", "sparse"),
     "storage/durable:publish: the file is complete on disk before it g": ("convert_onto_same", "sparse"),
     "storage/durable:publish: sync_folder(path.parent)": ("delta", "sparse"),
     "storage/durable:publish: the extents have their names before the": ("convert_onto_same", "cowd"),
@@ -37,9 +38,12 @@ NOTICED: Final[dict[str, tuple[str, str]]] = {
     "storage/record:_store: os.fsync(fd)": ("commit_delete", "sparse"),
     "storage/record:_store: sync_folder(path.parent)": ("commit_delete", "sparse"),
     "vmdk/flat/extent:FlatExtent.flush: self._file.flush()": ("write_base", "flat"),
-    "vmdk/grains:GrainExtent._make_table: the table is durable in its zeros before": ("write_empty_table", "sparse"),
-    "vmdk/grains:GrainExtent.flush: self._file.flush()": ("write_base", "sparse"),
-    "vmdk/grains:GrainExtent.flush: grain data is durable before a table ent": ("write_base", "sparse"),
+    "vmdk/grain/extent:GrainExtent._make_table: the table is durable in its zeros before": (
+        "write_empty_table",
+        "sparse",
+    ),
+    "vmdk/grain/extent:GrainExtent.flush: self._file.flush()": ("write_base", "sparse"),
+    "vmdk/grain/extent:GrainExtent.flush: grain data is durable before a table ent": ("write_base", "sparse"),
 }
 SPARE: Final[dict[str, str]] = {
     "ops/check/repair:_apply: grains and tables are durable where they": "the undo file takes it back",

@@ -1,4 +1,4 @@
-"""`hook after-stop`: the snapshot that a policy wants after a stop. The hook starts it; so can a user."""
+"""`hook after-stop`: create the snapshot that a policy wants after a stop. The hook starts it; users can too."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
-    """Wait, snapshot, prune; syslog hears of it, since nobody may be watching."""
+    """Wait, snapshot, prune; report to syslog, since nobody may be watching."""
     from qemu_vmdk_snap.domain.hooks import policy
     from qemu_vmdk_snap.domain.hooks import run as hooks_run
     from qemu_vmdk_snap.domain.hooks.owners import find_policy
@@ -55,14 +55,19 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def _snapshot(args: argparse.Namespace, policy: Policy) -> dict[str, object]:
     from qemu_vmdk_snap.domain.connect import connection
-    from qemu_vmdk_snap.domain.hooks.after_stop import prune_after_stop, snapshot_after_stop
+    from qemu_vmdk_snap.domain.hooks.after_stop import delete_waiting, prune_after_stop, snapshot_after_stop
 
     run_id = args.id if args.id is not None and args.id >= 0 else None
     with connection(policy.connect) as conn:
+        if not policy.snapshot_after_stop:
+            deleted = delete_waiting(conn, args.domain, run_id, args.wait)
+            result = f"{', '.join(deleted) or 'nothing that waited was'} deleted after its stop"
+            return {"domain": args.domain, "snapshot": None, "deleted": deleted, "result": result}
         report = snapshot_after_stop(conn, args.domain, run_id, args.wait)
         if isinstance(report, str):
             result = f"no snapshot after its stop: {report}"
             return {"domain": args.domain, "snapshot": None, "deleted": [], "result": result}
         deleted = prune_after_stop(conn, args.domain, policy.keep)
+        deleted += delete_waiting(conn, args.domain, run_id, args.wait)
     result = f"snapshot {report.snapshot} taken after its stop" + (f", {', '.join(deleted)} deleted" if deleted else "")
     return {"domain": args.domain, "snapshot": report.snapshot, "deleted": deleted, "result": result}

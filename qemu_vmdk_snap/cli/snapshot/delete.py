@@ -1,4 +1,4 @@
-"""`snapshot delete`: delete snapshots; the domain and every other snapshot keep what they hold."""
+"""`snapshot delete`: delete snapshots; the domain and every other snapshot keep their contents."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_dry_run, add_orphans
-from qemu_vmdk_snap.cli.snapshot.report import show
+from qemu_vmdk_snap.cli.snapshot.report import pause_line, show
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from qemu_vmdk_snap.domain.delete.plan import Deleted
+    from qemu_vmdk_snap.domain.delete.run import DeleteReport
+    from qemu_vmdk_snap.domain.delete.work import Deleted
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.domain.registry import snapshot_info
 
     if (args.snapshotname is None) is not args.current:
-        raise InvalidRequest(f"domain {args.domain}", "name a snapshot, or say --current, one of them")
+        raise InvalidRequest(f"domain {args.domain}", "needs either a snapshot or --current")
     with connection(args.connect) as conn:
         orphans = [path.absolute() for path in args.orphan]
         if args.dry_run:
@@ -57,10 +58,23 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
                 scope=args.scope,
                 metadata=args.metadata,
                 orphans=orphans,
+                keep_going=True,
                 on_progress=ui.progress,
             )
-    lines = deleted_lines(report.deleted, "would be deleted" if args.dry_run else "deleted")
-    show(ui, report, report.as_dict(), lines)
+    if report.deleted or not report.failed:
+        show(ui, report, report.as_dict(), _lines(report))
+    for name, error in report.failed[1:]:
+        ui.warn(f"snapshot {name} was not deleted: {error}")
+    if report.failed:
+        if report.deleted:
+            ui.streams()  # the report has been printed, and names what failed
+        raise report.failed[0][1]
+
+
+def _lines(report: DeleteReport) -> Iterator[str]:
+    yield from deleted_lines(report.deleted, "would be deleted" if report.dry_run else "deleted")
+    if report.pause is not None:
+        yield f"  {pause_line(report.pause)}"
 
 
 def deleted_lines(deleted: Iterable[Deleted], verb: str = "deleted") -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.snapshot.delete import deleted_lines
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_orphans, tell_recovery, warn_pending
+from qemu_vmdk_snap.cli.snapshot.report import pause_line
 from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     for name, error in report.failed[1:]:
         ui.warn(f"snapshot {name} was not deleted: {error}")
     if report.failed:
+        ui.streams()  # the report has been printed, and names what failed
         raise report.failed[0][1]
 
 
@@ -65,9 +67,13 @@ def _show(report: PruneReport, args: argparse.Namespace, ui: Ui) -> None:
         _explain(report, ui)
     for line in deleted_lines(report.deleted, "would be deleted" if args.dry_run else "deleted"):
         ui.text(line)
+    if report.pause is not None:
+        ui.text(f"  {pause_line(report.pause)}")
+    for name, reason in report.waiting:
+        ui.text(f"Domain snapshot {name} waits until the guest is shut off: {reason}")
     for name, _error in report.failed:
         ui.text(f"Domain snapshot {name} {'cannot be' if args.dry_run else 'was not'} deleted")
-    if not report.deleted and not report.failed:
+    if not report.deleted and not report.failed and not report.waiting:
         ui.text("Nothing to delete.")
 
 

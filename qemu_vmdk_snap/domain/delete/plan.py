@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qemu_vmdk_snap import Link, children_of, confined, open_chain, open_link, open_posix, require_fit
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
-from qemu_vmdk_snap.domain.journal.record import Intent
+from qemu_vmdk_snap.domain.delete.work import Work, change_of, work_of
+from qemu_vmdk_snap.domain.journal.overlays import is_empty
+from qemu_vmdk_snap.domain.journal.record import Intent, Merge
 from qemu_vmdk_snap.domain.needs.needed import (
     Given,
     Holder,
@@ -24,83 +27,17 @@ from qemu_vmdk_snap.domain.needs.needed import (
     same_chain,
     same_file,
 )
-from qemu_vmdk_snap.domain.qemu.merge import node_of, written_here
+from qemu_vmdk_snap.domain.served.server import statuses
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
-from qemu_vmdk_snap.errors import DomainError, NoSnapshot, VmdkSnapError
+from qemu_vmdk_snap.domain.xml.kept import kept_branches
+from qemu_vmdk_snap.domain.xml.nvram import frozen_nvram
+from qemu_vmdk_snap.domain.xml.origin import refuse_foreign
+from qemu_vmdk_snap.errors import DomainError, NoSnapshot, NotWhileRunning, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
 
 Scope = Literal["one", "children", "children-only"]
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What happens to one disk of a deleted snapshot."""
-
-    target: str
-    mode: Literal["merge", "copy", "drop", "keep"]
-    frozen: str
-    """F."""
-    child: str | None = None
-    """C, where the mode is merge."""
-    moving: tuple[str, ...] = ()
-    """merge: the children of C, which move to F; copy: those of F, which move to its parent."""
-    parent: str | None = None
-    """What F stands on."""
-    size: int = 0
-    """About so many bytes are copied."""
-    live: bool = False
-    """Whether the running guest writes to C, and goes over to F."""
-    orphans: tuple[str, ...] = ()
-    """Files that the user gives up: they may lose what they need."""
-
-    @property
-    def removed(self) -> Path | None:
-        """The image that is deleted."""
-        name = {"merge": self.child, "copy": self.frozen, "drop": self.frozen, "keep": None}[self.mode]
-        return None if name is None else Path(name)
-
-    def change(self, files: Sequence[Path]) -> list[Path]:
-        """Return the files of a disk (the top first) as they are afterwards, under the names that they have there."""
-        changed = list(files)
-        if self.mode == "merge" and (above := place_in(files, self.child)) is not None:
-            below = place_in(files, self.frozen)
-            changed[above] = Path(self.frozen) if below is None else files[below]
-            if below is not None:
-                del changed[below]
-            return changed
-        if self.mode == "copy" and len(files) == 1 and same_file(files[0], Path(self.frozen)):
-            return [Path(self.moving[0])]  # the overlay that a snapshot names as its own
-        gone = place_in(files, self.removed)
-        if gone is not None:
-            del changed[gone]
-        return changed
-
-    def lines(self) -> list[str]:
-        """Return every file operation, one line each."""
-        if self.mode == "keep":
-            return [f"keep {self.frozen}: another snapshot, or the domain, has it too"]
-        lines = [f"merge {self.child} into {self.frozen} ({self.size} bytes)"] if self.mode == "merge" else []
-        onto = self.frozen if self.mode == "merge" else self.parent
-        for image in self.moving:
-            copied = f" ({self.size} bytes copied)" if self.mode == "copy" else ""
-            where = f"move {image} onto {onto}" if onto else f"make {image} a base"
-            lines.append(where + copied)
-        return [*lines, f"delete {self.removed}"]
-
-
-@dataclass(frozen=True, slots=True)
-class Deleted:
-    """One snapshot that is gone (or would be)."""
-
-    name: str
-    work: tuple[Work, ...]
-
-    def as_dict(self) -> dict[str, object]:
-        """Return it with JSON's own types."""
-        disks = [{"target": work.target, "mode": work.mode, "operations": work.lines()} for work in self.work]
-        return {"snapshot": self.name, "disks": disks}
 
 
 @dataclass(slots=True)
@@ -121,8 +58,8 @@ class State:
     needed: Needed
     orphans: Given
     volume_path: xml.VolumePath
-    written: dict[str, str]
-    """Of a running guest: the nodes that QEMU has written to, and their files; see `live_merge`."""
+    served: dict[str, list[Path]] = field(default_factory=dict)
+    """Of a running guest: target -> chain that its server serves, the top first."""
     moved: tuple[tuple[Path, Path | None], ...] = ()
     """Images that would have another parent; the last entry of an image counts."""
     gone: tuple[Path, ...] = ()
@@ -131,7 +68,7 @@ class State:
 
     @classmethod
     def read(cls, conn: libvirt.virConnect, domain: libvirt.virDomain, orphans: Collection[Path] = ()) -> State:
-        """Return what is there now; `orphans` are files that the user gives up."""
+        """Return the current state; `orphans` are files that the user gives up."""
         import libvirt
 
         secure = libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE
@@ -148,19 +85,25 @@ class State:
                 Needed.read(conn, domain),
                 Given(tuple(orphans)),
                 volume_resolver(conn, domain.name()),
-                written_here(domain) if domain.isActive() else {},
+                _served_chains(domain) if domain.isActive() else {},
             )
 
     def after(self, intent: Intent) -> State:
         """Return what would be there after the delete."""
         left = {**self.snapshots, **dict(intent.snapshots)}
-        del left[intent.snapshot]
+        for name in intent.names:
+            del left[name]
         moved, gone, grown = [*self.moved], [*self.gone], [*self.grown]
         for one in work_of(intent):
             onto = one.frozen if one.mode == "merge" else one.parent
             moved += [(Path(image), None if onto is None else Path(onto)) for image in one.moving]
+            moved += [(Path(image), None if one.parent is None else Path(one.parent)) for image in one.copied]
             grown += [(Path(image), one.size) for image in ([one.frozen] if one.mode == "merge" else one.moving)]
             gone += [one.removed] if one.removed else []
+        for merge in intent.merges:
+            moved.append((Path(merge.links[0]), None if merge.below is None else Path(merge.below)))
+            grown.append((Path(merge.links[0]), merge.size))
+            gone += map(Path, merge.links[1:])
         return replace(
             self,
             domain_xml=intent.new_xml,
@@ -170,12 +113,12 @@ class State:
             grown=tuple(grown),
         )
 
-    def holders(self, besides: str) -> list[Holder]:
-        """Return what the domain and its snapshots name, without the one that goes, and what a live disk has."""
+    def holders(self, besides: Collection[str]) -> list[Holder]:
+        """Return what the domain and its snapshots name, without those that go, and what a live disk has."""
         names = {name: f"snapshot {name} of domain {self.name}" for name in self.snapshots}
         found = holders_in(self.domain_xml, self.uuid, f"domain {self.name}", self.volume_path)
         for name, text in self.snapshots.items():
-            if name != besides:
+            if name not in besides:
                 found += holders_in(text, self.uuid, names[name], self.volume_path, name)
         # What a snapshot has put on top is the domain's own chain, or a branch that is left: nobody reads it by that.
         found = [holder for holder in found if holder.chain.role != "overlay"]
@@ -227,21 +170,24 @@ class State:
         return blocks + sum(size for path, size in self.grown if same_file(path, image))
 
 
-def preview(
-    state: State, names: Sequence[str]
-) -> tuple[tuple[Deleted, ...], tuple[tuple[str, VmdkSnapError | OSError], ...]]:
-    """Return what deleting the snapshots, in this order, would do, and which would be left, and why."""
-    deleted: list[Deleted] = []
-    failed: list[tuple[str, VmdkSnapError | OSError]] = []
-    for name in names:
-        try:
-            intent = make_intent(state, name, metadata=False)
-        except (VmdkSnapError, OSError) as error:
-            failed.append((name, error))
-            continue
-        deleted.append(Deleted(name, work_of(intent)))
-        state = state.after(intent)
-    return tuple(deleted), tuple(failed)
+def _served_chains(domain: libvirt.virDomain) -> dict[str, list[Path]]:
+    found = statuses(domain.name(), inactive_xml(domain))
+    return {target: [*map(Path, said["chain"])] for target, said in found.items() if said is not None}
+
+
+def memory_of(state: State, names: Collection[str], name: str) -> Path | None:
+    """Return the file with the snapshot's memory, which none but those that go have.
+
+    Raises:
+        DomainError: it could not be deleted.
+    """
+    memory = xml.parse_snapshot(state.snapshots[name]).memory_file
+    others = (text for other, text in state.snapshots.items() if other not in names)
+    if memory is None or any(xml.parse_snapshot(text).memory_file == memory for text in others):
+        return None
+    if memory.exists() and not os.access(memory.parent, os.W_OK | os.X_OK):
+        raise DomainError(state.name, f"{memory.parent} may not be written, so the memory {memory} cannot be deleted")
+    return memory
 
 
 def chosen(domain: libvirt.virDomain, names: Sequence[str], scope: Scope) -> list[str]:
@@ -269,10 +215,16 @@ def chosen(domain: libvirt.virDomain, names: Sequence[str], scope: Scope) -> lis
     return sorted(wanted, key=lambda name: (-depth(name), name))
 
 
-def work_of(intent: Intent) -> tuple[Work, ...]:
-    """Return the work that a record tells of."""
-    lists = ("moving", "orphans")
-    return tuple(Work(**one | {name: tuple(one.get(name, ())) for name in lists}) for one in intent.work)
+def require_ours(domain: libvirt.virDomain, names: Sequence[str]) -> None:
+    """Accept snapshots that were all made here: none is deleted where another one of them cannot be.
+
+    Raises:
+        DomainError: one was not.
+    """
+    with libvirt_errors(domain.name(), "read its snapshots"):
+        texts = {one.getName(): one.getXMLDesc(0) for one in domain.listAllSnapshots()}
+    for name in names:
+        refuse_foreign(domain.name(), xml.parse_snapshot(texts[name]))
 
 
 def make_intent(state: State, name: str, *, metadata: bool) -> Intent:
@@ -283,35 +235,54 @@ def make_intent(state: State, name: str, *, metadata: bool) -> Intent:
     """
     if name not in state.snapshots:
         raise NoSnapshot(state.name, f"has no snapshot {name!r}", snapshot=name)
-    texts = {other: text for other, text in state.snapshots.items() if other != name}
-    mine = state.snapshots[name]
-    work: tuple[Work, ...] = ()
+    work: list[Work] = []
     if not metadata:
-        planner = _Planner(state, name, texts)
-        saved = xml.parse_snapshot(mine, state.volume_path)
-        work = tuple(planner.plan(disk) for disk in saved.disks if disk.mode == "external")
-    change = change_of(work)
-    parents = {other: xml.parse_snapshot(text).parent for other, text in {**texts, name: mine}.items()}
+        planner = Planner(state, [name])
+        saved = xml.parse_snapshot(state.snapshots[name], state.volume_path)
+        refuse_foreign(state.name, saved)
+        for disk in saved.disks:
+            work += planner.plan(disk) if disk.mode == "external" else []
+    return intent_of(state, [name], work, metadata=metadata)
+
+
+def intent_of(
+    state: State,
+    names: Sequence[str],
+    work: Sequence[Work],
+    merges: Sequence[Merge] = (),
+    *,
+    metadata: bool = False,
+) -> Intent:
+    """Return the record of the deletes of these snapshots in one step."""
+    texts = {other: text for other, text in state.snapshots.items() if other not in names}
+    change = change_of(work, merges)
+    parents = {other: xml.parse_snapshot(text).parent for other, text in state.snapshots.items()}
     changed = {other: xml.relink(text, change) for other, text in texts.items()}
-    for other, parent in parents.items():
-        if parent == name:
-            changed[other] = xml.with_parent(changed[other], parents[name])
-    for other in _descendants(name, parents):  # libvirt itself changes their XML when it forgets this one
-        changed[other] += "\n"
+    for other in texts:
+        parent = parents[other]
+        while parent is not None and parent in names:
+            parent = parents[parent]
+        if parent != parents[other]:
+            changed[other] = xml.with_parent(changed[other], parent)
+    for other in set().union(*(_descendants(name, parents) for name in names)) - set(names):
+        changed[other] += "\n"  # libvirt itself changes their XML when it forgets one above them
+    gone = names if work or merges else ()  # where libvirt alone is to forget them, every file stays
     return Intent(
         uuid=state.uuid,
         domain=state.name,
-        snapshot=name,
+        snapshot=names[0],
         overlays=(),
         old_xml=state.domain_xml,
         new_xml=xml.relink(state.domain_xml, change),
-        snapshot_xml=mine,
+        snapshot_xml=state.snapshots[names[0]],
         operation="delete",
-        live=any(one.live for one in work),
-        resume=state.vcpus_run,
         current=state.current,
-        work=tuple({**asdict(one), "moving": list(one.moving), "orphans": list(one.orphans)} for one in work),
+        work=tuple(one.as_record() for one in work),
         snapshots=tuple((other, text) for other, text in changed.items() if text != texts[other]),
+        merges=tuple(merges),
+        nvram=tuple(str(copy) for name in gone if (copy := frozen_nvram(state.snapshots[name])) is not None),
+        also=tuple(names[1:]),
+        memories=() if metadata else tuple(str(file) for name in names if (file := memory_of(state, names, name))),
     )
 
 
@@ -322,110 +293,162 @@ def _descendants(name: str, parents: Mapping[str, str | None]) -> set[str]:
     return found
 
 
-class _Planner:
+class Planner:
     """Finds out what can be done with the files of one domain."""
 
-    def __init__(self, state: State, name: str, others: Mapping[str, str]) -> None:
+    def __init__(self, state: State, names: Collection[str]) -> None:
         self._state = state
+        others = [text for name, text in state.snapshots.items() if name not in names]
         self._domain_files = sorted(xml.files_in(state.domain_xml))
-        texts = [xml.domain_of(text) for text in others.values()]
+        texts = [xml.domain_of(text) for text in others]
         self._frozen = self._tops_of(*texts)
         self._tops = self._tops_of(state.domain_xml)
         self._named = sorted(set(self._domain_files).union(*(xml.files_in(text) for text in texts)))
-        self._holders = state.holders(besides=name)
+        self._holders = state.holders(besides=names)
 
     def _tops_of(self, *texts: str) -> list[Path]:
         disks = [disk for text in texts for disk in xml.list_disks(text, self._state.volume_path)]
         return [disk.path for disk in disks if disk.path is not None]
 
-    def plan(self, disk: xml.SnapshotDisk) -> Work:
-        """Return what happens to the disk.
+    def plan(self, disk: xml.SnapshotDisk) -> list[Work]:
+        """Return what happens to the disk, step by step.
 
         Raises:
             DomainError: its file is in use where nothing can be done about it.
-            StillNeeded: something else needs one of the files that would change or go, or may.
+            StillNeeded: something else needs one of the files that would be changed or deleted, or may need it.
             CidMismatch: an overlay does not fit the file that it would be merged into, or lose.
         """
         if disk.frozen is None:
             raise DomainError(self._state.name, f"disk {disk.target} of the snapshot has no file: try --metadata")
         frozen = disk.frozen
-        if place_in([*self._frozen, *self._tops], frozen) is not None:
-            return Work(disk.target, "keep", str(frozen))
-        folders = {file.parent for file in self._named} | {frozen.parent}
-        folders |= {real_file(folder) for folder in folders} | {real_file(file).parent for file in self._named}
+        if self.is_kept(frozen):
+            return [Work(disk.target, "keep", str(frozen))]
+        folders = self.folders(frozen)
         state = self._state
         children, parent = state.children(frozen, folders), state.parent(frozen, folders)
-        live = self._goes_live(frozen, children)
-        if not live:
-            self._refuse_unwritten(disk.target, frozen, children)
-            self._check(disk.target, [frozen, *children])
-        work = self._work(disk.target, frozen, children, parent, folders, live=live)
-        self._require_unneeded(work, folders)
-        return work
+        if (target := self._server_of(frozen)) is not None:
+            work = self._by_server(target, frozen, children, parent)
+            self._require_unneeded(work, folders, ())
+            return [work]
+        empty = self.empty(children, folders)
+        children = [child for child in children if child not in empty]
+        self._check(disk.target, [frozen, *children])
+        dropped = [Work(disk.target, "empty", str(one), parent=str(frozen)) for one in empty]
+        work = self._work(disk.target, frozen, children, parent, folders)
+        self._require_unneeded(work, folders, empty)
+        return [*dropped, work]
+
+    def is_kept(self, frozen: Path) -> bool:
+        """Return whether the file is a disk of another snapshot, or of the domain."""
+        return place_in([*self._frozen, *self._tops], frozen) is not None
+
+    def folders(self, frozen: Path) -> set[Path]:
+        """Return where the files of the domain lie, and this one."""
+        folders = {file.parent for file in self._named} | {frozen.parent}
+        return folders | {real_file(folder) for folder in folders} | {real_file(file).parent for file in self._named}
+
+    def empty(self, children: Sequence[Path], folders: Collection[Path]) -> list[Path]:
+        """Return the overlays without data that a revert has left, which nothing names and nothing is backed by."""
+        left = kept_branches(self._state.domain_xml)
+        found = []
+        for child in children:
+            if place_in(left, child) is None or place_in(self._named, child) is not None:
+                continue
+            with contextlib.suppress(VmdkSnapError, OSError):
+                if not self._state.children(child, folders):
+                    with open_one(child, folders, lock=False) as link:
+                        found += [child] if is_empty(link) else []
+        return found
 
     def _work(
-        self,
-        target: str,
-        frozen: Path,
-        children: Sequence[Path],
-        parent: Path | None,
-        folders: Collection[Path],
-        *,
-        live: bool,
+        self, target: str, frozen: Path, children: Sequence[Path], parent: Path | None, folders: Collection[Path]
     ) -> Work:
         state = self._state
         orphans = tuple(map(str, state.orphans.paths))
         below = None if parent is None else str(parent)
         if not children:
             return Work(target, "drop", str(frozen), parent=below, orphans=orphans)
-        if live or self._merges(frozen, children, parent):
-            above = state.children(children[0], folders)
-            self._check(target, above)
-            child, moving, size = str(children[0]), tuple(map(str, above)), state.size(children[0])
-            return Work(target, "merge", str(frozen), child, moving, below, size, live, orphans)
-        moving = tuple(map(str, children))
-        return Work(target, "copy", str(frozen), None, moving, below, state.size(frozen), orphans=orphans)
+        child, how = self._cheapest(frozen, children, parent)
+        if child is None:
+            moving = tuple(map(str, children))
+            return Work(target, "copy", str(frozen), None, moving, below, state.size(frozen), orphans=orphans)
+        above = state.children(child, folders)
+        self._check(target, above)
+        others = tuple(str(one) for one in children if one != child)
+        work = Work(target, "merge", str(frozen), str(child), tuple(map(str, above)), below, orphans=orphans)
+        if how == "siblings":
+            return replace(work, size=state.size(child), siblings=others)
+        return replace(work, size=state.size(child), copied=others, copy_size=state.size(frozen) if others else 0)
 
-    def _require_unneeded(self, work: Work, folders: Collection[Path]) -> None:
+    def _cheapest(self, frozen: Path, children: Sequence[Path], parent: Path | None) -> tuple[Path | None, str]:
+        """Return the child that is merged down, and what becomes of the others: `siblings` or `copied`.
+
+        None: the data goes up into all of them.
+        """
+        size, count = self._state.size(frozen), len(children)
+        ways: list[tuple[int, int, Path | None, str]] = []
+        if parent is not None or count > 1 or place_in(self._named, children[0]) is None:
+            ways.append((size * count, 2, None, ""))
+        for child in children:
+            if place_in(self._named, child) is None:
+                continue  # nothing would say under which name it is found then
+            own = self._state.size(child)
+            ways.append((own + size * (count - 1), 0, child, "copied"))
+            if count > 1 and place_in(self._frozen, child) is not None:  # never written, as those backed by it must be
+                ways.append((own * count, 1, child, "siblings"))
+        _, _, best, how = min(ways, key=lambda way: way[:2])
+        return best, how
+
+    def _server_of(self, frozen: Path) -> str | None:
+        """Return the target of the running guest whose server has the file in its chain."""
+        chains = self._state.served.items()
+        return next((target for target, chain in chains if place_in(chain, frozen) is not None), None)
+
+    def _by_server(self, target: str, frozen: Path, children: Sequence[Path], parent: Path | None) -> Work:
+        """Return the work of a server: what the file holds goes up into the image above, and the guest writes on."""
+        state, chain = self._state, self._state.served[target]
+        at = place_in(chain, frozen)
+        above = None if not at else place_in(children, chain[at - 1])
+        if above is None:
+            raise DomainError(state.name, f"disk {target}: its server does not serve {frozen} as the parent of another")
+        into = children[above]
+        others = [child for child in children if child is not into]
+        self._check(target, others)
+        below, orphans = None if parent is None else str(parent), tuple(map(str, state.orphans.paths))
+        size, moving = state.size(frozen), (str(into), *map(str, others))
+        return Work(target, "copy", str(frozen), None, moving, below, size, orphans=orphans, served=True)
+
+    def _require_unneeded(self, work: Work, folders: Collection[Path], dropped: Collection[Path]) -> None:
         """Ask who else needs what the work changes or removes; overlays have been judged already."""
         state = self._state
         images = [Path(name) for name in (work.frozen, work.child) if name is not None]
-        files: list[Path] = []
-        for image in images:
-            with open_one(image, folders, lock=False) as link:
-                files += [file.path for file in link.files]
+        files = files_of(images, folders)
         holders = [*self._holders, *state.needed.of_others(state.uuid)]
 
         def settled(holder: Holder, walk: Walk) -> bool:
             return holder.uuid == state.uuid and _keeps_reading(work, walk, holder, state.gone)
 
-        handled = [*images, *map(Path, work.moving), *state.gone]
-        found = [*state.needed.holding(files, holders, state.orphans, settled=settled)]
+        handled = [*images, *map(Path, (*work.moving, *work.siblings, *work.copied)), *dropped, *state.gone]
+        apart = self.other_disks(work.target)
+        found = [*state.needed.holding(files, holders, state.orphans, settled=settled, apart=apart)]
         found += state.needed.around(files, handled, state.orphans)
-        if work.mode == "merge" and not work.live:
-            names = [name for file in files for name in state.needed.census.other_names(file)]
-            found += [(name.path, name.reason) for name in names if not state.orphans.has(name.path)]
+        if work.mode == "merge":
+            found += self.other_names(files)
         require_none(Path(work.frozen), found)
 
-    def _goes_live(self, frozen: Path, children: Sequence[Path]) -> bool:
-        """Return whether QEMU can merge into the file: only the guest's active overlay is backed by it."""
-        return self._below_active(frozen, children) and node_of(frozen, self._state.written) is not None
+    def other_disks(self, target: str) -> Callable[[Holder], bool]:
+        """Return what says of a chain whether it is of another disk in one of the domain's own snapshots.
 
-    def _below_active(self, frozen: Path, children: Sequence[Path]) -> bool:
-        return self._state.running and len(children) == 1 and place_in(self._tops, children[0]) is not None
+        Where such a disk has lost its folder, that snapshot is broken, and has nothing to do with this disk.
+        """
+        uuid = self._state.uuid
+        return lambda holder: holder.uuid == uuid and holder.snapshot is not None and holder.chain.disk != target
 
-    def _refuse_unwritten(self, target: str, frozen: Path, children: Sequence[Path]) -> None:
-        """Tell why the newest snapshot of a running guest, too, may have to wait; see `live_merge`."""
-        if self._below_active(frozen, children):
-            reason = f"disk {target}: the guest has not written {frozen} since QEMU opened it, and a live merge into it"
-            raise DomainError(
-                self._state.name, f"{reason} would change its CID under {children[0]}: shut it down first"
-            )
-
-    def _merges(self, frozen: Path, children: Sequence[Path], parent: Path | None) -> bool:
-        if len(children) > 1 or place_in(self._named, children[0]) is None:
-            return False
-        return parent is None or self._state.size(children[0]) <= self._state.size(frozen)
+    def other_names(self, files: Collection[Path]) -> list[tuple[Path, str]]:
+        """Return the other names of files whose users would see a change, and what to say of each."""
+        state = self._state
+        names = [name for file in files for name in state.needed.census.other_names(file)]
+        return [(name.path, name.reason) for name in names if not state.orphans.has(name.path)]
 
     def _check(self, target: str, files: Iterable[Path]) -> None:
         for file in files:
@@ -434,8 +457,16 @@ class _Planner:
                 reason = f"has a saved state, whose memory belongs to {file} as it is"
                 raise DomainError(self._state.name, f"{reason}: start it, or virsh managedsave-remove it")
             if self._state.running and used:
-                reason = f"disk {target}: the running guest uses {file}, and QEMU cannot merge it safely"
-                raise DomainError(self._state.name, f"{reason}: shut it down first")
+                raise NotWhileRunning(self._state.name, f"disk {target}: the running guest uses {file}")
+
+
+def files_of(images: Iterable[Path], folders: Collection[Path]) -> list[Path]:
+    """Return every file of the images."""
+    files: list[Path] = []
+    for image in images:
+        with open_one(image, folders, lock=False) as link:
+            files += [file.path for file in link.files]
+    return files
 
 
 def _keeps_reading(work: Work, walk: Walk, holder: Holder, gone: Collection[Path]) -> bool:
@@ -448,18 +479,10 @@ def _keeps_reading(work: Work, walk: Walk, holder: Holder, gone: Collection[Path
     if below == 0 or work.mode == "drop":
         return False
     above = files[below - 1]
-    return same_file(above, Path(work.child)) if work.child else place_in(map(Path, work.moving), above) is not None
-
-
-def change_of(work: Sequence[Work]) -> Callable[[Sequence[Path]], Sequence[Path]]:
-    """Return what turns the files of a disk into those that it has afterwards."""
-
-    def change(files: Sequence[Path]) -> Sequence[Path]:
-        for one in work:
-            files = one.change(files)
-        return files
-
-    return change
+    if work.child and same_file(above, Path(work.child)):
+        return True
+    handled = (*work.siblings, *work.copied) if work.child else work.moving
+    return place_in(map(Path, handled), above) is not None
 
 
 @contextlib.contextmanager
@@ -474,6 +497,8 @@ def open_one(path: Path, folders: Collection[Path], *, lock: bool) -> Iterator[L
 
 def folders_of(intent: Intent) -> list[Path]:
     """Return where the images lie: nothing else is opened, whatever the files say of their parents."""
-    named = [Path(name) for one in work_of(intent) for name in (one.frozen, one.child, one.parent, *one.moving) if name]
+    work = work_of(intent)
+    named = [Path(name) for one in work for name in (one.frozen, one.child, one.parent, *one.handled) if name]
+    named += [Path(name) for one in intent.merges for name in (*one.links, one.image, one.upper)]
     files = xml.files_in(intent.old_xml) | xml.files_in(intent.snapshot_xml) | set(named)
     return sorted({folder for file in files for folder in (file.parent, real_file(file).parent)})

@@ -6,36 +6,79 @@ import contextlib
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import qemu_vmdk_snap as engine
-from qemu_vmdk_snap.domain.delete.plan import Work, open_one
+from qemu_vmdk_snap.domain.delete.live import LivePlan, shares_extents
+from qemu_vmdk_snap.domain.delete.plan import folders_of, open_one
+from qemu_vmdk_snap.domain.delete.work import Work, work_of
 from qemu_vmdk_snap.domain.needs.needed import real_file
-from qemu_vmdk_snap.errors import DomainError
+from qemu_vmdk_snap.domain.qemu.exchange import can_exchange
+from qemu_vmdk_snap.domain.qemu.monitor import Monitor, refuse_busy
+from qemu_vmdk_snap.errors import DomainError, NotWhileRunning
+
+if TYPE_CHECKING:
+    import libvirt
 
 
 def check_work(domain: str, works: Sequence[Work], folders: Collection[Path]) -> None:
     """Accept work that nothing known stands in the way of; nothing is changed, and no lock is kept.
 
     Raises:
-        LockBusy: somebody has an image open that is written, moved or deleted: a guest, perhaps of another host.
-        CidMismatch, CorruptChain, FormatError, Unsupported: a chain does not hold together, or waits for `recover`.
+        LockBusy: an image that is written, moved or deleted is open: a guest, perhaps of another host.
+        CidMismatch, CorruptChain, FormatError, Unsupported: a chain is broken, or an operation on it is unfinished.
         DomainError: there is no space, or a folder may not be written.
         OSError: a file may not be read or written.
     """
     for work in works:
         if work.mode == "keep":
             continue
-        touched = [Path(name) for name in (work.frozen, work.child, *work.moving) if name is not None]
+        touched = [Path(name) for name in (work.frozen, work.child, *work.handled) if name is not None]
         for image in [Path(work.child)] if work.child else [Path(work.frozen), *map(Path, work.moving)]:
             engine.read_links(image, trusted_dirs=sorted(folders))
-        if work.live:
-            continue  # QEMU has the images, and says itself what it cannot do
-        for image in touched:
+        for image in touched if not work.served else ():
             with open_one(image, folders, lock=True) as link:
                 if work.removed is not None and image == work.removed:
                     engine.own_files(link)
         _check_folder(domain, work)
         _check_space(domain, work, folders)
+
+
+def check_live(domain: libvirt.virDomain, plan: LivePlan) -> None:
+    """Accept a delete beneath a running guest that nothing known stands in the way of; nothing is changed.
+
+    Raises:
+        NotWhileRunning: its QEMU is too old.
+        DomainError: a disk is not there, a block job works on it, or a write of the guest has failed; or there is no
+            space, or a folder may not be written.
+        VmdkSnapError, OSError: see `check_work`.
+    """
+    name, intent = domain.name(), plan.intent
+    check_work(name, work_of(intent), folders_of(intent))
+    works = [one for deleted in plan.deleted for one in deleted.work if one.mode == "exchange"]
+    if not works:
+        return
+    monitor = Monitor(domain)
+    if not can_exchange(monitor):
+        raise NotWhileRunning(
+            name, "its QEMU cannot exchange the backing chain of a running guest's disk: that needs QEMU 6.1"
+        )
+    tops = monitor.tops()
+    for target in sorted({work.target for work in works}):
+        if target not in tops:
+            raise DomainError(name, f"the running guest has no disk {target}")
+        refuse_busy(name, tops[target])
+    needed: dict[Path, int] = {}
+    for work in works:
+        folder = real_file(Path(work.child or work.frozen)).parent
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise DomainError(name, f"disk {work.target}: {folder} may not be written, so no image can be made there")
+        if not shares_extents(Path(work.frozen)):
+            needed[folder] = needed.get(folder, 0) + work.size
+    for folder, size in needed.items():
+        if size > _free(folder):
+            reason = f"{folder} needs {size} bytes for the images that replace the old ones"
+            raise DomainError(name, f"{reason}, and its file system has {_free(folder)} left")
 
 
 def _check_folder(domain: str, work: Work) -> None:
@@ -50,11 +93,12 @@ def _check_folder(domain: str, work: Work) -> None:
 
 def _check_space(domain: str, work: Work, folders: Collection[Path]) -> None:
     """Refuse what certainly does not fit: the grains that would be stored where none are now."""
-    if work.mode == "drop" or work.size <= _free(Path(work.frozen)):
+    if work.mode in ("drop", "empty") or work.cost <= _free(Path(work.frozen)):
         return
-    wanting = [Path(work.frozen)] if work.mode == "merge" else [*map(Path, work.moving)]
-    source = work.child if work.mode == "merge" else work.frozen
-    for image in wanting:
+    wanting = [(work.child, work.frozen)] if work.mode == "merge" else [(work.frozen, one) for one in work.moving]
+    wanting += [(work.frozen, one) for one in work.copied]
+    for source, into in wanting:
+        image = Path(into)
         needed = _new_bytes(Path(source or ""), image, folders)
         free = _free(image)
         if needed > free:

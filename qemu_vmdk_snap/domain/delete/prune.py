@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qemu_vmdk_snap import OnProgress, ignore
 from qemu_vmdk_snap.domain.connect import find_domain
-from qemu_vmdk_snap.domain.delete.plan import Deleted, State, chosen, preview
-from qemu_vmdk_snap.domain.delete.run import delete
+from qemu_vmdk_snap.domain.delete import waiting
+from qemu_vmdk_snap.domain.delete.plan import State, chosen
+from qemu_vmdk_snap.domain.delete.preview import preview
+from qemu_vmdk_snap.domain.delete.run import delete, failed_as_dicts
+from qemu_vmdk_snap.domain.delete.work import Deleted
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_by_name
+from qemu_vmdk_snap.domain.qemu.switch import Pause
 from qemu_vmdk_snap.domain.registry import SnapshotInfo, list_snapshots
-from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
+from qemu_vmdk_snap.errors import InvalidRequest, NotWhileRunning, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
@@ -51,6 +55,10 @@ class Decision(NamedTuple):
     reasons: tuple[str, ...]
     """Why it is kept; empty where it goes."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types."""
+        return {"name": self.name, "creation-time": self.creation_time, "kept-by": list(self.reasons)}
+
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
@@ -64,6 +72,10 @@ class PruneReport:
     notes: tuple[str, ...] = ()
     failed: tuple[tuple[str, VmdkSnapError | OSError], ...] = ()
     """Snapshots that were to go and are as they were, and why."""
+    waiting: tuple[tuple[str, str], ...] = ()
+    """Snapshots that go once the guest is shut off, and why not now: that is noted."""
+    pause: Pause | None = None
+    """How long a running guest was stopped; None if it was not."""
     dry_run: bool = False
     """Whether this is only what would be done."""
 
@@ -77,13 +89,11 @@ class PruneReport:
         return {
             "domain": self.domain,
             "dry-run": self.dry_run,
-            "snapshots": [
-                {"name": one.name, "creation-time": one.creation_time, "kept-by": list(one.reasons)}
-                for one in self.decisions
-            ],
+            "snapshots": [one.as_dict() for one in self.decisions],
             "deleted": [one.as_dict() for one in self.deleted],
-            "failed": [{"snapshot": name, "reason": str(error)} for name, error in self.failed],
-        }
+            "failed": failed_as_dicts(self.failed),
+            "waiting": [{"snapshot": name, "reason": reason} for name, reason in self.waiting],
+        } | ({} if self.pause is None else {"pause": self.pause.as_dict()})
 
 
 def decide(snapshots: Sequence[SnapshotInfo], retention: Retention) -> list[Decision]:
@@ -100,18 +110,21 @@ def decide(snapshots: Sequence[SnapshotInfo], retention: Retention) -> list[Deci
     # Two of one second: a child is younger than its parent.
     youngest = sorted(snapshots, key=lambda one: (-one.creation_time, -_generation(one, snapshots), one.name))
     reasons: dict[str, list[str]] = {one.name: [] for one in youngest}
-    for one in youngest[: retention.last]:
+    counted = [one for one in youngest if one.foreign is None]  # what virsh made takes nobody's place
+    for one in counted[: retention.last]:
         reasons[one.name].append("last")
     for rule, period in _PERIODS.items():
         seen: list[tuple[int, ...]] = []
-        for one in youngest:
+        for one in counted:
             when = period(time.localtime(one.creation_time))
             if when not in seen and len(seen) < counts[rule]:
                 seen.append(when)
                 reasons[one.name].append(rule)
     for one in youngest:
         if one.memory != "no" or one.location != "external":
-            reasons[one.name].append("is no external snapshot of disks alone")
+            reasons[one.name].append("is not an external snapshot of disks only")
+        elif one.foreign is not None:
+            reasons[one.name].append(f"was not made here ({one.foreign})")
     return [Decision(one.name, one.creation_time, tuple(reasons[one.name])) for one in youngest]
 
 
@@ -134,7 +147,8 @@ def prune(
 ) -> PruneReport:
     """Delete the snapshots that the policy does not keep; with `dry_run` only report every operation.
 
-    One that cannot be deleted is left as it was, and told in the report; the others go. `orphans`: see `delete`.
+    One that cannot be deleted is left as it was, and reported; the others are deleted. One that cannot be while the
+    guest runs is noted, and goes with the next delete or prune while the domain is shut off. `orphans`: see `delete`.
 
     Raises:
         InvalidRequest: the policy cannot be.
@@ -146,11 +160,15 @@ def prune(
     going = [decision.name for decision in decisions if not decision.reasons]
     notes: tuple[str, ...] = ()
     failed: tuple[tuple[str, VmdkSnapError | OSError], ...] = ()
-    if not going:
-        deleted: tuple[Deleted, ...] = ()
-    elif dry_run:
-        deleted, failed = preview(State.read(conn, domain, orphans), chosen(domain, going, "one"))
-    else:
+    pause: Pause | None = None
+    deleted: tuple[Deleted, ...] = ()
+    if dry_run:
+        deleted, failed = preview(State.read(conn, domain, orphans), domain, chosen(domain, going, "one"))
+    elif going or waiting.waiting(domain):
         report = delete(conn, domain_name, going, orphans=orphans, keep_going=True, on_progress=on_progress)
-        deleted, notes, failed = report.deleted, report.notes, report.failed
-    return PruneReport(domain.name(), tuple(decisions), deleted, recovered, notes, failed, dry_run=dry_run)
+        deleted, notes, failed, pause = report.deleted, report.notes, report.failed, report.pause
+    later = tuple((name, str(error)) for name, error in failed if isinstance(error, NotWhileRunning))
+    failed = tuple((name, error) for name, error in failed if not isinstance(error, NotWhileRunning))
+    return PruneReport(
+        domain.name(), tuple(decisions), deleted, recovered, notes, failed, later, pause, dry_run=dry_run
+    )

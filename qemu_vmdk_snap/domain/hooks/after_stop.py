@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     import libvirt
 
 PREFIX: Final = "stop-"
-"""How the names of these snapshots begin."""
+"""The prefix of the names of these snapshots."""
 
 _POLL: Final = 0.05
 _log = logging.getLogger(__name__)
 
 
 def wait_until_off(domain: libvirt.virDomain, run: int | None, seconds: float) -> str | None:
-    """Return None when the domain is shut off after a run, or why it is not to be snapshotted now.
+    """Return None when the domain is shut off after a run, or why no snapshot is taken now.
 
-    `run` is the id that the run had; None for whichever it was. The hook is called a moment before libvirt calls the
-    domain shut off.
+    `run` is the id that the run had; None for any. The hook is called a moment before libvirt reports the domain as
+    shut off.
 
     Raises:
-        DomainError: libvirt cannot tell.
+        DomainError: libvirt reports an error.
     """
     import libvirt
 
@@ -67,14 +67,14 @@ def snapshot_after_stop(
     _log.info("domain %s: snapshot after its stop: %s", domain_name, why_not or "yes")
     if why_not is not None:
         return why_not
-    # Behind those that are there, also where two stops share a second: the names tell the order.
+    # After the existing ones, also if two stops are in one second: the names give the order.
     second = max([int(time.time()), *(snapshot.creation_time + 1 for snapshot in _ours(conn, domain_name))])
     name = f"{PREFIX}{second}"
     return create_snapshot(conn, domain_name, name, "taken after its guest had stopped")
 
 
 def prune_after_stop(conn: libvirt.virConnect, domain_name: str, keep: Sequence[tuple[str, int]]) -> list[str]:
-    """Delete those of the snapshots taken after a stop that no rule of `keep` keeps, and return their names.
+    """Delete the snapshots taken after a stop that no rule of `keep` keeps, and return their names.
 
     Snapshots of other names are neither counted nor deleted.
 
@@ -95,6 +95,26 @@ def prune_after_stop(conn: libvirt.virConnect, domain_name: str, keep: Sequence[
         if report.failed:
             raise report.failed[0][1]
     return going
+
+
+def delete_waiting(
+    conn: libvirt.virConnect, domain_name: str, run: int | None = None, seconds: float = 60.0
+) -> list[str]:
+    """Wait until the domain is shut off, then do the deletes that wait for that; return the names of what is gone.
+
+    Raises:
+        VmdkSnapError, OSError: one could not be deleted, see `delete`; the others are gone.
+    """
+    from qemu_vmdk_snap.domain.delete.run import delete
+    from qemu_vmdk_snap.domain.delete.waiting import waiting
+
+    domain = find_domain(conn, domain_name)
+    if not waiting(domain) or wait_until_off(domain, run, seconds) is not None:
+        return []
+    report = delete(conn, domain_name, [], keep_going=True)
+    if report.failed:
+        raise report.failed[0][1]
+    return [one.name for one in report.deleted]
 
 
 def _ours(conn: libvirt.virConnect, domain_name: str) -> list[SnapshotInfo]:

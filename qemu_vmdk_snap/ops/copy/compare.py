@@ -1,4 +1,4 @@
-"""Tell whether a guest would see the same bytes on two disks."""
+"""Compare what a guest sees on two disks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 from qemu_vmdk_snap.chain.disk import Disk
 from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
+from qemu_vmdk_snap.storage.blocks import in_same_blocks
 from qemu_vmdk_snap.units import KIB, SECTOR_SIZE
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, Row
 
@@ -26,6 +27,11 @@ class CompareReport:
     sizes: tuple[int, int] | None = None
     """Both sizes, where they differ."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image compare --output=json` shows it."""
+        sizes = None if self.sizes is None else list(self.sizes)
+        return {"identical": self.identical, "reason": self.reason, "offset": self.offset, "sizes": sizes}
+
 
 class _Pair(NamedTuple):
     """A stretch that is one run on either disk: the rows, and how far into each the stretch begins."""
@@ -38,18 +44,20 @@ class _Pair(NamedTuple):
     skip_two: int
 
 
-def compare(one: Disk, two: Disk, *, strict: bool = False, on_progress: OnProgress = ignore) -> CompareReport:
-    """Compare the disks byte by byte. What both leave out, and what both take from the same place, is not read.
+def compare(
+    one: Disk, two: Disk, *, strict: bool = False, blocks: bool = False, on_progress: OnProgress = ignore
+) -> CompareReport:
+    """Compare the disks byte by byte. What neither stores, and what both store in the same place, is not read.
 
-    Where one is longer, its rest must be zeros; `strict` asks for equal sizes and equal allocation too, as qemu-img's
-    `-s`.
+    Where one is longer, its rest must be zeros; `strict` requires equal sizes and equal allocation too, as qemu-img's
+    `-s`. With `blocks`, ranges whose blocks are shared (reflinks) are not read; pending writes are stored first.
     """
     sizes = None if one.capacity == two.capacity else (one.capacity, two.capacity)
     if strict and sizes:
         return CompareReport(False, "size", None, sizes)
     common = min(one.capacity, two.capacity)
     meter = Meter("compare", max(one.capacity, two.capacity), on_progress)
-    reader = _Reader(one, two, meter)
+    reader = _Reader(one, two, meter, blocks)
     for pair in _pairs(one, two, common):
         if strict and (pair.one.kind == HOLE) != (pair.two.kind == HOLE):
             return CompareReport(False, "allocation", pair.offset, sizes)
@@ -81,10 +89,10 @@ def _pairs(one: Disk, two: Disk, end: int) -> Iterator[_Pair]:
 
 
 class _Reader:
-    """Reads both disks into the same two buffers again and again: new ones would cost more than the reading."""
+    """Reads both disks into the same two buffers: allocating new ones would take longer than reading."""
 
-    def __init__(self, one: Disk, two: Disk, meter: Meter) -> None:
-        self._one, self._two, self._meter = one, two, meter
+    def __init__(self, one: Disk, two: Disk, meter: Meter, blocks: bool) -> None:
+        self._one, self._two, self._meter, self._blocks = one, two, meter, blocks
         self._buffers = bytearray(_STEP), bytearray(_STEP)
         self._zeros = bytes(_STEP)
 
@@ -96,7 +104,7 @@ class _Reader:
             return self.first_nonzero(self._two, pair.two, pair.skip_two, pair.length)
         if pair.two.kind < DATA:
             return self.first_nonzero(self._one, pair.one, pair.skip_one, pair.length)
-        if _same_place(self._one, self._two, pair):
+        if _same_place(self._one, self._two, pair) or (self._blocks and self._same_blocks(pair)):
             return None
         for done in range(0, pair.length, _STEP):
             length = min(_STEP, pair.length - done)
@@ -106,6 +114,14 @@ class _Reader:
                 return pair.offset + done + _differing_sector(left, right)
             self._meter.step(length)
         return None
+
+    def _same_blocks(self, pair: _Pair) -> bool:
+        files = self._one.file_of(pair.one), self._two.file_of(pair.two)
+        descriptors = [None if file is None else file.fileno() for file in files]
+        if descriptors[0] is None or descriptors[1] is None:
+            return False
+        places = pair.one.file_offset + pair.skip_one, pair.two.file_offset + pair.skip_two
+        return in_same_blocks(descriptors[0], places[0], descriptors[1], places[1], pair.length)
 
     def first_nonzero(self, disk: Disk, row: Row, skip: int, length: int) -> int | None:
         """Return the guest offset of the first sector that is not zeros in the part of `row`, or None."""
@@ -121,7 +137,7 @@ class _Reader:
         return None
 
     def _read(self, number: int, disk: Disk, row: Row, skip: int, length: int) -> bytes | bytearray:
-        """Return the bytes; a whole step comes in the buffer itself, as only whole bytearrays compare at full speed."""
+        """Return the bytes; a whole step is the buffer itself, as only whole bytearrays compare at full speed."""
         buffer = self._buffers[number]
         if length < _STEP:
             return disk.read_row(row, skip, length)
@@ -139,7 +155,7 @@ def _same_place(one: Disk, two: Disk, pair: _Pair) -> bool:
 
 
 def _differing_sector(left: bytes | bytearray, right: bytes | bytearray) -> int:
-    """Return the offset of the first sector in which the two differ; they do."""
+    """Return the offset of the first sector in which the two differ; they must differ."""
     for start in range(0, len(left), SECTOR_SIZE):
         if left[start : start + SECTOR_SIZE] != right[start : start + SECTOR_SIZE]:
             return start

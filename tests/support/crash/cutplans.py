@@ -24,7 +24,9 @@ from qemu_vmdk_snap import (
     convert,
     create_image,
     create_overlay,
+    link_over,
     make_delta,
+    merge_links,
     open_chain,
     rebase,
     recover,
@@ -293,6 +295,29 @@ def _plan_commit_siblings(folder: Path, kind: Kind) -> Plan:
             Promise(("sibling.vmdk",), (sibling,)),
         ],
     )
+
+
+@_plan
+def _plan_merge_links(folder: Path, kind: Kind) -> Plan:
+    """The image takes the name of the upper link, then the lower one goes: what is above both finds it."""
+    base(folder, kind)
+    middle = overlay(folder, kind, "middle.vmdk", "base.vmdk", 2)
+    content = overlay(folder, kind, "top.vmdk", "middle.vmdk", 3, 5 * GRAIN)
+
+    def run(mark: Mark) -> None:
+        merge_links(folder / "middle.vmdk", folder / "base.vmdk", folder / "image.vmdk")
+        mark()
+        link_over(folder / "image.vmdk", folder / "middle.vmdk")
+        for path in (folder / "image.vmdk", *folder.glob("base*.vmdk")):
+            path.unlink()
+
+    def promises(marks: int) -> list[Promise]:
+        image = Promise(
+            ("image.vmdk", "middle.vmdk") if marks else ("image.vmdk",), (middle,), may_be_missing=not marks
+        )
+        return [Promise(("top.vmdk",), (content,)), Promise(("middle.vmdk",), (middle,)), image]
+
+    return Plan(run, promises)
 
 
 @_plan
