@@ -229,7 +229,10 @@ class _LivePlanner:
         """Return what becomes of a link whose snapshot goes."""
         group = next((one for one in self._groups if one.target == target and one.first <= at <= one.last), None)
         if group is None:
-            told = reason or "it is far larger than what would be merged with it, and waits in the chain for more"
+            told = (
+                reason
+                or "it is far larger than what would be merged with it, and stays in the chain until there is more"
+            )
             return [Work(target, "keep", str(files[at]), reason=told)]
         works = []
         for path in group.links[1:]:

@@ -68,7 +68,7 @@ class State:
 
     @classmethod
     def read(cls, conn: libvirt.virConnect, domain: libvirt.virDomain, orphans: Collection[Path] = ()) -> State:
-        """Return what is there now; `orphans` are files that the user gives up."""
+        """Return the current state; `orphans` are files that the user gives up."""
         import libvirt
 
         secure = libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE
@@ -303,7 +303,7 @@ class Planner:
 
         Raises:
             DomainError: its file is in use where nothing can be done about it.
-            StillNeeded: something else needs one of the files that would change or go, or may.
+            StillNeeded: something else needs one of the files that would be changed or deleted, or may need it.
             CidMismatch: an overlay does not fit the file that it would be merged into, or lose.
         """
         if disk.frozen is None:
@@ -336,7 +336,7 @@ class Planner:
         return folders | {real_file(folder) for folder in folders} | {real_file(file).parent for file in self._named}
 
     def empty(self, children: Sequence[Path], folders: Collection[Path]) -> list[Path]:
-        """Return the overlays without data that a revert has left: nobody names them, and nothing is backed by them."""
+        """Return the overlays without data that a revert has left, which nothing names and nothing is backed by."""
         left = kept_branches(self._state.domain_xml)
         found = []
         for child in children:

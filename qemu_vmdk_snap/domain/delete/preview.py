@@ -45,7 +45,7 @@ def preview(
             continue
         try:
             intent = make_intent(state, name, metadata=metadata)
-            if not deleted and not metadata:  # of the others only once this one is gone
+            if not deleted and not metadata:  # the others can be checked only after this one is deleted
                 check_work(state.name, work_of(intent), folders_of(intent))
         except (VmdkSnapError, OSError) as error:
             failed.append((name, error))

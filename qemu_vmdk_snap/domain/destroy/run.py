@@ -92,7 +92,7 @@ class _Gone(NamedTuple):
 def destroy(
     conn: libvirt.virConnect, domain_name: str, *, orphans: Sequence[Path] = (), dry_run: bool = False
 ) -> DestroyReport:
-    """Undefine a domain that is shut off, with its snapshots, and delete every file that is its alone.
+    """Undefine a domain that is shut off, with its snapshots, and delete every file that belongs only to it.
 
     Its alone are the images that it or one of its snapshots has or had on top of a disk. What is only below them (the
     base of a clone, a template) stays, as does what is read-only, shared or a CD. `orphans` are files that need what
@@ -142,7 +142,7 @@ def finish(conn: libvirt.virConnect, intent: Intent) -> Recovery:
     """Unlink what is left of a domain that libvirt has forgotten; what somebody has come to need stays.
 
     Raises:
-        DomainError: libvirt cannot tell what is named.
+        DomainError: libvirt cannot list what is named.
         OSError: a file cannot be deleted.
     """
     left: list[Path] = []
@@ -177,7 +177,7 @@ def _plan(conn: libvirt.virConnect, domain: libvirt.virDomain, orphans: Sequence
     for file in alone.files:
         if not os.access(real_file(file).parent, os.W_OK | os.X_OK):
             raise DomainError(name, f"{real_file(file).parent} may not be written, so {file} cannot be deleted")
-    files = [real_file(file) for file in alone.files]  # a symbolic link to it is the user's, and stays
+    files = [real_file(file) for file in alone.files]  # a symbolic link to it belongs to the user, and stays
     files += [real_file(file) for file in memory_files(name, uuid, snapshots.values())]
     copies = [frozen_nvram(one) for one in snapshots.values()]
     files += [copy for copy in copies if copy is not None and copy.is_file()]
