@@ -215,6 +215,18 @@ def chosen(domain: libvirt.virDomain, names: Sequence[str], scope: Scope) -> lis
     return sorted(wanted, key=lambda name: (-depth(name), name))
 
 
+def require_ours(domain: libvirt.virDomain, names: Sequence[str]) -> None:
+    """Accept snapshots that were all made here: none is deleted where another one of them cannot be.
+
+    Raises:
+        DomainError: one was not.
+    """
+    with libvirt_errors(domain.name(), "read its snapshots"):
+        texts = {one.getName(): one.getXMLDesc(0) for one in domain.listAllSnapshots()}
+    for name in names:
+        refuse_foreign(domain.name(), xml.parse_snapshot(texts[name]))
+
+
 def make_intent(state: State, name: str, *, metadata: bool) -> Intent:
     """Return the record of a delete; nothing has changed yet.
 

@@ -37,7 +37,7 @@ from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.create.run import freeze_tops
 from qemu_vmdk_snap.domain.delete import steps, waiting
 from qemu_vmdk_snap.domain.delete.live import LivePlan, is_live, make_live_plan
-from qemu_vmdk_snap.domain.delete.plan import Scope, State, chosen, folders_of, make_intent, open_one
+from qemu_vmdk_snap.domain.delete.plan import Scope, State, chosen, folders_of, make_intent, open_one, require_ours
 from qemu_vmdk_snap.domain.delete.preflight import check_live, check_work
 from qemu_vmdk_snap.domain.delete.served import is_begun_by_server, merge_served
 from qemu_vmdk_snap.domain.delete.work import Deleted, Work, change_of, deleted_by, work_of
@@ -174,6 +174,8 @@ def delete(
         wanted = chosen(domain, wanted, scope)
         if not metadata and not domain.isActive():
             wanted = chosen(domain, [*wanted, *waiting.waiting(domain)], "one")
+        if not metadata and not keep_going:
+            require_ours(domain, wanted)
         live = [] if metadata or not domain.isActive() else _live_ones(run, wanted)
         if live:
             _delete_live(run, live)

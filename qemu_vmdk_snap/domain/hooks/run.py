@@ -133,7 +133,7 @@ def _guarded(name: str, work: Callable[[], None], stderr: IO[str], *, failed: in
     try:
         work()
     except (VmdkSnapError, OSError, _DeadlinePassed) as error:
-        line = " ".join(str(error).split())
+        line = " ".join(str(error).split()).replace("(--allow-dir)", "(trusted-dirs, in its policy)")
         reason = line if line.startswith("domain ") else f"domain {name}: {line}"
     except Exception as error:  # a bug, or a broken installation: one line too, never a traceback
         reason = f"domain {name}: {type(error).__name__}: {' '.join(str(error).split())}"
