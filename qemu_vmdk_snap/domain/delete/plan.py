@@ -65,6 +65,7 @@ class State:
     gone: tuple[Path, ...] = ()
     grown: tuple[tuple[Path, int], ...] = ()
     """Bytes that images would have got."""
+    _named: list[Path] | None = field(default=None, init=False)
 
     @classmethod
     def read(cls, conn: libvirt.virConnect, domain: libvirt.virDomain, orphans: Collection[Path] = ()) -> State:
@@ -131,7 +132,9 @@ class State:
 
     def named(self) -> list[Path]:
         """Return every file that the domain and its snapshots name."""
-        return sorted(set().union(*map(xml.files_in, (self.domain_xml, *self.snapshots.values()))))
+        if self._named is None:  # many questions, and long XML
+            self._named = sorted(set().union(*map(xml.files_in, (self.domain_xml, *self.snapshots.values()))))
+        return self._named
 
     def by_its_name(self, path: Path) -> Path:
         """Return the path as the XML has it."""
