@@ -1,4 +1,4 @@
-"""The table of commands: where each one's module is, so that only the one called for is imported."""
+"""The table of commands: with the module of each, so that only the module of the given command is imported."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ GROUPS: Final[dict[str, str]] = {
     "image": "create, inspect, compare and convert VMDK images and chains, in qemu-img's words",
     "snapshot": "snapshot the VMDK disks of libvirt domains, in virsh's words",
     "guest": "boot a small guest on an image and check what it sees",
+    "serve": "serve disks of libvirt domains by servers of our own, which gives them snapshots with memory",
     "hook": "verify, revert or snapshot a domain when libvirt starts or stops its guest",
 }
 
@@ -80,6 +81,13 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
             f"{_HERE}.guest.verify", "check what a guest reads from an image or domain, or that its system boots"
         ),
         "linux": Command(f"{_HERE}.guest.linux", "make the Linux guest of the harness, of the distribution's packages"),
+    },
+    "serve": {
+        "attach": Command(f"{_HERE}.served.attach", "let disks of a shut-off domain be served from its next start on"),
+        "detach": Command(f"{_HERE}.served.detach", "let QEMU itself open the files of these disks again"),
+        "start": Command(f"{_HERE}.served.start", "start the servers of a domain's disks that do not run"),
+        "stop": Command(f"{_HERE}.served.stop", "stop the servers of the disks of a domain that is shut off"),
+        "status": Command(f"{_HERE}.served.status", "show the served disks of a domain and their servers"),
     },
     "hook": {
         "install": Command(f"{_HERE}.hook.install", "install the libvirt hook"),

@@ -5,8 +5,8 @@ No record tells of the copy: the XML of the snapshot names it, and that is in th
 
 from __future__ import annotations
 
-import contextlib
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -71,14 +71,24 @@ def freeze_nvram(domain_xml: str, copy: Path) -> None:
 
 def discard_nvram(conn: libvirt.virConnect, domain: libvirt.virDomain, snapshot_xml: str) -> None:
     """Unlink the copy that a snapshot froze, unless the XML of another snapshot or of a domain names it."""
-    copy = frozen_nvram(snapshot_xml)
-    if copy is None:
+    copy = frozen_nvram(snapshot_xml) if snapshot_xml else None
+    discard_copies(conn, domain, [] if copy is None else [copy])
+
+
+def discard_copies(conn: libvirt.virConnect, domain: libvirt.virDomain, copies: Collection[Path | str]) -> None:
+    """Unlink those of the copies that the XML of no snapshot and no domain names.
+
+    Raises:
+        DomainError: libvirt reports an error.
+        OSError: one cannot be unlinked.
+    """
+    if not copies:
         return
-    with libvirt_errors(domain.name(), f"see who names {copy}"):
-        named = any(str(copy) in text for one in conn.listAllDomains() for text in _texts(one))
-    if not named:
-        with contextlib.suppress(FileNotFoundError):
-            copy.unlink()
+    with libvirt_errors(domain.name(), "see who names its UEFI variables"):
+        texts = [text for one in conn.listAllDomains() for text in _texts(one)]
+    for copy in copies:
+        if not any(str(copy) in text for text in texts):
+            Path(copy).unlink(missing_ok=True)
 
 
 def restore_nvram(snapshot_xml: str, domain_xml: str) -> str | None:

@@ -78,7 +78,7 @@ class ProbeSession:
         explain: Callable[[], str] | None = None,
         fail: Callable[[str], GuestError] | None = None,
     ) -> None:
-        """Talk over `line`; `explain` tells why when the other end is gone, `fail` makes the error of a failure."""
+        """Talk over `line`; `explain` returns why the other end is gone, `fail` makes the error of a failure."""
         self._over = line
         self._name = name
         self.memory: Callable[[int, int], bytes] | None = None
@@ -209,7 +209,7 @@ class ProbeSession:
         raise self._fail(f"{words!r}: the serial line damaged {_TRIES} messages in a row")
 
     def close(self) -> None:
-        """Let go of the line; the machine goes on."""
+        """Close the line; the machine keeps running."""
         with contextlib.suppress(OSError):
             self._over.close()
 
@@ -313,5 +313,5 @@ def _connect(path: Path, log: IO[bytes] | None) -> Line:
 
 def _sectors(length: int) -> int:
     if length % SECTOR_SIZE:
-        raise ValueError(f"{length} is no whole number of sectors")
+        raise ValueError(f"{length} is not a whole number of sectors")
     return length // SECTOR_SIZE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,8 @@ _log = log.of(__name__)
 
 MOST_CLIENTS: Final = 128
 _HANDSHAKE_SECONDS: Final = 30.0
+_GOODBYE_SECONDS: Final = 3.0
+"""For clients to read their last answers, when the server ends."""
 _SEND_BUFFER: Final = 4 << 20
 _SO_SNDBUFFORCE: Final = 32
 
@@ -41,6 +44,7 @@ class Server:
         self.trusted_dirs = tuple(trusted_dirs)
         self.read_only = read_only
         self._note = note
+        self._merging: Path | None = None
         self.statistics = Statistics()
         self.stop_asked = threading.Event()
         self.hidden: frozenset[Link] = frozenset()
@@ -49,7 +53,9 @@ class Server:
         self._clients: dict[socket.socket, str] = {}
         self._threads: set[threading.Thread] = set()
         self._guard = threading.Lock()
-        self.stack = Stack(open_served(image, read_only=read_only, trusted_dirs=trusted_dirs), read_only=read_only)
+        written = note.written() if note is not None else []
+        links = open_served(image, read_only=read_only, trusted_dirs=trusted_dirs, written=written)
+        self.stack = Stack(links, read_only=read_only)
         try:
             for name, path in (exports or {}).items():
                 self._require_new(name)
@@ -89,9 +95,14 @@ class Server:
         return [_name(link) for link in disk.stack.links[disk.places.depth + 1 :]]
 
     def remember_top(self, top: Path) -> None:
-        """Note, durably, that `top` is what is served from now on, for the server that follows this one."""
+        """Note, durably, that `top` is served from now on, once it exists: for the server that follows this one."""
         if self._note is not None:
-            self._note.store(top)
+            self._note.store(top, Path(self.stack.top.path), self._merging)
+
+    def remember_merge(self, written: Path | None) -> None:
+        """Note, durably, which link a merge writes: should the server be killed, it may be left with leaks."""
+        self._merging = written
+        self.remember_top(Path(self.stack.top.path))
 
     # --- clients ------------------------------------------------------------------------------------------------------
 
@@ -157,8 +168,9 @@ class Server:
                 for client in self._clients:
                     with contextlib.suppress(OSError):
                         client.shutdown(socket.SHUT_RD)
+        deadline = time.monotonic() + _GOODBYE_SECONDS
         for thread in list(self._threads):
-            thread.join(2.0)
+            thread.join(max(0.0, deadline - time.monotonic()))
         with self.stack.pause():
             self._close_stacks()
 

@@ -51,6 +51,7 @@ class EmptyFile:
         facts = os.lstat(self.path)
         if Identity(facts.st_dev, facts.st_ino) != identity_of_open(self._fd):
             raise _exists(self.path)
+        temporary.chmod(self.mode)
         temporary.replace(self.path)
 
     def close(self) -> None:

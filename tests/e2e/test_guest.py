@@ -479,3 +479,14 @@ def test_the_demo(scratch: Path) -> None:
     assert "before-guest\n  |\n  +- after-guest" in done.stdout
     assert verify_image(kept / "disk-000002.vmdk").depth == 3
     shutil.rmtree(kept)
+
+
+@pytest.mark.needs("libvirt")
+def test_the_second_half_of_the_demo(scratch: Path) -> None:
+    kept = scratch / "kept"
+    words = [sys.executable, "-m", "qemu_vmdk_snap", "demo", "--served", "--keep", str(kept)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " reads by guests, 0 differ" in done.stdout
+    assert "where it was, without a boot" in done.stdout
+    shutil.rmtree(kept)

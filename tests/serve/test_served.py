@@ -245,6 +245,12 @@ def test_a_killed_server_is_followed_on_the_top_that_it_had(scratch: Path) -> No
     with serving(scratch / "a.vmdk", scratch) as served:
         assert served.control("status")["top"] == f"{scratch}/b.vmdk"
         io(served.uri, "read -P 2 0 64k")
+        served.control("snapshot-prepare", overlay=str(scratch / "c.vmdk"))
+        io(served.uri, "write -P 3 0 4k")
+        served.kill()
+    with serving(scratch / "a.vmdk", scratch) as served:  # the overlay is there, and reads what its base reads
+        assert served.control("status")["top"] == f"{scratch}/c.vmdk"
+        io(served.uri, "read -P 3 0 4k", "read -P 2 4k 60k")
 
 
 def test_what_changed_since_a_link_was_frozen(scratch: Path) -> None:

@@ -1,4 +1,4 @@
-"""`snapshot delete`: delete snapshots; the domain and every other snapshot keep what they hold."""
+"""`snapshot delete`: delete snapshots; the domain and every other snapshot keep their contents."""
 
 from __future__ import annotations
 
@@ -14,12 +14,6 @@ from qemu_vmdk_snap.errors import InvalidRequest
 if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.delete.run import DeleteReport
     from qemu_vmdk_snap.domain.delete.work import Deleted
-
-
-EXAMPLES = (
-    ("snapshot delete web before-upgrade --dry-run", "every operation on files, and nothing is changed"),
-    ("snapshot delete web before-upgrade", "all other snapshots, and the domain, read what they read"),
-)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +43,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.domain.registry import snapshot_info
 
     if (args.snapshotname is None) is not args.current:
-        raise InvalidRequest(f"domain {args.domain}", "name a snapshot, or say --current, one of them")
+        raise InvalidRequest(f"domain {args.domain}", "needs either a snapshot or --current")
     with connection(args.connect) as conn:
         orphans = [path.absolute() for path in args.orphan]
         if args.dry_run:

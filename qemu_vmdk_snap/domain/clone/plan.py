@@ -26,6 +26,7 @@ from qemu_vmdk_snap.domain.overlay.naming import check_domain_name
 from qemu_vmdk_snap.domain.qemu.depth import check_depth
 from qemu_vmdk_snap.domain.state import check_state, find_snapshot, inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.elements import nvram_of, with_files_of_volumes
+from qemu_vmdk_snap.domain.xml.nvram import frozen_nvram
 from qemu_vmdk_snap.errors import DomainError, DomainExists, InvalidRequest
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def make_plan(
     Raises:
         DomainExists: there is a domain of that name.
         DomainError: a disk cannot be cloned, a file is there already, there is no space, or the domain runs.
-        InvalidRequest: the name cannot be.
+        InvalidRequest: the name is invalid.
         VmdkSnapError: a chain is broken or in use.
     """
     _check_name(conn, name)
@@ -107,7 +108,8 @@ def make_plan(
         _check_space(domain.name(), disks)
         text = with_copies(text, {disk.source: disk.path for disk in disks})
     notes = tuple(f"the clone has what the original has: {what}" for what in shared_with_original(text))
-    copied = old_nvram if old_nvram is not None and old_nvram.is_file() else None
+    frozen = None if snapshot is None else frozen_nvram(find_snapshot(domain, snapshot).getXMLDesc(0))
+    copied = next((one for one in (frozen, old_nvram) if one is not None and one.is_file()), None)
     if copied is not None and os.path.lexists(identity.nvram or ""):
         raise DomainError(domain.name(), f"{identity.nvram} exists already: the clone's UEFI variables would be there")
     intent = _intent(domain, snapshot or "", mode, disks, copied, identity, with_identity(text, identity))
@@ -131,7 +133,7 @@ def _source(domain: libvirt.virDomain, snapshot: str | None, mode: Mode) -> tupl
             whole = find_snapshot(domain, snapshot).getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE)
             parsed = xml.parse_snapshot(whole)
             if parsed.memory != "no":
-                raise DomainError(name, f"snapshot {snapshot!r} holds memory too: it cannot be cloned")
+                raise DomainError(name, f"snapshot {snapshot!r} has memory too: it cannot be cloned")
             return xml.domain_of(whole), [disk.target for disk in parsed.disks if disk.mode == "external"]
         if mode == "linked":
             raise InvalidRequest(f"domain {name}", "a linked clone is on frozen files: name a snapshot")
@@ -181,7 +183,7 @@ def _require_free(domain: str, disks: Sequence[ClonedDisk], pending: set[Path]) 
         if os.path.lexists(disk.path) or disk.path in pending:
             raise DomainError(domain, f"disk {disk.target}: {disk.path} exists already")
         if not os.access(disk.path.parent, os.W_OK | os.X_OK):
-            raise DomainError(domain, f"disk {disk.target}: {disk.path.parent} is no folder that may be written")
+            raise DomainError(domain, f"disk {disk.target}: {disk.path.parent} is not a writable folder")
 
 
 def _require_frozen(needed: Needed, domain: str, disks: Sequence[ClonedDisk]) -> None:

@@ -24,7 +24,7 @@ from typing import Final
 
 from qemu_vmdk_snap import own_files, read_links
 from qemu_vmdk_snap.domain import xml
-from qemu_vmdk_snap.domain.delete.plan import Planner, State, files_of, intent_of, open_one
+from qemu_vmdk_snap.domain.delete.plan import Planner, State, files_of, intent_of, memory_of, open_one
 from qemu_vmdk_snap.domain.delete.work import Deleted, Work
 from qemu_vmdk_snap.domain.journal.record import Intent, Merge
 from qemu_vmdk_snap.domain.needs.needed import Holder, Walk, place_in, real_file, require_none, same_file
@@ -94,6 +94,8 @@ def is_live(state: State, name: str) -> bool:
     mine = {disk.frozen for disk in saved.disks if disk.mode == "external" and disk.frozen is not None}
     used = [path for files in chains_of(state).values() for path in files[1:]]
     used += [path for path in xml.files_in(state.domain_xml) if path not in used]
+    if any(place_in(chain, frozen) is not None for chain in state.served.values() for frozen in mine):
+        return False  # its server merges it, and QEMU knows nothing of that
     return state.running and any(place_in(used, frozen) is not None for frozen in mine)
 
 
@@ -144,7 +146,7 @@ class _LivePlanner:
         recorded = [one for work in works.values() for one in work if one.mode != "exchange"]
         return LivePlan(
             intent_of(self._state, self._names, recorded, merges),
-            tuple(Deleted(name, tuple(works[name])) for name in self._names),
+            tuple(Deleted(name, tuple(works[name]), memory_of(self._state, self._names, name)) for name in self._names),
             tuple(group.target for group in frozen_first),
         )
 
@@ -227,7 +229,10 @@ class _LivePlanner:
         """Return what becomes of a link whose snapshot goes."""
         group = next((one for one in self._groups if one.target == target and one.first <= at <= one.last), None)
         if group is None:
-            told = reason or "it is far larger than what would be merged with it, and waits in the chain for more"
+            told = (
+                reason
+                or "it is far larger than what would be merged with it, and stays in the chain until there is more"
+            )
             return [Work(target, "keep", str(files[at]), reason=told)]
         works = []
         for path in group.links[1:]:

@@ -1,4 +1,4 @@
-"""The disks of a domain: does each chain hold together, does the XML spell it out, does nobody else read its top?"""
+"""The disks of a domain: is each chain valid, does the XML spell it out, and does nothing else read its top?"""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from qemu_vmdk_snap.domain.doctor.foreign import check_foreign_top
 from qemu_vmdk_snap.domain.doctor.relink import relinking
 from qemu_vmdk_snap.domain.doctor.view import View
 from qemu_vmdk_snap.domain.needs.needed import place_in, same_file
+from qemu_vmdk_snap.domain.state import define
 from qemu_vmdk_snap.domain.xml.respell import with_chains
+from qemu_vmdk_snap.domain.xml.served import served_disks
 
 MAX_PROBED_DEPTH: Final = 2
 """libvirt finds out the format of so many links by itself; deeper ones must be spelt out in the XML."""
 
 _LOOKED_AT: Final = ("is read-only", "is shared", "is transient")
-"""Disks that take no part in a snapshot for these reasons are checked all the same."""
+"""Disks that take no part in a snapshot for these reasons are checked nevertheless."""
 
 
 def check_disk(view: View, disk: xml.Disk) -> Check:
@@ -76,10 +78,10 @@ def _of_another(view: View, path: Path) -> bool:
 
 
 def _respelling(view: View, target: str, chain: Sequence[Path]) -> Repair:
-    def define() -> None:
-        view.conn.defineXML(with_chains(view.text, {target: chain}))
+    def respell() -> None:
+        define(view.conn, with_chains(view.text, {target: chain}))
 
-    return Repair(f"disk {target}: the XML spells out the chain {', '.join(map(str, chain))}", define)
+    return Repair(f"disk {target}: the XML spells out the chain {', '.join(map(str, chain))}", respell)
 
 
 def _check_chain(view: View, disk: xml.Disk, top: Path) -> Check:
@@ -91,7 +93,7 @@ def _check_chain(view: View, disk: xml.Disk, top: Path) -> Check:
         return Check(subject, "bad", problem, *relinking(view, mismatch))
     chain = [link.path for link in links]
     view.chains[disk.target] = tuple(chain)
-    if len(links) > view.limit:
+    if len(links) > view.limit and disk.target not in served_disks(view.text):
         reason = f"has {len(links)} links: this libvirt starts no domain with more than {view.limit}"
         return Check(subject, "bad", reason, "delete or prune snapshots")
     respelled = f"`doctor {view.name} --repair` spells out the chain of the files"

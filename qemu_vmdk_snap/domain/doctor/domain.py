@@ -10,6 +10,7 @@ from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.doctor.check import Check
 from qemu_vmdk_snap.domain.doctor.disks import check_disk, check_top
 from qemu_vmdk_snap.domain.doctor.running import Live, ask_qemu, check_running, writes_to_top
+from qemu_vmdk_snap.domain.doctor.served import check_served
 from qemu_vmdk_snap.domain.doctor.snapshots import check_snapshot
 from qemu_vmdk_snap.domain.doctor.view import View
 from qemu_vmdk_snap.domain.journal.pending import unfinished_of
@@ -17,7 +18,9 @@ from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.journal.recover import recover_domain
 from qemu_vmdk_snap.domain.needs.needed import NOTHING, Needed, place_in
 from qemu_vmdk_snap.domain.needs.orphans import Orphan, find_orphans
+from qemu_vmdk_snap.domain.registration import lacking_form
 from qemu_vmdk_snap.domain.xml.kept import kept_branches
+from qemu_vmdk_snap.domain.xml.served import served_disks
 from qemu_vmdk_snap.errors import InvalidRequest, StillNeeded
 from qemu_vmdk_snap.units import format_size
 
@@ -28,37 +31,42 @@ _MOST_ROUNDS: Final = 100
 """Repairs of one call: a repair that does not help must not be tried for ever."""
 
 
-def check_domain(conn: libvirt.virConnect, domain_name: str) -> Iterator[Check]:
-    """Yield what there is to say about the domain: its disks, its snapshots, what was left unfinished, orphans.
+def check_domain(conn: libvirt.virConnect, domain: str) -> Iterator[Check]:
+    """Yield the checks of the domain: its disks, its snapshots, unfinished operations, orphans.
 
     Raises:
-        DomainError: there is no such domain, or libvirt cannot tell.
+        DomainError: there is no such domain, or libvirt reports an error.
     """
-    domain = find_domain(conn, domain_name)
-    yield from _check_intent(conn, domain)
-    yield from _check(conn, domain)
+    found = find_domain(conn, domain)
+    yield from _check_intent(conn, found)
+    yield from _check(conn, found)
 
 
-def repair_domain(conn: libvirt.virConnect, domain_name: str) -> list[str]:
+def repair_domain(conn: libvirt.virConnect, domain: str) -> list[str]:
     """Do every repair that `check_domain` has for a finding, until none is left; return a line for each.
 
-    What is unfinished is settled first. After each repair everything is looked at again.
+    Unfinished operations are finished or undone first. After each repair everything is checked again.
 
     Raises:
         DomainError: there is no such domain, another command changes its snapshots, or libvirt refuses.
         VmdkSnapError, OSError: a repair fails: an image is in use, say. The repairs before it are done.
     """
-    domain = find_domain(conn, domain_name)
+    found = find_domain(conn, domain)
     store = IntentStore.of(conn)
     done: list[str] = []
-    with store.locked(domain.UUIDString(), domain.name()):
-        recover_domain(conn, domain, store)
+    with store.locked(found.UUIDString(), found.name()):
+        with libvirt_errors(found.name(), "read its snapshots"):
+            before = lacking_form(found)
+        recover_domain(conn, found, store)
+        with libvirt_errors(found.name(), "read its snapshots"):
+            after = lacking_form(found)
+        done += [f"snapshot {name} is registered again, in the current form" for name in before if name not in after]
         for _ in range(_MOST_ROUNDS):
-            repairs = [check.repair for check in _check(conn, domain) if check.repair is not None]
+            repairs = [check.repair for check in _check(conn, found) if check.repair is not None]
             wanted = next((one for one in repairs if one.what not in done), None)
             if wanted is None:
                 break
-            with libvirt_errors(domain.name(), "repair it"):
+            with libvirt_errors(found.name(), "repair it"):
                 wanted.do()
             done.append(wanted.what)
     return done
@@ -77,13 +85,14 @@ def _check(conn: libvirt.virConnect, domain: libvirt.virDomain) -> Iterator[Chec
         yield live
     elif live is not None:
         yield from check_running(view, live)
+    yield from check_served(view)
     for name in view.snapshots:
         yield from check_snapshot(view, name)
     if view.snapshots and view.current is None:
         remedy = f"`snapshot current {view.name} NAME` makes one the current one"
         yield Check("snapshots", "note", "none of them is the current one", remedy)
     for disk in view.disks:
-        if not isinstance(live, Live) or writes_to_top(live, disk):
+        if disk.target in served_disks(view.text) or not isinstance(live, Live) or writes_to_top(live, disk):
             yield from check_top(view, disk)
     yield from _check_unnamed(view)
 
@@ -128,7 +137,7 @@ def _check_needs(uuid: str, orphans: Sequence[Orphan], needed: Needed) -> Iterat
 
 
 def _check_orphan(domain: str, orphan: Orphan, kept_by: str | None) -> Check:
-    """Tell of an image that nobody names; `kept_by` is the snapshot that a revert went back to when it kept it."""
+    """Report an orphan; `kept_by` is the snapshot to which the revert that kept it reverted."""
     holds = orphan.problem or ("holds nothing" if orphan.empty else f"holds {format_size(orphan.allocated)}")
     if kept_by is None:
         what = f"is backed by {orphan.parent}, is named by no domain and no snapshot, and {holds}"

@@ -22,6 +22,7 @@ from qemu_vmdk_snap.domain.needs.needed import Needed, place_in, real_file
 from qemu_vmdk_snap.domain.overlay.naming import next_overlay
 from qemu_vmdk_snap.domain.overlay.newfile import make_overlay
 from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
+from qemu_vmdk_snap.domain.state import define
 from qemu_vmdk_snap.domain.xml.origin import maker_of
 from qemu_vmdk_snap.domain.xml.respell import with_chains
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
@@ -103,7 +104,7 @@ def _as_vmdk(view: View, target: str, uppers: Sequence[Path], chain: Sequence[Pa
         _sync(overlay)
         _run(view.name, "compare", str(top), str(overlay))
         with libvirt_errors(view.name, "define it with a VMDK overlay"):
-            view.conn.defineXML(with_chains(view.text, {target: [overlay, *chain]}))
+            define(view.conn, with_chains(view.text, {target: [overlay, *chain]}))
     except BaseException:
         overlay.unlink()
         raise

@@ -33,7 +33,8 @@ from qemu_vmdk_snap.domain.journal.staged import drop_staged, is_ours, make_stag
 from qemu_vmdk_snap.domain.move.plan import MovedFile, Plan, make_plan, relinking
 from qemu_vmdk_snap.domain.needs.alone import all_locked
 from qemu_vmdk_snap.domain.overlay.newfile import refresh_pools
-from qemu_vmdk_snap.domain.state import inactive_xml
+from qemu_vmdk_snap.domain.registration import register_text
+from qemu_vmdk_snap.domain.state import define, inactive_xml
 from qemu_vmdk_snap.domain.xml import files_in
 from qemu_vmdk_snap.domain.xml.edits import keeping_description
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
@@ -90,7 +91,7 @@ def move(
     it is and are given up. When it fails nothing has changed, unless the error says that the rest is left to `recover`.
 
     Raises:
-        InvalidRequest: the folder is none.
+        InvalidRequest: it is not a folder.
         DomainError: the domain runs, something bears a name already, there is no space, or libvirt refuses.
         StillNeeded: something else needs a file where it is, or may; it names what.
         VmdkSnapError, OSError: a chain is broken or in use, or a file cannot be made.
@@ -160,7 +161,7 @@ def _settle_now(
             _take_back(intent)
             store.remove(intent.uuid)
     except (VmdkSnapError, OSError) as error:
-        raise DomainError(domain.name(), f"{cause}; taking it back failed too ({error}): `recover` does it") from cause
+        raise DomainError(domain.name(), f"{cause}; undoing it failed too ({error}): `recover` does it") from cause
 
 
 def _give_name(store: IntentStore, intent: Intent, one: Mapping[str, Any], on_progress: OnProgress) -> Intent:
@@ -189,25 +190,22 @@ def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
             raise DomainError(domain.name(), "was started meanwhile: nothing was changed")
         if inactive_xml(domain) != intent.old_xml:
             raise DomainError(domain.name(), "was edited meanwhile: try again")
-        conn.defineXML(intent.new_xml)
+        define(conn, intent.new_xml)
 
 
 def _finish(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
     """Do what is left of the steps 3 and 4; what was edited meanwhile stays."""
-    import libvirt
-
     with libvirt_errors(domain.name(), "correct its XML and that of its snapshots"):
         now = inactive_xml(domain)
         changed = relinking(_files(intent))(now)
         if changed != now:
-            conn.defineXML(changed)
+            define(conn, changed)
         there = {snapshot.getName(): snapshot for snapshot in domain.listAllSnapshots()}
         current = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
         for name, text in intent.snapshots:
             if name in there:
-                flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
-                flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT if name == current else 0
-                domain.snapshotCreateXML(keeping_description(text, there[name].getXMLDesc(0)), flags)
+                edited = keeping_description(text, there[name].getXMLDesc(0))
+                register_text(domain, edited, current=name == current)
     for one in _files(intent):
         source, path = Path(one["source"]), Path(one["path"])
         drop_staged(Path(one["staged"]))

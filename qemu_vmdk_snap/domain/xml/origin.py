@@ -9,14 +9,15 @@ from qemu_vmdk_snap.errors import DomainError
 def maker_of(snapshot: SnapshotXml) -> str | None:
     """Return what kind of foreign snapshot it is; None for one that the commands here can revert to and delete.
 
-    Ours have external disks alone, each with a VMDK overlay; what virsh makes of a VMDK disk has a qcow2 overlay.
+    Ours have external disks alone, each with a VMDK overlay, also where memory belongs to them; what virsh makes of a
+    VMDK disk has a qcow2 overlay.
     """
     modes = {disk.mode for disk in snapshot.disks} - {"no"}
     if "internal" in modes or snapshot.memory == "internal":
         return "internal"
     if "manual" in modes:  # disks that are snapshotted outside libvirt
         return None
-    if snapshot.memory not in ("no", ""):
+    if snapshot.memory not in ("no", "", "external"):
         return f"with memory, {snapshot.memory}"
     formats = {disk.format for disk in snapshot.disks if disk.mode == "external" and disk.format} - {"vmdk"}
     return f"{', '.join(sorted(formats))} overlays" if formats else None

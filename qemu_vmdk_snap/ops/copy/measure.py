@@ -26,9 +26,13 @@ class Measurement:
     """Sizes in bytes, as files have them; a sparse file may take less on the disk."""
 
     required: int
-    """For the data that there is now."""
+    """For the current data."""
     fully_allocated: int
     """For a disk whose every byte was written."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the sizes under the keys of `qemu-img measure`."""
+        return {"required": self.required, "fully-allocated": self.fully_allocated}
 
 
 def measure(
@@ -41,12 +45,12 @@ def measure(
 ) -> Measurement:
     """Return what an image of `disk`, or with None of an empty disk of `size` bytes, would take: the lengths of files.
 
-    Grains that are stored are counted whole: a copy that looks for zeros in them may be smaller. A raw image is as
-    long as its disk. The image is taken to be called as `disk` is.
+    Grains that are stored are counted whole: a copy that looks for zeros in them may turn out smaller. A raw image is
+    as long as its disk. The image is assumed to have the name of `disk`.
 
     Raises:
         Unsupported: the image would be streamOptimized.
-        InvalidRequest: there is no such kind, or the size or an option cannot be.
+        InvalidRequest: there is no such kind, or the size or an option is invalid.
     """
     capacity = round_up(size if disk is None else disk.capacity, SECTOR_SIZE)
     if output_format == "raw":
@@ -68,7 +72,7 @@ def measure(
 
 
 def _stored(disk: Disk | None, unit: int, capacity: int, on_progress: OnProgress) -> int:
-    """Return the bytes of all units that hold stored data, in whole units."""
+    """Return the bytes of all units that contain stored data, in whole units."""
     meter = Meter(OPERATION, capacity, on_progress)
     if disk is None:
         meter.reach(capacity)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 
-from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.storage.attributes import copy_attributes
 from qemu_vmdk_snap.storage.blockfile import PosixFile
@@ -26,16 +24,13 @@ def copy_file(
     keeps writers from the source.
 
     Raises:
-        FileExistsError: something bears the name; it is untouched.
-        InvalidRequest: the source is no regular file.
-        OSError: it cannot be read, or the copy not be made; nothing is left of it.
+        FileExistsError: the name exists; that file is not changed.
+        OSError: the source is no regular file, or cannot be read, or the copy not be made; nothing is left of it.
     """
     source, path = Path(source), Path(path)
     original = PosixFile.open(source)
     try:
         facts = os.fstat(original.fileno())
-        if not stat.S_ISREG(facts.st_mode):
-            raise InvalidRequest(source, "is no regular file: it is not copied")
         with new_file(path, durable=durable, mode=0o600) as copy:
             _copy_data(original, copy, facts.st_size, Meter("copy", facts.st_size, on_progress))
             copy_attributes(original.fileno(), copy.fileno())

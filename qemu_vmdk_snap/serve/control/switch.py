@@ -2,13 +2,15 @@
 
 Order of a snapshot, so that a chain that opens is left whenever this stops, and that its last writer is found:
 1. The top has its new CID already, so it will not change; the overlay names it, is durable, and open.
-2. The note beside the socket names the overlay, which reads what the top reads.
+2. The note beside the socket names the overlay before that exists; it reads what the top reads.
 3. In a pause: everything is flushed, the log ends, requests go to the overlay.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import secrets
 import threading
 import time
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qemu_vmdk_snap import Link, copy_attributes, create_overlay, log, open_link
+from qemu_vmdk_snap.chain.parent import MAX_DEPTH
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
 from qemu_vmdk_snap.serve.control.arguments import Arguments, path_argument
@@ -42,6 +45,8 @@ class _Prepared:
     overlay: Path
     link: Link
     base: Link
+    preparer: Holder | None = None
+    """Who has prepared it in a step of its own, and takes it back by going away before the switch is final."""
     log: GrainLog | None = None
     """That of the overlay until the switch, that of the base from then on."""
     holder: Holder | None = None
@@ -83,10 +88,11 @@ class Switcher:
             yield
 
     def let_go(self, holder: Holder) -> None:
-        """Take back what the holder holds: its connection is gone."""
+        """Take back what the holder has prepared or holds: its connection is gone."""
         with self._one:
-            if self._held is not None and self._held.holder is holder:
-                self._abort(self._held)
+            for prepared in list(self._prepared.values()):
+                if holder in (prepared.preparer, prepared.holder):
+                    self._abort(prepared)
 
     def end(self) -> None:
         """Take back everything that is prepared or held: the server ends."""
@@ -119,7 +125,9 @@ class Switcher:
 
     def _snapshot_prepare(self, arguments: Arguments, holder: Holder) -> dict[str, Any]:
         with self._one:
-            return {"token": self._prepare(path_argument(arguments, "overlay")).token}
+            prepared = self._prepare(path_argument(arguments, "overlay"))
+            prepared.preparer = holder
+            return {"token": prepared.token}
 
     def _snapshot_switch(self, arguments: Arguments, holder: Holder) -> dict[str, Any]:
         with self._one:
@@ -171,11 +179,16 @@ class Switcher:
         if self._prepared:
             other = next(iter(self._prepared.values()))
             raise InvalidRequest(other.overlay, "another snapshot is prepared: switch to it or abort it first")
+        if len(stack.links) >= MAX_DEPTH:
+            raise InvalidRequest(overlay, f"would make the chain deeper than {MAX_DEPTH} links: merge some first")
         with stack.pause():
             stack.begin_writing()  # the CID that the overlay is going to name changes no more
         with stack.turn:
             stack.flush()  # most of what there is to flush, outside the pause
         base = stack.top
+        if overlay.exists() or overlay.is_symlink():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(overlay))
+        self._server.remember_top(overlay)  # first: once it exists, the base is frozen to whoever starts again
         create_overlay(overlay, base.path)
         try:
             link = self._opened(overlay, base)
@@ -187,7 +200,6 @@ class Switcher:
         try:
             link.renew_cid()  # here, so that nothing is waited for after the switch
             prepared.log = log_for(link)
-            self._server.remember_top(overlay)
         except BaseException:
             self._abort(prepared)
             raise

@@ -12,9 +12,11 @@ import pytest
 
 from qemu_vmdk_snap import DomainError
 from qemu_vmdk_snap.cli.main import main
+from qemu_vmdk_snap.domain.clone.run import clone
 from qemu_vmdk_snap.domain.create import run as create_run
 from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.delete.run import delete
+from qemu_vmdk_snap.domain.destroy.run import destroy
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.journal.recover import recover
 from qemu_vmdk_snap.domain.nvram import plan_nvram
@@ -88,6 +90,26 @@ def test_they_are_frozen_reverted_and_deleted(uefi: Uefi, capsys: pytest.Capture
     revert(conn, name, "s2")
     delete(conn, name, "s2")
     assert (uefi.copies(), uefi.read()) == ([], b"second")
+
+
+def test_a_clone_gets_the_frozen_ones_and_destroy_leaves_none(uefi: Uefi) -> None:
+    conn, name = uefi.lab.conn, uefi.name
+    create_snapshot(conn, name, "s1")
+    uefi.write(b"second")
+    create_snapshot(conn, name, "s2")
+    report = clone(conn, name, "s1", f"{name}-clone")
+    uefi.lab.adopt(f"{name}-clone")
+    assert report.nvram is not None
+    assert (report.nvram != uefi.vars, uefi.read(report.nvram)) == (True, b"first")
+    assert destroy(conn, f"{name}-clone").changed
+    assert len(uefi.copies()) == 2
+    uefi.domain.create()
+    assert main(["snapshot", "delete", name, "s1", "--children", "-c", uefi.lab.uri]) == 0  # in one step, beneath it
+    assert uefi.copies() == []
+    uefi.domain.destroy()
+    create_snapshot(conn, name, "s3")
+    destroy(conn, name)
+    assert uefi.copies() == []
 
 
 def test_what_is_taken_back_leaves_no_copy(uefi: Uefi, monkeypatch: pytest.MonkeyPatch) -> None:

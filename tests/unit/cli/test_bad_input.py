@@ -154,7 +154,6 @@ DESCRIPTOR_DAMAGE = [
     (GOOD + "RW 8 SPARSE\n", "extent = 'RW 8 SPARSE': must name a file: its type is SPARSE"),
     (GOOD + 'RW 8000 SPARSE "a"\n', "capacity = 4800: must be at least the 8000 sectors that the descriptor gives"),
     (GOOD.replace("createType", "kind") + 'RW 8 SPARSE "a"\n', "createType = None: must be in the descriptor"),
-    ('encoding="EBCDIC"\n# ä\n'.join(GOOD.split("version=1\n")), "encoding = 'EBCDIC': must be UTF-8 or an encoding"),
 ]
 
 

@@ -7,8 +7,6 @@ import argparse
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, warn_pending
 from qemu_vmdk_snap.cli.ui import Ui
 
-EXAMPLES = (("snapshot dumpxml web before-upgrade", "with the domain as it was inside"),)
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""

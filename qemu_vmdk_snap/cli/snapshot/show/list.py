@@ -17,13 +17,6 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.registry import SnapshotInfo
 
 
-EXAMPLES = (
-    ("snapshot list web --tree", "who is whose child, as virsh draws it"),
-    ("snapshot list web --from before-upgrade --descendants", "what was made on top of one"),
-    ("snapshot list --all --output=json", "all domains, for a program"),
-)
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_domain(parser, or_all=True)
@@ -44,7 +37,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     from qemu_vmdk_snap.domain.registry import list_snapshots
 
     if (args.domain is None) is not args.all:
-        raise InvalidRequest("snapshot list", "give a domain or --all, one of them")
+        raise InvalidRequest("snapshot list", "needs either a domain or --all")
     if args.all:
         return _list_all(args, ui)
     with connection(args.connect) as conn:

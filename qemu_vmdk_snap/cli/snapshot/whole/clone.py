@@ -14,12 +14,6 @@ from qemu_vmdk_snap.cli.ui import Ui
 if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.clone.run import CloneReport
 
-EXAMPLES = (
-    ("snapshot clone web before-upgrade web-test", "a new domain on an overlay of what the snapshot froze"),
-    ("snapshot clone web before-upgrade web-copy --full --dir /srv/images", "the same as a copy in another folder"),
-    ("snapshot clone web web2", "a copy of a domain that is shut off"),
-)
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""

@@ -14,11 +14,6 @@ from qemu_vmdk_snap.cli.ui import Ui
 if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.consolidate.run import ConsolidateReport
 
-EXAMPLES = (
-    ("snapshot consolidate web --dry-run", "whether the domain needs it, and what would be merged"),
-    ("snapshot consolidate web", "merge what deleted metadata, or a killed tool, has left in the chains"),
-)
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
@@ -29,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         action="append",
         default=[],
-        help="merge this link too, whose overlay is not called after it (may be repeated)",
+        help="merge this link too, whose overlay's name is not derived from it (may be repeated)",
     )
     add_orphans(parser)
     add_dry_run(parser)

@@ -15,11 +15,6 @@ from qemu_vmdk_snap.units import format_size
 if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.destroy.run import DestroyReport
 
-EXAMPLES = (
-    ("snapshot destroy web-test --storage --dry-run", "what would be deleted, and what stays"),
-    ("snapshot destroy web-test --storage", "undefine the domain and delete its files"),
-)
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
@@ -27,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage",
         action="store_true",
-        help="delete the files that are the domain's alone (without it: virsh undefine --snapshots-metadata)",
+        help="delete the files that belong to the domain only (without it: virsh undefine --snapshots-metadata)",
     )
     add_orphans(parser)
     add_dry_run(parser)
@@ -39,7 +34,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.domain.destroy.run import destroy
 
     if not args.storage:
-        reason = "say --storage to delete its files; `virsh undefine --snapshots-metadata` undefines it and keeps them"
+        reason = "give --storage to delete its files; `virsh undefine --snapshots-metadata` undefines it and keeps them"
         raise InvalidRequest(f"domain {args.domain}", reason)
     with connection(args.connect) as conn:
         orphans = [path.absolute() for path in args.orphan]

@@ -15,11 +15,6 @@ from qemu_vmdk_snap.units import format_size
 if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.move.run import MoveReport
 
-EXAMPLES = (
-    ("snapshot move web /srv/fast --dry-run", "which files would be moved, and which bytes copied"),
-    ("snapshot move web /srv/fast", "move them, and correct the XML of the domain and its snapshots"),
-)
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
