@@ -5,6 +5,7 @@ from qemu_vmdk_snap.chain.chain import WritableChain as WritableChain
 from qemu_vmdk_snap.chain.chain import open_chain as open_chain
 from qemu_vmdk_snap.chain.disk import Disk as Disk
 from qemu_vmdk_snap.chain.disk import RawDisk as RawDisk
+from qemu_vmdk_snap.chain.identity import fitting_parent as fitting_parent
 from qemu_vmdk_snap.chain.link import Link as Link
 from qemu_vmdk_snap.chain.link import open_link as open_link
 from qemu_vmdk_snap.chain.link import read_descriptor as read_descriptor
@@ -19,11 +20,13 @@ from qemu_vmdk_snap.chain.needs.follow import Followed as Followed
 from qemu_vmdk_snap.chain.needs.follow import follow as follow
 from qemu_vmdk_snap.chain.needs.own import own_files as own_files
 from qemu_vmdk_snap.chain.resolver import Resolver as Resolver
+from qemu_vmdk_snap.chain.resolver import allowing as allowing
 from qemu_vmdk_snap.chain.resolver import confined as confined
 from qemu_vmdk_snap.errors import CidMismatch as CidMismatch
 from qemu_vmdk_snap.errors import CorruptChain as CorruptChain
 from qemu_vmdk_snap.errors import DomainBusy as DomainBusy
 from qemu_vmdk_snap.errors import DomainError as DomainError
+from qemu_vmdk_snap.errors import DomainExists as DomainExists
 from qemu_vmdk_snap.errors import FormatError as FormatError
 from qemu_vmdk_snap.errors import GuestError as GuestError
 from qemu_vmdk_snap.errors import InvalidRequest as InvalidRequest
@@ -57,6 +60,7 @@ from qemu_vmdk_snap.ops.copy.measure import Measurement as Measurement
 from qemu_vmdk_snap.ops.copy.measure import measure as measure
 from qemu_vmdk_snap.ops.copy.merge import MergeReport as MergeReport
 from qemu_vmdk_snap.ops.copy.merge import merge_links as merge_links
+from qemu_vmdk_snap.ops.copy.whole import copy_file as copy_file
 from qemu_vmdk_snap.ops.edit.apply import ApplyReport as ApplyReport
 from qemu_vmdk_snap.ops.edit.apply import apply_delta as apply_delta
 from qemu_vmdk_snap.ops.edit.commit import CommitReport as CommitReport
@@ -94,6 +98,7 @@ from qemu_vmdk_snap.storage.blockfile import open_posix as open_posix
 from qemu_vmdk_snap.storage.durable import link_over as link_over
 from qemu_vmdk_snap.storage.durable import replace_file as replace_file
 from qemu_vmdk_snap.storage.identity import Identity as Identity
+from qemu_vmdk_snap.storage.identity import identity_if_known as identity_if_known
 from qemu_vmdk_snap.storage.identity import identity_of as identity_of
 from qemu_vmdk_snap.vmdk.descriptor import Descriptor as Descriptor
 from qemu_vmdk_snap.vmdk.descriptor import ExtentLine as ExtentLine

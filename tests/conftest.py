@@ -36,6 +36,8 @@ QUICK: Final = (
     "domain/xml/",
     "domain/test_naming.py",
     "harness/",
+    "testing/test_from_a_wheel.py",
+    "serve/test_served.py::test_what_was_acknowledged_is_there_after_a_kill",
     "e2e/test_guest.py",
 )
 """What `--quick` runs: beginnings of the names of tests, one or two that stand for each folder."""
@@ -44,7 +46,7 @@ MODULES: Final = {"libvirt": "libvirt", "libnbd": "nbd"}
 """Tools that are no executables but bindings, and the module that each is."""
 
 SESSION_VARIABLE: Final = "QEMU_VMDK_SNAP_TEST_SESSION"
-SERVERS: Final = ("qemu", "nbdkit", "virt", "libvirt", "swtpm")
+SERVERS: Final = ("qemu", "virt", "libvirt", "swtpm")
 """Beginnings of the names of processes that may lose our environment (libvirt clears it) and outlive a test."""
 
 # A deadline would measure the machine, which TCG guests share. `ci` draws the same examples each time.

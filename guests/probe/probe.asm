@@ -4,8 +4,9 @@
 ;   build: nasm -f bin -o probe.bin probe.asm
 ;
 ; Memory   0x07c00  this program (boot sector and the rest, loaded by the boot sector), stack below it
-;          0x0a000  the line that came in          0x0a400  the line that goes out
-;          0x0b000  CRC-32 tables, four of 1 KiB   0x20000  sectors read or to be written
+;          0x09800  an AHCI command                0x0a400  the line that goes out
+;          0x0b000  CRC-32 tables, four of 1 KiB
+;          0x0c000  the line that came in          0x20000  the buffer: sectors read or to be written
 
 bits 16
 cpu 386
@@ -16,12 +17,16 @@ PROTOCOL        equ '1'
 COM1            equ 0x3f8
 DEBUG_EXIT      equ 0x501               ; -device isa-debug-exit,iobase=0x501,iosize=1
 ACPI_PM1A       equ 0x604               ; where SeaBIOS puts PM1a_CNT, on pc and on q35
-IN_LINE         equ 0xa000
-IN_MAX          equ 250
+IN_LINE         equ 0xc000
+IN_MAX          equ 0x3f00
 OUT_LINE        equ 0xa400
 TABLES          equ 0xb000
 BUFFER_SEGMENT  equ 0x2000
 BATCH           equ 127                 ; sectors a BIOS call may move
+ATA_TABLE       equ 0x9800              ; command table of an AHCI port, below the line that goes out
+ATA_FLUSH       equ 0xe7
+ATA_TRIM        equ 0x06                ; DATA SET MANAGEMENT, with feature 1
+TRIM_ENTRIES    equ 64                  ; of 8 bytes: LBA (48 bits), sectors (16 bits)
 
 start:
         cli
@@ -226,6 +231,266 @@ do_pattern:                             ; write the pattern of SEED over COUNT s
         call    send
         jmp     next_line
 
+do_disk:                                ; answer for BIOS drive 80h + NUMBER from now on
+        call    get_number
+        jc      fail_usage
+        call    check_end
+        jc      fail_usage
+        test    edx, edx
+        jnz     fail_usage
+        cmp     eax, 0x7f
+        ja      fail_usage
+        or      al, 0x80
+        mov     [disk], al
+        call    begin_ok
+        call    send
+        jmp     next_line
+
+do_load:                                ; put the bytes of HEX into the buffer, from its sector AT on
+        call    get_number
+        jc      fail_usage
+        test    edx, edx
+        jnz     fail_usage
+        cmp     eax, BATCH - 1
+        ja      fail_usage
+        shl     ax, 5                   ; a sector is 32 paragraphs
+        add     ax, BUFFER_SEGMENT
+        mov     es, ax
+        xor     di, di
+.blank:
+        lodsb
+        cmp     al, ' '
+        je      .blank
+.byte:
+        test    al, al
+        jz      .end
+        call    digit
+        jc      .bad
+        mov     ah, al
+        shl     ah, 4
+        lodsb
+        call    digit
+        jc      .bad
+        or      al, ah
+        stosb
+        lodsb
+        jmp     .byte
+.end:
+        xor     ax, ax
+        mov     es, ax
+        call    begin_ok
+        call    send
+        jmp     next_line
+.bad:
+        xor     ax, ax
+        mov     es, ax
+        jmp     fail_usage
+
+digit:                                  ; AL = the value of the digit in AL; carry when it is none
+        sub     al, '0'
+        cmp     al, 9
+        jbe     .good
+        sub     al, 'a' - '0' - 10
+        cmp     al, 10
+        jb      .bad
+        cmp     al, 15
+        ja      .bad
+.good:
+        clc
+        ret
+.bad:
+        stc
+        ret
+
+do_write:                               ; write the first COUNT sectors of the buffer, in one call of the BIOS
+        call    get_one_batch
+        jc      fail_usage
+        mov     dl, [disk]
+        mov     si, packet
+        mov     ax, 0x4300
+        int     0x13
+        jc      fail_bios
+        call    begin_ok
+        call    send
+        jmp     next_line
+
+do_fetch:                               ; read COUNT sectors into the buffer, in one call, and answer with their CRC-32
+        call    get_one_batch
+        jc      fail_usage
+        call    read_batch
+        jc      fail_bios
+        mov     dword [crc], 0xffffffff
+        mov     cx, [packet.count]
+        call    crc_buffer
+        call    begin_ok
+        mov     eax, [crc]
+        not     eax
+        call    put_long
+        call    send
+        jmp     next_line
+
+do_flush:                               ; let the disk write its cache out; on AHCI, past the BIOS, which has no word for it
+        call    check_end
+        jc      fail_usage
+        mov     byte [ata.command], ATA_FLUSH
+        mov     word [ata.header], 5    ; a command of five dwords, no data
+        mov     word [ata.entries], 0
+        mov     byte [ata.feature], 0
+        mov     byte [ata.count], 0
+        jmp     ata_answer
+
+do_discard:                             ; tell the disk that COUNT sectors from LBA on are not needed; on AHCI
+        call    get_range
+        jc      fail_usage
+        mov     ax, BUFFER_SEGMENT
+        mov     es, ax
+        xor     di, di
+        xor     ax, ax
+        mov     cx, 256
+        rep     stosw
+        xor     di, di
+        mov     cx, TRIM_ENTRIES
+.entry:
+        mov     eax, 0xffff
+        cmp     dword [left + 4], 0
+        jne     .set
+        cmp     [left], eax
+        jae     .set
+        mov     eax, [left]
+.set:
+        mov     [packet.count], ax
+        mov     ebx, [packet.lba]
+        mov     [es:di], ebx
+        mov     bx, [packet.lba + 4]
+        mov     [es:di + 4], bx
+        mov     [es:di + 6], ax
+        add     di, 8
+        call    advance
+        mov     eax, [left]
+        or      eax, [left + 4]
+        loopnz  .entry
+        push    word 0
+        pop     es
+        jnz     fail_usage              ; more than a command has room for
+        mov     byte [ata.command], ATA_TRIM
+        mov     word [ata.header], 5 | 0x40     ; which the disk is to read 512 bytes for
+        mov     word [ata.entries], 1
+        mov     byte [ata.feature], 1
+        mov     byte [ata.count], 1
+ata_answer:
+        call    ata_run
+        jc      .failed
+        call    begin_ok
+        call    send
+        jmp     next_line
+.failed:
+        mov     [status], al
+        mov     bx, text_err
+        call    begin
+        mov     bx, text_ata
+        call    put_text
+        mov     al, [status]
+        call    put_byte
+        call    send
+        jmp     next_line
+
+ata_run:                                ; give [ata] to the disk; carry and AL: its error register, or ff when it is not on AHCI
+        mov     al, [disk]
+        call    find_port
+        mov     al, 0xff
+        jc      .end
+        push    word 0
+        pop     es
+        push    edi
+        mov     di, ATA_TABLE
+        mov     cx, 0x90 / 2
+        xor     ax, ax
+        rep     stosw
+        pop     edi
+        mov     word [ATA_TABLE], 0x8027        ; a register FIS that is a command
+        mov     al, [ata.command]
+        mov     ah, [ata.feature]
+        mov     [ATA_TABLE + 2], ax
+        mov     byte [ATA_TABLE + 7], 0x40      ; LBA
+        mov     al, [ata.count]
+        mov     [ATA_TABLE + 12], al
+        mov     dword [ATA_TABLE + 0x80], BUFFER_SEGMENT * 16
+        mov     dword [ATA_TABLE + 0x8c], 511   ; bytes less one
+        mov     esi, [fs:edi]                   ; PxCLB: the BIOS's list, whose first slot it fills anew for each command
+        mov     eax, [ata.header]
+        mov     [fs:esi], eax
+        mov     dword [fs:esi + 4], 0
+        mov     dword [fs:esi + 8], ATA_TABLE
+        mov     dword [fs:esi + 12], 0
+        mov     dword [fs:edi + 0x30], -1       ; PxSERR
+        mov     dword [fs:edi + 0x10], -1       ; PxIS
+        mov     dword [fs:edi + 0x38], 1        ; PxCI: slot 0
+.wait:
+        test    dword [fs:edi + 0x10], 1 << 30  ; a task file error stops the port with the slot set
+        jnz     .done
+        test    dword [fs:edi + 0x38], 1
+        jnz     .wait
+.done:
+        mov     eax, [fs:edi + 0x20]            ; PxTFD: status, error
+        mov     dword [fs:edi + 0x10], -1
+        test    al, 1
+        mov     al, ah
+        jz      .end                            ; TEST has cleared the carry
+        stc
+.end:
+        sti
+        ret
+
+find_port:                              ; FS:EDI = the registers of the AHCI port of BIOS drive AL; carry when there is none
+        movzx   ebp, al
+        and     bp, 0x7f
+        mov     ebx, 0x80000008                 ; class and revision of bus 0, device 0, function 0
+.device:
+        mov     eax, ebx
+        call    read_pci
+        shr     eax, 8
+        cmp     eax, 0x010601                   ; SATA, AHCI
+        je      .found
+        add     ebx, 0x100
+        cmp     ebx, 0x80010008
+        jb      .device
+.none:
+        stc
+        ret
+.found:
+        lea     eax, [ebx + 0x24 - 8]           ; BAR 5
+        call    read_pci
+        and     al, 0xf0
+        mov     edi, eax
+        shl     ebp, 7
+        lea     edi, [edi + ebp + 0x100]
+        cli                                     ; on with a limit of 4 GiB in FS, which the BIOS takes away again
+        lgdt    [gdt]
+        mov     eax, cr0
+        or      al, 1
+        mov     cr0, eax
+        mov     bx, 8
+        mov     fs, bx
+        and     al, 0xfe
+        mov     cr0, eax
+        xor     bx, bx
+        mov     fs, bx
+        mov     eax, [fs:edi + 0x28]            ; PxSSTS: is a device there, and talking?
+        and     al, 0x0f
+        cmp     al, 3
+        jne     .none
+        cmp     dword [fs:edi + 0x24], 0x101    ; PxSIG: a disk
+        jne     .none
+        clc
+        ret
+
+read_pci:                               ; EAX = the configuration register at address EAX
+        mov     dx, 0xcf8
+        out     dx, eax
+        mov     dx, 0xcfc
+        in      eax, dx
+        ret
+
 do_off:                                 ; answer, then leave by the debug port, else by ACPI, else stand still
         call    get_number
         jc      fail_usage
@@ -277,6 +542,24 @@ get_range:                              ; LBA and COUNT, the last arguments; car
         mov     [left], eax
         mov     [left + 4], edx
         call    check_end
+.no:
+        ret
+
+get_one_batch:                          ; LBA and COUNT of 1 to BATCH sectors, into the packet; carry when not so
+        call    get_range
+        jc      .no
+        cmp     dword [left + 4], 0
+        jne     .bad
+        mov     eax, [left]
+        dec     eax
+        cmp     eax, BATCH - 1
+        ja      .bad
+        inc     ax
+        mov     [packet.count], ax
+        clc
+        ret
+.bad:
+        stc
 .no:
         ret
 
@@ -415,10 +698,16 @@ crc_text:                               ; EAX = CRC-32 of CX bytes at SI
 get_line:                               ; a line without its end into IN_LINE, its length into [in_length]
         mov     di, IN_LINE
 .char:
+        cli
         mov     dx, COM1 + 5
         in      al, dx
         test    al, 1
-        jz      .char
+        jnz     .there
+        sti                             ; takes effect after hlt has begun: no interrupt is missed between the two
+        hlt                             ; asking on and on would keep the host's other threads from bringing more
+        jmp     .char
+.there:
+        sti
         mov     dx, COM1
         in      al, dx
         cmp     al, 13
@@ -604,7 +893,12 @@ drain:                                  ; wait until the last character has left
         jz      .wait
         ret
 
-serial_init:                            ; 115200 baud, 8N1, FIFOs on, no interrupts
+serial_init:                            ; 115200 baud, 8N1, FIFOs on, an interrupt when a character is there
+        mov     word [0x0c * 4], on_serial
+        mov     word [0x0c * 4 + 2], 0
+        in      al, 0x21                ; IRQ 4, which the BIOS leaves masked
+        and     al, 0xef
+        out     0x21, al
         mov     si, .settings
 .next:
         lodsw
@@ -618,7 +912,14 @@ serial_init:                            ; 115200 baud, 8N1, FIFOs on, no interru
 .done:
         ret
 .settings:
-        db      1, 0x00, 3, 0x80, 0, 0x01, 1, 0x00, 3, 0x03, 2, 0xc7, 4, 0x03, 0xff, 0xff
+        db      1, 0x00, 3, 0x80, 0, 0x01, 1, 0x00, 3, 0x03, 2, 0xc7, 4, 0x0b, 1, 0x01, 0xff, 0xff
+
+on_serial:                              ; wakes get_line, no more
+        push    ax
+        mov     al, 0x20
+        out     0x20, al
+        pop     ax
+        iret
 
 commands:                               ; where each is handled, and its word
         dw      do_hello
@@ -631,6 +932,18 @@ commands:                               ; where each is handled, and its word
         db      'dump', 0
         dw      do_pattern
         db      'pattern', 0
+        dw      do_disk
+        db      'disk', 0
+        dw      do_load
+        db      'load', 0
+        dw      do_write
+        db      'write', 0
+        dw      do_fetch
+        db      'fetch', 0
+        dw      do_flush
+        db      'flush', 0
+        dw      do_discard
+        db      'discard', 0
         dw      do_off
         db      'off', 0
         dw      0
@@ -644,7 +957,18 @@ text_unknown    db 'unknown', 0
 text_usage      db 'usage', 0
 text_sum        db 'sum', 0
 text_bios       db 'bios ', 0
+text_ata        db 'ata ', 0
 
+        align 8
+gdt:                                    ; its first entry is not used: the register's value has its place
+        dw      15, gdt, 0, 0
+        dw      0xffff, 0, 0x9200, 0x00cf       ; data, from 0, of 4 GiB
+ata:                                    ; the command for the disk
+.header dw      0
+.entries dw     0
+.command db     0
+.feature db     0
+.count  db      0
         align 4
 crc             dd 0
 left            dd 0, 0

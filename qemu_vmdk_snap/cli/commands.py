@@ -1,4 +1,4 @@
-"""The table of commands: where each one's module is, so that only the one called for is imported."""
+"""The table of commands: with the module of each, so that only the module of the given command is imported."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ class Command(NamedTuple):
 
     module: str
     help: str
+    monitoring: bool = False
+    """Whether it is a monitoring plugin: it has exit statuses of its own, 0 to 3, also where it fails."""
 
 
 _HERE: Final = "qemu_vmdk_snap.cli"
@@ -18,6 +20,7 @@ GROUPS: Final[dict[str, str]] = {
     "image": "create, inspect, compare and convert VMDK images and chains, in qemu-img's words",
     "snapshot": "snapshot the VMDK disks of libvirt domains, in virsh's words",
     "guest": "boot a small guest on an image and check what it sees",
+    "serve": "serve disks of libvirt domains by servers of our own, which gives them snapshots with memory",
     "hook": "verify, revert or snapshot a domain when libvirt starts or stops its guest",
 }
 
@@ -48,6 +51,8 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
         ),
         "list": Command(f"{_HERE}.snapshot.show.list", "list the snapshots of a domain"),
         "info": Command(f"{_HERE}.snapshot.show.info", "show one snapshot and its disks"),
+        "parent": Command(f"{_HERE}.snapshot.show.parent", "show the parent of a snapshot"),
+        "dumpxml": Command(f"{_HERE}.snapshot.show.dumpxml", "print the XML of a snapshot"),
         "adopt": Command(
             f"{_HERE}.snapshot.edit.adopt", "register snapshots that VMware made, or that were made by hand"
         ),
@@ -57,10 +62,32 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
         "current": Command(f"{_HERE}.snapshot.show.current", "show or set the current snapshot"),
         "rename": Command(f"{_HERE}.snapshot.edit.rename", "rename a snapshot"),
         "describe": Command(f"{_HERE}.snapshot.edit.describe", "change the description of a snapshot"),
+        "clone": Command(
+            f"{_HERE}.snapshot.whole.clone", "make a new domain of a snapshot, or of a domain that is shut off"
+        ),
+        "destroy": Command(
+            f"{_HERE}.snapshot.whole.destroy", "undefine a domain and delete every file that is its alone"
+        ),
+        "move": Command(
+            f"{_HERE}.snapshot.whole.move", "move the files of a domain and its snapshots to another folder"
+        ),
+        "consolidate": Command(
+            f"{_HERE}.snapshot.whole.consolidate", "merge the links of a domain's chains that no snapshot has"
+        ),
     },
     "guest": {
         "boot": Command(f"{_HERE}.guest.boot", "boot the probe guest on an image"),
-        "verify": Command(f"{_HERE}.guest.verify", "check that a guest reads what the engine reads"),
+        "verify": Command(
+            f"{_HERE}.guest.verify", "check what a guest reads from an image or domain, or that its system boots"
+        ),
+        "linux": Command(f"{_HERE}.guest.linux", "make the Linux guest of the harness, of the distribution's packages"),
+    },
+    "serve": {
+        "attach": Command(f"{_HERE}.served.attach", "let disks of a shut-off domain be served from its next start on"),
+        "detach": Command(f"{_HERE}.served.detach", "let QEMU itself open the files of these disks again"),
+        "start": Command(f"{_HERE}.served.start", "start the servers of a domain's disks that do not run"),
+        "stop": Command(f"{_HERE}.served.stop", "stop the servers of the disks of a domain that is shut off"),
+        "status": Command(f"{_HERE}.served.status", "show the served disks of a domain and their servers"),
     },
     "hook": {
         "install": Command(f"{_HERE}.hook.install", "install the libvirt hook"),
@@ -71,8 +98,15 @@ COMMANDS: Final[dict[str, dict[str, Command]]] = {
 }
 
 TOP_LEVEL: Final[dict[str, Command]] = {
+    "serve": Command(f"{_HERE}.serve", "serve the disk of an image over NBD: snapshots and merges while it is used"),
     "recover": Command(f"{_HERE}.recover", "finish or undo an operation that was interrupted"),
     "doctor": Command(f"{_HERE}.doctor", "check this host, or a domain and its snapshots, for problems"),
+    "metrics": Command(
+        f"{_HERE}.monitor.metrics", "print what Prometheus collects about domains, snapshots and chains"
+    ),
+    "monitor": Command(
+        f"{_HERE}.monitor.monitor", "check ages, counts, depths and sizes, as a plugin of Nagios", monitoring=True
+    ),
     "demo": Command(f"{_HERE}.demo.demo", "prove a chain of snapshots by booting guests, in an empty folder"),
     "completion": Command(f"{_HERE}.pages.completion", "print a script that lets a shell complete commands"),
     "manual": Command(f"{_HERE}.pages.manual", "write the manual pages"),

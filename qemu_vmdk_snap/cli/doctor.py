@@ -1,4 +1,4 @@
-"""`doctor`: tell what is wrong with this host, or with one domain; remove or adopt what nobody names."""
+"""`doctor`: check this host, or one domain; repair it, remove or adopt orphans."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qemu_vmdk_snap.cli.image.common import add_allow_dir
 from qemu_vmdk_snap.cli.snapshot.options import add_all, add_orphans
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.adopt.run import Settled
-    from qemu_vmdk_snap.domain.doctor import Check
+    from qemu_vmdk_snap.domain.doctor.check import Check
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--connect", metavar="URI", help="libvirt connection, as for the snapshot commands")
     parser.add_argument("domain", metavar="DOMAIN", nargs="?", help="name, id or UUID of a domain (default: the host)")
     add_all(parser)
+    add_allow_dir(parser)
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="repair what is found: relink CIDs, complete chains in the XML, register snapshots again",
+    )
     parser.add_argument("--remove", action="store_true", help="remove orphaned overlays that store nothing")
     parser.add_argument(
         "--discard",
@@ -35,22 +42,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int:
-    """Do what is asked for, then show every check; exit status 1 if something is bad."""
-    if args.domain is None and (args.remove or args.discard or args.adopt):
-        raise InvalidRequest("--remove, --discard, --adopt", "need a domain")
+    """Remove or adopt orphans if requested, then show every check; exit status 1 if something is bad."""
+    if args.domain is None and (args.repair or args.remove or args.discard or args.adopt):
+        raise InvalidRequest("--repair, --remove, --discard, --adopt", "need a domain")
     if args.all:
         if args.domain is not None:
-            raise InvalidRequest("doctor", "give a domain or --all, not both")
+            raise InvalidRequest("doctor", "takes either a domain or --all")
         return _check_all(args, ui)
     done: list[Settled] = []
+    repaired: list[str] = []
     if args.domain is None:
         checks = [*_host(args.connect)]
     else:
         from qemu_vmdk_snap.domain.adopt.run import settle_orphans
         from qemu_vmdk_snap.domain.connect import connection
-        from qemu_vmdk_snap.domain.doctor import check_domain
+        from qemu_vmdk_snap.domain.doctor.domain import check_domain, repair_domain
 
         with connection(args.connect) as conn:
+            if args.repair:
+                repaired = repair_domain(conn, args.domain)
             if args.remove or args.discard or args.adopt:
                 given = [path.absolute() for path in args.discard]
                 done = settle_orphans(
@@ -64,10 +74,11 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
             checks = [*check_domain(conn, args.domain)]
     good = not any(check.verdict == "bad" for check in checks)
     if ui.json_output:
-        ui.json(
-            {"good": good, "done": [one.as_dict() for one in done], "checks": [check.as_dict() for check in checks]}
-        )
+        shown = [check.as_dict() for check in checks]
+        ui.json({"good": good, "repaired": repaired, "done": [one.as_dict() for one in done], "checks": shown})
         return 0 if good else 1
+    for line in repaired:
+        ui.text(f"repaired: {line}")
     for one in done:
         ui.text(f"removed {one.path}" if one.snapshot is None else f"adopted {one.path} as snapshot {one.snapshot}")
     _show(checks, ui)
@@ -83,7 +94,7 @@ def _check_all(args: argparse.Namespace, ui: Ui) -> int:
     """Show the checks of every domain; one that cannot be checked is bad, and the others are checked."""
     from qemu_vmdk_snap.cli.exit_status import as_object, one_line, status_of
     from qemu_vmdk_snap.domain.connect import connection
-    from qemu_vmdk_snap.domain.doctor import check_domain
+    from qemu_vmdk_snap.domain.doctor.domain import check_domain
     from qemu_vmdk_snap.domain.registry import list_domains
 
     domains: list[dict[str, object]] = []
@@ -108,7 +119,8 @@ def _check_all(args: argparse.Namespace, ui: Ui) -> int:
 
 
 def _host(uri: str | None) -> Iterator[Check]:
-    from qemu_vmdk_snap.domain.doctor import Check, check_host
+    from qemu_vmdk_snap.domain.doctor.check import Check
+    from qemu_vmdk_snap.domain.doctor.host import check_host
     from qemu_vmdk_snap.harness.accelerator import choose_accelerator
 
     yield from check_host(uri)

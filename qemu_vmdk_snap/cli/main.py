@@ -1,4 +1,4 @@
-"""The entry point: find the command, import its module alone, run it, turn an error into one line and a status."""
+"""The entry point: find the command, import only its module, run it, turn an error into one line and a status."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol, cast
 
@@ -19,32 +20,42 @@ from qemu_vmdk_snap.chain.look.notes import listening
 from qemu_vmdk_snap.cli import exit_status
 from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL, Command
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.cli.words import sorted_words
 from qemu_vmdk_snap.errors import FormatError, LockBusy, Unsupported, VmdkSnapError, printable
 
 PROGRAM = "qemu-vmdk-snap"
 _HELP = frozenset({"-h", "--help"})
 _ANY_WIDTH = 80
+_NAMED = frozenset({"--domain", "--snapshotname"})
+"""What virsh calls its positional arguments where they are given as options."""
+_NUMBERS = tuple(f"-{digit}" for digit in range(10))
 
 
 class CommandModule(Protocol):
-    """What the module of a command has: it describes its arguments, then runs."""
+    """The interface of a command's module."""
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the command's arguments to `parser`."""
 
     def run(self, args: argparse.Namespace, ui: Ui) -> int | None:
-        """Do it and show it; the returned number is the exit status, None is 0."""
+        """Run the command and show the result; the returned number is the exit status, None is 0."""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise exit_status.UsageError(f"{self.prog}: {printable(message)} (try {self.prog} --help)")
 
+    def parse_sorted(self, words: Sequence[str], found: argparse.Namespace | None = None) -> argparse.Namespace:
+        """Return what the words say, options wherever they are among them; a size such as -1G is no option."""
+        return self.parse_args(sorted_words(words, self._option_string_actions, self.error, plain=_NUMBERS), found)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks, at TAB
+            return _complete()
         _cancel_on_signals()
         if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
             # One write for a short answer, also under PYTHONUNBUFFERED: `| head -1` ends before a second one.
@@ -58,12 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_status.CANCELLED
 
 
-def _usage_error(error: exit_status.UsageError, words: Sequence[str]) -> int:
-    """Show what is wrong with the command line, as JSON too where it asks for that, as far as it can be read."""
-    sys.stderr.write(f"{error}\n")
+def _complete() -> int:
+    # By name: it is made of the table of commands, and of the parser here.
+    importlib.import_module("qemu_vmdk_snap.cli.pages.complete").answer()  # ends the process
+    return 1
+
+
+def _usage_error(error: Exception, words: Sequence[str], status: int = exit_status.USAGE) -> int:
+    """Show the usage error, as JSON too if the command line asks for JSON."""
+    begin = "" if isinstance(error, exit_status.UsageError) else f"{PROGRAM}: "
+    sys.stderr.write(f"{begin}{error}\n")
     if "--output=json" in words or ("--output", "json") in itertools.pairwise(words):
-        Ui(json_output=True).json(exit_status.as_object(error, str(error), exit_status.USAGE))
-    return exit_status.USAGE
+        Ui(json_output=True).json(exit_status.as_object(error, str(error), status))
+    return status
 
 
 def _main(words: list[str]) -> int:
@@ -75,18 +93,38 @@ def _main(words: list[str]) -> int:
     command, prog, rest = _find(words)
     if command is None:
         return _show_help(words)
-    # Importing NumPy starts a thread of its linear algebra for each core; nothing here multiplies matrices.
+    # Importing NumPy starts a thread for linear algebra on each core; nothing here needs them.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     module = cast(CommandModule, importlib.import_module(command.module))
-    # How wide a terminal is matters to those alone who ask for help; finding out takes 4 ms of imports.
+    # The width of the terminal matters only for help; finding it takes 4 ms of imports.
     parser = make_parser(module, command, prog, width=None if _HELP & set(rest) else _ANY_WIDTH)
     try:
-        args = parser.parse_args(rest)
+        words_in_order, found = _as_positionals(module, _with_values(module, rest))
+        args = parser.parse_sorted(words_in_order, found)
     except exit_status.UsageError as error:
+        if command.monitoring:
+            return _unknown(str(error))
         raise SystemExit(_usage_error(error, words)) from None
+    except Unsupported as error:  # a name that means something else than a file
+        status = parser.get_default("error_status") or exit_status.status_of(error)
+        raise SystemExit(_usage_error(error, words, status)) from None
+    if command.monitoring:
+        return _as_plugin(args, prog, rest, module)
     if args.debug or os.environ.get("QEMU_VMDK_SNAP_LOG"):
         return _logged(args, prog, rest, module)
     return _shown(args, prog, rest, module)
+
+
+def _as_plugin(args: argparse.Namespace, prog: str, rest: Sequence[str], module: CommandModule) -> int:
+    """Run a monitoring plugin: whatever ends it otherwise than with 0 to 3 is UNKNOWN."""
+    status = _shown(args, prog, rest, module)
+    return status if status in range(4) else _unknown(f"ended with status {status}")
+
+
+def _unknown(message: str) -> int:
+    from qemu_vmdk_snap.cli.monitor.nagios import failed
+
+    return failed(message)
 
 
 def _logged(args: argparse.Namespace, prog: str, rest: Sequence[str], module: CommandModule) -> int:
@@ -118,7 +156,7 @@ def _shown(args: argparse.Namespace, prog: str, rest: Sequence[str], module: Com
 
 
 def _elsewhere(args: argparse.Namespace, prog: str, rest: Sequence[str]) -> CommandModule | None:
-    """Return what runs the command where libvirt is, if that is another host."""
+    """Return the module that runs the command on the host of libvirt, if that is another host."""
     uri = (getattr(args, "connect", None) or os.environ.get("LIBVIRT_DEFAULT_URI")) if "connect" in args else None
     if "+ssh:" not in (uri or ""):
         return None
@@ -128,25 +166,51 @@ def _elsewhere(args: argparse.Namespace, prog: str, rest: Sequence[str]) -> Comm
 
 
 def _cancel_on_signals() -> None:
-    """Let a request to end do what Ctrl-C does: clean up, and leave nothing half done."""
+    """Treat a signal to end as Ctrl-C: clean up, and leave nothing half done."""
 
     def cancel(number: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # not where somebody (nohup) wants it ignored
+        if signal.getsignal(number) is signal.SIG_DFL:  # not if it is ignored (nohup)
             signal.signal(number, cancel)
 
 
-def make_parser(
-    module: CommandModule, command: Command, prog: str, *, width: int | None = None
-) -> argparse.ArgumentParser:
+def _with_values(module: CommandModule, rest: Sequence[str]) -> list[str]:
+    """Return the words with the value of each option that may be without: virsh's `--quiesce NAME` names a domain."""
+    optional: dict[str, tuple[str, ...]] = getattr(module, "OPTIONAL_VALUES", {})
+    words = []
+    for word, following in itertools.zip_longest(rest, rest[1:]):
+        alone = word in optional and following not in optional[word]
+        words.append(f"{word}={optional[word][0]}" if alone else word)
+    return words
+
+
+def _as_positionals(module: CommandModule, rest: list[str]) -> tuple[list[str], argparse.Namespace | None]:
+    """Return the words, with those that virsh lets name by an option (`--domain web`) in place, and what is parsed."""
+    if not any(word.partition("=")[0] in _NAMED for word in rest):
+        return rest, None
+    from qemu_vmdk_snap.cli.named import as_positionals
+
+    return as_positionals(module, rest)
+
+
+def make_parser(module: CommandModule, command: Command, prog: str, *, width: int | None = None) -> _Parser:
     """Return the argument parser of one command, with the options that all of them have.
 
     Its help is `width` columns wide; None asks the terminal.
     """
-    formatter = functools.partial(argparse.HelpFormatter, width=width)
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=width)
     parser = _Parser(prog=prog, description=command.help, allow_abbrev=False, formatter_class=formatter)
+    group = prog.removeprefix(f"{PROGRAM} ")
+    also = ""
+    if group in COMMANDS:  # `serve` is a command and a group
+        names = ", ".join(f"{group} {name}" for name in COMMANDS[group])
+        also = f"Also: {names} ({GROUPS[group]})"
+    if width is None:
+        from qemu_vmdk_snap.cli.examples import as_text
+
+        parser.epilog = "\n\n".join(text for text in (also, as_text(prog)) if text)
     add_arguments(module, parser)
     return parser
 
@@ -162,11 +226,12 @@ def add_arguments(module: CommandModule, parser: argparse.ArgumentParser) -> Non
 
 def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
     try:
-        with listening(ui.warn):
+        with listening(ui.warn), _allowed(args), _telling_progress(ui):
             status = module.run(args, ui) or 0
+        ui.end()
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): nothing to tell, and nothing more to flush at exit.
+        # The reader of our output is gone (`| head`): nothing to report, and nothing more to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (VmdkSnapError, OSError) as error:
@@ -179,8 +244,31 @@ def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
     return status
 
 
+def _allowed(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Allow the folders of `--allow-dir` to a command on domains; the others pass them on themselves."""
+    folders = getattr(args, "allow_dir", []) if "connect" in args else []
+    if not folders:
+        return contextlib.nullcontext()
+    from qemu_vmdk_snap.chain.resolver import allowing
+
+    return allowing(*folders)
+
+
+@contextlib.contextmanager
+def _telling_progress(ui: Ui) -> Iterator[None]:
+    """Show the progress on SIGUSR1, as qemu-img does, unless that signal is used otherwise."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGUSR1, lambda *_: ui.tell_progress())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
 def _half_done(args: argparse.Namespace) -> str:
-    """Return what to add where the command has ended in the middle of what it cannot simply leave undone."""
+    """Return the addition to an error that has left an unfinished operation."""
     image = getattr(args, "filename", None)
     if not isinstance(image, Path):
         return ""
@@ -189,13 +277,15 @@ def _half_done(args: argparse.Namespace) -> str:
     with contextlib.suppress(OSError, VmdkSnapError):
         for pending in pending_in(image.parent):
             if pending.operation is not None and pending.involves(image):
-                what = f"the {pending.operation.name} has begun"
-                return f" ({what}: `recover {image.parent}`, or the next command there, finishes it or takes it back)"
+                what = f"the {pending.operation.name} is not finished"
+                return f" ({what}: `recover {image.parent}`, or the next command there, finishes or undoes it)"
     return ""
 
 
 def _way_out(error: Exception, args: argparse.Namespace) -> str:
-    """Return what to add to the error: what can be done, or what the file is that was given by mistake."""
+    """Return the addition to the error: what can be done, or what the file is instead of a VMDK image."""
+    if isinstance(error, FileExistsError) and "no_create" in args:
+        return " (nothing is overwritten; -n writes into an image that is there)"
     if isinstance(error, OSError):
         return _half_done(args)
     if isinstance(error, FormatError) and (error.offset, error.field) == (0, "magic"):
@@ -205,11 +295,11 @@ def _way_out(error: Exception, args: argparse.Namespace) -> str:
     if isinstance(error, Unsupported) and error.feature.startswith("has no descriptor"):
         return _instead_of(error.path)
     reads = getattr(args, "force_share", True) is False and not getattr(args, "repair", None)
-    return " (-U, --force-share, reads it all the same)" if isinstance(error, LockBusy) and reads else ""
+    return " (-U, --force-share, reads it anyway)" if isinstance(error, LockBusy) and reads else ""
 
 
 def _instead_of(path: Path) -> str:
-    """Return what to add about a file that is no image by itself."""
+    """Return the addition about a file that is not an image by itself."""
     from qemu_vmdk_snap.chain.look.mistaken import instead_of
 
     known = instead_of(path)
@@ -217,10 +307,10 @@ def _instead_of(path: Path) -> str:
 
 
 def _find(words: Sequence[str]) -> tuple[Command | None, str, list[str]]:
+    if len(words) > 1 and words[1] in COMMANDS.get(words[0], {}):  # first: `serve` is a command and a group
+        return COMMANDS[words[0]][words[1]], f"{PROGRAM} {words[0]} {words[1]}", list(words[2:])
     if words and words[0] in TOP_LEVEL:
         return TOP_LEVEL[words[0]], f"{PROGRAM} {words[0]}", list(words[1:])
-    if len(words) > 1 and words[1] in COMMANDS.get(words[0], {}):
-        return COMMANDS[words[0]][words[1]], f"{PROGRAM} {words[0]} {words[1]}", list(words[2:])
     return None, PROGRAM, []
 
 

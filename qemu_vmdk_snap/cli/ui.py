@@ -27,7 +27,9 @@ class Ui:
         self._started = time.monotonic()
         self._last_progress = 0.0
         self._progress_open = False
+        self._step: Progress | None = None
         self._streams = False
+        self._answered = False
         self._warned: dict[str, None] = {}  # in their order
 
     def text(self, line: str = "") -> None:
@@ -46,6 +48,7 @@ class Ui:
         import json
 
         self._end_progress()
+        self._answered = True
         if self._warned and isinstance(value, dict) and "warnings" not in value:
             value = {**value, "warnings": list(self._warned)}
         sys.stdout.write(json.dumps(value, indent=4, default=str) + "\n")
@@ -60,16 +63,26 @@ class Ui:
             self.text(rule if i == 1 else "   ".join(padded).rstrip())
 
     def progress(self, step: Progress) -> None:
-        """Show how far an operation is: at once with `-p`, else on a terminal when it takes over a second."""
-        now = time.monotonic()
+        """Show the progress of an operation: at once with `-p`, else on a terminal if it takes over a second."""
+        now, self._step = time.monotonic(), step
         shown = self._progress_wanted or (self._terminal and now - self._started > _PROGRESS_AFTER)
-        if self.quiet or self.json_output or not shown or now - self._last_progress < _PROGRESS_EVERY:
+        whole = step.done >= step.total
+        if self.quiet or self.json_output or not shown or (not whole and now - self._last_progress < _PROGRESS_EVERY):
             return
         self._last_progress = now
-        percent = 100.0 * step.done / step.total if step.total else 100.0
-        sys.stderr.write(f"\r    ({percent:.2f}/100%) {step.stage:<8}")
+        sys.stderr.write(f"\r{_percent(step)}")
         sys.stderr.flush()
         self._progress_open = True
+
+    def tell_progress(self) -> None:
+        """Show how far the operation is, on a line of its own: somebody has asked (SIGUSR1)."""
+        self._end_progress()
+        sys.stderr.write(f"{_percent(self._step)}\n")
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """End the line of the progress, if one is open: nothing more will be written."""
+        self._end_progress()
 
     def warn(self, message: str) -> None:
         """Print one line on standard error that does not end the command; the same line is printed once."""
@@ -81,15 +94,18 @@ class Ui:
         sys.stderr.write(f"qemu-vmdk-snap: warning: {line}\n")
 
     def streams(self) -> None:
-        """Note that the answer goes to standard output piece by piece: nothing but it may be written there."""
+        """Note that the answer is written to standard output piece by piece: nothing else may be written there."""
         self._streams = True
 
     def error(self, message: object, error: BaseException | None = None, status: int = 1) -> None:
-        """Print the one line that says why the command failed; as JSON, the error is on standard output too."""
+        """Print the error in one line; with JSON output it is on standard output too.
+
+        If an answer was printed already, that is the only JSON value; it contains what failed.
+        """
         self._end_progress()
         line = printable(" ".join(str(message).split("\n")))
         sys.stderr.write(f"qemu-vmdk-snap: {line}\n")
-        if self.json_output and error is not None and not self._streams:
+        if self.json_output and error is not None and not self._streams and not self._answered:
             from qemu_vmdk_snap.cli.exit_status import as_object
 
             self.json(as_object(error, line, status))
@@ -98,6 +114,13 @@ class Ui:
         if self._progress_open:
             sys.stderr.write("\n")
             self._progress_open = False
+
+
+def _percent(step: Progress | None) -> str:
+    if step is None:
+        return f"    ({0:.2f}/100%)"
+    percent = 100.0 * step.done / step.total if step.total else 100.0
+    return f"    ({percent:.2f}/100%) {step.stage:<8}"
 
 
 def columns(text: str) -> int:

@@ -1,7 +1,7 @@
-"""What a create, a revert or a delete would do: the plan of the command itself, and nothing is changed.
+"""Dry runs of create, revert and delete: the plan of the command itself, and no change.
 
-The plan is made as the run makes it, under the same locks and with the same refusals, and is given up. Drop-ins are not
-run. An operation that is unfinished would be settled by the run first, so there is no plan while one is.
+The plan is made as in a run, under the same locks and with the same refusals, and is then dropped. Drop-ins are not
+run. A run would first finish or undo an unfinished operation, so there is no plan while there is one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qemu_vmdk_snap.domain.delete.run import DeleteReport
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.revert.run import After, RevertReport
 from qemu_vmdk_snap.domain.revert.run import make_plan as plan_of_revert
+from qemu_vmdk_snap.domain.revert.there import is_there
 from qemu_vmdk_snap.errors import DomainError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def plan_create(
     exclude: Collection[str] = (),
     overlays: Mapping[str, Path] | None = None,
     quiesce: str = "no",
+    memory: Path | None = None,
 ) -> SnapshotReport:
     """Return what `create_snapshot` would report, with `dry_run` set.
 
@@ -44,8 +46,8 @@ def plan_create(
         DomainError: an operation on the domain is unfinished; and all that `create_snapshot` raises before its first
             change.
     """
-    request = Request(name, description, disks, required, exclude, overlays or {}, quiesce)
-    with _planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
+    request = Request(name, description, disks, required, exclude, overlays or {}, quiesce, memory)
+    with planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
         plan = make_plan(conn, domain, request, store, held)
     header = plan.snapshot
     return SnapshotReport(
@@ -55,8 +57,10 @@ def plan_create(
         header.parent,
         plan.disks,
         plan.skipped,
+        plan.nvram,
         recovered=None,
         dry_run=True,
+        memory=header.memory_file,
     )
 
 
@@ -65,15 +69,28 @@ def plan_revert(
 ) -> RevertReport:
     """Return what `revert` would report, with `dry_run` set.
 
-    What else needs a file that would be discarded is looked for by the run: such a file is kept, and named.
+    Only the run looks for what else needs a file that would be discarded: such a file is kept, and named.
 
     Raises:
         DomainError: an operation on the domain is unfinished; and all that `revert` raises before its first change.
     """
-    with _planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
+    with planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
         plan = plan_of_revert(conn, domain, snapshot, after, store, held, discard=discard)
+        already = is_there(conn, domain, plan)
     kept, gone = ((), plan.old_tops) if discard else (plan.old_tops, ())
-    return RevertReport(domain.name(), snapshot, plan.state, plan.disks, kept, gone, recovered=None, dry_run=True)
+    memory = None if plan.intent.memory is None else Path(plan.intent.memory)
+    return RevertReport(
+        domain.name(),
+        snapshot,
+        plan.state,
+        plan.disks,
+        kept,
+        gone,
+        recovered=None,
+        dry_run=True,
+        already=already,
+        memory=memory,
+    )
 
 
 def plan_delete(
@@ -90,7 +107,7 @@ def plan_delete(
     Raises:
         DomainError: an operation on the domain is unfinished; and all that `delete` raises before its first change.
     """
-    with _planning(conn, domain_name) as (domain, _):
+    with planning(conn, domain_name) as (domain, _):
         wanted = chosen(domain, [names] if isinstance(names, str) else names, scope)
         deleted, failed = preview(State.read(conn, domain, orphans), domain, wanted, metadata=metadata)
         if failed:
@@ -99,13 +116,16 @@ def plan_delete(
 
 
 @contextlib.contextmanager
-def _planning(conn: libvirt.virConnect, domain_name: str) -> Iterator[tuple[libvirt.virDomain, IntentStore]]:
+def planning(conn: libvirt.virConnect, domain_name: str) -> Iterator[tuple[libvirt.virDomain, IntentStore]]:
+    """Be the only command on the domain while a plan is made.
+
+    Raises:
+        DomainError: there is no such domain, it is being changed, or an operation on it is unfinished.
+    """
     domain = find_domain(conn, domain_name)
     store = IntentStore.of(conn)
     uuid = domain.UUIDString()
     with store.locked(uuid, domain.name()):
         if store.path(uuid).exists():
-            raise DomainError(
-                domain.name(), "an operation is unfinished: `recover` settles it; there is no plan before"
-            )
+            raise DomainError(domain.name(), "an operation is unfinished: run `recover` first")
         yield domain, store

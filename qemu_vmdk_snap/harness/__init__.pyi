@@ -1,4 +1,17 @@
-from qemu_vmdk_snap.harness.machine import CONTROLLERS as CONTROLLERS
+from qemu_vmdk_snap.harness.chains import ChainMaker as ChainMaker
+from qemu_vmdk_snap.harness.chains import KnownChain as KnownChain
+from qemu_vmdk_snap.harness.chains import KnownLink as KnownLink
+from qemu_vmdk_snap.harness.hardware import CONTROLLERS as CONTROLLERS
+from qemu_vmdk_snap.harness.hardware import Disk as Disk
+from qemu_vmdk_snap.harness.known.content import Content as Content
+from qemu_vmdk_snap.harness.known.reads import WrongContent as WrongContent
+from qemu_vmdk_snap.harness.known.reads import WrongSize as WrongSize
+from qemu_vmdk_snap.harness.linux.build import build_guest as build_guest
+from qemu_vmdk_snap.harness.linux.guest import CommandFailed as CommandFailed
+from qemu_vmdk_snap.harness.linux.guest import LinuxGuest as LinuxGuest
+from qemu_vmdk_snap.harness.linux.guest import Ran as Ran
+from qemu_vmdk_snap.harness.linux.guest import boot_linux as boot_linux
+from qemu_vmdk_snap.harness.linux.guest import missing_stamps as missing_stamps
 from qemu_vmdk_snap.harness.machine import Machine as Machine
 from qemu_vmdk_snap.harness.machine import boot as boot
 from qemu_vmdk_snap.harness.probe import disk_image as disk_image
@@ -9,3 +22,6 @@ from qemu_vmdk_snap.harness.session import attach as attach
 from qemu_vmdk_snap.harness.verify import Mismatch as Mismatch
 from qemu_vmdk_snap.harness.verify import VerifyReport as VerifyReport
 from qemu_vmdk_snap.harness.verify import verify_image as verify_image
+from qemu_vmdk_snap.harness.watch.console import Console as Console
+from qemu_vmdk_snap.harness.watch.qmp import Qmp as Qmp
+from qemu_vmdk_snap.harness.watch.report import FailureReport as FailureReport

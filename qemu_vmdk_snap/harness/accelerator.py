@@ -1,6 +1,6 @@
 """TCG or KVM: KVM only where a boot has shown it to be faster.
 
-`/dev/kvm` tells little: inside some virtual machines it is there and ten times slower than TCG, or does not work.
+`/dev/kvm` alone proves little: in some virtual machines it exists and is ten times slower than TCG, or does not work.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from qemu_vmdk_snap.errors import PluginError
 from qemu_vmdk_snap.harness.probe import floppy_image
 
 _KVM: Final = Path("/dev/kvm")
@@ -28,19 +29,33 @@ def choose_accelerator() -> str:
     if not os.access(_KVM, os.R_OK | os.W_OK):
         return "tcg"
     record = _cache_file()
-    boot_id = _BOOT_ID.read_text().strip()
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(record.read_text())
-        if known.get("boot_id") == boot_id and known.get("accelerator") in ("tcg", "kvm"):
-            return str(known["accelerator"])
+    if record is not None and (known := _known(record)) is not None:
+        return known
     tcg = boot_seconds("tcg", _TCG_LIMIT)
     # KVM is given no longer than TCG took: then it is known not to be faster.
     kvm = boot_seconds("kvm", tcg) if tcg is not None else None
     verdict = "kvm" if kvm is not None else "tcg"
-    with contextlib.suppress(OSError):  # without a cache it is measured again
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps({"boot_id": boot_id, "accelerator": verdict, "tcg": tcg, "kvm": kvm}))
+    if record is not None:
+        with contextlib.suppress(OSError):  # without a cache it is measured again
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps({"boot_id": _boot_id(), "accelerator": verdict, "tcg": tcg, "kvm": kvm}))
     return verdict
+
+
+def _known(record: Path) -> str | None:
+    """Return what was measured since the host was started, if anything."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        known = json.loads(record.read_text())
+        if known.get("boot_id") == _boot_id() and known.get("accelerator") in ("tcg", "kvm"):
+            return str(known["accelerator"])
+    return None
+
+
+def _boot_id() -> str:
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
 
 
 def boot_seconds(accelerator: str, limit: float) -> float | None:
@@ -89,6 +104,23 @@ def _first_line_at(line: socket.socket, started: float, limit: float) -> float |
     return None
 
 
-def _cache_file() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path("~/.cache").expanduser()) / "qemu-vmdk-snap" / "accelerator.json"
+def _cache_file() -> Path | None:
+    """Return where the measurement is kept, or None for a user without a home."""
+    try:
+        return cache_folder() / "accelerator.json"
+    except PluginError:
+        return None
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again; it need not exist.
+
+    Raises:
+        PluginError: this user has no home, and XDG_CACHE_HOME is not set.
+    """
+    if home := os.environ.get("XDG_CACHE_HOME"):
+        return Path(home) / "qemu-vmdk-snap"
+    try:
+        return Path("~/.cache").expanduser() / "qemu-vmdk-snap"
+    except RuntimeError:
+        raise PluginError("cache", "this user has no home: set HOME or XDG_CACHE_HOME") from None

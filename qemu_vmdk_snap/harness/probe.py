@@ -6,6 +6,7 @@ import zlib
 from importlib import resources
 from typing import Final, NamedTuple
 
+from qemu_vmdk_snap.errors import GuestError
 from qemu_vmdk_snap.units import SECTOR_SIZE
 
 FLOPPY_BYTES: Final = 2880 * SECTOR_SIZE
@@ -19,6 +20,15 @@ class Answer(NamedTuple):
     sequence: str
     ok: bool
     text: str
+
+
+class ProbeError(GuestError):
+    """The probe runs, and reports that it cannot do the command; `answer` is its answer: `bios 0c`."""
+
+    def __init__(self, guest: str, command: str, answer: str) -> None:
+        super().__init__(guest, f"{command!r}: {answer}")
+        self.args = (guest, command, answer)
+        self.command, self.answer = command, answer
 
 
 def disk_image() -> bytes:

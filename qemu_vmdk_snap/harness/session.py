@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import socket
 import stat
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Final, Protocol, cast
-
-import pexpect
-from pexpect import fdpexpect
+from typing import IO, Any, Final, NamedTuple, Protocol, cast
 
 from qemu_vmdk_snap.errors import GuestError
 from qemu_vmdk_snap.harness.deadlines import scaled
+from qemu_vmdk_snap.harness.known.content import Content
+from qemu_vmdk_snap.harness.known.reads import assert_reads
 from qemu_vmdk_snap.harness.probe import BAD_SUM, PROTOCOL, Answer, command_line, parse_answer
+from qemu_vmdk_snap.harness.probe import ProbeError as ProbeError
+from qemu_vmdk_snap.harness.watch.console import Console
 from qemu_vmdk_snap.units import MIB, SECTOR_SIZE
+
+import pexpect  # isort: skip # once it is known to be there
+
+__tracebackhide__ = True
 
 BOOT_SECONDS: Final = 15.0
 _ANSWER_SECONDS: Final = 10.0
@@ -26,22 +31,33 @@ _SECONDS_PER_MIB: Final = 0.5
 _FIRST_PATIENCE: Final = 0.2
 _LONGEST_PATIENCE: Final = 1.0
 _TRIES: Final = 3
+_BATCH: Final = 127  # sectors that the probe moves at once
+_DISCARDED: Final = 64 * 0xFFFF  # sectors that a command discards
+_LOADED: Final = 7  # sectors that a line to it has room for
+_BUFFER: Final = 0x20000  # where they are in its memory
 _LINE: Final = rb"([^\r\n]*)\r\n"
 
 
 class Line(Protocol):
     """The part of a pexpect spawn, over whatever carries the bytes, that a session needs."""
 
-    match: re.Match[bytes]
+    match: Any
 
     def send(self, data: bytes) -> int:
         """Write all of `data`."""
 
-    def expect(self, pattern: bytes, *, timeout: float) -> int:
+    def expect(self, pattern: Any, /, *, timeout: float) -> Any:  # noqa: ANN401 - pexpect's own
         """Return when `pattern` has come in, `match` being its match; raises pexpect.EOF or pexpect.TIMEOUT."""
 
     def close(self) -> None:
         """Let go of it."""
+
+
+class _Limit(NamedTuple):
+    """How long to wait: by the guest's own clock where it is watched, else until a time of the host's."""
+
+    seconds: float
+    until: float | None
 
 
 class _NoAnswer(GuestError):
@@ -52,23 +68,23 @@ class _LineClosed(GuestError):
     """The other end of the line is gone."""
 
 
-class ProbeError(GuestError):
-    """The probe is well, and says that it cannot do what it was told; `answer` is what it says: `bios 0c`."""
-
-    def __init__(self, guest: str, command: str, answer: str) -> None:
-        super().__init__(guest, f"{command!r}: {answer}")
-        self.args = (guest, command, answer)
-        self.command, self.answer = command, answer
-
-
 class ProbeSession:
     """A probe, booted and answering. Offsets and lengths are bytes of its disk, in whole sectors."""
 
-    def __init__(self, line: Line, name: str, explain: Callable[[], str] | None = None) -> None:
-        """Talk over `line`; `explain` tells why when the other end is gone."""
+    def __init__(
+        self,
+        line: Line,
+        name: str,
+        explain: Callable[[], str] | None = None,
+        fail: Callable[[str], GuestError] | None = None,
+    ) -> None:
+        """Talk over `line`; `explain` returns why the other end is gone, `fail` makes the error of a failure."""
         self._over = line
         self._name = name
+        self.memory: Callable[[int, int], bytes] | None = None
+        """Reads so many bytes of the guest's memory at an address, where there is a way to do that."""
         self._explain = explain or (lambda: "its serial line was closed")
+        self._fail = fail or (lambda reason: GuestError(name, reason))
         self._sequence = 0
 
     def wait_for_boot(self, seconds: float = BOOT_SECONDS) -> None:
@@ -77,16 +93,25 @@ class ProbeSession:
         Raises:
             GuestError: the machine is gone, the time is over, or another version of the probe answers.
         """
-        deadline = time.monotonic() + scaled(seconds)
+        limit = self._limit(seconds)
         patience = _FIRST_PATIENCE
         while True:
-            answer = self._hello(deadline, patience)
+            answer = self._hello(limit, patience)
             if answer is None:
                 patience = min(2 * patience, _LONGEST_PATIENCE)
                 continue
             if not answer.ok or answer.text.split()[:2] != ["probe", PROTOCOL]:
-                raise GuestError(self._name, f"says {answer.text!r}, which is not the probe of protocol {PROTOCOL}")
+                raise self._fail(f"says {answer.text!r}, which is not the probe of protocol {PROTOCOL}")
             return
+
+    @property
+    def name(self) -> str:
+        """What the guest is called in errors."""
+        return self._name
+
+    def select(self, disk: int) -> None:
+        """Let all that follows be about the disk of this number: 0 is the first that the BIOS found."""
+        self.command(f"disk {disk:x}")
 
     def size(self) -> int:
         """Return the bytes of the disk as the BIOS sees it."""
@@ -100,6 +125,61 @@ class ProbeSession:
     def dump(self, offset: int) -> bytes:
         """Return the sector at `offset` as the guest reads it."""
         return bytes.fromhex(self.command(f"dump {_sectors(offset):x}"))
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return the bytes of the range as the guest reads them, up to 127 sectors in one call of its BIOS."""
+        lba, count = _sectors(offset), _sectors(length)
+        pieces = []
+        for at in range(0, count, _BATCH):
+            size = min(_BATCH, count - at)
+            if self.memory is None:
+                pieces += [self.dump((lba + at + i) * SECTOR_SIZE) for i in range(size)]
+                continue
+            told = int(self.command(f"fetch {lba + at:x} {size:x}"), 16)
+            pieces.append(self.memory(_BUFFER, size * SECTOR_SIZE))
+            if zlib.crc32(pieces[-1]) != told:
+                raise self._fail("QEMU gives other bytes of the guest's memory than the guest has there")
+        return b"".join(pieces)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Let the guest write `data` at `offset`, up to 127 sectors in one call of its BIOS."""
+        lba, count = _sectors(offset), _sectors(len(data))
+        for at in range(0, count, _BATCH):
+            size = min(_BATCH, count - at)
+            for i in range(0, size, _LOADED):
+                start = (at + i) * SECTOR_SIZE
+                piece = data[start : start + min(_LOADED, size - i) * SECTOR_SIZE]
+                self.command(f"load {i:x} {piece.hex()}")
+            self.command(f"write {lba + at:x} {size:x}")
+
+    def flush(self) -> None:
+        """Let the guest flush its disk, which must be on AHCI.
+
+        Raises:
+            ProbeError: the disk is not on AHCI (`ata ff`), or cannot.
+        """
+        self.command("flush")
+
+    def discard(self, offset: int, length: int) -> None:
+        """Let the guest discard the range of its disk, which must be on AHCI.
+
+        Raises:
+            ProbeError: the disk is not on AHCI (`ata ff`), or cannot.
+        """
+        lba, count = _sectors(offset), _sectors(length)
+        for at in range(0, count, _DISCARDED):
+            self.command(f"discard {lba + at:x} {min(_DISCARDED, count - at):x}")
+
+    def assert_reads(self, content: Content, *, image: Path | str | None = None, samples: int = 8) -> int:
+        """Let the guest read all of `content` that was written, all that `image` stores, and samples of the rest.
+
+        Return the bytes that were compared.
+
+        Raises:
+            WrongContent, WrongSize (AssertionError): it reads something else; the first wrong sector is named, with the
+                link and the byte of the file that it comes from, where `image` is given.
+        """
+        return assert_reads(self, content, image=None if image is None else Path(image), samples=samples)
 
     def pattern(self, seed: int, offset: int, length: int) -> None:
         """Let the guest write the pattern of `seed` over the range; see `harness.seeded`."""
@@ -118,40 +198,45 @@ class ProbeSession:
             ProbeError: the probe answers `err`.
             GuestError: its answers stay damaged, it does not answer in time, or the machine is gone.
         """
-        deadline = time.monotonic() + scaled(_ANSWER_SECONDS + _SECONDS_PER_MIB * moving / MIB)
+        limit = self._limit(_ANSWER_SECONDS + _SECONDS_PER_MIB * moving / MIB)
         for _ in range(_TRIES):
-            answer = self._ask(words, deadline)
+            answer = self._ask(words, limit)
             if answer is None:
                 continue
             if not answer.ok:
                 raise ProbeError(self._name, words, answer.text)
             return answer.text
-        raise GuestError(self._name, f"{words!r}: the serial line damaged {_TRIES} messages in a row")
+        raise self._fail(f"{words!r}: the serial line damaged {_TRIES} messages in a row")
 
     def close(self) -> None:
-        """Let go of the line; the machine goes on."""
+        """Close the line; the machine keeps running."""
         with contextlib.suppress(OSError):
             self._over.close()
 
-    def _ask(self, words: str, deadline: float) -> Answer | None:
+    def _limit(self, seconds: float) -> _Limit:
+        watched = isinstance(self._over, Console)
+        return _Limit(seconds, None if watched else time.monotonic() + scaled(seconds))
+
+    def _ask(self, words: str, limit: _Limit) -> Answer | None:
         """Send one command and return its answer, or None when a message was damaged on the way."""
         self._sequence = self._sequence % 255 + 1
         sequence = f"{self._sequence:02x}"
         self._send(sequence, words)
         while True:
-            answer = parse_answer(self._line(deadline, f"the answer to {words!r}"))
+            answer = parse_answer(self._line(limit, f"the answer to {words!r}"))
             if answer is None or answer.sequence == BAD_SUM:
                 return None
             if answer.sequence == sequence:
                 return answer
 
-    def _hello(self, deadline: float, patience: float) -> Answer | None:
+    def _hello(self, limit: _Limit, patience: float) -> Answer | None:
         """Return the next greeting, or None when something else came in; asks for one after `patience` seconds."""
-        until = min(deadline, time.monotonic() + patience)
+        ours = limit.until is None  # a machine of our own is heard from its first byte on: no need to ask
+        until = limit if ours else _Limit(limit.seconds, min(limit.until or 0.0, time.monotonic() + patience))
         try:
             answer = parse_answer(self._line(until, "the probe's first line"))
         except _NoAnswer:
-            if time.monotonic() >= deadline:
+            if limit.until is None or time.monotonic() >= limit.until:
                 raise
             # It may have said hello before we listened: a terminal keeps nothing for those who come late.
             self._send("00", "hello")
@@ -162,16 +247,19 @@ class ProbeSession:
     def _send(self, sequence: str, words: str) -> None:
         try:
             self._over.send(command_line(sequence, words))
-        except OSError as error:
-            raise GuestError(self._name, f"{words!r}: {self._explain()}") from error
+        except OSError:
+            raise self._fail(f"{words!r}: {self._explain()}") from None
 
-    def _line(self, deadline: float, waiting_for: str) -> bytes:
+    def _line(self, limit: _Limit, waiting_for: str) -> bytes:
+        if isinstance(self._over, Console):
+            self._over.waits_for = waiting_for
+        timeout = limit.seconds if limit.until is None else max(0.01, limit.until - time.monotonic())
         try:
-            self._over.expect(_LINE, timeout=max(0.01, deadline - time.monotonic()))
-        except (pexpect.EOF, OSError) as error:  # a socket is reset, not closed, when QEMU dies with our words unread
-            raise _LineClosed(self._name, f"waiting for {waiting_for}: {self._explain()}") from error
-        except pexpect.TIMEOUT as error:
-            raise _NoAnswer(self._name, f"waiting for {waiting_for}: no answer in time") from error
+            self._over.expect(_LINE, timeout=timeout)
+        except (pexpect.EOF, OSError):  # a socket is reset, not closed, when QEMU dies with our words unread
+            raise _LineClosed(self._name, f"waiting for {waiting_for}: {self._explain()}") from None
+        except pexpect.TIMEOUT:
+            raise _NoAnswer(self._name, f"waiting for {waiting_for}: no answer in time") from None
         line: bytes = self._over.match[1]
         return line
 
@@ -193,7 +281,7 @@ def attach(path: Path | str, *, log: IO[bytes] | None = None, seconds: float = B
         except OSError as error:
             # The socket is there a moment before it listens, and the domain a moment before its socket.
             if time.monotonic() > deadline:
-                raise GuestError(str(path), f"cannot connect: {error.strerror}") from error
+                raise GuestError(str(path), f"cannot connect: {error.strerror}") from None
             time.sleep(0.02)
     session = ProbeSession(line, str(path))
     try:
@@ -206,6 +294,8 @@ def attach(path: Path | str, *, log: IO[bytes] | None = None, seconds: float = B
 
 def over_descriptor(fd: int, log: IO[bytes] | None) -> Line:
     """Return the line that talks over an open descriptor, which it closes in the end; `log` gets what comes in."""
+    from pexpect import fdpexpect
+
     # Not pexpect's SocketSpawn for sockets: it writes no log.
     spawn = fdpexpect.fdspawn(fd, use_poll=True)
     spawn.logfile_read = log
@@ -223,5 +313,5 @@ def _connect(path: Path, log: IO[bytes] | None) -> Line:
 
 def _sectors(length: int) -> int:
     if length % SECTOR_SIZE:
-        raise ValueError(f"{length} is no whole number of sectors")
+        raise ValueError(f"{length} is not a whole number of sectors")
     return length // SECTOR_SIZE

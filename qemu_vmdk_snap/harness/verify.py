@@ -7,6 +7,7 @@ halves; one from a record to the block, since a record has a checksum of each bl
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import zlib
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from qemu_vmdk_snap import Chain, FormatError, InvalidRequest, Run, RunKind, open_chain
-from qemu_vmdk_snap.harness.machine import DEFAULT_CONTROLLER, REACH, boot
+from qemu_vmdk_snap.harness.hardware import DEFAULT_CONTROLLER, REACH
+from qemu_vmdk_snap.harness.known.raw import RawReference, differing_sectors, is_raw
+from qemu_vmdk_snap.harness.machine import boot
 from qemu_vmdk_snap.harness.session import ProbeError, ProbeSession
 from qemu_vmdk_snap.units import KIB, MIB, SECTOR_SIZE, format_size
 
@@ -73,7 +76,7 @@ class Mismatch:
     """Guest byte."""
     length: int
     expected: str
-    """Who expected something else: `engine`, or `record`."""
+    """Who expected something else: `engine`, `record`, or `raw`."""
     kind: str
     """`data`, `zero` or `hole`; or `size` where the disk does not end where it should."""
     depth: int
@@ -83,12 +86,17 @@ class Mismatch:
     failure: str | None = None
     """What the guest says when it cannot read there at all."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types."""
+        return {name.replace("_", "-"): value for name, value in asdict(self).items()}
+
     def __str__(self) -> str:
         place = f"guest bytes {self.offset:#x} to {self.offset + self.length:#x}"
+        expected = "raw image" if self.expected == "raw" else self.expected
         if self.kind == "size":
-            return f"{place}: there to the guest or to the {self.expected}, but not to both"
+            return f"{place}: there to the guest or to the {expected}, but not to both"
         where = f"byte {self.file_offset:#x} of {self.path}" if self.path else "stored nowhere"
-        reads = f"cannot read ({self.failure})" if self.failure else f"reads something else than the {self.expected}"
+        reads = f"cannot read ({self.failure})" if self.failure else f"reads something else than the {expected}"
         return f"{place} ({self.kind}, link {self.depth}, {where}): the guest {reads}"
 
 
@@ -97,6 +105,8 @@ class VerifyReport:
     """What was compared and what differed; sizes in bytes, times in seconds."""
 
     path: str
+    against: str | None
+    """The record or raw image that it was compared with too: without one, guest and engine may be wrong alike."""
     capacity: int
     depth: int
     controller: str
@@ -116,6 +126,11 @@ class VerifyReport:
         """Whether the guest saw what was expected everywhere."""
         return not self.mismatches
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `guest verify --output=json` shows it."""
+        answer = {name.replace("_", "-"): value for name, value in asdict(self).items()}
+        return answer | {"identical": self.identical, "mismatches": [one.as_dict() for one in self.mismatches]}
+
 
 class Checked(NamedTuple):
     """How far a verification is."""
@@ -131,16 +146,16 @@ def verify_image(
     samples: int = DEFAULT_SAMPLES,
     trusted_dirs: Sequence[Path | str] = (),
     record: Path | None = None,
-    against: Path | None = None,
+    against: Path | str | None = None,
     log_dir: Path | None = None,
     max_mismatches: int = 16,
     on_piece: Callable[[Checked], None] = lambda _: None,
 ) -> VerifyReport:
     """Boot the probe on the chain of `image`, read-only, and compare what it reads with what the engine reads.
 
-    `record` is written with the CRC-32 of every piece when all is well; `against` names such a record, made earlier,
-    and what the guest reads now is compared with it too: damage that engine and QEMU read alike is found by it alone.
-    It ends early after `max_mismatches`.
+    `record` is written with the CRC-32 of every piece when all is well. `against` names such a record, made earlier, or
+    a raw image with what should be read, and what the guest reads now is compared with it too: damage that engine and
+    QEMU read alike is found by it alone. It ends early after `max_mismatches`.
 
     Raises:
         VmdkSnapError, OSError: the chain cannot be opened, see `open_chain`.
@@ -150,17 +165,21 @@ def verify_image(
     """
     if samples < 0:
         raise InvalidRequest("samples", f"{samples} is negative")
-    earlier = _read_record(against) if against is not None else None
+    raw = RawReference(against) if against is not None and is_raw(against) else None
+    earlier = _read_record(Path(against)) if against is not None and raw is None else None
     started = time.monotonic()
-    with open_chain(image, trusted_dirs=trusted_dirs) as chain:
+    with open_chain(image, trusted_dirs=trusted_dirs) as chain, contextlib.ExitStack() as stack:
+        if raw is not None:
+            stack.callback(raw.close)
         _check_reach(Path(image), chain.capacity, controller)
         planned = plan(chain.map(), samples)
         with boot(image, controller=controller, log_dir=log_dir) as machine:
-            run = _Verification(chain, machine.probe, max_mismatches)
+            run = _Verification(chain, machine.probe, max_mismatches, raw)
             compared = run.check_all(planned.pieces, earlier, on_piece)
             machine.power_off()
         report = VerifyReport(
             path=str(image),
+            against=None if against is None else str(against),
             capacity=chain.capacity,
             depth=chain.depth,
             controller=controller,
@@ -218,10 +237,11 @@ def _samples(run: Run, samples: int) -> Iterator[Piece]:
 class _Verification:
     """The comparisons of one boot."""
 
-    def __init__(self, chain: Chain, probe: ProbeSession, max_mismatches: int) -> None:
+    def __init__(self, chain: Chain, probe: ProbeSession, max_mismatches: int, raw: RawReference | None = None) -> None:
         self._chain = chain
         self._probe = probe
         self._max = max_mismatches
+        self._raw = raw
         self._failure = ""
         self.mismatches: list[Mismatch] = []
         self.seen: dict[Piece, Sums] = {}
@@ -231,7 +251,8 @@ class _Verification:
         end = self._check_size(earlier)
         recorded = earlier.pieces if earlier is not None else {}
         # Where the disk ends too early there is nothing to read: the size is wrong, and that is told.
-        work = [piece for piece in sorted({*pieces, *recorded}) if piece.offset + piece.length <= end]
+        wanted = {*pieces, *recorded, *self._in_raw(pieces)}
+        work = [piece for piece in sorted(wanted) if piece.offset + piece.length <= end]
         for number, piece in enumerate(work):
             if len(self.mismatches) >= self._max:
                 return number
@@ -239,12 +260,24 @@ class _Verification:
             on_piece(Checked(number + 1, len(work)))
         return len(work)
 
+    def _in_raw(self, planned: list[Piece]) -> Iterator[Piece]:
+        """Yield what the raw image stores and the chain does not: to be read whole, not by samples."""
+        if self._raw is None:
+            return
+        whole = sorted((piece.offset, piece.offset + piece.length) for piece in planned if piece.kind == "data")
+        for offset, length in self._raw.stored(self._chain.capacity):
+            for start, end in _outside(offset, offset + length, whole):
+                for at in range(start, end, PIECE):
+                    yield Piece(at, min(PIECE, end - at), "data")
+
     def _check_size(self, earlier: Record | None) -> int:
         """Compare the sizes of the disk, and return the smallest."""
         seen = self._probe.size()
         ends: dict[str, int] = {"engine": self._chain.capacity}
         if earlier is not None:
             ends["record"] = earlier.capacity
+        if self._raw is not None:
+            ends["raw"] = self._raw.capacity
         for expected, end in ends.items():
             if seen != end:
                 self.mismatches.append(Mismatch(min(seen, end), abs(seen - end), expected, "size", 0, None, None))
@@ -259,6 +292,9 @@ class _Verification:
             self._narrow(piece.offset, piece.length)
             return
         self.seen[piece] = sums
+        if self._raw is not None:
+            for start, length in differing_sectors(data, self._raw.read(piece.offset, piece.length)):
+                self._add(piece.offset + start, length, "raw")
         if recorded is not None and sums != recorded:
             wrong = [i for i, (now, then) in enumerate(zip(sums.blocks, recorded.blocks, strict=True)) if now != then]
             for start in (i * BLOCK for i in wrong[: self._max - len(self.mismatches)]):
@@ -294,6 +330,20 @@ class _Verification:
         self.mismatches.append(Mismatch(offset, length, expected, kind, run.depth, path, run.file_offset, failure))
 
 
+def _outside(start: int, end: int, taken: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield the parts of a stretch that are in none of those taken, which are sorted and do not overlap."""
+    for first, last in taken:
+        if last <= start:
+            continue
+        if first >= end:
+            break
+        if first > start:
+            yield start, first
+        start = last
+    if start < end:
+        yield start, end
+
+
 def _write_record(path: Path, record: Record) -> None:
     """Write it as JSON, a piece a line: offset, length, kind, CRC-32, the CRC-32s of its blocks in one word."""
     lines = [
@@ -305,7 +355,7 @@ def _write_record(path: Path, record: Record) -> None:
 
 
 def _read_record(path: Path) -> Record:
-    rule = "must be what `guest verify --record` writes"
+    rule = "must be what `guest verify --record` writes, or a raw image"
     try:
         value = json.loads(path.read_text())
         head = value["version"], value["block"]
@@ -324,12 +374,3 @@ def _read_piece(offset: int, length: int, kind: str, whole: str, blocks: str) ->
         raise ValueError(f"{len(blocks) // 8} blocks in {length} bytes")
     sums = tuple(int(blocks[i : i + 8], 16) for i in range(0, len(blocks), 8))
     return Piece(offset, length, kind), Sums(int(whole, 16), sums)
-
-
-def as_json(report: VerifyReport) -> dict[str, object]:
-    """Return the report as JSON has it, with the verdict; its keys have dashes."""
-    answer = {**asdict(report), "identical": report.identical}
-    answer["mismatches"] = [
-        {key.replace("_", "-"): value for key, value in one.items()} for one in answer["mismatches"]
-    ]
-    return {key.replace("_", "-"): value for key, value in answer.items()}

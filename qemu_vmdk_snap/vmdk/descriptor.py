@@ -26,7 +26,7 @@ MAX_BYTES: Final = 16 << 20
 """No descriptor is larger; a larger one is refused before it is read."""
 
 HEAD_BYTES: Final = 4096
-"""What has to be looked at to tell that a file is a descriptor: comments may come first."""
+"""How much of a file is read to see whether it is a descriptor: comments may come first."""
 
 ACCESS: Final = ("RW", "RDONLY", "NOACCESS")
 # By the names of iconv and ICU, in lower case with "-" for "_": VMware writes the one that its host has.
@@ -70,18 +70,18 @@ _EXTENT_START: Final = re.compile(rb"[ \t]*(RW|RDONLY|NOACCESS)[ \t]", re.IGNORE
 _BAR_ESCAPE: Final = re.compile(r"\|(22|7[Cc]|0[0-9A-Fa-f]|1[0-9A-Fa-f])")
 
 
-class Name(str):
-    """A name of a descriptor in another encoding than UTF-8; `raw` are its very bytes, as Python spells a file name.
+class DecodedName(str):
+    """A name of a descriptor in another encoding than UTF-8; `raw` has its bytes, as Python represents a file name.
 
-    An archive that was made on Windows and unpacked on Linux has files under the bytes of the descriptor's encoding.
+    An archive made on Windows and unpacked on Linux has file names in the bytes of the descriptor's encoding.
     """
 
     raw: str
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """Return what a file that a descriptor calls `name` may be called here, the likeliest first."""
-    return (name, name.raw) if isinstance(name, Name) else (name,)
+    """Return the possible names here of the file that a descriptor calls `name`, the most likely first."""
+    return (name, name.raw) if isinstance(name, DecodedName) else (name,)
 
 
 class ExtentLine(NamedTuple):
@@ -120,12 +120,12 @@ class Descriptor:
         """Return the descriptor in `data`, which may be padded with zeros.
 
         Raises:
-            FormatError: it is no descriptor, lacks a key that a disk needs, or a value cannot be.
+            FormatError: it is not a descriptor, lacks a required key, or a value is invalid.
         """
         raw = data.split(b"\0", 1)[0]
         if not _looks_like(raw):
             raise FormatError(path, base, "descriptor", raw[:24], "must begin with '# Disk DescriptorFile'")
-        codec = _codec_of(raw, path, base)
+        codec = _codec_of(raw)
         values: dict[str, _Value] = {}
         extents: list[ExtentLine] = []
         at = 0
@@ -146,22 +146,27 @@ class Descriptor:
 
     @property
     def cid(self) -> int:
-        """The content ID: changes when the disk is first written after each open."""
-        return self._hex("CID")
+        """The content ID: changes when the disk is first written after each open.
+
+        Without one it is `NO_PARENT`, which fits the overlays that QEMU makes on such a base, and no other.
+        """
+        return self._hex("CID") if "cid" in self.values else NO_PARENT
 
     @property
     def parent_cid(self) -> int:
         """The CID that the parent had when this overlay was made; `NO_PARENT` where there is none."""
+        if "parentcid" not in self.values and self.parent_hint is None:
+            return NO_PARENT
         return self._hex("parentCID")
 
     @property
     def create_type(self) -> str:
-        """What `createType` says, as written."""
+        """The value of `createType`, as written."""
         return self._required("createType").text
 
     @property
     def parent_hint(self) -> str | None:
-        """What parentFileNameHint says, or None where it is missing or empty."""
+        """The value of parentFileNameHint, or None where it is missing or empty."""
         return self.get("parentFileNameHint") or None
 
     @property
@@ -171,7 +176,7 @@ class Descriptor:
 
     @property
     def encryption(self) -> str | None:
-        """The key that says that VMware has encrypted the disk, or None."""
+        """The key that shows that VMware has encrypted the disk, or None."""
         if self.get("encryptionKeys"):
             return "encryptionKeys"
         return "ddb.iofilters" if "crypt" in (self.get("ddb.iofilters") or "").lower() else None
@@ -189,7 +194,7 @@ class Descriptor:
         return Descriptor.parse(raw, path=self.path, base=self.base)
 
     def with_parent(self, parent_cid: int, hint: str | None) -> Descriptor:
-        """Return the same text for another parent; `hint` None takes the hint line away."""
+        """Return the same text for another parent; `hint` None removes the hint line."""
         changed = self.with_values({"parentCID": f"{parent_cid:08x}"})
         lines = changed.raw.split(b"\n")
         kept = [line for line in lines if not line.lower().lstrip().startswith(b"parentfilenamehint")]
@@ -199,6 +204,12 @@ class Descriptor:
             kept.insert(after + 1, b'parentFileNameHint="' + _quoted_text(hint, self.codec, self.path) + b'"' + end)
         return Descriptor.parse(b"\n".join(kept), path=self.path, base=self.base)
 
+    def condensed(self) -> Descriptor:
+        """Return the same without comments and blank lines, the first line aside: for where there is no room."""
+        first, *lines = self.raw.split(b"\n")
+        kept = [line for line in lines if line.strip() and not line.lstrip().startswith(b"#")]
+        return Descriptor.parse(b"\n".join([first, *kept, b""]), path=self.path, base=self.base)
+
     def _required(self, key: str) -> _Value:
         value = self.values.get(key.lower())
         if value is None:
@@ -207,7 +218,7 @@ class Descriptor:
 
     def _hex(self, key: str) -> int:
         value = self._required(key)
-        if not re.fullmatch(r"[0-9A-Fa-f]{1,8}", value.text):
+        if not re.fullmatch(r"(?:0[xX])?[0-9A-Fa-f]{1,8}", value.text):
             raise FormatError(self.path, self.base + value.start, key, value.text, "must be 1 to 8 hexadecimal digits")
         return int(value.text, 16)
 
@@ -231,30 +242,25 @@ def _looks_like(raw: bytes) -> bool:
     return False
 
 
-def _codec_of(raw: bytes, path: Path, base: int) -> str:
-    found = re.search(rb"^[ \t]*encoding[ \t]*=[ \t]*\"?([\w.\-]+)\"?[ \t]*\r?$", raw, re.IGNORECASE | re.MULTILINE)
+def _codec_of(raw: bytes) -> str:
+    found = re.search(rb"^[ \t]*encoding[ \t]*=[ \t]*\"?([\w.\-:]+)\"?[ \t]*\r?$", raw, re.IGNORECASE | re.MULTILINE)
     if not found:
         return "utf-8"
     name = found[1].decode("ascii", "replace")
-    codec = _CODECS.get(name.lower().replace("_", "-"))
-    if codec is None and raw.isascii():
-        return "ascii"  # QEMU and others never look at the name, and nothing here hangs on it
-    if codec is None:
-        rule = "must be UTF-8 or an encoding of Windows or Unix that iconv knows, such as windows-1252, GBK or KOI8-R"
-        raise FormatError(path, base + found.start(1), "encoding", name, rule)
-    return codec
+    # QEMU and others never look at the name. What is not ASCII is then kept as the bytes of a file name.
+    return _CODECS.get(name.lower().replace("_", "-").partition(":")[0], "ascii")
 
 
 def _decode(value: bytes, codec: str) -> str:
-    # Bytes that are not in the encoding are kept as they are: QEMU, and who goes by it, never looks at `encoding`.
+    # Bytes that are not in the encoding are kept as they are: QEMU never looks at `encoding`.
     return value.decode(codec, "surrogateescape")
 
 
 def _spelled(text: str, codec: str) -> str:
-    """Return `text`, and with it the bytes that it was read from where these may be a file's name too."""
+    """Return `text`, with the bytes that it was read from if these may be a file's name too."""
     if codec == "utf-8" or text.isascii():
         return text
-    name = Name(text)
+    name = DecodedName(text)
     name.raw = os.fsdecode(text.encode(codec, "surrogateescape"))
     return name
 
@@ -272,7 +278,7 @@ def _unescape(text: str) -> str:
 def _quoted_text(text: str, codec: str, path: Path) -> bytes:
     if any(ord(char) < 32 or char == '"' for char in text):
         raise InvalidRequest(
-            path, f"{text!r} cannot be written into a descriptor: it holds a quote or a control character"
+            path, f"{text!r} cannot be written into a descriptor: it contains a quote or a control character"
         )
     if _BAR_ESCAPE.search(text):
         raise InvalidRequest(path, f"{text!r} cannot be written into a descriptor: readers take its bar for an escape")
@@ -317,7 +323,7 @@ def make_descriptor(
     ASCII adds the line `encoding="UTF-8"`.
 
     Raises:
-        InvalidRequest: a name holds a quote or a control character, which the format cannot carry.
+        InvalidRequest: a name contains a quote or a control character, which the format cannot store.
     """
 
     def text(value: str) -> str:

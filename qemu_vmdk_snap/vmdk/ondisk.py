@@ -1,4 +1,4 @@
-"""Binary records declared once: field order, width and rules stand in the annotation and serve both directions."""
+"""Binary records declared once: field order, width and rules are in the annotation, for reading and writing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Wire:
 
 
 class Must(NamedTuple):
-    """A rule for one field, and the words that name it when it is broken."""
+    """A rule for one field, and its text for error messages."""
 
     holds: Callable[[Any], bool]
     rule: str
@@ -84,7 +84,7 @@ class OnDisk:
                     raise FormatError(path, base + offset, name, value, must.rule)
 
     def serialise(self) -> bytes:
-        """Return the bytes that `parse` would read back as this record."""
+        """Return the bytes of the record; `parse` reads them back."""
         return self.layout().pack(*(getattr(self, column.name) for column in self.columns()))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The seSparse extent (ESXi 6.5 and later): 64-bit entries, grains of 4 KiB. Read-only: nobody documents its journal.
+"""The seSparse extent (ESXi 6.5 and later): 64-bit entries, grains of 4 KiB. Read-only: its journal is not documented.
 
     | constant header | volatile header | journal ... | directory | tables | free bitmap | back map | grains |
 
@@ -32,7 +32,7 @@ TABLE_SECTORS: Final = 64
 ENTRIES_PER_TABLE: Final = TABLE_SECTORS * SECTOR_SIZE // 8
 _MAX_TABLES: Final = 1 << 22  # a disk of 64 TiB; VMware makes none above 62
 
-_Zero = Annotated[int, Wire("Q"), Must(lambda v: v == 0, "must be 0: what else it means is unknown")]
+_Zero = Annotated[int, Wire("Q"), Must(lambda v: v == 0, "must be 0: other values have no known meaning")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +88,8 @@ def open_extent(spec: ExtentSpec) -> "SeSparseExtent":
     """Open a seSparse extent for reading.
 
     Raises:
-        FormatError: the headers, or what they name, cannot be.
-        Unsupported: write access, or a journal that waits to be replayed.
+        FormatError: the headers, or what they name, are invalid.
+        Unsupported: write access, or a journal that has not been replayed.
     """
     file, path = spec.file, spec.path
     if file is None:
@@ -101,7 +101,7 @@ def open_extent(spec: ExtentSpec) -> "SeSparseExtent":
     volatile = VolatileHeader.parse(file.read_at(at, SECTOR_SIZE), path=path, base=at)
     if volatile.replay_journal:
         where = at + volatile.offset_of("replay_journal")
-        raise Unsupported(path, f"byte {where:#x}: its journal waits to be replayed: let ESXi open the disk once")
+        raise Unsupported(path, f"byte {where:#x}: its journal has not been replayed: let ESXi open the disk once")
     if header.capacity < spec.line.sectors:
         rule = f"must be at least the {spec.line.sectors} sectors that the descriptor gives the extent"
         raise FormatError(path, header.offset_of("capacity"), "capacity", header.capacity, rule)

@@ -65,7 +65,8 @@ class Lab:
             if domain.name() in self._domains and domain.name() not in stay:
                 if domain.isActive():
                     domain.destroy()
-                domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)
+                keep_nvram = libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
+                domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA | keep_nvram)
 
 
 def xml_of(domain: libvirt.virDomain) -> str:

@@ -14,7 +14,7 @@ from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.delete.prune import Retention, prune
 from qemu_vmdk_snap.domain.delete.run import delete
-from qemu_vmdk_snap.domain.doctor import check_domain
+from qemu_vmdk_snap.domain.doctor.domain import check_domain
 from qemu_vmdk_snap.domain.dry_run import plan_delete
 from qemu_vmdk_snap.domain.registry import list_snapshots
 from qemu_vmdk_snap.domain.revert.run import revert

@@ -17,7 +17,7 @@ from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.domain.connect import find_domain
 from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.delete.run import delete
-from qemu_vmdk_snap.domain.doctor import check_host
+from qemu_vmdk_snap.domain.doctor.host import check_host
 from qemu_vmdk_snap.domain.needs.orphans import find_orphans, remove_orphan
 from qemu_vmdk_snap.domain.registry import list_snapshots
 from qemu_vmdk_snap.domain.revert.run import revert
@@ -216,7 +216,7 @@ def test_a_qcow2_top_on_a_vmdk_is_described(patient: Patient) -> None:
     patient.lab.conn.defineXML(text[:start] + named + text[end:])
     _, answer = patient.ask()
     told = {check["subject"]: (check["verdict"], check["text"]) for check in answer["checks"]}
-    assert told["disk vda"][0] == "note"
+    assert told["disk vda"][0] == "bad"  # no snapshot of virsh's is the reason for it
     assert f"its top {top} is backed by the VMDK {patient.file(2)}, which must stay as it is" in told["disk vda"][1]
     with open_chain(patient.file(2)) as chain:
         shown = chain.read_at(0, chain.capacity)
@@ -246,7 +246,11 @@ def test_a_frozen_file_as_the_top_is_bad(patient: Patient) -> None:
     _, answer = patient.ask()
     lines = [check["text"] for check in answer["checks"] if (check["subject"], check["verdict"]) == ("disk vda", "bad")]
     what = f"its top {patient.file(1)} is what snapshot 's2' froze, and what the guest writes changes that"
-    assert lines == [f"{what}: `snapshot revert {patient.name} s2` puts an overlay on it"]
+    ways = (
+        f"`doctor {patient.name} --repair` lets the XML name the top of before",
+        f"or `snapshot revert {patient.name} s2` puts an overlay on it",
+    )
+    assert lines == [f"{what}: {', '.join(ways)}"]
     revert(patient.lab.conn, patient.name, "s2")
     assert patient.bad() == {}
 
@@ -298,9 +302,12 @@ def test_orphans_are_told_and_removed_only_when_they_hold_nothing(patient: Patie
     empty = orphan(patient, "lost.vmdk", patient.file(1), empty=True)
     full = orphan(patient, "work.vmdk", patient.file(0))
     before, unnamed = contents(patient.lab.folder), "is named by no domain and no snapshot"
+    ways = f"`doctor {patient.name} --adopt` makes it a snapshot, `doctor {patient.name}"
     assert patient.bad() == {
-        f"orphan {empty}": f"is backed by {patient.file(1)}, {unnamed}, and holds nothing",
-        f"orphan {full}": f"is backed by {patient.file(0)}, {unnamed}, and holds {kib(full)}",
+        f"orphan {empty}": f"is backed by {patient.file(1)}, {unnamed}, and holds nothing: {ways} --remove` removes it",
+        f"orphan {full}": (
+            f"is backed by {patient.file(0)}, {unnamed}, and holds {kib(full)}: {ways} --discard {full}` removes it"
+        ),
     }
     assert contents(patient.lab.folder) == before
     status, answer = patient.ask("--remove")
@@ -319,12 +326,12 @@ def test_what_is_in_use_named_or_stood_upon_is_not_removed(patient: Patient) -> 
     second = orphan(patient, "second.vmdk", first)
     with pytest.raises(DomainError, match=r"first\.vmdk is the parent of .*second\.vmdk: remove that first"):
         remove_orphan(lab.conn, domain, first, with_data=True)
-    with pytest.raises(DomainError, match="holds data: it is not removed unless it is named for that"):
+    with pytest.raises(DomainError, match="contains data: it is removed only if it is named"):
         remove_orphan(lab.conn, domain, second)
     with open_chain(second), pytest.raises(LockBusy):
         remove_orphan(lab.conn, domain, second, with_data=True)
     for path in (patient.file(0), patient.file(2), lab.folder / "none.vmdk"):
-        with pytest.raises(DomainError, match="is no orphan of it"):
+        with pytest.raises(DomainError, match="is not an orphan of it"):
             remove_orphan(lab.conn, domain, path, with_data=True)
     assert {path.name for path in lab.folder.glob("*.vmdk")} == {
         "a.vmdk",

@@ -13,7 +13,7 @@ import qemu_vmdk_snap as engine
 from qemu_vmdk_snap import CidMismatch, DomainError, InvalidRequest, LockBusy, PluginError, create_overlay, open_chain
 from qemu_vmdk_snap.domain import connect, xml
 from qemu_vmdk_snap.domain.create.run import create_snapshot
-from qemu_vmdk_snap.domain.doctor import check_domain
+from qemu_vmdk_snap.domain.doctor.domain import check_domain
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.qemu.depth import max_links
 from qemu_vmdk_snap.domain.registry import list_snapshots, snapshot_info

@@ -189,6 +189,30 @@ def test_one_flipped_bit_in_a_grain_is_found(tmp_path: Path, capsys: pytest.Capt
     assert [m["path"] for m in value["mismatches"]] == [str(path)]
 
 
+def test_a_raw_image_says_what_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    top, raw = chain_of(tmp_path, 3), tmp_path / "top.raw"
+    with open_chain(top) as chain:
+        raw.write_bytes(chain.read_at(0, SIZE))
+    assert main(["guest", "verify", "--against", str(raw), str(top)]) == 0
+    assert capsys.readouterr().out.endswith(f" s: as written in {raw}, and guest and engine agree\n")
+    path, file_offset = stored_at(top, 2 * MIB + 4096)
+    flip(path, file_offset + 100)
+    with raw.open("r+b") as file:  # in a hole of the chain, where no sample is taken
+        file.seek(20 * MIB + 512 * 777)
+        file.write(b"here")
+    assert main(["guest", "verify", "--against", str(raw), str(top)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:-1] == [
+        f"MISMATCH guest bytes 0x201000 to 0x201200 (data, link 1, byte {file_offset:#x} of {path}): "
+        "the guest reads something else than the raw image",
+        "MISMATCH guest bytes 0x1461200 to 0x1461400 (hole, link 2, stored nowhere): "
+        "the guest reads something else than the raw image",
+    ]
+    os.truncate(raw, 30 * MIB)
+    first = str(verify_image(top, against=raw).mismatches[0])
+    assert first == f"guest bytes {30 * MIB:#x} to {SIZE:#x}: there to the guest or to the raw image, but not to both"
+
+
 def test_one_zeroed_table_entry_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     top = chain_of(tmp_path, 2)
     record = tmp_path / "record.json"
@@ -454,4 +478,15 @@ def test_the_demo(scratch: Path) -> None:
     assert "56 reads by guests, 0 differ" in done.stdout
     assert "before-guest\n  |\n  +- after-guest" in done.stdout
     assert verify_image(kept / "disk-000002.vmdk").depth == 3
+    shutil.rmtree(kept)
+
+
+@pytest.mark.needs("libvirt")
+def test_the_second_half_of_the_demo(scratch: Path) -> None:
+    kept = scratch / "kept"
+    words = [sys.executable, "-m", "qemu_vmdk_snap", "demo", "--served", "--keep", str(kept)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " reads by guests, 0 differ" in done.stdout
+    assert "where it was, without a boot" in done.stdout
     shutil.rmtree(kept)

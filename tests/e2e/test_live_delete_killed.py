@@ -16,7 +16,7 @@ import pytest
 from qemu_vmdk_snap.domain.connect import open_connection
 from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.delete.run import delete
-from qemu_vmdk_snap.domain.doctor import check_domain
+from qemu_vmdk_snap.domain.doctor.domain import check_domain
 from qemu_vmdk_snap.domain.journal.recover import recover
 from qemu_vmdk_snap.domain.registry import list_snapshots
 from tests.domain.libvirtd import Daemon

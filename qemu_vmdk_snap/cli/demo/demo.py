@@ -22,11 +22,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="work in DIR, which must not exist, and keep it afterwards"
     )
+    parser.add_argument(
+        "--served", action="store_true", help="the second half: a served disk, and a snapshot with the guest's memory"
+    )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int:
     """Run it, show the table and the tree; exit status 1 on any difference."""
     from qemu_vmdk_snap.cli.demo.scenario import Demo
+    from qemu_vmdk_snap.cli.demo.served import ServedDemo
 
     started = time.monotonic()
     # Not TMPDIR, which can be long: the domain's sockets must fit into 108 bytes.
@@ -35,7 +39,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
         folder = folder.absolute()
         folder.mkdir(parents=True)
     say = (lambda _: None) if ui.json_output else lambda line: ui.text(f"[{time.monotonic() - started:5.1f} s] {line}")
-    demo = Demo(folder, say)
+    demo = (ServedDemo if args.served else Demo)(folder, say)
     try:
         same = demo.run()
     finally:

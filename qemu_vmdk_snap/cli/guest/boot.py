@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="how long to wait for the probe to boot, on an idle machine (default 15)",
     )
     add_guest_options(parser)
-    parser.add_argument("filename", type=Path, metavar="IMAGE")
+    parser.add_argument("filename", type=Path, metavar="IMAGE", help="the image")
     parser.add_argument(
         "commands",
         nargs="*",
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     with boot(
         image,
         image_format=args.format,
-        controller=args.controller,
+        controller=args.controller or "ahci",
         from_disk=args.from_disk,
         writable=args.write,
         log_dir=args.log,

@@ -10,9 +10,8 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the machine: `--controller`, `--log`."""
     parser.add_argument(
         "--controller",
-        default="ahci",
         metavar="NAME",
-        help="how the disk is attached: ide, ahci (default), virtio-blk, virtio-scsi, pvscsi, lsi or nvme",
+        help="controller of the disk: ide, ahci (default, or the domain's), virtio-blk, virtio-scsi, pvscsi, lsi, nvme",
     )
     parser.add_argument(
         "--log",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from qemu_vmdk_snap.cli.image.names import file_name
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 from qemu_vmdk_snap.units import parse_size
 
@@ -44,7 +45,7 @@ def add_allow_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def add_orphan(parser: argparse.ArgumentParser) -> None:
-    """Add `--orphan`, which gives up a file that needs the image."""
+    """Add `--orphan`, which ignores a file that needs the image."""
     parser.add_argument(
         "--orphan",
         action="append",
@@ -60,6 +61,30 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print only errors")
 
 
+CACHE_MODES: Final = ("none", "writeback", "unsafe", "directsync", "writethrough")
+"""qemu-img's; the others differ only in the use of the page cache, so only `unsafe` has an effect here."""
+
+
+def add_cache(parser: argparse.ArgumentParser, short: str, long: str, meaning: str) -> None:
+    """Add `-t` or `-T`; what it means is told of its values but `unsafe`."""
+    default = "writeback" if short == "-t" else None
+    parser.add_argument(short, long, default=default, choices=CACHE_MODES, metavar="CACHE", help=meaning)
+
+
+def add_rate_limit(parser: argparse.ArgumentParser) -> None:
+    """Add `-r`."""
+    parser.add_argument(
+        "-r", "--rate-limit", type=_rate, default=0, metavar="RATE", help="store at most RATE bytes a second"
+    )
+
+
+def _rate(text: str) -> int:
+    rate = size_argument(text)
+    if not rate:
+        raise argparse.ArgumentTypeError("must be more than 0 bytes a second")
+    return rate
+
+
 def add_progress(parser: argparse.ArgumentParser) -> None:
     """Add `-p`."""
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
@@ -72,8 +97,8 @@ def need_vmdk(path: Path | str, image_format: str) -> None:
 
 
 def as_seen_from(image: Path, name: str | Path) -> Path:
-    """Return the file that the backing file `name` of `image` is: its folder counts, not ours, as for qemu-img."""
-    return image.parent / name
+    """Return the path of the backing file `name`: relative to the folder of `image`, as for qemu-img."""
+    return image.parent / file_name(str(name), image.parent)
 
 
 def open_disk(path: Path, image_format: str, args: argparse.Namespace) -> Disk:
@@ -85,7 +110,7 @@ def open_disk(path: Path, image_format: str, args: argparse.Namespace) -> Disk:
     if image_format == "raw":
         from qemu_vmdk_snap.chain.disk import RawDisk
 
-        return RawDisk(path, lock=not args.force_share, devices=args.allow_devices)
+        return RawDisk(path, lock=not args.force_share, allow_devices=args.allow_devices)
     need_vmdk(path, image_format)
     from qemu_vmdk_snap.chain.chain import open_chain
 
@@ -105,7 +130,7 @@ def split_options(words: list[str]) -> dict[str, str]:
 
 
 def as_bool(name: str, value: str) -> bool:
-    """Return what an on/off option says."""
+    """Return the value of an on/off option."""
     if value not in ("on", "off", "yes", "no", "true", "false"):
         raise InvalidRequest(f"-o {name}", f"{value!r} must be on or off")
     return value in ("on", "yes", "true")

@@ -1,4 +1,4 @@
-"""`image create`: an empty image, or an overlay on another."""
+"""`image create`: create an empty image, or an overlay on another one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from qemu_vmdk_snap.chain.identity import no_protocol, random_uuid
 from qemu_vmdk_snap.cli.image.common import add_quiet, as_bool, as_seen_from, need_vmdk, size_argument, split_options
+from qemu_vmdk_snap.cli.image.names import file_name, image_file
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 from qemu_vmdk_snap.ops.make.create import ImageOptions, create_image, create_overlay, inherited_options
@@ -28,6 +30,8 @@ OPTION_HELP: Final = {
     "zeroed_grain": "allow grains to be marked as zeros, version 2 (on/off)",
 }
 
+RAW_OPTION_HELP: Final = {"preallocation": "space set aside: off (default), falloc or full"}
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image create`."""
@@ -43,8 +47,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--options", action="append", default=[], metavar="NAME=VALUE,...", help="options; -o help lists them"
     )
+    parser.add_argument(
+        "-U", "--force-share", action="store_true", help="open the base even if another process is writing to it"
+    )
     add_quiet(parser)
-    parser.add_argument("filename", nargs="?", type=Path, help="the new image, which must not exist")
+    parser.add_argument(
+        "filename",
+        nargs="?",
+        type=image_file,
+        help="the new image, which must not exist or be an empty file; without it, -b makes UUID.vmdk beside the base",
+    )
     parser.add_argument(
         "size",
         nargs="?",
@@ -54,14 +66,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int | None:
-    """Make the image and say what was made, as qemu-img does."""
+    """Create the image and print what was created, as qemu-img does."""
     words = split_options(args.options)
     if "help" in words or "?" in words:
-        return _list_options(ui)
-    if args.filename is None:
-        raise InvalidRequest("image create", "the name of the new image is missing")
-    need_vmdk(args.filename, args.format)
+        return list_options(ui)
     backing = words.pop("backing_file", None) or args.backing
+    named = args.filename is not None
+    if not named:
+        if backing is None:
+            raise InvalidRequest("image create", "the name of the new image is missing")
+        base = image_file(backing)
+        args.filename, backing = base.with_name(f"{random_uuid()}.vmdk"), base.name
+    need_vmdk(args.filename, args.format)
     need_vmdk(backing or args.filename, words.pop("backing_fmt", args.backing_format or "vmdk"))
     size = _size(words.pop("size")) if "size" in words else args.size
     if args.unsafe:
@@ -69,14 +85,18 @@ def run(args: argparse.Namespace, ui: Ui) -> int | None:
     if backing is None:
         if size is None:
             raise InvalidRequest(args.filename, "an image needs a size (or a base: -b)")
-        create_image(args.filename, size, options=parse_options(words))
+        create_image(args.filename, size, options=parse_options(words), over_empty=True)
     else:
         base = as_seen_from(args.filename, backing)
-        _warn_if_written(base, ui)
+        _check_writers(base, ui, allowed=args.force_share)
         options = overlay_options(words, base)
-        create_overlay(args.filename, base, hint=backing, size=size, options=options)
+        hint = no_protocol(file_name(str(backing), args.filename.parent))
+        create_overlay(args.filename, base, hint=hint, size=size, options=options, over_empty=True)
         _warn_if_outside(args.filename, base, ui)
-    _report(args.filename, ui)
+    if named or ui.json_output:
+        _report(args.filename, size, ui)
+    else:
+        ui.text(str(args.filename))  # nobody else can know it
     return None
 
 
@@ -84,13 +104,13 @@ def parse_options(words: dict[str, str]) -> ImageOptions:
     """Return the options of an image without a base, of which `-o` words name some.
 
     Raises:
-        InvalidRequest: an unknown name, a value that cannot be, or an option that the kind has no use for.
+        InvalidRequest: an unknown name, an invalid value, or an option that does not apply to the kind.
     """
     return ImageOptions(**_named_options(words))
 
 
 def overlay_options(words: dict[str, str], base: Path) -> ImageOptions | None:
-    """Return what an overlay on `base` inherits with what `-o` words name in its place; None where they name nothing.
+    """Return the options that an overlay on `base` inherits, changed by the `-o` words; None where there are none.
 
     Raises:
         InvalidRequest: as `parse_options`.
@@ -122,7 +142,7 @@ def _named_options(words: dict[str, str]) -> dict[str, Any]:
 
 
 def _refuse_idle(named: dict[str, Any]) -> None:
-    """Refuse an option that says nothing to the kind, rather than leave it out without a word."""
+    """Refuse an option that does not apply to the kind, instead of ignoring it silently."""
     subformat = named.get("subformat", ImageOptions().subformat)
     kind = KINDS.get(subformat)
     if kind is None or kind.extent_type == "SPARSE":
@@ -140,8 +160,12 @@ def _size(text: str) -> int:
         raise InvalidRequest("-o", str(error)) from None
 
 
-def _warn_if_written(base: Path, ui: Ui) -> None:
-    """Say so where a base has a writer: its next change of the CID makes the overlay unreadable, as it should be."""
+def _check_writers(base: Path, ui: Ui, *, allowed: bool) -> None:
+    """Refuse a base that is open for writing: its next change of the CID makes the overlay invalid.
+
+    Raises:
+        LockBusy: it is. If that is `allowed`, there is only a warning.
+    """
     from qemu_vmdk_snap.errors import LockBusy
     from qemu_vmdk_snap.storage.blockfile import PosixFile
     from qemu_vmdk_snap.storage.locks import lock_image
@@ -150,29 +174,33 @@ def _warn_if_written(base: Path, ui: Ui) -> None:
     try:
         lock_image(file.fileno(), base, writable=False)
     except LockBusy:
+        if not allowed:
+            raise
         ui.warn(f"{base} is being written to: the overlay is valid only after its writer has switched to the overlay")
     finally:
         file.close()
 
 
 def _warn_if_outside(overlay: Path, base: Path, ui: Ui) -> None:
-    """Say so where the new overlay cannot be opened without a word about its base's folder."""
+    """Warn if the new overlay cannot be opened without `--allow-dir`."""
     folder = base.resolve().parent
     if folder != overlay.parent.resolve():
         ui.warn(f"{base} is outside the folder of {overlay}: opening the overlay needs --allow-dir {folder}")
 
 
-def _list_options(ui: Ui) -> int:
+def list_options(ui: Ui, *, raw: bool = False) -> int:
+    """Show what `-o` takes for a VMDK image, or for a raw one."""
+    known = RAW_OPTION_HELP if raw else OPTION_HELP
     if ui.json_output:
-        ui.json([{"name": name, "description": text} for name, text in OPTION_HELP.items()])
+        ui.json([{"name": name, "description": text} for name, text in known.items()])
         return 0
     ui.text("Supported options:")
-    for name, text in OPTION_HELP.items():
+    for name, text in known.items():
         ui.text(f"  {name:<16} - {text}")
     return 0
 
 
-def _report(path: Path, ui: Ui) -> None:
+def _report(path: Path, asked: int | None, ui: Ui) -> None:
     if ui.quiet and not ui.json_output:
         return
     from qemu_vmdk_snap.chain.link import read_descriptor
@@ -197,4 +225,5 @@ def _report(path: Path, ui: Ui) -> None:
         )
         return
     backing = f" backing_file={descriptor.parent_hint} backing_fmt=vmdk" if descriptor.parent_hint else ""
-    ui.text(f"Formatting '{path}', fmt=vmdk size={size}{backing} subformat={descriptor.create_type}")
+    shown = size if asked is None else asked  # as qemu-img: what was asked for, not what it is rounded up to
+    ui.text(f"Formatting '{path}', fmt=vmdk size={shown}{backing} subformat={descriptor.create_type}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.cli.image.common import add_open_options, open_disk, size_argument
+from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-s", "--start-offset", type=size_argument, default=0, metavar="OFFSET", help="first byte of the range"
     )
     parser.add_argument("-l", "--max-length", type=size_argument, metavar="LENGTH", help="length of the range")
-    parser.add_argument("filename", type=Path)
+    parser.add_argument("filename", type=image_file, help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from qemu_vmdk_snap.cli.image.common import add_open_options, add_progress, open_disk, size_argument, split_options
+from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
 
@@ -20,8 +21,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-o", "--options", action="append", default=[], metavar="NAME=VALUE,...", help="options of the new image"
     )
     parser.add_argument("--size", type=size_argument, metavar="SIZE", help="measure an empty disk of this size instead")
+    parser.add_argument("-l", "--snapshot", metavar="SNAPSHOT", help=argparse.SUPPRESS)
     add_progress(parser)
-    parser.add_argument("filename", type=Path, nargs="?")
+    parser.add_argument("filename", type=image_file, nargs="?", help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -29,6 +31,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.cli.image.create import parse_options
     from qemu_vmdk_snap.ops.copy.measure import measure
 
+    if args.snapshot is not None:
+        raise Unsupported(args.filename or Path("-l"), "-l: a VMDK image has no internal snapshots")
     if (args.filename is None) == (args.size is None):
         raise InvalidRequest("measure", "needs either an image or --size")
     if args.target_format not in ("vmdk", "raw"):
@@ -40,7 +44,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         with open_disk(args.filename, args.format, args) as disk:
             sizes = measure(disk, 0, output_format=args.target_format, options=options, on_progress=ui.progress)
     if ui.json_output:
-        ui.json({"required": sizes.required, "fully-allocated": sizes.fully_allocated})
+        ui.json(sizes.as_dict())
         return
     ui.text(f"required size: {sizes.required}")
     ui.text(f"fully allocated size: {sizes.fully_allocated}")

@@ -1,4 +1,4 @@
-"""Every command with its arguments, for what is made of them: completion scripts and manual pages."""
+"""Every command with its arguments, for completion scripts and manual pages."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ class Entry(NamedTuple):
 
     words: tuple[str, ...]
     help: str
+    description: str
+    """What the command does, in a sentence or two."""
     options: tuple[argparse.Action, ...]
     positionals: tuple[argparse.Action, ...]
     parser: argparse.ArgumentParser
 
 
 class _Listed:
-    """Takes the place of a parser while arguments are added, and lists them: argparse itself has no way to ask."""
+    """Replaces a parser while arguments are added, and lists them: argparse itself cannot list them."""
 
     def __init__(
         self,
@@ -56,7 +58,13 @@ def every_command() -> Iterator[Entry]:
         shown = [action for action in listed.actions if action.help != argparse.SUPPRESS]
         options = tuple(action for action in shown if action.option_strings)
         positionals = tuple(action for action in shown if not action.option_strings)
-        yield Entry(words, command.help, options, positionals, parser)
+        yield Entry(words, command.help, _description(module.__doc__ or ""), options, positionals, parser)
+
+
+def _description(doc: str) -> str:
+    """Return the first paragraph of a command's module without the command's name, as sentences."""
+    text = " ".join(doc.split("\n\n")[0].split()).partition(": ")[2].replace("`", "")
+    return text[:1].upper() + text[1:]
 
 
 def takes_value(option: argparse.Action) -> bool:

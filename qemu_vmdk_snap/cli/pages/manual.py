@@ -12,24 +12,6 @@ from qemu_vmdk_snap.cli.ui import Ui
 if TYPE_CHECKING:
     from qemu_vmdk_snap.cli.pages.catalogue import Entry
 
-_STATUSES = (
-    ("0", "Done; for compare: the same; for check: good; for guest verify and demo: as expected."),
-    ("1", "compare: different; guest verify and demo: a guest saw something else."),
-    ("2, 3", "check: corrupt, leaks. compare: 2 for any error."),
-    ("63", "Not supported."),
-    ("64", "The command line or the request is invalid."),
-    ("65", "A file breaks the format."),
-    ("66", "The backing chain cannot be followed."),
-    ("67", "CID mismatch: a parent was modified."),
-    ("68", "Something else still needs a file that was to be removed or changed, or may need it."),
-    ("69", "The libvirt domain does not allow it."),
-    ("70", "A library, a tool or a drop-in is missing or failed."),
-    ("71", "A guest, or the QEMU around it, failed."),
-    ("74", "The system refused: no such file, no space, I/O error."),
-    ("75", "Another process holds the image."),
-    ("130", "Cancelled."),
-)
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `manual`."""
@@ -54,21 +36,36 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _program_page(entries: Sequence[Entry]) -> Iterator[str]:
-    yield from _head("qemu-vmdk-snap", "snapshots of VMDK disks under QEMU and libvirt, proven by booting a guest")
-    yield from (".SH SYNOPSIS", ".B qemu-vmdk-snap", ".I GROUP COMMAND", "[options] ...", ".SH COMMANDS")
+    from qemu_vmdk_snap.cli.pages.texts import ABOUT
+
+    purpose = "snapshots of VMDK disks under QEMU and libvirt, proven by booting a guest"
+    yield from _head("qemu-vmdk-snap", purpose)
+    yield from (".SH SYNOPSIS", ".B qemu-vmdk-snap", ".I GROUP COMMAND", "[options] ...", ".SH DESCRIPTION")
+    yield _roff("Reads, writes, snapshots, checks, merges and converts chains of VMDK images, snapshots the disks of")
+    yield _roff("libvirt domains with them, and boots small guests to prove what a chain shows. Every command takes")
+    yield _roff("--output=json, and has a page of its own, qemu-vmdk-snap-GROUP-COMMAND.")
+    for text in filter(None, ABOUT.values()):
+        yield from (".PP", _roff(text))
+    yield ".SH COMMANDS"
     for entry in entries:
         yield from (".TP", f".B {_roff(' '.join(entry.words))}", _roff(entry.help))
-    yield ".SH EXIT STATUS"
-    for status, text in _STATUSES:
-        yield from (".TP", f".B {status}", _roff(text))
-    yield from (".SH SEE ALSO", ".BR qemu-img (1),", ".BR virsh (1)")
+    yield ".SH EXAMPLES"
+    for words in ("image create", "snapshot create", "snapshot list", "snapshot delete", "doctor"):
+        yield from _examples(words)
+    yield from _shared("")
+    yield from (".SH SEE ALSO", ".BR qemu\\-img (1),", ".BR virsh (1)")
 
 
 def _command_page(entry: Entry) -> Iterator[str]:
+    from qemu_vmdk_snap.cli.pages.texts import ABOUT
+
     name = "qemu-vmdk-snap-" + "-".join(entry.words)
+    group = entry.words[0] if len(entry.words) == 2 else ""
     yield from _head(name, entry.help)
     usage = " ".join(entry.parser.format_usage().removeprefix("usage: ").split())
-    yield from (".SH SYNOPSIS", _roff(usage))
+    yield from (".SH SYNOPSIS", _roff(usage), ".SH DESCRIPTION", _roff(entry.description))
+    if ABOUT[group]:
+        yield from (".PP", _roff(ABOUT[group]))
     for title, actions in (("ARGUMENTS", entry.positionals), ("OPTIONS", entry.options)):
         if actions:
             yield f".SH {title}"
@@ -77,8 +74,30 @@ def _command_page(entry: Entry) -> Iterator[str]:
             if action.choices and not action.metavar:
                 value = "|".join(map(str, action.choices))
             shown = ", ".join(action.option_strings) + (" " if action.option_strings and value else "") + str(value)
-            yield from (".TP", f".B {_roff(shown)}", _roff((action.help or "").replace("%%", "%")))
-    yield from (".SH SEE ALSO", ".BR qemu-vmdk-snap (1)")
+            yield from (".TP", f".B {_roff(shown)}", _roff((action.help or "").replace("%%", "%") or shown))
+    yield ".SH EXAMPLES"
+    yield from _examples(" ".join(entry.words))
+    yield from _shared(group)
+    yield from (".SH SEE ALSO", ".BR qemu\\-vmdk\\-snap (1)")
+
+
+def _examples(words: str) -> Iterator[str]:
+    from qemu_vmdk_snap.cli.examples import EXAMPLES
+    from qemu_vmdk_snap.cli.main import PROGRAM
+
+    for line, why in EXAMPLES[words]:
+        yield from (".TP", f".B {_roff(f'{PROGRAM} {line}')}", _roff(why))
+
+
+def _shared(group: str) -> Iterator[str]:
+    """Yield the sections that the commands of a group have in common."""
+    from qemu_vmdk_snap.cli.pages.texts import ENVIRONMENT, FILES, STATUSES
+
+    for title, rows in (("EXIT STATUS", STATUSES), ("FILES", FILES[group]), ("ENVIRONMENT", ENVIRONMENT[group])):
+        if rows:
+            yield f".SH {title}"
+        for name, text in rows:
+            yield from (".TP", f".B {_roff(name)}", _roff(text))
 
 
 def _head(name: str, text: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`snapshot create`: freeze the VMDK disks of a domain, and let it go on in new overlays."""
+"""`snapshot create`: freeze the VMDK disks of a domain, which continues in new overlays."""
 
 from __future__ import annotations
 
@@ -9,10 +9,22 @@ from typing import TYPE_CHECKING, NamedTuple
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_dry_run
 from qemu_vmdk_snap.cli.snapshot.report import disk_lines, pause_line, show
 from qemu_vmdk_snap.cli.ui import Ui
-from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.create.run import SnapshotReport
+
+
+OPTIONAL_VALUES = {"--quiesce": ("require", "auto", "no")}
+"""Options whose value may be left out: then it is the first one."""
+
+
+_REFUSED = {
+    "no_metadata": "what libvirt does not know can be neither reverted nor deleted: `image create -b` makes an overlay",
+    "halt": "shut the guest down (virsh shutdown) and create the snapshot then: its disks are consistent then",
+    "reuse_external": "an overlay is always made, and no file is overwritten: remove the one that is there",
+}
+"""Options of virsh that are not possible here, and the way that is."""
 
 
 class DiskSpec(NamedTuple):
@@ -31,11 +43,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="the same, as virsh snapshot-create-as has it")
     parser.add_argument("--description", metavar="TEXT", help="description of the snapshot")
-    parser.add_argument("--disk-only", action="store_true", help="only the disks, no memory (always the case)")
+    parser.add_argument("--disk-only", action="store_true", help="only the disks, no memory (the default)")
+    parser.add_argument("--atomic", action="store_true", help="all disks or none (always the case)")
+    parser.add_argument("--live", action="store_true", help="while the guest runs (always the case if it does)")
+    parser.add_argument("--validate", action="store_true", help="only valid XML for libvirt (always the case)")
+    parser.add_argument("--print-xml", action="store_true", help="print the XML of the snapshot, and make none")
+    for option in _REFUSED:
+        parser.add_argument(f"--{option.replace('_', '-')}", action="store_true", help="not possible: says what is")
     parser.add_argument(
         "--memspec",
-        metavar="FILE",
-        help="not supported: QEMU's vmdk driver blocks saving memory",
+        metavar="[file=]FILE[,snapshot=external]",
+        help="save the guest's memory too, in FILE; all its disks must be served (see `serve attach`)",
     )
     parser.add_argument(
         "--quiesce",
@@ -60,15 +78,18 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.domain.connect import connection
     from qemu_vmdk_snap.domain.create.run import create_snapshot
     from qemu_vmdk_snap.domain.dry_run import plan_create
+    from qemu_vmdk_snap.domain.state import is_running
 
     if args.name is not None and args.snapshotname not in (None, args.name):
-        raise InvalidRequest(f"snapshot names {args.snapshotname!r} and {args.name!r}", "give one")
-    if args.memspec is not None:
-        reason = "the memory of a guest on QEMU's vmdk driver cannot be saved: the driver blocks migration"
-        raise Unsupported(Path(args.memspec), f"{reason}; take the snapshot without --memspec")
+        raise InvalidRequest(f"the snapshot has two names: {args.snapshotname!r} and {args.name!r}", "give one")
+    if args.memspec is not None and args.disk_only:
+        raise InvalidRequest("--disk-only", "leaves no use for --memspec")
+    for option, way in _REFUSED.items():
+        if getattr(args, option):
+            raise InvalidRequest(f"--{option.replace('_', '-')}", way)
     specs = [parse_diskspec(text) for text in args.diskspec]
     with connection(args.connect) as conn:
-        take = plan_create if args.dry_run else create_snapshot
+        take = plan_create if args.dry_run or args.print_xml else create_snapshot
         report = take(
             conn,
             args.domain,
@@ -78,8 +99,24 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             exclude=[spec.disk for spec in specs if not spec.takes_part],
             overlays={spec.disk: spec.overlay for spec in specs if spec.overlay is not None},
             quiesce=args.quiesce,
+            memory=None if args.memspec is None else parse_memspec(args.memspec),
         )
+        if args.print_xml:
+            text = _xml(report, args.description, running=is_running(conn, args.domain))
+            show(ui, report, report.as_dict() | {"xml": text}, text.splitlines())
+            return
     show(ui, report, report.as_dict(), _lines(report))
+
+
+def _xml(report: SnapshotReport, description: str | None, *, running: bool) -> str:
+    """Return the XML by which the snapshot would be registered, without the domain inside."""
+    from qemu_vmdk_snap.domain.xml import SnapshotDisk, SnapshotXml, snapshot_xml
+
+    disks = [SnapshotDisk(disk.target, "external", disk.overlay, disk.frozen) for disk in report.disks]
+    disks += [SnapshotDisk(target, "no", None, None) for target, _ in report.skipped]
+    state = "disk-snapshot" if running else "shutoff"
+    header = SnapshotXml(report.snapshot, state, report.creation_time, description, report.parent, disks=tuple(disks))
+    return snapshot_xml(header, "").replace("\n\n", "\n")
 
 
 def _lines(report: SnapshotReport) -> list[str]:
@@ -87,16 +124,43 @@ def _lines(report: SnapshotReport) -> list[str]:
         f"Domain snapshot {report.snapshot} {'would be created' if report.dry_run else 'created'}",
         *disk_lines(report.disks),
     ]
+    if report.nvram is not None:
+        lines.append(f"  nvram: {report.nvram}")
+    if report.memory is not None:
+        lines.append(f"  memory: {report.memory}")
     if report.pause is not None:
         lines.append(f"  {pause_line(report.pause)}")
-    return lines + [f"  {target}: not part of it: {reason}" for target, reason in report.skipped]
+    if report.live_xml_stale:
+        what = "until the guest stops, libvirt's live XML names the files of before"
+        lines.append(f"  {what}: define nothing but `virsh dumpxml --inactive`")
+    return lines + [f"  {target}: not in the snapshot: {reason}" for target, reason in report.skipped]
+
+
+def parse_memspec(text: str) -> Path:
+    """Return the file that a `--memspec` names, in virsh's syntax.
+
+    Raises:
+        InvalidRequest: it says something else than that, or that the memory is external.
+    """
+    file: Path | None = None
+    for number, setting in enumerate(part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")):
+        key, equals, value = setting.partition("=")
+        if key == "file" and value:
+            file = Path(value)
+        elif number == 0 and setting and not equals:
+            file = Path(setting)
+        elif (key, value) != ("snapshot", "external"):
+            raise InvalidRequest(f"memspec {text!r}", f"{setting!r} is not possible")
+    if file is None:
+        raise InvalidRequest(f"memspec {text!r}", "must name a file")
+    return file.absolute()
 
 
 def parse_diskspec(text: str) -> DiskSpec:
-    """Return what a `--diskspec` says, in virsh's syntax.
+    """Return a parsed `--diskspec`, in virsh's syntax.
 
     Raises:
-        InvalidRequest: it says something that is not known, or that VMDK disks cannot do.
+        InvalidRequest: it is invalid, or not possible for VMDK disks.
     """
     disk, *settings = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
     takes_part = True
@@ -112,5 +176,5 @@ def parse_diskspec(text: str) -> DiskSpec:
     if not disk:
         raise InvalidRequest(f"diskspec {text!r}", "must begin with a disk")
     if not takes_part and overlay is not None:
-        raise InvalidRequest(f"diskspec {text!r}", "snapshot=no leaves no use for file=")
+        raise InvalidRequest(f"diskspec {text!r}", "file= cannot go with snapshot=no")
     return DiskSpec(disk, takes_part, overlay)

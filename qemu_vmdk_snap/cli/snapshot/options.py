@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qemu_vmdk_snap.cli.image.common import add_allow_dir
 from qemu_vmdk_snap.cli.ui import Ui
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_domain(parser: argparse.ArgumentParser, *, or_all: bool = False) -> None:
-    """Add the connection and the domain, as virsh has them; `or_all`: every domain of the connection may be meant."""
+    """Add the connection and the domain, as virsh has them; `or_all`: `--all` is possible instead of a domain."""
     parser.add_argument(
         "-c",
         "--connect",
@@ -23,6 +24,7 @@ def add_domain(parser: argparse.ArgumentParser, *, or_all: bool = False) -> None
     if or_all:
         add_all(parser)
     nargs = "?" if or_all else None
+    add_allow_dir(parser)
     parser.add_argument("domain", metavar="DOMAIN", nargs=nargs, help="name, id or UUID of the domain")
 
 
@@ -39,28 +41,30 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
 
 
 def add_orphans(parser: argparse.ArgumentParser) -> None:
-    """Add what gives dependents up, by name."""
+    """Add `--orphan`."""
     parser.add_argument(
         "--orphan",
         type=Path,
         metavar="FILE",
         action="append",
         default=[],
-        help="give up this file, or the disk that has it on top: it may lose what it needs",
+        help="continue although FILE, or the disk that has it as its top, needs what changes (may be repeated)",
     )
 
 
 def tell_recovery(recovery: Recovery | None, ui: Ui) -> None:
-    """Say on standard error that an unfinished snapshot was settled first."""
+    """Report on standard error that an unfinished operation was finished or undone first."""
     if recovery is None:
         return
-    what = "was finished" if recovery.finished else "was taken back"
+    what = "was finished" if recovery.finished else "was undone"
     left = f"; left in place: {', '.join(map(str, recovery.left))}" if recovery.left else ""
-    which = "snapshot" if recovery.operation == "create" else f"{recovery.operation} of snapshot"
-    ui.warn(f"domain {recovery.domain}: the interrupted {which} {recovery.snapshot!r} {what}{left}")
+    which = "snapshot" if recovery.operation == "create" else recovery.operation
+    if recovery.snapshot:
+        which += f" {recovery.snapshot!r}" if which == "snapshot" else f" of snapshot {recovery.snapshot!r}"
+    ui.warn(f"domain {recovery.domain}: the interrupted {which} {what}{left}")
 
 
 def warn_pending(line: str | None, ui: Ui) -> None:
-    """Say on standard error what is unfinished, for a command that only reads and settles nothing."""
+    """Report an unfinished operation on standard error, for a command that only reads."""
     if line is not None:
         ui.warn(line)

@@ -1,4 +1,4 @@
-"""What a snapshot will do, worked out and checked before anything is changed."""
+"""The plan of a snapshot, made and checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay, pending_overlays
+from qemu_vmdk_snap.domain.nvram import plan_nvram
 from qemu_vmdk_snap.domain.overlay import naming
 from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.agent import check_quiesce
 from qemu_vmdk_snap.domain.qemu.depth import check_depth
 from qemu_vmdk_snap.domain.qemu.options import lacks_direct_io, read_options
 from qemu_vmdk_snap.domain.qemu.switch import Tops, check_disks
-from qemu_vmdk_snap.domain.state import check_state, inactive_xml, volume_resolver
+from qemu_vmdk_snap.domain.served.hold import check_served
+from qemu_vmdk_snap.domain.served.memory import check_memory
+from qemu_vmdk_snap.domain.state import check_state, inactive_xml, lenient, volume_resolver
+from qemu_vmdk_snap.domain.xml.named import folders_named
+from qemu_vmdk_snap.domain.xml.nvram import with_nvram
+from qemu_vmdk_snap.domain.xml.respell import with_chains
+from qemu_vmdk_snap.domain.xml.served import ServedDisk, served_disks
 from qemu_vmdk_snap.errors import DomainError, SnapshotExists
 
 if TYPE_CHECKING:
@@ -27,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the user asked for. Disks are named by target or by their file, as virsh allows."""
+    """The user's request. Disks are named by target or by their file, as virsh allows."""
 
     name: str | None = None
     description: str | None = None
@@ -37,23 +44,36 @@ class Request:
     """Disks that must be able to take part; naming one does not leave out the others."""
     exclude: Collection[str] = ()
     overlays: Mapping[str, Path] = field(default_factory=dict)
-    """Where the overlay of a disk goes; beside the disk if not said."""
+    """Where the overlay of a disk is created; beside the disk by default."""
     quiesce: str = "no"
-    """Whether a running guest's file systems are frozen meanwhile: `no`, `auto` (where it can), `require`."""
+    """Whether a running guest's file systems are frozen meanwhile: `no`, `auto` (if possible), `require`."""
+    memory: Path | None = None
+    """Where the memory of a running guest goes; None for a snapshot of disks alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A snapshot ready to be taken."""
+    """A snapshot that is ready to be taken."""
 
     snapshot: xml.SnapshotXml
     disks: tuple[PlannedDisk, ...]
     skipped: tuple[tuple[str, str], ...]
-    """(target, reason) of the disks that take no part."""
+    """(target, reason) of the disks that take no part, and of `nvram` and `tpm` where they cannot."""
     intent: Intent
     quiesce: str = "no"
     tops: Tops = field(default_factory=Tops)
     """Of a running domain: what QEMU writes to."""
+    nvram: Path | None = None
+    """The copy of the UEFI variables that is frozen with the disks."""
+    served: Mapping[str, ServedDisk] = field(default_factory=dict)
+    """Of a running domain: the disks among these that servers of ours write to."""
+    others: tuple[str, ...] = ()
+    """The other disks of the domain, by target."""
+
+    @property
+    def direct(self) -> tuple[PlannedDisk, ...]:
+        """Return the disks that QEMU itself writes to."""
+        return tuple(disk for disk in self.disks if disk.target not in self.served)
 
 
 def make_plan(
@@ -66,8 +86,8 @@ def make_plan(
     """Return the plan. The chains of a shut-off domain stay open in `held`, so that no guest writes to them meanwhile.
 
     Raises:
-        DomainError: the domain is in no state for it, or no disk can take part.
-        InvalidRequest: the name or a path cannot be.
+        DomainError: the state of the domain does not allow it, or no disk can take part.
+        InvalidRequest: the name or a path is invalid.
         VmdkSnapError: a chain is broken or in use; see `open_chain`.
     """
     import libvirt
@@ -80,24 +100,43 @@ def make_plan(
         old_xml = inactive_xml(domain)
         snapshots = {snapshot.getName(): snapshot.getXMLDesc(0) for snapshot in domain.listAllSnapshots()}
         parent = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
-    header = _header(name, request, snapshots, parent, live)
+        header = _header(domain, request, snapshots, parent)
     volume_path = volume_resolver(conn, name)
     disks = xml.list_disks(old_xml, volume_path)
+    held.enter_context(engine.allowing(*folders_named(lenient(volume_path), old_xml, *snapshots.values()), below=False))
     chosen, skipped = choose(name, disks, request)
     check_quiesce(request.quiesce)
-    tops = check_disks(domain, chosen, volume_path) if live else Tops()
+    attached = served_disks(old_xml)
+    served = {disk.target: attached[disk.target] for disk in chosen if disk.target in attached and live}
+    tops = _check_live(domain, chosen, served, volume_path) if live else Tops()
+    if request.memory is not None:
+        check_memory(domain, request.memory, disks, {disk.target for disk in chosen}, attached)
     taken = set().union(*(xml.files_in(text) for text in (old_xml, *snapshots.values())), pending_overlays(store))
     options = read_options(old_xml)
     planned = []
     for disk in chosen:
         planned.append(_plan_disk(name, disk, request, taken, held, lock=not live))
-        if options[disk.target].direct:
-            _check_direct(name, planned[-1])
-        check_depth(conn, name, disk.target, planned[-1].chain)
+        if disk.target not in attached:
+            if options[disk.target].direct:
+                _check_direct(name, planned[-1])
+            check_depth(conn, name, disk.target, planned[-1].chain)
         taken.add(planned[-1].overlay)
-    plan = _assemble(domain, header, old_xml, disks, tuple(planned), tuple(skipped))
+    nvram, left_out = plan_nvram(old_xml)
+    plan = _assemble(domain, header, old_xml, disks, tuple(planned), (*skipped, *left_out), nvram)
     intent = replace(plan.intent, live=live, resume=running, thaw=live and request.quiesce != "no")
-    return replace(plan, quiesce=request.quiesce, tops=tops, intent=intent)
+    others = tuple(disk.target for disk in disks if disk not in chosen)
+    return replace(plan, quiesce=request.quiesce, tops=tops, intent=intent, served=served, others=others)
+
+
+def _check_live(
+    domain: libvirt.virDomain,
+    chosen: Sequence[xml.Disk],
+    served: Mapping[str, ServedDisk],
+    volume_path: xml.VolumePath,
+) -> Tops:
+    check_served(domain, served, [disk for disk in chosen if disk.target in served])
+    direct = [disk for disk in chosen if disk.target not in served]
+    return check_disks(domain, direct, volume_path) if direct else Tops()
 
 
 def choose(domain: str, disks: Sequence[xml.Disk], request: Request) -> tuple[list[xml.Disk], list[tuple[str, str]]]:
@@ -133,15 +172,31 @@ def choose(domain: str, disks: Sequence[xml.Disk], request: Request) -> tuple[li
 
 
 def _header(
-    domain: str, request: Request, snapshots: Collection[str], parent: str | None, live: bool
+    domain: libvirt.virDomain,
+    request: Request,
+    snapshots: Collection[str],
+    parent: str | None,
 ) -> xml.SnapshotXml:
     name = naming.default_snapshot_name(snapshots) if request.name is None else request.name
     naming.check_snapshot_name(name)
     naming.check_description(request.description or "")
-    if name in snapshots:  # libvirt would replace it without a word
-        raise SnapshotExists(domain, f"has a snapshot {name!r} already", snapshot=name)
+    if name in snapshots:  # libvirt would replace it silently
+        raise SnapshotExists(domain.name(), f"has a snapshot {name!r} already", snapshot=name)
     created = int(naming.default_snapshot_name())
-    return xml.SnapshotXml(name, "disk-snapshot" if live else "shutoff", created, request.description, parent)
+    memory = "no" if request.memory is None else "external"
+    state, file = _state(domain, request), request.memory
+    return xml.SnapshotXml(name, state, created, request.description, parent, memory, memory_file=file)
+
+
+def _state(domain: libvirt.virDomain, request: Request) -> str:
+    """Return what the guest is in the snapshot, in libvirt's words."""
+    import libvirt
+
+    if not domain.isActive():
+        return "shutoff"
+    if request.memory is None:
+        return "disk-snapshot"
+    return "running" if domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING else "paused"
 
 
 def _plan_disk(
@@ -160,10 +215,17 @@ def _plan_disk(
 
 
 def _check_direct(domain: str, disk: PlannedDisk) -> None:
-    """Refuse an overlay that QEMU could not open as the disk's cache mode demands, now or at the next start."""
+    """Refuse an overlay that QEMU could not open with the disk's cache mode, now or at the next start."""
     if lacks_direct_io(disk.overlay.parent):
         reason = f"disk {disk.target}: its cache mode needs O_DIRECT, which the file system of {disk.overlay} lacks"
         raise DomainError(domain, f"{reason}: put the overlay elsewhere, or change the cache mode")
+
+
+def _spelt_out(old_xml: str, disks: Sequence[xml.Disk], planned: Sequence[PlannedDisk]) -> str:
+    """Return the domain with the whole chain of each disk that takes part, where the XML does not spell it out."""
+    open_ended = {disk.target for disk in disks if not disk.closed}
+    chains = {one.target: one.chain for one in planned if one.target in open_ended and one.chain[1:]}
+    return with_chains(old_xml, chains)
 
 
 def _assemble(
@@ -173,6 +235,7 @@ def _assemble(
     disks: Sequence[xml.Disk],
     planned: tuple[PlannedDisk, ...],
     skipped: tuple[tuple[str, str], ...],
+    nvram: Path | None,
 ) -> Plan:
     overlays = {disk.target: disk.overlay for disk in planned}
     entries = tuple(
@@ -181,9 +244,8 @@ def _assemble(
         )
         for disk in disks
     )
-    snapshot = xml.SnapshotXml(
-        header.name, header.state, header.creation_time, header.description, header.parent, "no", entries
-    )
+    snapshot = replace(header, disks=entries)
+    then = _spelt_out(old_xml, disks, planned)
     intent = Intent(
         uuid=domain.UUIDString(),
         domain=domain.name(),
@@ -191,6 +253,7 @@ def _assemble(
         overlays=tuple(Overlay(disk.target, str(disk.overlay), str(disk.frozen)) for disk in planned),
         old_xml=old_xml,
         new_xml=xml.stack(old_xml, {disk.target: xml.NewTop(disk.overlay, disk.chain) for disk in planned}),
-        snapshot_xml=xml.snapshot_xml(snapshot, old_xml),
+        snapshot_xml=xml.snapshot_xml(snapshot, then if nvram is None else with_nvram(then, nvram)),
+        memory=None if header.memory_file is None else str(header.memory_file),
     )
-    return Plan(snapshot, planned, skipped, intent)
+    return Plan(snapshot, planned, skipped, intent, nvram=nvram)

@@ -1,17 +1,17 @@
-"""Take a snapshot of a domain's VMDK disks: all of them, or nothing happens.
+"""Take a snapshot of a domain's VMDK disks: of all of them, or of none.
 
-The steps, each durable before the next, so that a crash between any two of them is settled by `recovery`:
+The steps, each durable before the next, so that `recover` finishes or undoes them after a crash between any two:
 
     1  the intent record
-    2  the overlays, complete, with the owner and mode of their bases; then the record that knows them by inode
+    2  the overlays, complete, with the owner and mode of their bases; then the record with their inodes
     3  the persistent XML, which now names the overlays and the whole chain below
     4  the snapshot in libvirt's metadata, with the XML of before inside
-    5  only where the guest runs: QEMU goes over to the overlays, in one transaction
-    6  the record goes
+    5  only if the guest runs: QEMU switches to the overlays, in one transaction
+    6  the record is removed
 
 Shut off, the old tops are locked from before 1 until after 4 as QEMU locks what it reads: no guest can start and write
-them. Running, QEMU comes last: it alone cannot be taken back, and if it never hears of the overlays, they are empty,
-and whoever starts the guest from the XML finds on them what its old disks hold.
+them. If the guest runs, QEMU comes last: only that step cannot be undone, and without it the overlays are empty,
+and a guest that is started from the XML reads from them what its old disks contain.
 """
 
 from __future__ import annotations
@@ -23,17 +23,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap import log
-from qemu_vmdk_snap.domain import dropin
+from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.create.plan import Plan, Request, make_plan
+from qemu_vmdk_snap.domain.create.switch import switch_all
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain, register
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
-from qemu_vmdk_snap.domain.overlay.newfile import make_overlay, refresh_pools
+from qemu_vmdk_snap.domain.nvram import freeze_nvram
+from qemu_vmdk_snap.domain.overlay.newfile import follow_base, make_overlay, refresh_pools
 from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
-from qemu_vmdk_snap.domain.qemu.switch import Pause, switch
-from qemu_vmdk_snap.domain.state import check_state, inactive_xml
-from qemu_vmdk_snap.errors import DomainError
+from qemu_vmdk_snap.domain.qemu.monitor import Monitor
+from qemu_vmdk_snap.domain.qemu.switch import Pause
+from qemu_vmdk_snap.domain.qemu.unused import release_unused
+from qemu_vmdk_snap.domain.served.guest import ready
+from qemu_vmdk_snap.domain.served.hold import Holds
+from qemu_vmdk_snap.domain.served.memory import save_memory
+from qemu_vmdk_snap.domain.state import check_state, define, inactive_xml
+from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
     import libvirt
@@ -52,15 +59,26 @@ class SnapshotReport:
     parent: str | None
     disks: tuple[PlannedDisk, ...]
     skipped: tuple[tuple[str, str], ...]
-    """(target, reason) of the disks that took no part."""
+    """(target, reason) of the disks that took no part, and of `nvram` and `tpm` where they could not."""
+    nvram: Path | None
+    """The copy of the UEFI variables that was frozen with the disks."""
     recovered: Recovery | None
-    """What became of an unfinished snapshot that was found first."""
+    """The recovery of an unfinished operation that was found first."""
     pause: Pause | None = None
-    """How a running guest was held up; None for one that was shut off."""
+    """How long a running guest was stopped; None for one that was shut off."""
     notes: tuple[str, ...] = ()
-    """What did not go as wished and stood in nobody's way."""
+    """Problems that did not prevent the operation."""
+    live_xml_stale: bool = False
+    """Whether libvirt's live XML names the old files from now on, until the guest stops. Said of the first live
+    snapshot of a run alone."""
     dry_run: bool = False
     """Whether this is only what would be done."""
+    memory: Path | None = None
+    """The file with the guest's memory."""
+
+    def _more(self) -> dict[str, object]:
+        memory: dict[str, object] = {} if self.memory is None else {"memory": str(self.memory)}
+        return memory | ({"dry-run": True} if self.dry_run else {})
 
     @property
     def changed(self) -> bool:
@@ -69,17 +87,18 @@ class SnapshotReport:
 
     def as_dict(self) -> dict[str, object]:
         """Return the report with JSON's own types, as `snapshot create --output=json` shows it."""
-        pause = self.pause
         return {
             "domain": self.domain,
             "snapshot": self.snapshot,
             "creation-time": self.creation_time,
             "parent": self.parent,
             "disks": [disk.as_dict() for disk in self.disks],
-            "pause": None if pause is None else pause.as_dict(),
+            "pause": None if self.pause is None else self.pause.as_dict(),
+            "nvram": None if self.nvram is None else str(self.nvram),
+            "live-xml-stale": self.live_xml_stale,
             "notes": list(self.notes),
             "skipped": [{"target": target, "reason": reason} for target, reason in self.skipped],
-        } | ({"dry-run": True} if self.dry_run else {})
+        } | self._more()
 
 
 def create_snapshot(
@@ -93,38 +112,58 @@ def create_snapshot(
     exclude: Collection[str] = (),
     overlays: Mapping[str, Path] | None = None,
     quiesce: str = "no",
+    memory: Path | None = None,
 ) -> SnapshotReport:
-    """Freeze the VMDK disks of a shut-off domain, let it go on in new overlays, and register the snapshot.
+    """Freeze the VMDK disks of a domain, which continues in new overlays, and register the snapshot.
 
     Without a `name` it is the second since 1970, as virsh has it. Disks are named by target or by file: `disks` are the
     only ones that take part, those in `required` must be able to, those in `exclude` are left out, and `overlays` says
-    where the overlay of a disk goes, if not beside it. When it fails nothing has changed, unless the error says that
-    the rest is left to `recover`.
+    where the overlay of a disk goes, if not beside it. `memory` is the file that the guest's memory goes to, where all
+    its disks are served. When it fails nothing has changed, unless the error says that the rest is left to `recover`.
 
     Raises:
         DomainError: the domain does not allow it (it runs, has no VMDK disk, has such a snapshot), or libvirt refused.
-        InvalidRequest: the name cannot be.
+        InvalidRequest: the name is invalid.
         CidMismatch, CorruptChain, FormatError, LockBusy: a chain is broken, or in use.
         OSError: a file could not be made.
     """
     domain = find_domain(conn, domain_name)
-    request = Request(name, description, disks, required, exclude, overlays or {}, quiesce)
+    request = Request(name, description, disks, required, exclude, overlays or {}, quiesce, memory)
     store = IntentStore.of(conn)
     with store.locked(domain.UUIDString(), domain.name()), contextlib.ExitStack() as held:
         recovered = recover_domain(conn, domain, store)
+        ready(conn, domain)
         plan = make_plan(conn, domain, request, store, held)
+        stale = _makes_stale(domain, plan)
         with dropin.around("create", domain.name(), as_plan(plan), uri=conn.getURI()) as notes:
             pause = _execute(conn, domain, store, plan)
+        if plan.intent.live:
+            _release(domain)
     refresh_pools(conn, [disk.overlay for disk in plan.disks])
-    return _report(plan, recovered, pause, notes)
+    return replace(_report(plan, recovered, pause, notes), live_xml_stale=stale)
+
+
+def _makes_stale(domain: libvirt.virDomain, plan: Plan) -> bool:
+    """Return whether libvirt's live XML is right until now: after a live snapshot it names the old files."""
+    if not plan.intent.live:
+        return False
+    with libvirt_errors(domain.name(), "read its live XML"):
+        named = {disk.target: disk.path for disk in xml.list_disks(domain.XMLDesc(0))}
+    return any(named.get(disk.target) == disk.frozen for disk in plan.disks)
+
+
+def _release(domain: libvirt.virDomain) -> None:
+    """Close what `virsh detach-disk` has left open of earlier snapshots; it does not matter if QEMU refuses."""
+    with contextlib.suppress(VmdkSnapError):
+        release_unused(Monitor(domain))
 
 
 def freeze_tops(
     conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, targets: Sequence[str], snapshot: str
 ) -> Pause | None:
-    """Let a running guest go on in new overlays on these disks, without a snapshot: what it wrote is frozen then.
+    """Switch a running guest to new overlays on these disks, without a snapshot: what it wrote is then frozen.
 
-    The caller holds the domain's lock; `snapshot` is the one that this is done for. Returns how the guest was held up.
+    The caller holds the domain's lock; `snapshot` is the reason. Returns how long the guest was stopped.
 
     Raises:
         VmdkSnapError, OSError: see `create_snapshot`.
@@ -132,7 +171,7 @@ def freeze_tops(
     with contextlib.ExitStack() as held:
         plan = make_plan(conn, domain, Request(disks=targets), store, held)
         intent = replace(plan.intent, operation="freeze", snapshot=snapshot, snapshot_xml="")
-        return _execute(conn, domain, store, replace(plan, intent=intent))
+        return _execute(conn, domain, store, replace(plan, intent=intent, nvram=None))
 
 
 def _report(plan: Plan, recovered: Recovery | None, pause: Pause | None, notes: Sequence[str]) -> SnapshotReport:
@@ -144,9 +183,11 @@ def _report(plan: Plan, recovered: Recovery | None, pause: Pause | None, notes: 
         header.parent,
         plan.disks,
         plan.skipped,
+        plan.nvram,
         recovered,
         pause,
         (*notes, *(pause.notes if pause else ())),
+        memory=header.memory_file,
     )
 
 
@@ -167,24 +208,40 @@ def _execute(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentS
     pause = None
     try:
         store.write(intent)  # barrier: no file is made that nobody would know of after a crash
-        for disk in plan.disks:
-            _log.info("domain %s: disk %s: new overlay %s on %s", domain.name(), disk.target, disk.overlay, disk.frozen)
-            intent = intent.made(str(disk.overlay), make_overlay(domain.name(), disk))
-        store.write(intent)
-        _define(conn, domain, intent)
-        if intent.operation == "create":
-            with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):
-                register(domain, intent)
-            _log.info("domain %s: snapshot %r registered with libvirt", domain.name(), intent.snapshot)
-        if intent.live:
-            pause = switch(domain, plan.disks, plan.quiesce, plan.tops)
+        with Holds(domain.name(), plan.served) as holds:
+            for disk in plan.disks:
+                intent = intent.made(str(disk.overlay), _make(domain, disk, holds))
+            store.write(intent)
+            if intent.memory is not None:
+                save_memory(domain, Path(intent.memory), tuple(plan.served), plan.others)
+            if plan.nvram is not None:
+                freeze_nvram(intent.old_xml, plan.nvram)
+            _define(conn, domain, intent)
+            if intent.operation == "create":
+                with libvirt_errors(domain.name(), f"register the snapshot {intent.snapshot!r}"):
+                    register(domain, intent)
+                _log.info("domain %s: snapshot %r registered with libvirt", domain.name(), intent.snapshot)
+            if intent.live:
+                pause = switch_all(domain, plan, holds)
     except BaseException as error:
         _undo(conn, domain, store, intent, error)
         raise
+    if intent.memory is not None and intent.resume:
+        with libvirt_errors(domain.name(), "resume it: the snapshot is complete"):
+            domain.resume()
     # The snapshot is complete. A record that cannot be removed says nothing new: the next command drops it.
     with contextlib.suppress(OSError):
         store.remove(intent.uuid)
     return pause
+
+
+def _make(domain: libvirt.virDomain, disk: PlannedDisk, holds: Holds) -> tuple[int, int]:
+    """Make the overlay, or let the server of the disk make it; return its device and inode."""
+    _log.info("domain %s: disk %s: new overlay %s on %s", domain.name(), disk.target, disk.overlay, disk.frozen)
+    if disk.target not in holds:
+        return make_overlay(domain.name(), disk)
+    holds.prepare(disk.target, disk.overlay)
+    return follow_base(domain.name(), disk.overlay, disk.frozen)
 
 
 def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
@@ -194,4 +251,4 @@ def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
             raise DomainError(domain.name(), "was started or stopped while the snapshot was prepared: try again")
         if inactive_xml(domain) != intent.old_xml:
             raise DomainError(domain.name(), "was edited while the snapshot was prepared: try again")
-        conn.defineXML(intent.new_xml)
+        define(conn, intent.new_xml)

@@ -22,13 +22,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from qemu_vmdk_snap import own_files, read_links
+from qemu_vmdk_snap import identity_if_known, own_files, read_links
 from qemu_vmdk_snap.domain import xml
-from qemu_vmdk_snap.domain.delete.plan import Planner, State, files_of, intent_of, open_one
+from qemu_vmdk_snap.domain.delete.plan import Planner, State, files_of, intent_of, memory_of, open_one
 from qemu_vmdk_snap.domain.delete.work import Deleted, Work
 from qemu_vmdk_snap.domain.journal.record import Intent, Merge
-from qemu_vmdk_snap.domain.needs.needed import Holder, Walk, identity, place_in, real_file, require_none, same_file
+from qemu_vmdk_snap.domain.needs.needed import Holder, Walk, place_in, real_file, require_none, same_file
 from qemu_vmdk_snap.domain.overlay.naming import next_overlay
+from qemu_vmdk_snap.domain.xml.origin import refuse_foreign
 from qemu_vmdk_snap.errors import VmdkSnapError
 
 _CHEAP: Final = 256 << 20
@@ -93,7 +94,7 @@ def live_ones(state: State, names: Sequence[str]) -> tuple[list[str], Failed]:
         return [], []
     used = [path for files in chains_of(state).values() for path in files[1:]]
     used += [path for path in xml.files_in(state.domain_xml) if path not in used]
-    files = {one for path in used if (one := identity(path)) is not None}
+    files = {one for path in used if (one := identity_if_known(path)) is not None}
     found: list[str] = []
     failed: Failed = []
     for name in names:
@@ -103,7 +104,9 @@ def live_ones(state: State, names: Sequence[str]) -> tuple[list[str], Failed]:
             failed.append((name, error))
             continue
         mine = [disk.frozen for disk in saved.disks if disk.mode == "external" and disk.frozen is not None]
-        found += [name] if any(identity(frozen) in files for frozen in mine) else []
+        if any(place_in(chain, frozen) is not None for chain in state.served.values() for frozen in mine):
+            continue  # its server merges it, and QEMU knows nothing of that
+        found += [name] if any(identity_if_known(frozen) in files for frozen in mine) else []
     try:
         if found:
             make_live_plan(state, found)
@@ -154,6 +157,7 @@ class _LivePlanner:
         doomed: dict[str, dict[int, str]] = {}
         for name in self._names:
             saved = xml.parse_snapshot(self._state.snapshots[name], self._state.volume_path)
+            refuse_foreign(self._state.name, saved)
             for disk in saved.disks:
                 place = self._place(disk) if disk.mode == "external" else None
                 if place is not None:
@@ -167,7 +171,7 @@ class _LivePlanner:
         recorded = [one for work in works.values() for one in work if one.mode != "exchange"]
         return LivePlan(
             intent_of(self._state, self._names, recorded, merges),
-            tuple(Deleted(name, tuple(works[name])) for name in self._names),
+            tuple(Deleted(name, tuple(works[name]), memory_of(self._state, self._names, name)) for name in self._names),
             tuple(group.target for group in frozen_first),
         )
 
@@ -250,7 +254,10 @@ class _LivePlanner:
         """Return what becomes of a link whose snapshot goes."""
         group = next((one for one in self._groups if one.target == target and one.first <= at <= one.last), None)
         if group is None:
-            told = reason or "it is far larger than what would be merged with it, and waits in the chain for more"
+            told = (
+                reason
+                or "it is far larger than what would be merged with it, and stays in the chain until there is more"
+            )
             return [Work(target, "keep", str(files[at]), reason=told)]
         works = []
         for path in group.links[1:]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,8 +27,11 @@ from qemu_vmdk_snap.domain.needs.needed import (
     same_chain,
     same_file,
 )
+from qemu_vmdk_snap.domain.served.server import statuses
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches
+from qemu_vmdk_snap.domain.xml.nvram import frozen_nvram
+from qemu_vmdk_snap.domain.xml.origin import refuse_foreign
 from qemu_vmdk_snap.errors import DomainError, NoSnapshot, NotWhileRunning, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -54,6 +58,8 @@ class State:
     needed: Needed
     orphans: Given
     volume_path: xml.VolumePath
+    served: dict[str, list[Path]] = field(default_factory=dict)
+    """Of a running guest: target -> chain that its server serves, the top first."""
     moved: tuple[tuple[Path, Path | None], ...] = ()
     """Images that would have another parent; the last entry of an image counts."""
     gone: tuple[Path, ...] = ()
@@ -63,7 +69,7 @@ class State:
 
     @classmethod
     def read(cls, conn: libvirt.virConnect, domain: libvirt.virDomain, orphans: Collection[Path] = ()) -> State:
-        """Return what is there now; `orphans` are files that the user gives up."""
+        """Return the current state; `orphans` are files that the user gives up."""
         import libvirt
 
         secure = libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE
@@ -80,6 +86,7 @@ class State:
                 Needed.read(conn, domain),
                 Given(tuple(orphans)),
                 volume_resolver(conn, domain.name()),
+                _served_chains(domain) if domain.isActive() else {},
             )
 
     def after(self, intent: Intent) -> State:
@@ -166,6 +173,26 @@ class State:
         return blocks + sum(size for path, size in self.grown if same_file(path, image))
 
 
+def _served_chains(domain: libvirt.virDomain) -> dict[str, list[Path]]:
+    found = statuses(domain.name(), inactive_xml(domain))
+    return {target: [*map(Path, said["chain"])] for target, said in found.items() if said is not None}
+
+
+def memory_of(state: State, names: Collection[str], name: str) -> Path | None:
+    """Return the file with the snapshot's memory, which none but those that go have.
+
+    Raises:
+        DomainError: it could not be deleted.
+    """
+    memory = xml.parse_snapshot(state.snapshots[name]).memory_file
+    others = (text for other, text in state.snapshots.items() if other not in names)
+    if memory is None or any(xml.parse_snapshot(text).memory_file == memory for text in others):
+        return None
+    if memory.exists() and not os.access(memory.parent, os.W_OK | os.X_OK):
+        raise DomainError(state.name, f"{memory.parent} may not be written, so the memory {memory} cannot be deleted")
+    return memory
+
+
 def chosen(domain: libvirt.virDomain, names: Sequence[str], scope: Scope) -> list[str]:
     """Return the snapshots in question, every child before its parent.
 
@@ -191,6 +218,18 @@ def chosen(domain: libvirt.virDomain, names: Sequence[str], scope: Scope) -> lis
     return sorted(wanted, key=lambda name: (-depth(name), name))
 
 
+def require_ours(domain: libvirt.virDomain, names: Sequence[str]) -> None:
+    """Accept snapshots that were all made here: none is deleted where another one of them cannot be.
+
+    Raises:
+        DomainError: one was not.
+    """
+    with libvirt_errors(domain.name(), "read its snapshots"):
+        texts = {one.getName(): one.getXMLDesc(0) for one in domain.listAllSnapshots()}
+    for name in names:
+        refuse_foreign(domain.name(), xml.parse_snapshot(texts[name]))
+
+
 def make_intent(state: State, name: str, *, metadata: bool) -> Intent:
     """Return the record of a delete; nothing has changed yet.
 
@@ -203,12 +242,20 @@ def make_intent(state: State, name: str, *, metadata: bool) -> Intent:
     if not metadata:
         planner = Planner(state, [name])
         saved = xml.parse_snapshot(state.snapshots[name], state.volume_path)
+        refuse_foreign(state.name, saved)
         for disk in saved.disks:
             work += planner.plan(disk) if disk.mode == "external" else []
-    return intent_of(state, [name], work)
+    return intent_of(state, [name], work, metadata=metadata)
 
 
-def intent_of(state: State, names: Sequence[str], work: Sequence[Work], merges: Sequence[Merge] = ()) -> Intent:
+def intent_of(
+    state: State,
+    names: Sequence[str],
+    work: Sequence[Work],
+    merges: Sequence[Merge] = (),
+    *,
+    metadata: bool = False,
+) -> Intent:
     """Return the record of the deletes of these snapshots in one step."""
     texts = {other: text for other, text in state.snapshots.items() if other not in names}
     change = change_of(work, merges)
@@ -222,6 +269,7 @@ def intent_of(state: State, names: Sequence[str], work: Sequence[Work], merges: 
             changed[other] = xml.with_parent(changed[other], parent)
     for other in set().union(*(_descendants(name, parents) for name in names)) - set(names):
         changed[other] += "\n"  # libvirt itself changes their XML when it forgets one above them
+    gone = names if work or merges else ()  # where libvirt alone is to forget them, every file stays
     return Intent(
         uuid=state.uuid,
         domain=state.name,
@@ -235,7 +283,9 @@ def intent_of(state: State, names: Sequence[str], work: Sequence[Work], merges: 
         work=tuple(one.as_record() for one in work),
         snapshots=tuple((other, text) for other, text in changed.items() if text != texts[other]),
         merges=tuple(merges),
+        nvram=tuple(str(copy) for name in gone if (copy := frozen_nvram(state.snapshots[name])) is not None),
         also=tuple(names[1:]),
+        memories=() if metadata else tuple(str(file) for name in names if (file := memory_of(state, names, name))),
     )
 
 
@@ -268,7 +318,7 @@ class Planner:
 
         Raises:
             DomainError: its file is in use where nothing can be done about it.
-            StillNeeded: something else needs one of the files that would change or go, or may.
+            StillNeeded: something else needs one of the files that would be changed or deleted, or may need it.
             CidMismatch: an overlay does not fit the file that it would be merged into, or lose.
         """
         if disk.frozen is None:
@@ -279,6 +329,10 @@ class Planner:
         folders = self.folders(frozen)
         state = self._state
         children, parent = state.children(frozen, folders), state.parent(frozen, folders)
+        if (target := self._server_of(frozen)) is not None:
+            work = self._by_server(target, frozen, children, parent)
+            self._require_unneeded(work, folders, ())
+            return [work]
         empty = self.empty(children, folders)
         children = [child for child in children if child not in empty]
         self._check(disk.target, [frozen, *children])
@@ -297,7 +351,7 @@ class Planner:
         return folders | {real_file(folder) for folder in folders} | {real_file(file).parent for file in self._named}
 
     def empty(self, children: Sequence[Path], folders: Collection[Path]) -> list[Path]:
-        """Return the overlays without data that a revert has left: nobody names them, and nothing is backed by them."""
+        """Return the overlays without data that a revert has left, which nothing names and nothing is backed by."""
         left = kept_branches(self._state.domain_xml)
         found = []
         for child in children:
@@ -347,6 +401,25 @@ class Planner:
                 ways.append((own * count, 1, child, "siblings"))
         _, _, best, how = min(ways, key=lambda way: way[:2])
         return best, how
+
+    def _server_of(self, frozen: Path) -> str | None:
+        """Return the target of the running guest whose server has the file in its chain."""
+        chains = self._state.served.items()
+        return next((target for target, chain in chains if place_in(chain, frozen) is not None), None)
+
+    def _by_server(self, target: str, frozen: Path, children: Sequence[Path], parent: Path | None) -> Work:
+        """Return the work of a server: what the file holds goes up into the image above, and the guest writes on."""
+        state, chain = self._state, self._state.served[target]
+        at = place_in(chain, frozen)
+        above = None if not at else place_in(children, chain[at - 1])
+        if above is None:
+            raise DomainError(state.name, f"disk {target}: its server does not serve {frozen} as the parent of another")
+        into = children[above]
+        others = [child for child in children if child is not into]
+        self._check(target, others)
+        below, orphans = None if parent is None else str(parent), tuple(map(str, state.orphans.paths))
+        size, moving = state.size(frozen), (str(into), *map(str, others))
+        return Work(target, "copy", str(frozen), None, moving, below, size, orphans=orphans, served=True)
 
     def _require_unneeded(self, work: Work, folders: Collection[Path], dropped: Collection[Path]) -> None:
         """Ask who else needs what the work changes or removes; overlays have been judged already."""

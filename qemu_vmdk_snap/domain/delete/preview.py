@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from qemu_vmdk_snap.domain.delete.live import live_ones, make_live_plan
 from qemu_vmdk_snap.domain.delete.plan import State, folders_of, make_intent
 from qemu_vmdk_snap.domain.delete.preflight import check_live, check_work
-from qemu_vmdk_snap.domain.delete.work import Deleted, work_of
+from qemu_vmdk_snap.domain.delete.work import Deleted, deleted_by, work_of
 from qemu_vmdk_snap.errors import VmdkSnapError
 
 if TYPE_CHECKING:
@@ -35,11 +35,11 @@ def preview(
             continue
         try:
             intent = make_intent(state, name, metadata=metadata)
-            if not deleted and not metadata:  # of the others only once this one is gone
+            if not deleted and not metadata:  # the others can be checked only after this one is deleted
                 check_work(state.name, work_of(intent), folders_of(intent))
         except (VmdkSnapError, OSError) as error:
             failed.append((name, error))
             continue
-        deleted.append(Deleted(name, work_of(intent)))
+        deleted.append(deleted_by(intent))
         state = state.after(intent)
     return tuple(deleted), tuple(failed)

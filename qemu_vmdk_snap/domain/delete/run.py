@@ -2,7 +2,7 @@
 
 A snapshot's state is a frozen file F of each disk. What happens to it, C being an image that is backed by F:
 
-    merge   F has a child C              C's data goes down into F, which takes C's place; C is deleted
+    merge   F has a child C              C's data is copied to F, which replaces C; C is deleted
     copy    F is smaller                 F's data goes up into its children; F's parent backs them; F is deleted
     drop    nothing needs F              F is deleted
     keep    another snapshot has F too   nothing
@@ -15,7 +15,7 @@ this can be done to the files that it uses: see `live` and `steps`.
 The steps, each durable before the next. All of them can be done again, and `finish` does, after a crash:
 
     1  the intent record
-    2  merge: the data goes down; C is empty then, and everything reads through it as before
+    2  merge: the data is copied down; C is then empty, and everything reads through it as before
     3  the children move; from here to 5 a domain that is started from its old XML finds CIDs that do not fit, and fails
     4  what will be deleted is locked, and seen to be empty (merge) or without children (copy, drop)
     5  the persistent XML; the snapshot itself is forgotten; then the XML of the snapshots that stay
@@ -37,16 +37,21 @@ from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.create.run import freeze_tops
 from qemu_vmdk_snap.domain.delete import steps, waiting
 from qemu_vmdk_snap.domain.delete.live import Failed, LivePlan, live_ones, make_live_plan
-from qemu_vmdk_snap.domain.delete.plan import Scope, State, chosen, folders_of, make_intent, open_one
+from qemu_vmdk_snap.domain.delete.plan import Scope, State, chosen, folders_of, make_intent, open_one, require_ours
 from qemu_vmdk_snap.domain.delete.preflight import check_live, check_work
-from qemu_vmdk_snap.domain.delete.work import Deleted, Work, change_of, work_of
+from qemu_vmdk_snap.domain.delete.served import is_begun_by_server, merge_served
+from qemu_vmdk_snap.domain.delete.work import Deleted, Work, change_of, deleted_by, work_of
 from qemu_vmdk_snap.domain.journal.overlays import is_empty
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain
 from qemu_vmdk_snap.domain.needs.needed import Given, place_in, real_file, require_none, same_file
+from qemu_vmdk_snap.domain.nvram import discard_copies
 from qemu_vmdk_snap.domain.overlay.newfile import refresh_pools
 from qemu_vmdk_snap.domain.qemu.switch import Pause
-from qemu_vmdk_snap.domain.state import inactive_xml
+from qemu_vmdk_snap.domain.registration import register_text
+from qemu_vmdk_snap.domain.served.guest import ready
+from qemu_vmdk_snap.domain.served.memory import unlink_memory
+from qemu_vmdk_snap.domain.state import define, inactive_xml
 from qemu_vmdk_snap.domain.xml.edits import keeping_description
 from qemu_vmdk_snap.errors import DomainError, NotWhileRunning, VmdkSnapError
 
@@ -67,7 +72,7 @@ class DeleteReport:
     failed: tuple[tuple[str, VmdkSnapError | OSError], ...] = ()
     """Snapshots that are as they were, and why; only with `keep_going`."""
     pause: Pause | None = None
-    """How a running guest was held up; None where it was not."""
+    """How long a running guest was stopped; None if it was not."""
     waiting: tuple[str, ...] = ()
     """Of those that failed: which are noted, and deleted once the guest is shut off."""
     dry_run: bool = False
@@ -145,14 +150,14 @@ def delete(
     """Delete snapshots of a domain, the youngest first; those that a running guest's disks are backed by in one step.
 
     `scope` takes in their descendants, or these alone. `metadata` makes libvirt forget them and touches no file.
-    `orphans` are files that need what goes and are given up. With `keep_going` a snapshot that cannot be deleted is
+    `orphans` are files that need what goes and are given up. With `keep_going` one that cannot be deleted is
     left as it was and reported, and the others are deleted; a delete that was begun and not finished ends it.
 
     Raises:
         NotWhileRunning: the guest uses its files, and they cannot be exchanged beneath it. The delete is noted, and
             done with the next one while the domain is shut off.
         DomainError: there is no such snapshot, or a disk of the guest cannot be changed now.
-        StillNeeded: something else needs a file that would change or go, or may need it; it names what.
+        StillNeeded: something else needs a file that would be changed or deleted, or may need it; it names what.
         VmdkSnapError, OSError: an image is broken or in use, or there is no space: the snapshot is as before, or its
             record stays and `recover` (or the next command) finishes it.
     """
@@ -161,10 +166,13 @@ def delete(
     run = _Run(conn, domain, store, orphans, on_progress, keep_going, [], [], [])
     with store.locked(domain.UUIDString(), domain.name()):
         recovered = recover_domain(conn, domain, store)
+        ready(conn, domain)
         wanted = without_finished([names] if isinstance(names, str) else names, domain, recovered)
         wanted = chosen(domain, wanted, scope)
         if not metadata and not domain.isActive():
             wanted = chosen(domain, [*wanted, *waiting.waiting(domain)], "one")
+        if not metadata and not keep_going:
+            require_ours(domain, wanted)
         live = [] if metadata or not domain.isActive() else _live_ones(run, wanted)
         if live:
             _delete_live(run, live)
@@ -255,9 +263,9 @@ def _undo_live(run: _Run, intent: Intent, cause: BaseException) -> None:
 def _delete_one(run: _Run, name: str, *, metadata: bool) -> None:
     conn, domain = run.conn, run.domain
     intent = make_intent(State.read(conn, domain, run.orphans), name, metadata=metadata)
-    one = Deleted(name, work_of(intent))
+    one = deleted_by(intent)
     if not metadata:
-        _settle(intent)
+        _settle(domain, intent)
         check_work(domain.name(), one.work, folders_of(intent))
     with _dropins(run, one, metadata=metadata) as said:
         _execute(run, intent)
@@ -294,14 +302,15 @@ def _execute(run: _Run, intent: Intent) -> None:
     frozen_as = _cids(intent)
     store.write(intent)  # barrier: from here on `finish` knows what to do
     try:
+        merge_served(domain, intent, run.on_progress)
         _drop_empty(domain.name(), intent)
         _copy_up(intent, run.on_progress)
         _merge_down(intent, run.on_progress)
     except BaseException as error:
         begun = True
         with contextlib.suppress(VmdkSnapError, OSError):
-            _settle(intent)
-            begun = _cids(intent) != frozen_as
+            _settle(domain, intent)
+            begun = _cids(intent) != frozen_as or is_begun_by_server(domain, intent)
             if not begun:
                 store.remove(intent.uuid)  # the snapshot is as it was
         if begun and isinstance(error, (VmdkSnapError, OSError)):
@@ -326,7 +335,9 @@ def _unfinished(intent: Intent, error: VmdkSnapError | OSError) -> str:
 
 def _cids(intent: Intent) -> list[int]:
     """Return the CIDs of the files that are merged into: another one says that what the snapshot held is gone."""
-    return [read_facts(one.frozen, confined(folders_of(intent))).cid for one in work_of(intent) if one.mode == "merge"]
+    return [
+        read_facts(one.frozen, trusted_dirs=folders_of(intent)).cid for one in work_of(intent) if one.mode == "merge"
+    ]
 
 
 def finish(
@@ -336,20 +347,23 @@ def finish(
     *,
     on_progress: OnProgress = ignore,
     notes: list[str] | None = None,
-) -> bool:
+) -> Recovery | None:
     """Do every step that is not done yet; what had to stay goes to `notes`.
 
-    False: nothing of it was begun that anybody reads, and it was taken back.
+    Returns None once it is finished. Where nothing of it was begun that anybody reads it is taken back, as the returned
+    recovery says.
 
     Raises:
         VmdkSnapError, OSError: a step cannot be done now; the record must stay.
     """
-    _settle(intent)
+    _settle(domain, intent)
     if intent.merges:
         if not steps.is_begun(domain, intent):
             steps.take_back(domain, intent)
-            return False
+            name, also = domain.name(), intent.also
+            return Recovery(name, intent.snapshot, finished=False, operation=intent.operation, also=also)
         steps.place_images(conn, domain, intent)
+    merge_served(domain, intent, on_progress)
     _drop_empty(domain.name(), intent)
     _copy_up(intent, on_progress)
     _merge_down(intent, on_progress)
@@ -360,22 +374,27 @@ def finish(
             _change_xml(conn, domain, intent)
         for link in doomed:
             for file in own_files(link):
-                real_file(file).unlink(missing_ok=True)  # a symbolic link to it is the user's, and stays
+                real_file(file).unlink(missing_ok=True)  # a symbolic link to it belongs to the user, and stays
+    for memory in intent.memories:
+        unlink_memory(memory, domain.name(), intent.uuid)
+    discard_copies(conn, domain, intent.nvram)
     said = steps.clear(intent)
     if notes is not None:
         notes += said
-    return True
+    return None
 
 
-def _settle(intent: Intent) -> None:
-    """Finish what was interrupted inside an operation on the images."""
-    folders = {Path(one.frozen).parent for one in work_of(intent)}
+def _settle(domain: libvirt.virDomain, intent: Intent) -> None:
+    """Finish what was interrupted inside an operation on the images; a server settles what is its own."""
+    works = work_of(intent)
+    served = {Path(one.frozen).parent for one in works if one.served and domain.isActive()}
+    folders = {Path(one.frozen).parent for one in works} - served
     for folder in folders | {Path(one.image).parent for one in intent.merges}:
         engine.recover(folder)
 
 
 def _drop_empty(domain: str, intent: Intent) -> None:
-    """Unlink the overlays without data, first: nobody names them, and what is merged below need not keep them."""
+    """Unlink the overlays without data, first: nothing names them, and a merge below must not keep them."""
     for one in work_of(intent):
         if one.mode == "empty":
             with contextlib.ExitStack() as held:
@@ -453,12 +472,10 @@ def _change_xml(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Int
         if name in there:
             there.pop(name).delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
     current = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
-    redefine = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
     for name, text in intent.snapshots:
         if name in there:
-            as_current = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT if name == current else 0
             edited = keeping_description(text, there[name].getXMLDesc(0))
-            domain.snapshotCreateXML(edited, redefine | as_current)
+            register_text(domain, edited, current=name == current)
 
 
 def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
@@ -469,4 +486,4 @@ def _define(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent)
     files = xml.files_in(now)
     goes = [one.removed for one in work] + [Path(one.frozen) for one in work if one.copied]
     if changed != now and any(place_in(files, path) is not None for path in goes):
-        conn.defineXML(changed)
+        define(conn, changed)

@@ -1,4 +1,4 @@
-"""What the libvirt hook does for a domain with a policy. Imports are few and late: a guest's start waits for it.
+"""The libvirt hook for a domain with a policy. Imports are few and late, as a guest's start waits for it.
 
 libvirt's rules (docs/hooks.html): the domain's XML comes on standard input; what is written to standard error is shown
 when the status is not 0; at `prepare begin` such a status refuses the start. A hook must never call libvirt back: it
@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Final
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain.hooks import policy as policies
+from qemu_vmdk_snap.domain.xml.served import direct_view, served_disks
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 
 PROGRAM: Final = "qemu-vmdk-snap"
 WAITING: Final = "urn:qemu-vmdk-snap:waiting:1"
-"""The namespace by which a domain's XML tells of deletes that wait (`xml.waiting`, which takes longer to import)."""
+"""The namespace of waiting deletes in a domain's XML (`xml.waiting`, which takes longer to import)."""
 _PATIENCE: Final = 2.0
-"""Seconds from the deadline to the end of the process, for what does not listen to the first call."""
+"""Seconds from the deadline to the end of the process, if the exception does not end it."""
 
 _SYSLOG: Final = "/dev/log"
 _DAEMON, _ERR, _INFO = 3 << 3, 3, 6
@@ -37,7 +38,7 @@ _LONGEST_LINE: Final = 8192
 
 _MAX_XML: Final = 16 << 20
 _LOOKED_AT: Final = ("is read-only", "is shared", "is transient")
-"""Disks that take no part in a snapshot for these reasons are checked all the same."""
+"""Disks that take no part in a snapshot for these reasons are checked nevertheless."""
 
 
 def main(argv: Sequence[str], stdin: IO[bytes], stderr: IO[str]) -> int:
@@ -54,7 +55,7 @@ def main(argv: Sequence[str], stdin: IO[bytes], stderr: IO[str]) -> int:
 
 
 def log(line: str, *, error: bool = False) -> None:
-    """Send one line to syslog and do not wait; a machine without one, or with one that is stuck, hears nothing.
+    """Send one line to syslog without waiting; it is lost if there is no syslog, or if syslog hangs.
 
     Written as syslog(3) does (RFC 3164, local form), which itself waits for as long as the receiver does not read: a
     guest's start would hang with it.
@@ -70,11 +71,11 @@ def log(line: str, *, error: bool = False) -> None:
         sender.send(text.encode("utf-8", "backslashreplace")[:_LONGEST_LINE])
 
 
-def check_disks(disks: Sequence[Disk], policy: Policy, name: str) -> None:
-    """Accept chains that hold together and are what the XML spells out; with `deep`, tables that are sound too.
+def verify_disks(disks: Sequence[Disk], policy: Policy, name: str) -> None:
+    """Accept chains that are valid and equal to what the XML spells out; with `deep`, valid tables too.
 
     Raises:
-        VmdkSnapError, OSError: one does not.
+        VmdkSnapError, OSError: one is not.
     """
     for disk in disks:
         if disk.path is None:
@@ -83,17 +84,36 @@ def check_disks(disks: Sequence[Disk], policy: Policy, name: str) -> None:
         links = engine.read_links(disk.path, trusted_dirs=trusted)
         # QEMU follows the XML, not the hints.
         if disk.closed and [link.path.resolve() for link in links[1:]] != [path.resolve() for path in disk.backing]:
-            reason = f"disk {disk.target}: the chain in its XML is not that of its files: {_names(disk)}"
+            reason = f"disk {disk.target}: the chain in its XML differs from that of its files: {_names(disk)}"
             raise DomainError(name, reason)
         if policy.verify == "deep":
             _check_deep(disk, disk.path, trusted, name)
+
+
+def require_tops(disks: Sequence[Disk], policy: Policy, name: str) -> None:
+    """Accept disks that nothing is backed by: what a guest writes to one would change what its overlays read.
+
+    Looked for are overlays of any format, in the folders of the chain and in the trusted ones.
+
+    Raises:
+        DomainError: an overlay is backed by a disk, as where a live XML was defined after a snapshot.
+        StillNeeded: a folder cannot be listed.
+    """
+    for disk in disks:
+        if disk.path is None or disk.refusal is not None:
+            continue
+        folders = {disk.path.parent, Path(os.path.realpath(disk.path)).parent, *_folders(disk, policy)}
+        for one in engine.Census.of(folder for folder in folders if folder.is_dir()).dependents([disk.path]):
+            if one.how == "parent":
+                reason = f"disk {disk.target}: {disk.path} backs {one.path}, which would read what the guest writes"
+                raise DomainError(name, f"{reason}: `doctor {name}` says what to do")
 
 
 def vmdk_disks(domain_xml: str, name: str) -> list[Disk]:
     """Return the VMDK disks of the domain.
 
     Raises:
-        DomainError: one of them is a volume of a pool, and only libvirt could tell where that is.
+        DomainError: one of them is a volume of a pool, whose file only libvirt knows.
     """
     from qemu_vmdk_snap.domain.xml import list_disks
 
@@ -109,13 +129,13 @@ def vmdk_disks(domain_xml: str, name: str) -> list[Disk]:
 
 
 def _guarded(name: str, work: Callable[[], None], stderr: IO[str], *, failed: int) -> int:
-    """Run `work` and return 0; a failure is told in syslog and in one line on `stderr`, and returns `failed`."""
+    """Run `work` and return 0; a failure is reported in syslog and in one line on `stderr`, and returns `failed`."""
     try:
         work()
     except (VmdkSnapError, OSError, _DeadlinePassed) as error:
-        line = " ".join(str(error).split())
+        line = " ".join(str(error).split()).replace("(--allow-dir)", "(trusted-dirs, in its policy)")
         reason = line if line.startswith("domain ") else f"domain {name}: {line}"
-    except Exception as error:  # a mistake of ours, or a broken installation: one line too, never a traceback
+    except Exception as error:  # a bug, or a broken installation: one line too, never a traceback
         reason = f"domain {name}: {type(error).__name__}: {' '.join(str(error).split())}"
     else:
         return 0
@@ -127,14 +147,43 @@ def _guarded(name: str, work: Callable[[], None], stderr: IO[str], *, failed: in
 
 def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
     with _deadline(policies.DEFAULT_DEADLINE) as extend:
-        policy = policies.load(path)
+        policy = _policy(path)
         extend(policy.deadline)
-        text = _read_xml(stdin)
+        text = direct_view(_read_xml(stdin))
+        _require_reason(path, text)
+        if served_disks(text):
+            from qemu_vmdk_snap.domain.hooks.serve import refuse_other_state
+
+            refuse_other_state(text, name)
         disks = vmdk_disks(text, name)
-        if policy.verify != "no":
-            check_disks(disks, policy, name)
-        if policy.revert:
-            _revert(disks, policy, name, text)
+        named = {path.parent for disk in disks if disk.path is not None for path in (disk.path, *disk.backing)}
+        with engine.allowing(*named, below=False):
+            if policy.verify != "no":
+                verify_disks(disks, policy, name)
+                require_tops(disks, policy, name)
+            if policy.revert:
+                _revert(disks, policy, name, text)
+        if policy.serve and served_disks(text):
+            from qemu_vmdk_snap.domain.hooks.serve import start_servers
+
+            start_servers(text, policy, name)
+
+
+def _policy(path: Path) -> Policy:
+    """Return the policy; a domain with served disks needs none of its own."""
+    if path.exists():
+        return policies.load(path)
+    return policies.Policy(path, connect=policies.DEFAULT_CONNECT if os.geteuid() == 0 else "qemu:///session")
+
+
+def _require_reason(path: Path, text: str) -> None:
+    """Refuse a policy that is not there, but for a domain with served disks.
+
+    Raises:
+        OSError: there is none.
+    """
+    if not path.exists() and not served_disks(text):
+        policies.load(path)
 
 
 def _revert(disks: Sequence[Disk], policy: Policy, name: str, domain_xml: str) -> None:
@@ -142,11 +191,13 @@ def _revert(disks: Sequence[Disk], policy: Policy, name: str, domain_xml: str) -
     if not isinstance(policy.revert, bool):
         missing = [target for target in policy.revert if target not in chosen]
         if missing:
-            raise DomainError(name, f"{policy.path} says revert-on-start of {missing[0]}, which is no such disk")
+            raise DomainError(
+                name, f"{policy.path}: revert-on-start names {missing[0]}, which is not a disk of the domain"
+            )
         chosen = {target: chosen[target] for target in policy.revert}
-    from qemu_vmdk_snap.domain.hooks.unneeded import require_unneeded
+    from qemu_vmdk_snap.domain.hooks.unneeded import require_tops_unneeded
 
-    require_unneeded([disk.path for disk in chosen.values() if disk.path is not None], domain_xml)
+    require_tops_unneeded([disk.path for disk in chosen.values() if disk.path is not None], domain_xml)
     for disk in chosen.values():
         if disk.path is not None:
             engine.renew_overlay(disk.path, trusted_dirs=_folders(disk, policy))
@@ -155,13 +206,18 @@ def _revert(disks: Sequence[Disk], policy: Policy, name: str, domain_xml: str) -
 
 def _release(path: Path, name: str, stdin: IO[bytes]) -> None:
     with _deadline(policies.DEFAULT_DEADLINE):
-        policy = policies.load(path)
+        policy = _policy(path)
         text = _read_xml(stdin)
+        _require_reason(path, text)
+        if policy.serve and served_disks(text):
+            from qemu_vmdk_snap.domain.hooks.serve import stop_servers
+
+            stop_servers(text, name)
         if not policy.snapshot_after_stop and WAITING not in text:
             return
         import re
 
-        # The id tells the run that has ended from a next one. Not worth a parser: libvirt writes it first of all.
+        # The id distinguishes the run that has ended from the next one. libvirt writes it first: no parser is needed.
         found = re.search(r"<domain\b[^>]*\bid='(\d+)'", text[:4096])
         run = found[1] if found else "-1"
     root = Path(__file__).resolve().parents[2]
@@ -170,7 +226,7 @@ def _release(path: Path, name: str, stdin: IO[bytes]) -> None:
 
 
 def spawn_detached(words: Sequence[str]) -> None:
-    """Start a process that outlives this one and holds none of its files, and do not wait for it."""
+    """Start a process that outlives this one and has none of its files open, and do not wait for it."""
     child = os.fork()
     if child:
         os.waitpid(child, 0)
@@ -191,14 +247,14 @@ def spawn_detached(words: Sequence[str]) -> None:
 
 
 class _DeadlinePassed(Exception):
-    """The hook's time is over."""
+    """The hook's deadline has passed."""
 
 
 @contextlib.contextmanager
 def _deadline(seconds: float) -> Iterator[Callable[[float], None]]:
-    """Raise _DeadlinePassed in the block when its time is over; what holds out against that ends the process.
+    """Raise _DeadlinePassed in the block at the deadline; if the block does not end, the process is ended.
 
-    The block gets a function that sets another time, counted from then on.
+    The block gets a function that sets a new deadline, counted from its call.
     """
     allowed = seconds
     called = False
@@ -229,7 +285,7 @@ def _read_xml(stdin: IO[bytes]) -> str:
 
 
 def _folders(disk: Disk, policy: Policy) -> list[Path]:
-    """Return where the domain's own XML, and its policy, say that parts of the chain lie."""
+    """Return the folders of the chain, from the domain's own XML and its policy."""
     return sorted({*(path.parent for path in disk.backing), *map(Path, policy.trusted)})
 
 

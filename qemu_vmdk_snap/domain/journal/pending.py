@@ -1,4 +1,4 @@
-"""What is unfinished, for commands that only read and for `recover --abandon`: looked at, never settled."""
+"""Unfinished operations, for commands that only read and for `recover --abandon`: shown, never finished."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.domain.connect import find_domain
-from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
+from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, doing
 from qemu_vmdk_snap.errors import DomainError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ class Unfinished:
     intent: Intent | None
     """None where the record cannot be followed."""
     problem: str | None
-    """Why it cannot be, in one line."""
+    """Why not, in one line."""
     running: bool
-    """Whether its command is at work, so that there is nothing to settle."""
+    """Whether its command is running, so that nothing is to be finished."""
     uri: str
 
     @property
     def operation(self) -> str:
-        """Return `create`, `freeze`, `revert`, `delete` or `rename`."""
+        """Return which it is, one of `record.OPERATIONS`."""
         return "unreadable" if self.intent is None else self.intent.operation
 
     @property
@@ -48,39 +48,52 @@ class Unfinished:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Return the files that it makes, changes or deletes."""
+        """Return the files that it creates, changes or deletes."""
         if self.intent is None:
             return ()
         named: set[object] = {*(overlay.path for overlay in self.intent.overlays), *self.intent.discard}
+        named |= {self.intent.memory, *self.intent.memories}
         for one in self.intent.work:
             moving = one.get("moving")
-            named |= {one.get("frozen"), one.get("child"), *(moving if isinstance(moving, list) else ())}
+            named |= {one.get(key) for key in ("frozen", "child", "source", "path")}
+            named |= {*moving} if isinstance(moving, list) else set()
         for merge in self.intent.merges:
             named |= {merge.image, *merge.links}
         return tuple(sorted(Path(name) for name in named if isinstance(name, str)))
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types, as `recover --abandon --output=json` lists it."""
+        return {
+            "operation": self.operation,
+            "domain": self.domain,
+            "snapshot": self.snapshot,
+            "record": str(self.record),
+            "problem": self.problem,
+            "files": [str(path) for path in self.files],
+        }
+
     def line(self) -> str:
-        """Return what is pending and how to finish it or to give it up, in one line."""
+        """Return what is unfinished and how to finish or abandon it, in one line."""
         if self.running:
             return "another command is changing its snapshots now"
         if self.problem is not None:
             return f"{self.problem}: {abandoning(self.uri, self.domain)}"
-        what = f"the {self.operation} of snapshot {self.snapshot!r} is not finished"
+        what = f"{doing(self.operation, self.snapshot)} is not finished"
         return f"{what}: {ways_out(self.uri, self.domain)}"
 
 
 def ways_out(uri: str, domain: str) -> str:
-    """Return how an unfinished operation is finished or given up."""
-    return f"`{_recover(uri, domain)}` finishes it or takes it back, {abandoning(uri, domain)}"
+    """Return how an unfinished operation is finished or abandoned."""
+    return f"`{_recover(uri, domain)}` finishes or undoes it, {abandoning(uri, domain)}"
 
 
 def abandoning(uri: str, domain: str) -> str:
-    """Return how an unfinished operation is given up."""
+    """Return how an unfinished operation is abandoned."""
     return f"`{_recover(uri, domain, '--abandon ')}` gives it up"
 
 
 def unfinished_of(conn: libvirt.virConnect, domain: libvirt.virDomain) -> Unfinished | None:
-    """Return the unfinished operation of one domain, None where there is none. Nothing is changed, nothing is made.
+    """Return the unfinished operation of one domain, None where there is none. Nothing is changed or created.
 
     Raises:
         InvalidRequest: the folder of the records is another user's, or may be written by others.
@@ -89,7 +102,7 @@ def unfinished_of(conn: libvirt.virConnect, domain: libvirt.virDomain) -> Unfini
 
 
 def pending_line(conn: libvirt.virConnect, domain_name: str) -> str | None:
-    """Return what a command that only reads says of the domain's unfinished operation, None where there is none.
+    """Return the line about the domain's unfinished operation for commands that only read, None where there is none.
 
     Raises:
         DomainError: there is no such domain.
@@ -103,9 +116,9 @@ def pending_line(conn: libvirt.virConnect, domain_name: str) -> str | None:
 
 
 def delete_of_current(conn: libvirt.virConnect, domain_name: str) -> str | None:
-    """Return the snapshot that an interrupted delete of the current one is about; None where there is no such delete.
+    """Return the snapshot of an interrupted delete of the current one; None where there is no such delete.
 
-    Once it is half done another snapshot is the current one, and that is not what whoever runs it again means.
+    Once it is partly done another snapshot is the current one, and repeating the command must not delete that.
     """
     with contextlib.suppress(InvalidRequest):
         found = unfinished_of(conn, find_domain(conn, domain_name))
@@ -126,12 +139,12 @@ def all_unfinished(conn: libvirt.virConnect) -> list[Unfinished]:
 
 
 def abandon(conn: libvirt.virConnect, names: Sequence[str] = ()) -> list[Unfinished]:
-    """Give up the unfinished operations of these domains (of all, without names); return what they were.
+    """Abandon the unfinished operations of these domains (of all, without names); return what they were.
 
-    The records go, and nothing else changes: files and XML stay as they are, half done or not.
+    The records are removed, and nothing else changes: files and XML stay as they are, even if partly changed.
 
     Raises:
-        DomainError: there is no such domain, or its command is at work.
+        DomainError: there is no such domain, or its command is running.
         InvalidRequest: the folder of the records is another user's, or may be written by others.
     """
     store = IntentStore.of(conn)

@@ -1,4 +1,4 @@
-"""New overlays for a domain: made durable, with whatever lets QEMU open their base, and shown in storage pools."""
+"""New overlays for a domain: durable, with the attributes that let QEMU open them, and shown in storage pools."""
 
 from __future__ import annotations
 
@@ -18,46 +18,43 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 
 _FOLLOWED: Final = ("system.posix_acl_access", "security.selinux")
-"""Extended attributes that decide who may open a file. libvirt's own (trusted.libvirt.*) tell of one file alone."""
+"""Extended attributes that decide who may open a file. libvirt's own (trusted.libvirt.*) belong to one file only."""
 
 
 def make_overlay(domain: str, disk: PlannedDisk) -> tuple[int, int]:
-    """Make the overlay, durable, with owner, mode, ACL and label of its base; return its device and inode.
+    """Make the empty overlay of a disk, durable, with owner, mode, ACL and label of its base; return (device, inode).
 
     Raises:
-        DomainError: it cannot be given the owner or the label; it is not left behind.
-        FileExistsError: something bears the name.
+        DomainError: it cannot be given the owner or the label; no file is left.
+        FileExistsError: the name exists.
     """
     engine.create_overlay(disk.overlay, disk.frozen, mode=0o600)
-    # An overlay exists to be written, also on a base that was made read-only to protect it.
-    made = _follow(domain, disk.frozen, disk.overlay, stat.S_IWUSR)
-    return made.st_dev, made.st_ino
+    # An overlay must be writable, also on a base that was made read-only to protect it.
+    return follow_base(domain, disk.overlay, disk.frozen)
 
 
-def like(domain: str, model: Path, image: Path) -> int:
-    """Give the new image owner, mode, ACL and label of another one, durably; return its inode.
+def follow_base(domain: str, path: Path, model: Path, mode: int = stat.S_IWUSR) -> tuple[int, int]:
+    """Give the new file `path` owner, mode, ACL and label of `model`, durably; return its device and inode.
+
+    `mode` are bits that are set besides those of `model`.
 
     Raises:
-        DomainError: it cannot be given the owner or the label; it is not left behind.
+        DomainError: it cannot be given the owner or the label; no file is left.
     """
-    return _follow(domain, model, image, 0).st_ino
-
-
-def _follow(domain: str, model: Path, image: Path, mode: int) -> os.stat_result:
     try:
         with contextlib.ExitStack() as stack:
             base = _opened(model, os.O_RDONLY, stack)
-            fd = _opened(image, os.O_RDWR | os.O_NOFOLLOW, stack)
+            fd = _opened(path, os.O_RDWR | os.O_NOFOLLOW, stack)
             made = os.fstat(fd)
             try:
                 engine.copy_attributes(base, fd, names=_FOLLOWED, mode=mode)
             except OSError as error:
-                raise DomainError(domain, f"{image}: {error.strerror}") from error
+                raise DomainError(domain, f"{path}: {error.strerror}") from error
             os.fsync(fd)
     except BaseException:
-        image.unlink()
+        path.unlink()
         raise
-    return made
+    return made.st_dev, made.st_ino
 
 
 def _opened(path: Path, flags: int, stack: contextlib.ExitStack) -> int:
@@ -67,7 +64,7 @@ def _opened(path: Path, flags: int, stack: contextlib.ExitStack) -> int:
 
 
 def refresh_pools(conn: libvirt.virConnect, files: Iterable[Path]) -> None:
-    """Let the storage pools look again where files came or went; a pool that cannot is let alone."""
+    """Refresh the storage pools of folders in which files changed; a pool that cannot be refreshed is ignored."""
     import libvirt
 
     folders = {file.parent.resolve() for file in files}

@@ -1,15 +1,16 @@
-"""Go back to a snapshot: the domain gets the XML of then, with new overlays on the files that the snapshot froze.
+"""Revert to a snapshot: the domain gets the XML of the snapshot, with new overlays on the frozen files.
 
-A disk that took no part in the snapshot keeps what it has today; where that is frozen too, it gets an overlay. What the
-domain had is kept, file by file, unless it is to be discarded. The steps, each durable before the next:
+A disk that is not in the snapshot keeps its current files; if its top is frozen, it gets an overlay. What the
+domain had is kept, file by file, unless it is discarded. The steps, each durable before the next:
 
     1  the intent record
-    2  the overlays, complete; then the record that knows them by inode
+    2  the overlays, complete; then the record with their inodes
     3  the guest ends, if it runs
     4  the persistent XML of the snapshot, which now names the overlays
     5  the snapshot becomes the current one
-    6  discarded tops are unlinked: nothing names them, and nothing stands on them
-    7  the record goes; the guest starts, if it is to
+    6  discarded tops are unlinked: nothing names them, and nothing is backed by them
+    7  of a snapshot with memory: the disks are served, and the guest resumes from it
+    8  the record goes; the guest starts, if it is to
 """
 
 from __future__ import annotations
@@ -29,14 +30,19 @@ from qemu_vmdk_snap.domain.journal.recover import Recovery, make_current, recove
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
 from qemu_vmdk_snap.domain.needs.discard import unlink_discarded
 from qemu_vmdk_snap.domain.needs.needed import NOTHING, Needed, place_in, same_file
+from qemu_vmdk_snap.domain.nvram import restore_nvram
 from qemu_vmdk_snap.domain.overlay import naming
 from qemu_vmdk_snap.domain.overlay.newfile import make_overlay, refresh_pools
 from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.depth import check_depth
 from qemu_vmdk_snap.domain.revert.apart import replaced_by, with_disks_of_today
-from qemu_vmdk_snap.domain.state import check_state, find_snapshot, inactive_xml, volume_resolver
+from qemu_vmdk_snap.domain.served import server
+from qemu_vmdk_snap.domain.served.guest import resume_from_memory
+from qemu_vmdk_snap.domain.served.memory import check_restorable
+from qemu_vmdk_snap.domain.state import check_state, define, find_snapshot, inactive_xml, lenient, volume_resolver
 from qemu_vmdk_snap.domain.xml.kept import kept_branches, with_kept_branches
-from qemu_vmdk_snap.domain.xml.named import frozen_files
+from qemu_vmdk_snap.domain.xml.named import folders_named, frozen_files
+from qemu_vmdk_snap.domain.xml.served import served_disks, with_notes_of
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -48,7 +54,7 @@ After = Literal["as-saved", "shutoff", "running", "paused"]
 _LIVE: Final = ("running", "paused", "blocked")
 _NO_PARENT: Final = 0xFFFFFFFF
 _NOT_WRITTEN: Final = ("is a cdrom", "is read-only", "is transient")
-"""Refusals of disks that no guest writes to."""
+"""Refusals of disks to which no guest writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +64,19 @@ class RevertReport:
     domain: str
     snapshot: str
     state: str
-    """What the domain is now: `shutoff`, `running` or `paused`."""
+    """The state of the domain now: `shutoff`, `running` or `paused`."""
     disks: tuple[PlannedDisk, ...]
     kept: tuple[Path, ...]
-    """Tops that the domain had, which no snapshot knows, and which are still there."""
+    """Previous tops of the domain that are in no snapshot and were kept."""
     discarded: tuple[Path, ...]
     recovered: Recovery | None
     notes: tuple[str, ...] = ()
     dry_run: bool = False
     """Whether this is only what would be done."""
+    memory: Path | None = None
+    """The file that the guest has resumed from; None where it did not."""
+    already: bool = False
+    """In a dry run: whether the domain is at the snapshot already, shut off, with nothing written since."""
 
     @property
     def changed(self) -> bool:
@@ -83,17 +93,18 @@ class RevertReport:
             "kept": [str(path) for path in self.kept],
             "discarded": [str(path) for path in self.discarded],
             "notes": list(self.notes),
-        } | ({"dry-run": True} if self.dry_run else {})
+            **({} if self.memory is None else {"memory": str(self.memory)}),
+        } | ({"dry-run": True, "already": self.already} if self.dry_run else {})
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A revert ready to be done."""
+    """A revert that is ready to be done."""
 
     disks: tuple[PlannedDisk, ...]
     old_tops: tuple[Path, ...]
     state: str
-    """What the domain is to be in the end."""
+    """The final state of the domain."""
     intent: Intent
     notes: tuple[str, ...]
 
@@ -107,36 +118,42 @@ def revert(
     discard: bool = False,
     orphans: Sequence[Path] = (),
 ) -> RevertReport:
-    """Let the domain be what it was when the snapshot was taken. A guest that runs is ended without being asked.
+    """Revert the domain to the snapshot. A running guest is stopped without a shutdown.
 
-    `after` is what the domain is to be then; as it was saved, a snapshot of disks alone leaves it shut off. `discard`
-    gives up what was written since its last snapshot, where nothing else needs it but `orphans`, files that are given
+    `after` is the final state; "as-saved" leaves the domain shut off, as the snapshot has no memory. `discard`
+    deletes what was written since its last snapshot, if nothing needs it except `orphans`, files that are given
     up too.
 
     Raises:
-        DomainError: there is no such snapshot, or it cannot be gone back to; nothing has changed.
+        DomainError: there is no such snapshot, or it cannot be reverted to; nothing has changed.
         CidMismatch: a frozen file was written since it was frozen.
-        CorruptChain, FormatError, LockBusy: a frozen chain is broken, or somebody writes to it.
+        CorruptChain, FormatError, LockBusy: a frozen chain is broken, or in use for writing.
         OSError: a file could not be made.
     """
     domain = find_domain(conn, domain_name)
     store = IntentStore.of(conn)
     with store.locked(domain.UUIDString(), domain.name()), contextlib.ExitStack() as held:
         recovered = recover_domain(conn, domain, store)
+        if not domain.isActive():
+            server.stop(domain.name(), inactive_xml(domain))
         plan = make_plan(conn, domain, snapshot, after, store, held, discard=discard)
         said = [*plan.notes]
         with dropin.around("revert", domain.name(), _as_plan(plan, discard=discard), uri=conn.getURI()) as notes:
             gone = _execute(conn, domain, store, plan, orphans, said)
     refresh_pools(conn, [disk.overlay for disk in plan.disks])
     kept = tuple(path for path in plan.old_tops if path not in gone)
-    if plan.state != "shutoff":
+    if plan.state != "shutoff" and plan.intent.memory is None:
+        server.start(domain.name(), plan.intent.new_xml, conn.getURI())
         _start(domain, paused=plan.state == "paused")
-    return RevertReport(domain.name(), snapshot, plan.state, plan.disks, kept, gone, recovered, (*notes, *said))
+    memory = None if plan.intent.memory is None else Path(plan.intent.memory)
+    return RevertReport(
+        domain.name(), snapshot, plan.state, plan.disks, kept, gone, recovered, (*notes, *said), memory=memory
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Now:
-    """What libvirt says of the domain."""
+    """The domain according to libvirt."""
 
     old_xml: str
     target: str
@@ -172,15 +189,25 @@ def make_plan(
     now = _Now.read(domain, name)
     volume_path = volume_resolver(conn, domain.name())
     saved = xml.parse_snapshot(now.target, volume_path)
+    texts = (now.old_xml, now.target, *now.snapshots.values())
+    held.enter_context(engine.allowing(*folders_named(lenient(volume_path), *texts), below=False))
     taken = set().union(*(xml.files_in(one) for one in (now.old_xml, *now.snapshots.values())), pending_overlays(store))
     needed = Needed.read(conn, domain)
     frozen = _frozen_disks(domain.name(), saved)
     then = xml.with_domain_name(xml.domain_of(now.target), domain.name())
     then = with_disks_of_today(then, now.old_xml, {disk.target for disk in frozen})
+    state = after if after != "as-saved" else saved.state if saved.state in _LIVE else "shutoff"
+    memory = saved.memory_file if state != "shutoff" else None
+    # How a disk is attached is today's business, unless memory has it as it was attached then.
+    then = with_notes_of(then, now.old_xml, besides={disk.target for disk in frozen} if memory else ())
+    served = served_disks(then)
+    if memory is not None:
+        check_restorable(domain, memory, [disk.target for disk in frozen], served)
     frozen += _frozen_apart(domain, then, {disk.target for disk in frozen}, now, needed, volume_path)
     disks = _plan_disks(domain.name(), frozen, taken, needed, held)
     for disk in disks:
-        check_depth(conn, domain.name(), disk.target, disk.chain)
+        if disk.target not in served:
+            check_depth(conn, domain.name(), disk.target, disk.chain)
     then = xml.stack(then, {disk.target: xml.NewTop(disk.overlay, disk.chain) for disk in disks})
     tops = _unsaved_tops(domain, now.old_xml, then, needed, volume_path)
     given_up = _overlays_of(tops, {disk.target for disk in disks}) if discard else ()
@@ -197,8 +224,9 @@ def make_plan(
         current=now.current,
         discard=tuple(map(str, given_up)),
         discard_inodes=tuple(top.stat().st_ino if top.exists() else 0 for top in given_up),
+        memory=None if memory is None else str(memory),
+        resume=memory is not None and state != "paused",
     )
-    state = after if after != "as-saved" else saved.state if saved.state in _LIVE else "shutoff"
     return Plan(disks, old_tops, "running" if state == "blocked" else state, intent, _replaced(then, now.old_xml))
 
 
@@ -212,7 +240,7 @@ def _replaced(then: str, today: str) -> tuple[str, ...]:
 
 
 def _with_kept(today: str, then: str, kept: dict[Path, str]) -> str:
-    """Return the domain that knows of all that reverts have kept until now."""
+    """Return the XML with the list of all files that reverts have kept until now."""
     before = {path: snapshot for path, snapshot in kept_branches(today).items() if path.exists()}
     return with_kept_branches(then, before | kept)
 
@@ -241,19 +269,21 @@ def _frozen_apart(
         if place_in(frozen, disk.path) is None and not backed and not others:
             continue
         if disk.refusal is not None:
-            reason = f"disk {disk.target} took no part, and would write into {disk.path}, which others need"
+            reason = (
+                f"disk {disk.target} is not in the snapshot, and would write to {disk.path}, which something else needs"
+            )
             raise DomainError(domain.name(), f"{reason}; it can get no overlay, as it {disk.refusal}")
         found.append(xml.SnapshotDisk(disk.target, "external", None, disk.path, disk.backing))
     return found
 
 
 def _frozen_disks(domain: str, saved: xml.SnapshotXml) -> list[xml.SnapshotDisk]:
-    if saved.memory != "no":
-        raise DomainError(domain, f"snapshot {saved.name!r} holds memory too: virsh snapshot-revert goes back to it")
+    if saved.memory not in ("no", "external") or (saved.memory == "external" and saved.memory_file is None):
+        raise DomainError(domain, f"snapshot {saved.name!r} has its memory in no file of its own")
     modes = {disk.mode for disk in saved.disks} - {"no"}
     if modes != {"external"}:
         what = ", ".join(sorted(modes)) or "no"
-        raise DomainError(domain, f"snapshot {saved.name!r} has {what} disks: only external ones are gone back to here")
+        raise DomainError(domain, f"snapshot {saved.name!r} has {what} disks: only external ones can be reverted to")
     return [disk for disk in saved.disks if disk.mode == "external"]
 
 
@@ -285,7 +315,7 @@ def _plan_disk(
 
 
 def _require_unwritten(disk: xml.SnapshotDisk, link: engine.Link, needed: Needed) -> None:
-    """Compare the frozen file with what its overlays say of it: their parentCID is its CID when it was frozen."""
+    """Compare the CID of the frozen file with the parentCID of its overlays, which is its CID when it was frozen."""
     found = needed.census.dependents([file.path for file in link.files])
     overlays = [one for one in found if one.how == "parent" and one.parent_cid not in (None, _NO_PARENT)]
     own = [one for one in overlays if disk.overlay is not None and same_file(one.path, disk.overlay)]
@@ -296,14 +326,14 @@ def _require_unwritten(disk: xml.SnapshotDisk, link: engine.Link, needed: Needed
 def _unsaved_tops(
     domain: libvirt.virDomain, today: str, then: str, needed: Needed, volume_path: xml.VolumePath
 ) -> list[tuple[str, Path]]:
-    """Return (target, top) of today's tops that are in no snapshot and leave the XML: what was written since."""
+    """Return (target, top) of the current tops that are in no snapshot and not in the new XML."""
     stay = [*needed.frozen(domain.UUIDString()), *xml.files_in(then)]
     disks = [disk for disk in xml.list_disks(today, volume_path) if not disk.refusal]
     return [(disk.target, disk.path) for disk in disks if disk.path is not None and place_in(stay, disk.path) is None]
 
 
 def _overlays_of(tops: Collection[tuple[str, Path]], targets: Collection[str]) -> tuple[Path, ...]:
-    """Return the tops that may be discarded: overlays of disks that go back. A base was never in a snapshot."""
+    """Return the tops that may be discarded: overlays of disks that are reverted. A base was never in a snapshot."""
     found = []
     for target, path in tops:
         with contextlib.suppress(VmdkSnapError, OSError):
@@ -338,17 +368,27 @@ def _execute(
             _log.info("domain %s: disk %s: new overlay %s on %s", domain.name(), disk.target, disk.overlay, disk.frozen)
             intent = intent.made(str(disk.overlay), make_overlay(domain.name(), disk))
         store.write(intent)
-        with libvirt_errors(domain.name(), "go back to the snapshot"):
+        with libvirt_errors(domain.name(), "revert to the snapshot"):
             _refuse_edited(domain, intent)
             if domain.isActive():
                 domain.destroy()
-            conn.defineXML(intent.new_xml)
+            server.stop(domain.name(), intent.old_xml)
+            define(conn, intent.new_xml)
             make_current(domain, intent.snapshot)
         _log.info("domain %s: defined as of snapshot %r", domain.name(), intent.snapshot)
     except BaseException as error:
         _undo(conn, domain, store, intent, error)
         raise
+    hindered = restore_nvram(intent.snapshot_xml, intent.new_xml)
+    notes += [] if hindered is None else [hindered]
     gone = unlink_discarded(conn, domain, intent, orphans=orphans, notes=notes)
+    if intent.memory is not None:
+        try:
+            resume_from_memory(conn, domain, intent)
+        except DomainError as error:
+            store.remove(intent.uuid)
+            reason = f"is back at the disks of snapshot {intent.snapshot!r}, shut off: {error.reason}"
+            raise DomainError(domain.name(), reason, snapshot=intent.snapshot) from error
     with contextlib.suppress(OSError):
         store.remove(intent.uuid)
     return gone
@@ -362,5 +402,5 @@ def _refuse_edited(domain: libvirt.virDomain, intent: Intent) -> None:
 def _start(domain: libvirt.virDomain, *, paused: bool) -> None:
     import libvirt
 
-    with libvirt_errors(domain.name(), "start it on the snapshot that it is back at"):
+    with libvirt_errors(domain.name(), "start it after the revert"):
         domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)

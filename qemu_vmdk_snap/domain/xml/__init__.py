@@ -12,8 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
-from xml.parsers import expat
 
+from qemu_vmdk_snap.domain.xml.form import domain_out_of_form
+from qemu_vmdk_snap.domain.xml.nvram import nvram_out_of_snapshot
+from qemu_vmdk_snap.domain.xml.splice import spans as spans
+from qemu_vmdk_snap.domain.xml.splice import spliced
 from qemu_vmdk_snap.errors import DomainError
 
 VolumePath = Callable[[str, str], Path]
@@ -49,6 +52,8 @@ class SnapshotDisk:
     """The file that the domain had when the snapshot was made."""
     backing: tuple[Path, ...] = ()
     """The files below the frozen one, as far as the domain's XML spelt them out."""
+    format: str | None = field(default=None, compare=False)
+    """Of the overlay, as the XML says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,8 @@ class SnapshotXml:
     parent: str | None = None
     memory: str = "no"
     disks: tuple[SnapshotDisk, ...] = field(default=())
+    memory_file: Path | None = None
+    """Where the guest's memory of then is, if the snapshot has it."""
 
 
 class NewTop(NamedTuple):
@@ -76,7 +83,7 @@ def root_of(text: str) -> ET.Element:
     """Return the root element of an XML text.
 
     Raises:
-        DomainError: it is no XML.
+        DomainError: it is not XML.
     """
     try:
         return ET.fromstring(text)
@@ -92,7 +99,7 @@ def _seconds(text: str) -> int:
 
 
 def list_disks(domain_xml: str, volume_path: VolumePath | None = None) -> list[Disk]:
-    """Return every disk of the domain, in the order of the XML; those that can take no part say why."""
+    """Return every disk of the domain, in the order of the XML; those that can take no part have a `refusal`."""
     return [_read_disk(element, volume_path) for element in root_of(domain_xml).findall("./devices/disk")]
 
 
@@ -131,14 +138,7 @@ def relink(text: str, change: Callable[[Sequence[Path]], Sequence[Path]]) -> str
         ["domainsnapshot", "inactiveDomain", "devices", "disk"],
         ["domainsnapshot", "disks", "disk"],
     ):
-        pieces, last = [], 0
-        for start, end in spans(raw, path):
-            element = ET.fromstring(raw[start:end])
-            if _relinked(element, change):
-                element.tail = None
-                pieces += [raw[last:start], ET.tostring(element, encoding="unicode").encode()]
-                last = end
-        raw = b"".join([*pieces, raw[last:]])
+        raw = spliced(raw, spans(raw, path), lambda element: _relinked(element, change))
     return raw.decode()
 
 
@@ -209,7 +209,7 @@ def _relinked(element: ET.Element, change: Callable[[Sequence[Path]], Sequence[P
 
 
 def _open_end(store: ET.Element) -> None:
-    """Take the empty `<backingStore/>` away that says that nothing is below."""
+    """Remove the empty `<backingStore/>` that ends the chain."""
     inner = store.find("backingStore")
     while inner is not None and len(inner):
         store, inner = inner, inner.find("backingStore")
@@ -219,7 +219,7 @@ def _open_end(store: ET.Element) -> None:
 
 def snapshot_xml(snapshot: SnapshotXml, domain_xml: str) -> str:
     """Return the XML that registers `snapshot`, with the domain as it was inside."""
-    from xml.sax.saxutils import escape, quoteattr  # with urllib: a hook at a guest's start cannot wait
+    from xml.sax.saxutils import escape, quoteattr  # imports urllib: too slow for a hook at a guest's start
 
     lines = ["<domainsnapshot>", f"  <name>{escape(snapshot.name)}</name>"]
     if snapshot.description is not None:
@@ -229,7 +229,7 @@ def snapshot_xml(snapshot: SnapshotXml, domain_xml: str) -> str:
         lines.append(f"  <parent><name>{escape(snapshot.parent)}</name></parent>")
     lines += [
         f"  <creationTime>{snapshot.creation_time}</creationTime>",
-        f"  <memory snapshot='{snapshot.memory}'/>",
+        f"  <memory snapshot='{snapshot.memory}'{_memory_file(snapshot, quoteattr)}/>",
         "  <disks>",
     ]
     for disk in snapshot.disks:
@@ -243,8 +243,12 @@ def snapshot_xml(snapshot: SnapshotXml, domain_xml: str) -> str:
     return "\n".join(lines)
 
 
+def _memory_file(snapshot: SnapshotXml, quoted: Callable[[str], str]) -> str:
+    return "" if snapshot.memory_file is None else f" file={quoted(str(snapshot.memory_file))}"
+
+
 def parse_snapshot(text: str, volume_path: VolumePath | None = None) -> SnapshotXml:
-    """Return what the XML of a snapshot says, whoever made the snapshot."""
+    """Return the content of a snapshot's XML, whichever program made the snapshot."""
     root = root_of(text)
     domain = root.find("domain")
     disks = [] if domain is None else domain.findall("./devices/disk")
@@ -258,11 +262,15 @@ def parse_snapshot(text: str, volume_path: VolumePath | None = None) -> Snapshot
         parent=root.findtext("parent/name"),
         memory="no" if memory is None else memory.get("snapshot", "no"),
         disks=tuple(_snapshot_disk(element, frozen) for element in root.findall("./disks/disk")),
+        memory_file=None if memory is None or not memory.get("file") else Path(memory.get("file", "")),
     )
 
 
 def domain_of(snapshot_text: str) -> str:
-    """Return the XML of the domain inside that of a snapshot, byte for byte; the persistent one, if both are there.
+    """Return the XML of the domain inside that of a snapshot; the persistent one, if both are there.
+
+    It is byte for byte what was registered, but for the disks that took part: they are files again (see `form`); and
+    for the UEFI variables, whose file is the one that is written (see `nvram`).
 
     Raises:
         KeyError: there is none.
@@ -271,7 +279,7 @@ def domain_of(snapshot_text: str) -> str:
     found = spans(raw, ["domainsnapshot", "inactiveDomain"]) or spans(raw, ["domainsnapshot", "domain"])
     if not found:
         raise KeyError("domain")
-    text = raw[slice(*found[0])].decode()
+    text = nvram_out_of_snapshot(domain_out_of_form(raw[slice(*found[0])], raw)).decode()
     if text.startswith("<inactiveDomain"):
         text = "<domain" + text.removeprefix("<inactiveDomain").removesuffix("</inactiveDomain>") + "</domain>"
     return text
@@ -303,7 +311,7 @@ def _refusal(element: ET.Element, path: Path | None) -> str | None:
         (path is None, "has no file"),
         (element.find("readonly") is not None, "is read-only"),
         (element.find("shareable") is not None, "is shared with other domains"),
-        (element.find("transient") is not None, "is transient: its changes are thrown away at shutdown"),
+        (element.find("transient") is not None, "is transient: its changes are discarded at shutdown"),
         (path is not None and not path.is_absolute(), "has a relative path"),
         (element.find(".//encryption") is not None, "is encrypted"),
         (source is not None and source.find("slices") is not None, "is a slice of a file"),
@@ -344,37 +352,6 @@ def _backing(element: ET.Element) -> tuple[list[Path], bool]:
 def _disk_spans(raw: bytes) -> list[tuple[int, int]]:
     """Return where in the text each disk of the domain begins and ends."""
     return spans(raw, ["domain", "devices", "disk"])
-
-
-def spans(raw: bytes, wanted: list[str]) -> list[tuple[int, int]]:
-    """Return where in the text each element of the path `wanted` begins and ends."""
-    path: list[str] = []
-    starts: list[int] = []
-    found: list[tuple[int, int]] = []
-    parser = expat.ParserCreate()
-
-    def start(name: str, _attributes: dict[str, str]) -> None:
-        path.append(name)
-        if path == wanted:
-            starts.append(parser.CurrentByteIndex)
-
-    def end(_name: str) -> None:
-        if path == wanted:
-            at = parser.CurrentByteIndex
-            # Of `<disk>...</disk>` that is where the end tag begins; of `<disk/>` where it begins, or where it ends.
-            if raw[at:].startswith(f"</{path[-1]}".encode()):
-                at = raw.index(b">", at) + 1
-            elif at == starts[-1]:
-                at = raw.index(b"/>", at) + 2
-            found.append((starts[-1], at))
-        path.pop()
-
-    parser.StartElementHandler, parser.EndElementHandler = start, end
-    try:
-        parser.Parse(raw, True)
-    except expat.ExpatError as error:
-        raise DomainError("XML", f"cannot be read: {error}") from error
-    return found
 
 
 def _stacked(element: ET.Element, top: NewTop, before: bytes) -> bytes:
@@ -418,4 +395,8 @@ def _chain_element(chain: Sequence[Path]) -> ET.Element:
 def _snapshot_disk(element: ET.Element, frozen: Mapping[str, tuple[Path | None, tuple[Path, ...]]]) -> SnapshotDisk:
     target, mode = element.get("name", ""), element.get("snapshot", "external")
     name = _named_by(element.find("source"))
-    return SnapshotDisk(target, mode, Path(name) if name else None, *frozen.get(target, (None, ())))
+    driver = element.find("driver")
+    overlay_format = None if driver is None else driver.get("type")
+    return SnapshotDisk(
+        target, mode, Path(name) if name else None, *frozen.get(target, (None, ())), format=overlay_format
+    )

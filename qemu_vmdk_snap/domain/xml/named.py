@@ -16,7 +16,7 @@ class NamedFile(NamedTuple):
 
     path: Path
     raw: bool
-    """Whether the XML says that it is raw: it needs no other file, whatever it contains."""
+    """Whether its format is raw in the XML: then it needs no other file, whatever it contains."""
 
 
 class NamedChain(NamedTuple):
@@ -28,7 +28,8 @@ class NamedChain(NamedTuple):
     closed: bool
     """Whether the XML spells out the chain down to its end."""
     role: str = "disk"
-    """`disk`; `overlay`: what a snapshot has put on top; `extra`: a source beside the chain (a mirror, a data file)."""
+    """`disk`; `overlay`: what a snapshot has put on top; `extra`: a source beside the chain (a mirror, a data file);
+    `memory`: the file with the guest's memory."""
     problem: tuple[Path, str] | None = None
     """A volume whose file is not known, as POOL/VOLUME, and why."""
 
@@ -46,6 +47,9 @@ def named_chains(text: str, volume_path: VolumePath) -> list[NamedChain]:
     if root.tag != "domain":
         for element in root.findall("./disks/disk"):
             found.append(_chain(element, element.get("name", ""), volume_path, "overlay"))
+        memory = root.find("memory")
+        if memory is not None and memory.get("file"):
+            found.append(NamedChain("", (NamedFile(Path(memory.get("file", "")), True),), True, "memory"))
     return [chain for chain in found if chain.files or chain.problem]
 
 
@@ -59,6 +63,12 @@ def frozen_files(snapshot_text: str, volume_path: VolumePath) -> list[Path]:
     return [
         chain.files[0].path for chain in chains if chain.role == "disk" and chain.files and chain.disk in taking_part
     ]
+
+
+def folders_named(volume_path: VolumePath, *texts: str) -> list[Path]:
+    """Return the folders of all files that these XML texts name: who wrote them allows parents to lie there."""
+    chains = [chain for text in texts for chain in named_chains(text, volume_path)]
+    return sorted({file.path.parent for chain in chains for file in chain.files if file.path.is_absolute()})
 
 
 def source_path(source: ET.Element, volume_path: VolumePath) -> Path | None:

@@ -26,9 +26,13 @@ class Measurement:
     """Sizes in bytes, as files have them; a sparse file may take less on the disk."""
 
     required: int
-    """For the data that there is now."""
+    """For the current data."""
     fully_allocated: int
     """For a disk whose every byte was written."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the sizes under the keys of `qemu-img measure`."""
+        return {"required": self.required, "fully-allocated": self.fully_allocated}
 
 
 def measure(
@@ -39,18 +43,20 @@ def measure(
     options: ImageOptions | None = None,
     on_progress: OnProgress = ignore,
 ) -> Measurement:
-    """Return what an image of `disk`, or with None of an empty disk of `size` bytes, would take.
+    """Return what an image of `disk`, or with None of an empty disk of `size` bytes, would take: the lengths of files.
 
-    Grains that are stored are counted whole: whether they hold zeros is not looked at, and a copy may turn out smaller.
+    Grains that are stored are counted whole: a copy that looks for zeros in them may turn out smaller. A raw image is
+    as long as its disk. The image is assumed to have the name of `disk`.
 
     Raises:
         Unsupported: the image would be streamOptimized.
-        InvalidRequest: there is no such kind, or the size or an option cannot be.
+        InvalidRequest: there is no such kind, or the size or an option is invalid.
     """
     capacity = round_up(size if disk is None else disk.capacity, SECTOR_SIZE)
     if output_format == "raw":
-        return Measurement(_stored(disk, 1, capacity, on_progress), capacity)
-    path = Path("measure.vmdk") if disk is None else disk.path
+        return Measurement(capacity, capacity)
+    # A descriptor in a file of its own names the extents: one of another name is as many bytes longer, or shorter.
+    path = Path("disk.vmdk") if disk is None else disk.path.with_suffix(".vmdk")
     plan = plan_base(path, capacity, options or ImageOptions())
     if plan.kind.stream:
         raise Unsupported(path, "the size of a streamOptimized image depends on how its data deflates")
@@ -66,7 +72,7 @@ def measure(
 
 
 def _stored(disk: Disk | None, unit: int, capacity: int, on_progress: OnProgress) -> int:
-    """Return the bytes of all units that hold stored data, in whole units."""
+    """Return the bytes of all units that contain stored data, in whole units."""
     meter = Meter(OPERATION, capacity, on_progress)
     if disk is None:
         meter.reach(capacity)

@@ -1,12 +1,12 @@
-"""Merge a link, and those between, into a link below it; everything above keeps reading what it read.
+"""Merge a link, and those between, into a link below it; everything above reads the same as before.
 
     before:  C -> T -> M -> B <- S          commit(T, base=B, delete=True), S kept by copying
     after:   C -> B' <- S'                  B' reads what T read, S' what S read
 
-Order, so that T, and whatever is above it, reads the same whenever this stops:
-1. What others take from B and would lose is copied into them (`keep_siblings`), durably; they read what they read.
-2. The intent record is durable. B gets a new CID, and its children in the operation the matching parentCID.
-3. T's data goes into B: T hides every byte that changes. Data is durable before the tables that name it.
+Order, so that T, and everything above it, reads the same whenever this is interrupted:
+1. What others read from B and would lose is copied into them (`keep_siblings`), durably; they read the same.
+2. The operation record is durable. B gets a new CID, and its children in the operation the matching parentCID.
+3. T's data is copied to B: T hides every byte that changes. Data is durable before the tables that name it.
 4. The record says that the copy is done. The children of T move to B, one descriptor each; T is emptied or deleted.
 A torn descriptor is written again from the record.
 """
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.chain.chain import Chain, open_chain, open_links
 from qemu_vmdk_snap.chain.change import open_for_change, open_link_for_change
-from qemu_vmdk_snap.chain.identity import on_parent, with_fresh_cid
+from qemu_vmdk_snap.chain.identity import fitting_parent, on_parent, with_fresh_cid
 from qemu_vmdk_snap.chain.link import Link, open_link
 from qemu_vmdk_snap.chain.links import read_facts
 from qemu_vmdk_snap.chain.needs.dependents import (
@@ -38,6 +38,7 @@ from qemu_vmdk_snap.chain.needs.dependents import (
 from qemu_vmdk_snap.chain.needs.own import own_files, require_own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined, unconfined
 from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest, StillNeeded, Unsupported
+from qemu_vmdk_snap.ops.copy.limited import paced
 from qemu_vmdk_snap.ops.copy.transfer import Clearable, LinkWriter, View, restricted, upper_tables
 from qemu_vmdk_snap.ops.edit.move import delete_files, holding
 from qemu_vmdk_snap.ops.edit.trim import trim_link
@@ -65,6 +66,15 @@ class CommitReport:
     deleted: tuple[Path, ...]
     """Images that are gone."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image commit --output=json` shows it."""
+        return {
+            "filename": str(self.path),
+            "base": str(self.base),
+            "relinked": [str(path) for path in self.relinked],
+            "deleted": [str(path) for path in self.deleted],
+        }
+
 
 @dataclass(slots=True)
 class _Plan:
@@ -72,7 +82,7 @@ class _Plan:
     depth: int
     delete: bool
     siblings: list[Link]
-    """Other children of the base, which must keep what they read."""
+    """Other children of the base, which must read the same afterwards."""
     children: list[Link]
     """Children of the top, which move to the base when the top goes."""
     doomed: list[Path]
@@ -100,24 +110,25 @@ def commit(
     trusted_dirs: Sequence[Path | str] = (),
     resolver: Resolver | None = None,
     opener: FileOpener = open_posix,
+    rate_limit: int = 0,
     on_progress: OnProgress = ignore,
 ) -> CommitReport:
     """Merge the image `path`, and every link between, into `base` (by default its parent).
 
-    The image is emptied and stays an overlay on `base`, reading what it read; so do links between. With `delete` it and
+    The image is emptied and stays an overlay on `base` that reads the same; so do links between. With `delete` it and
     the links between are deleted, and its children become children of `base`. Children are those in `children`, and
     those in the folders of the chain and in those that `resolver` allows. Other children of a link that changes would
-    read something else: that is refused, or, with `keep_siblings`, what they would lose is first copied into them.
-    `orphans` are files that need a link that changes and are given up: they are not touched, and lose it.
+    read other data: that is refused, or, with `keep_siblings`, what they would lose is first copied into them.
+    `orphans` are files that need a link that changes and are given up: they are not changed, and become invalid. At
+    most `rate_limit` bytes a second are stored; 0 is no limit.
 
-    Cancelled by a callback that raises, everything above the base reads what it read; the base is half merged, under a
-    new CID.
+    If a callback cancels it, everything above the base reads the same; the base is partly merged, under a new CID.
 
     Raises:
         InvalidRequest: there is no parent, `base` is not below `path`, is too small, or has an extent that is not its
             own.
         StillNeeded: something else needs a link that changes or is deleted, or may need it.
-        Unsupported: the base is of a kind that takes no writes, or the image of one that cannot be emptied.
+        Unsupported: the kind of the base does not allow writing, or that of the image does not allow emptying it.
         LockBusy: another process has one of the images open.
         CidMismatch, CorruptChain, FormatError, OSError: the chain cannot be opened.
     """
@@ -140,13 +151,13 @@ def commit(
             try:
                 _keep(plan, sibling, Meter("keep", chain.capacity, on_progress))
             except BaseException:
-                trim_link(sibling)  # it reads what it read: what was copied in vain goes
+                trim_link(sibling)  # it reads the same: what was copied in vain is removed
                 raise
-        return _run(plan, needs, on_progress)
+        return _run(plan, needs, rate_limit, on_progress)
 
 
 class _Needs(NamedTuple):
-    """Who needs the links of a chain: asked once, of every folder in question."""
+    """Who needs the links of a chain: looked up once, in every folder in question."""
 
     chain: Chain
     census: Census
@@ -160,14 +171,14 @@ class _Needs(NamedTuple):
         return cls(chain, Census.of(search_folders([*paths, *children], resolver)), known, orphans)
 
     def children(self, number: int) -> list[Path]:
-        """Return the overlays on the link that can be moved; raises for whatever else needs it."""
+        """Return the overlays on the link that can be moved; raises StillNeeded for anything else that needs it."""
         link = self.chain.links[number]
         found = children_of(link.path, self._files(link), self.census, named=self.named, orphans=self.orphans)
         require_fit(link.path, link.cid, found)
         return [one.path for one in found]
 
     def others(self, number: int) -> list[Path]:
-        """Return the overlays on the link but the next one of the chain."""
+        """Return the overlays on the link except the next one of the chain."""
         above = self.chain.links[number - 1].path.resolve()
         return [path for path in self.children(number) if path.resolve() != above]
 
@@ -177,22 +188,22 @@ class _Needs(NamedTuple):
         require_unneeded(link.path, self._files(link), self.census, handled=[above.path], orphans=self.orphans)
 
     def require_nobody_new(self, depth: int) -> None:
-        """Refuse where something has come to need one of the links meanwhile."""
+        """Refuse if something new needs one of the links."""
         files = [file for link in self.chain.links[: depth + 1] for file in self._files(link)]
         require_nobody_new(self.chain.links[depth].path, files, self.census)
 
     def require_no_other_name(self, depth: int) -> None:
-        """Refuse to delete links whose files have other names: what lies below them, which they need, goes as well."""
+        """Refuse to delete links whose files have other names: what is below them is deleted as well."""
         for link in self.chain.links[: depth - 1]:
             require_one_name(link.path, self._files(link), self.census, orphans=self.orphans)
 
     def require_only_children(self, number: int) -> None:
-        """Refuse to empty a link whose extents somebody else uses too; overlays on it go on reading what they read."""
+        """Refuse to empty a link whose extents another image uses too; overlays on it read the same afterwards."""
         link = self.chain.links[number]
         require_unshared(link.path, self._files(link), self.census, orphans=self.orphans)
 
     def require_one_name(self, depth: int) -> None:
-        """Refuse to write into files of the base that have other names: whoever uses these would see it."""
+        """Refuse to write to files of the base that have other names: their users would see it."""
         base = self.chain.links[depth]
         require_one_name(base.path, self._files(base), self.census, orphans=self.orphans)
 
@@ -202,7 +213,7 @@ class _Needs(NamedTuple):
 
 
 def _home(child: Path, parent: Link) -> Path:
-    """Return the path by which a child is opened: what a symbolic link leads to, where its hint holds from there."""
+    """Return the path by which a child is opened: the target of a symbolic link, if its hint is valid from there."""
     if child.is_symlink():
         real = child.resolve()
         with contextlib.suppress(CorruptChain, OSError):
@@ -212,7 +223,7 @@ def _home(child: Path, parent: Link) -> Path:
 
 
 def _others(plan: _Plan) -> list[Link]:
-    """Return the siblings that are no links of the chain itself."""
+    """Return the siblings that are not links of the chain itself."""
     return [link for link in plan.siblings if link not in plan.chain.links]
 
 
@@ -274,7 +285,7 @@ def _make_plan(
     for number in range(1, depth) if delete else ():
         needs.require_none(number)
     if depth > 1 and not delete:
-        plan.siblings.append(chain.links[depth - 1])  # stays, with all that hangs on it, and must read what it read
+        plan.siblings.append(chain.links[depth - 1])  # stays, with everything above it, and must read the same
     if delete:
         plan.children = opened(needs.children(0), top)
         longer = [link.path for link in plan.children if link.capacity > top.capacity < base.capacity]
@@ -287,7 +298,7 @@ def _make_plan(
 
 
 def _check_takes(chain: Chain, depth: int) -> None:
-    """Refuse, before anything is written, data that would go where the base may not be written or has no storage."""
+    """Refuse, before anything is written, data for places where the base may not be written or has no storage."""
     base, capacity = chain.links[depth], chain.links[0].capacity
     for line, placed in zip(base.descriptor.extents, base.extents, strict=True):
         if (line.access == "RW" and placed.extent.file is not None) or placed.start >= capacity:
@@ -313,16 +324,15 @@ def _plan_descriptors(plan: _Plan) -> None:
     plan.begin = [DescriptorChange.plan(base, fresh)]
     above = plan.chain.links[plan.depth - 1]
     for link in [above, *_others(plan)]:
-        changed = link.descriptor.with_values({"parentCID": f"{fresh.cid:08x}"})
-        plan.begin.append(DescriptorChange.plan(link, changed))
+        plan.begin.append(DescriptorChange.plan(link, fitting_parent(link.descriptor, fresh)))
     moving = plan.children if plan.delete else [plan.top] if plan.depth > 1 else []
     for link in moving:
-        changed = on_parent(link.descriptor, link.path, base.path, fresh.cid)
+        changed = on_parent(link.descriptor, link.path, base.path, fresh)
         plan.finish.append(DescriptorChange.plan(link, changed))
 
 
 def _keep(plan: _Plan, sibling: Link, meter: Meter) -> None:
-    """Copy into a sibling what it takes from the base where the base is about to change."""
+    """Copy into a sibling what it reads from the base where the base is about to change."""
     chain, depth = plan.chain, plan.depth
     upper = depth - 1 if sibling in chain.links else depth
     seen = View(chain, depth)
@@ -336,7 +346,7 @@ def _keep(plan: _Plan, sibling: Link, meter: Meter) -> None:
     writer.finish()
 
 
-def _run(plan: _Plan, needs: _Needs, on_progress: OnProgress) -> CommitReport:
+def _run(plan: _Plan, needs: _Needs, rate_limit: int, on_progress: OnProgress) -> CommitReport:
     chain, top, base = plan.chain, plan.top, plan.base
     details = {
         "stage": "copy",
@@ -358,9 +368,9 @@ def _run(plan: _Plan, needs: _Needs, on_progress: OnProgress) -> CommitReport:
         for change in plan.begin:
             change.apply(links[change.path])
         try:
-            _copy(chain, plan.depth, on_progress)
+            _copy(chain, plan.depth, rate_limit, on_progress)
         except BaseException:
-            trim_link(base)  # all above reads what it read, and the CIDs fit: nothing is left to finish
+            trim_link(base)  # everything above reads the same, and the CIDs fit: nothing is left to finish
             record.end()
             raise
         record = record.update(stage="finish")
@@ -374,10 +384,10 @@ def _run(plan: _Plan, needs: _Needs, on_progress: OnProgress) -> CommitReport:
     return CommitReport(top.path, base.path, tuple(change.path for change in plan.finish), deleted)
 
 
-def _copy(chain: Chain, depth: int, on_progress: OnProgress) -> None:
+def _copy(chain: Chain, depth: int, rate_limit: int, on_progress: OnProgress) -> None:
     base, total = chain.links[depth], chain.capacity
     meter = Meter("commit", total, on_progress)
-    writer = LinkWriter(base, View(chain, depth + 1), meter.step)
+    writer = LinkWriter(base, View(chain, depth + 1), paced(meter.step, rate_limit))
     for table in upper_tables(chain, depth, 0, total):
         writer.put_rows(table.rows(), chain)
         meter.reach(table.end)
@@ -391,7 +401,7 @@ def _clear(link: Link) -> None:
 
 
 def finish_commit(record: Operation, opener: FileOpener) -> None:
-    """Finish a commit that somebody else began."""
+    """Finish a commit that another process began."""
     details = record.details
     depth = int(details["depth"])
     resolver = confined(folders_of(record))
@@ -401,7 +411,7 @@ def finish_commit(record: Operation, opener: FileOpener) -> None:
         depths = range(depth + 1)
         with open_links(record.image, writable_depths=depths, resolver=resolver, opener=opener) as chain:
             trim_link(chain.links[depth])
-            _copy(chain, depth, ignore)
+            _copy(chain, depth, 0, ignore)
         record = record.update(stage="finish")
     with holding(details["delete"], opener):
         for change in _changes(details["finish"]):

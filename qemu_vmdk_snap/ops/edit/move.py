@@ -1,7 +1,7 @@
-"""Putting images on another parent without changing what they read: what rebase, flatten and remove have in common.
+"""Changing the parent of images without changing what they read: common to rebase, flatten and remove.
 
 For each image: what it would see differently through the new parent is copied into it, durably; then one change of its
-descriptor moves it. It reads the same before, after and between, so a crash needs nothing but to be gone on from.
+descriptor moves it. It reads the same before, after and between, so after a crash the operation simply continues.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from qemu_vmdk_snap.storage.durable import sync_folder
 from qemu_vmdk_snap.storage.locks import keep_from_writers
 from qemu_vmdk_snap.storage.opening import open_locked
 from qemu_vmdk_snap.storage.record import Operation
-from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, NO_SOURCE, ZERO, Row, RunTable
 
 _log = log.of(__name__)
@@ -64,10 +63,10 @@ def open_move(
     *,
     begun: bool = False,
 ) -> Move:
-    """Open what it takes to put `path` on `parent`; `begun` where a record of it lies beside the image already.
+    """Open what is needed to make `parent` the parent of `path`; `begun` if its operation record exists already.
 
     Raises:
-        InvalidRequest: `parent` itself stands on `path`.
+        InvalidRequest: `parent` itself is backed by `path`.
     """
     if path.is_symlink():
         path = path.resolve()
@@ -82,8 +81,7 @@ def open_move(
     else:
         chain = stack.enter_context(open_for_change(path, depths=[0], resolver=resolver, opener=opener))
     link = chain.links[0]
-    cid = NO_PARENT if target is None else target.links[0].cid
-    changed = on_parent(link.descriptor, path, parent, cid)
+    changed = on_parent(link.descriptor, path, parent, None if target is None else target.links[0].descriptor)
     return Move(chain, target, DescriptorChange.plan(link, changed))
 
 
@@ -97,7 +95,7 @@ def run_moves(
 ) -> None:
     """Move every image, then delete the files; durable after each step, and recorded so that it can be finished.
 
-    `still` is asked when the record is there: what it raises ends the operation before anything has changed.
+    `still` is called when the record exists: if it raises, the operation ends before anything has changed.
     """
     unlinked = list(delete)
     details = {
@@ -113,7 +111,7 @@ def run_moves(
             try:
                 copy_differences(move.chain, move.target, on_progress)
             except BaseException:
-                trim_link(move.chain.links[0])  # nobody reads anything else than before: nothing is left to finish
+                trim_link(move.chain.links[0])  # everything reads the same as before: nothing is left to finish
                 record.end()
                 raise
             move.change.apply(move.chain.links[0])
@@ -122,12 +120,41 @@ def run_moves(
         record.end()
 
 
+def relink_copied(
+    operation: str,
+    moved: DescriptorChange,
+    link: Link,
+    parent: Path | None,
+    gone: Link,
+    delete: Sequence[Path],
+    still: Callable[[], None] = lambda: None,
+) -> None:
+    """Put an open link that has everything already on another parent, then delete the files of the one that is gone.
+
+    For who copied by himself, durably, while the image was in use. Recorded as `run_moves` does, so that it is finished
+    by whoever comes after a crash.
+    """
+    details = {
+        "changes": [moved.as_detail()],
+        "targets": [parent],
+        "links": sorted({path for path in (link.path, gone.path, parent) if path is not None}),
+        "delete": list(delete),
+    }
+    record = guarded_operation(operation, Path(gone.path), [moved.path, *delete], details)
+    with record.hold:
+        record.begin_if(still)
+        moved.apply(link)
+        _log.info("%s: its parent is now %s", moved.path, parent)
+        delete_files(delete)
+        record.end()
+
+
 def finish_moves(record: Operation, opener: FileOpener) -> None:
-    """Finish moves that somebody else began."""
+    """Finish moves that another process began."""
     details = record.details
     resolver = confined(folders_of(record))
     with holding(details["delete"], opener):
-        check_unwritten(record)  # nobody can write them any more
+        check_unwritten(record)  # they cannot be written any more
         _finish_each(details, resolver, opener)
         delete_files(details["delete"])
 
@@ -145,10 +172,10 @@ def _finish_each(details: Mapping[str, Any], resolver: Resolver, opener: FileOpe
 
 @contextlib.contextmanager
 def holding(paths: Iterable[Path], opener: FileOpener) -> Iterator[None]:
-    """Keep everybody from writing the files that are about to be deleted; those that are gone already are passed over.
+    """Lock the files that are about to be deleted against writers; those that are gone already are ignored.
 
     Raises:
-        LockBusy: somebody has one of them open.
+        LockBusy: another process has one of them open.
     """
     with contextlib.ExitStack() as stack:
         for path in paths:
@@ -162,7 +189,7 @@ def holding(paths: Iterable[Path], opener: FileOpener) -> Iterator[None]:
 
 
 def delete_files(paths: Iterable[Path]) -> None:
-    """Delete files, durably; one that is gone already is no error. Symbolic links are not followed."""
+    """Delete files, durably; one that is gone already is not an error. Symbolic links are not followed."""
     folders = set()
     for path in paths:
         path.unlink(missing_ok=True)
@@ -200,13 +227,13 @@ def _whole(chain: Chain | None, depth: int, start: int, stop: int) -> RunTable:
 
 
 class _Places:
-    """Numbers the files of several chains, the same file always alike."""
+    """Numbers the files of several chains; a file always has the same number."""
 
     def __init__(self) -> None:
         self._numbers: dict[object, int] = {}
 
     def of(self, chain: Chain | None) -> npt.NDArray[np.int64]:
-        """Return the number of the file of each source; the last one (`NO_SOURCE`) is no file's."""
+        """Return the number of the file of each source; the last one (`NO_SOURCE`) is not a file's."""
         found = [] if chain is None else [self._number(source.placed.extent.file) for source in chain.sources]
         return np.array([*found, -1], np.int64)
 

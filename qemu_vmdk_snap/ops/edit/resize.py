@@ -1,6 +1,6 @@
-"""Make the disk of an image larger, in place: nothing that is stored moves.
+"""Make the disk of an image larger, or cut off an empty end, in place: no data moves.
 
-A sparse extent that needs more tables gets new directories, with the new tables, behind the end of its file; the old
+A sparse extent that needs more tables gets new directories, with the new tables, after the end of its file; the old
 tables stay where they are and the new directories name them too. The first sector of the header switches over.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from qemu_vmdk_snap.chain.chain import open_chain
 from qemu_vmdk_snap.chain.change import open_link_for_change
 from qemu_vmdk_snap.chain.identity import with_fresh_cid
 from qemu_vmdk_snap.chain.link import Link
@@ -26,6 +27,7 @@ from qemu_vmdk_snap.chain.needs.dependents import (
 )
 from qemu_vmdk_snap.chain.needs.own import own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
+from qemu_vmdk_snap.chain.windows import windows
 from qemu_vmdk_snap.errors import FormatError, InvalidRequest, Unsupported
 from qemu_vmdk_snap.ops.journal.guard import guarded_operation
 from qemu_vmdk_snap.ops.journal.recover import settle
@@ -39,6 +41,7 @@ from qemu_vmdk_snap.vmdk.cowd.extent import CowdExtent
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, HEADER_BYTES, CowdHeader
 from qemu_vmdk_snap.vmdk.cowd.layout import MAX_FILE_SECTORS as MAX_COWD_SECTORS
 from qemu_vmdk_snap.vmdk.descriptor import Descriptor
+from qemu_vmdk_snap.vmdk.runs import DATA, HOLE
 from qemu_vmdk_snap.vmdk.sparse.extent import MAX_FILE_SECTORS, SparseExtent
 from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader, check_header
 
@@ -56,11 +59,16 @@ class ResizeReport:
     before: int
     after: int
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image resize --output=json` shows it."""
+        return {"filename": str(self.path), "before": self.before, "virtual-size": self.after}
+
 
 def resize(
     path: Path | str,
     size: int,
     *,
+    shrink: bool = False,
     orphans: Sequence[Path | str] = (),
     trusted_dirs: Sequence[Path | str] = (),
     resolver: Resolver | None = None,
@@ -68,6 +76,8 @@ def resize(
     on_progress: OnProgress = ignore,
 ) -> ResizeReport:
     """Make the disk `size` bytes large (rounded up to a sector); what is added reads as zeros. It gets a new CID.
+
+    `shrink` allows a smaller size, where no link of the chain stores anything in what is cut off.
 
     An overlay may become larger than its parent. An image that something else needs is not resized; `orphans` are files
     that the user gives up.
@@ -86,19 +96,45 @@ def resize(
         link = open_link_for_change(path, resolver=find, opener=opener, stack=stack)
         before, sectors = link.capacity, byte_sectors(size)
         if sectors < link.descriptor.sectors:
-            raise InvalidRequest(path, f"cannot shrink from {before} to {size} bytes: data would be lost")
-        if sectors > link.descriptor.sectors:
+            _check_shrinks(link, size, shrink, find, opener)
+        if sectors != link.descriptor.sectors:
             files = own_files(link)
             census = Census.of(search_folders(files, find))
             given_up = [Path(one) for one in orphans]
             require_unneeded(path, files, census, orphans=given_up)
             require_one_name(path, files, census, orphans=given_up)
-            _grow(link, sectors, lambda: require_nobody_new(path, files, census))
+            _set_sectors(link, sectors, lambda: require_nobody_new(path, files, census))
         on_progress(Progress(OPERATION, sector_bytes(sectors), sector_bytes(sectors)))
         return ResizeReport(path, before, sector_bytes(sectors))
 
 
-def _grow(link: Link, sectors: int, still: Callable[[], None]) -> None:
+def _check_shrinks(link: Link, size: int, allowed: bool, resolver: Resolver, opener: FileOpener) -> None:
+    """Refuse to cut off what is stored, or more than the last extent has."""
+    path, before, new = link.path, link.capacity, round_up(size, SECTOR_SIZE)
+    if not allowed:
+        raise InvalidRequest(path, f"would shrink from {before} to {size} bytes (--shrink, where the end is empty)")
+    last = link.extents[-1]
+    if new <= last.start:
+        raise InvalidRequest(path, f"cannot shrink to {size} bytes: its last extent begins at {last.start}")
+    if not isinstance(last.extent, SparseExtent):
+        line = link.descriptor.extents[-1]
+        raise Unsupported(path, f"byte {line.at:#x}: an extent of type {line.type} cannot shrink: convert the image")
+    _refuse_stored(link, new, before)
+    if link.hint is not None:
+        with open_chain(resolver(path, link.hint, "parent"), resolver=resolver, opener=opener) as below:
+            for row in below.rows(min(new, below.capacity), max(0, min(before, below.capacity) - new)):
+                if row.kind >= DATA:
+                    raise InvalidRequest(path, f"cannot shrink to {size} bytes: its parent stores data at {row.offset}")
+
+
+def _refuse_stored(link: Link, new: int, before: int) -> None:
+    for start, stop in windows([link.extents], new, before):
+        for row in link.resolve(start, stop).rows():
+            if row.kind != HOLE:
+                raise InvalidRequest(link.path, f"cannot shrink to {new} bytes: something is stored at {row.offset}")
+
+
+def _set_sectors(link: Link, sectors: int, still: Callable[[], None]) -> None:
     lines = link.descriptor.extents
     last = lines[-1]
     extent_sectors = last.sectors + sectors - link.descriptor.sectors
@@ -134,7 +170,7 @@ def _grow(link: Link, sectors: int, still: Callable[[], None]) -> None:
 
 
 def finish_resize(record: Operation, opener: FileOpener) -> None:
-    """Finish a resize that somebody else began."""
+    """Finish a resize that another process began."""
     change = DescriptorChange.from_detail(record.details["change"])
     file = open_locked(record.details["file"], opener, writable=True)
     try:
@@ -145,7 +181,7 @@ def finish_resize(record: Operation, opener: FileOpener) -> None:
 
 
 def _grow_file(file: BlockFile, record: Operation) -> None:
-    """Make the extent's file fit; doing it again does no harm."""
+    """Make the extent's file fit; this can be repeated."""
     details = record.details
     if details["header"] is None:
         start = sector_bytes(details["offset"])
@@ -173,12 +209,12 @@ def _grow_file(file: BlockFile, record: Operation) -> None:
 class _TablesPlan:
     header: SparseExtentHeader | CowdHeader
     directories: list[tuple[int, bytes]]
-    """(sector, directory); the new tables lie behind each."""
+    """(sector, directory); the new tables follow each."""
     end: int
 
 
 def _plan_tables(old: SparseExtentHeader | CowdHeader, file: BlockFile, sectors: int, size: int) -> _TablesPlan:
-    """Return what makes an extent whose file had `size` bytes `sectors` large."""
+    """Return the change that makes an extent whose file had `size` bytes `sectors` large."""
     if isinstance(old, CowdHeader):
         return _plan_cowd(old, file, sectors, size)
     return _plan_sparse(old, file, sectors, size)
@@ -203,9 +239,9 @@ def _plan_cowd(old: CowdHeader, file: BlockFile, sectors: int, size: int) -> _Ta
 
 def _plan_sparse(old: SparseExtentHeader, file: BlockFile, sectors: int, size: int) -> _TablesPlan:
     header = replace(old, capacity=sectors)
-    check_header(replace(header, gd_offset=1, rgd_offset=0), file.path, 1 << 62)  # the limits of the counts alone
+    check_header(replace(header, gd_offset=1, rgd_offset=0), file.path, 1 << 62)  # only the limits of the counts
     added = header.gd_entries - old.gd_entries
-    if not added:
+    if added <= 0:
         return _TablesPlan(header, [], size)
     sector = byte_sectors(round_up(size, sector_bytes(old.grain_size)))
     gd_sectors = byte_sectors(header.gd_entries * 4)
@@ -225,7 +261,7 @@ def _plan_sparse(old: SparseExtentHeader, file: BlockFile, sectors: int, size: i
 
 
 def _zero_tail(file: BlockFile, header: SparseExtentHeader | CowdHeader, sectors: int) -> None:
-    """Clear what the last grain holds behind the old end of the disk: some writers leave rubbish there."""
+    """Clear the last grain past the old end of the disk: some writers leave garbage there."""
     inside = sectors % header.grain_size
     if not inside:
         return

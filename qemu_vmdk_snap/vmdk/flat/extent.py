@@ -1,7 +1,7 @@
 """The flat extent (FLAT, VMFS): byte n of the extent is byte n of a file, from the offset in its descriptor line on.
 
-It hides its parent everywhere, so holes of the file are zeros. Bytes behind the end of a file that is too short are
-zeros too, as QEMU reads them; the extent's notes tell of it.
+It hides its parent everywhere, so holes of the file are zeros. Bytes past the end of a file that is too short are
+zeros too, as QEMU reads them; the extent's notes say so.
 
 Source: VMware Virtual Disk Format 5.0, "Extent descriptions"; the offset counts for FLAT alone.
 """
@@ -21,7 +21,7 @@ from qemu_vmdk_snap.vmdk.extent import Below, ExtentSpec, Place
 from qemu_vmdk_snap.vmdk.runs import DATA, NO_SOURCE, ZERO, RunTable
 
 UNIT: Final = 64 * KIB
-"""What it calls its grain: bounds the windows in which a chain with it is resolved."""
+"""Its nominal grain: bounds the windows in which a chain with it is resolved."""
 
 
 def open_extent(spec: ExtentSpec) -> FlatExtent:
@@ -41,7 +41,7 @@ class FlatExtent:
         self._start = start
         self._capacity = capacity
         self._writable = writable
-        self.notes: list[str] = shortfall.of_flat(path, file.size(), start, capacity)
+        self.notes = shortfall.of_flat(path, file.size(), start, capacity)
 
     @property
     def capacity(self) -> int:
@@ -70,7 +70,7 @@ class FlatExtent:
     def resolve(self, start: int, end: int) -> RunTable:
         """Return the runs of [start, end): data, and zeros where the file has holes.
 
-        All is data while the extent is open for writing, so that whoever fills it writes in place.
+        While the extent is open for writing everything is data, so that it is filled in place.
         """
         if self._writable:
             return RunTable.single(start, end, DATA, file_offset=self._start + start)
@@ -103,6 +103,6 @@ class FlatExtent:
 
     def flush(self) -> None:
         """Return when all writes are durable."""
-        # Also what was copied into the file by the kernel, of which no write here told.
+        # This includes what the kernel copied into the file, without a write here.
         if self._writable:
             self._file.flush()

@@ -32,14 +32,14 @@ class FlatLayout:
         return sector_bytes(self.sectors)
 
     def create(self, file: BlockFile) -> None:
-        """Give the file its length, and its space where that is to be reserved."""
+        """Set the length of the file, and reserve its space if wanted."""
         file.truncate(self.fixed_bytes)
         descriptor = file.fileno()
         if self.reserve and descriptor is not None:
             os.posix_fallocate(descriptor, 0, self.fixed_bytes)
 
     def writer(self, file: BlockFile) -> BulkWriter:
-        """Return what fills the file."""
+        """Return the writer that fills the file."""
         from qemu_vmdk_snap.vmdk.grain.bulk import BulkFlat  # NumPy: not needed to make an empty image
 
         return BulkFlat(file, self.fixed_bytes)

@@ -85,6 +85,7 @@ def test_a_dry_run_plans_what_the_run_does(
     assert done.pop("dry-run", False) is False
     for answer in (plan, done):
         answer.pop("creation-time", None)
+    assert plan.pop("already", False) is False  # said of a plan alone
     # How many bytes a later delete copies is an estimate, as the earlier ones have not happened.
     assert _sizeless(plan) == _sizeless(done)
     assert (contents(lab.folder), xml_of(lab.conn.lookupByName(domain))) != before
@@ -142,7 +143,8 @@ def test_another_command_at_work_is_locked(lab: Lab, domain: str, capsys: pytest
 def test_all_domains_and_one_that_is_broken(
     lab: Lab, domain: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qemu_vmdk_snap.domain import doctor, registry
+    from qemu_vmdk_snap.domain import registry
+    from qemu_vmdk_snap.domain.doctor import domain as doctor
 
     create_snapshot(lab.conn, domain, "s1")
     other: str = lab.define(lab.disk("c")).name()

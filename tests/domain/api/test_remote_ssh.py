@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import pwd
-import shutil
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,83 +11,12 @@ import pytest
 
 from qemu_vmdk_snap.cli.main import main
 from tests.domain.lab import Lab
+from tests.domain.sshd import Host
 
 pytestmark = [
     pytest.mark.needs("libvirt", "libvirtd", "virsh", "qemu-system-x86_64", "ssh", "ssh-keygen", "sshd"),
     pytest.mark.timeout(120),
 ]
-
-SSHD_CONFIG = """\
-ListenAddress 127.0.0.1:{port}
-HostKey {folder}/host
-AuthorizedKeysFile {folder}/authorized_keys
-PidFile none
-PasswordAuthentication no
-KbdInteractiveAuthentication no
-PermitRootLogin prohibit-password
-StrictModes no
-UsePAM no
-SetEnv "PATH={path}" "QEMU_VMDK_SNAP_STATE={state}"
-"""
-
-SSH_CONFIG = """\
-UserKnownHostsFile {folder}/known_hosts
-GlobalKnownHostsFile none
-StrictHostKeyChecking yes
-IdentitiesOnly yes
-IdentityAgent none
-"""
-
-
-class Host:
-    """A host that is reached by ssh: this machine, with a key, a port and an environment of its own."""
-
-    def __init__(self, folder: Path, path: str) -> None:
-        folder.mkdir()
-        self.folder, self.key = folder, folder / "key"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        for key in (self.key, folder / "host"):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
-        shutil.copyfile(folder / "key.pub", folder / "authorized_keys")
-        self.trust(folder / "host.pub")
-        words = {"folder": folder, "port": self.port, "path": path, "state": os.environ["QEMU_VMDK_SNAP_STATE"]}
-        (folder / "sshd_config").write_text(SSHD_CONFIG.format(**words))
-        (folder / "ssh_config").write_text(SSH_CONFIG.format(folder=folder))
-        # The user's own configuration and known hosts stay out of it.
-        self.ssh = folder / "ssh"
-        self.ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
-        self.ssh.chmod(0o755)
-
-    def trust(self, public: Path) -> None:
-        """Let ssh expect this key of the host."""
-        (self.folder / "known_hosts").write_text(f"[127.0.0.1]:{self.port} {public.read_text()}")
-
-    def uri(self, lab: Lab) -> str:
-        """Return what reaches the daemon of the lab by way of this host."""
-        user = pwd.getpwuid(os.geteuid()).pw_name
-        path, _, query = lab.uri.removeprefix("qemu+unix://").partition("?")
-        return f"qemu+ssh://{user}@127.0.0.1:{self.port}{path}?{query}&keyfile={self.key}&command={self.ssh}&no_tty=1"
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[Host]:
-        """Run its sshd for the length of the block."""
-        if os.geteuid() == 0:
-            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where it locks up its unprivileged half
-        with (self.folder / "log").open("wb") as log:
-            words = [str(shutil.which("sshd")), "-D", "-e", "-f", str(self.folder / "sshd_config")]
-            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        try:
-            deadline = time.monotonic() + 20
-            while b"Server listening" not in (self.folder / "log").read_bytes():
-                assert process.poll() is None, (self.folder / "log").read_text()
-                assert time.monotonic() < deadline, (self.folder / "log").read_text()
-                time.sleep(0.05)
-            yield self
-        finally:
-            process.terminate()
-            process.wait(10)
 
 
 @pytest.fixture
@@ -111,7 +33,7 @@ def test_a_live_snapshot_and_back(host: Host, daemon_lab: Lab, capfd: pytest.Cap
     assert main(["snapshot", "create", "-c", uri, name, "s1", "--description", "it's far"]) == 0
     out = capfd.readouterr().out.splitlines()
     assert out[0] == "Domain snapshot s1 created"
-    assert "the guest ran on: disk requests waited" in out[2]
+    assert "the guest kept running: disk requests waited" in out[2]
     assert main(["snapshot", "list", "-c", uri, name, "--name"]) == 0
     assert capfd.readouterr().out.split() == ["s1"]
     assert domain.snapshotLookupByName("s1").getXMLDesc(0).count("it&apos;s far") == 1
@@ -155,4 +77,4 @@ def test_who_cannot_log_in_is_told_by_ssh(
     assert main(["snapshot", "list", "-c", uri, "d1"]) == 70
     told = capfd.readouterr().err
     assert says in told
-    assert told.splitlines()[-1] == f"qemu-vmdk-snap: {uri}: ssh has failed: see above"
+    assert told.splitlines()[-1] == f"qemu-vmdk-snap: {uri}: ssh failed: see above"

@@ -16,6 +16,7 @@ import pytest
 from qemu_vmdk_snap import create_image, open_chain
 from qemu_vmdk_snap.domain.connect import open_connection
 from qemu_vmdk_snap.domain.create.run import create_snapshot
+from qemu_vmdk_snap.domain.doctor.domain import repair_domain
 from qemu_vmdk_snap.domain.hooks import install as hooks
 from qemu_vmdk_snap.domain.registry import list_snapshots
 from qemu_vmdk_snap.harness import ProbeSession, attach, disk_image, pattern
@@ -179,7 +180,7 @@ def test_without_a_snapshot_there_is_nothing_to_go_back_to(hooked: HookedDaemon)
     domain = hooked.domain()
     hooked.policy(domain, "revert-on-start = true")
     before = top_of(domain).read_bytes()
-    with pytest.raises(libvirt.libvirtError, match="has no parent to go back to: it is no overlay"):
+    with pytest.raises(libvirt.libvirtError, match="has no parent: it is not an overlay"):
         domain.create()
     assert top_of(domain).read_bytes() == before
 
@@ -245,3 +246,24 @@ def test_a_restarted_daemon_leaves_the_guest_alone(hooked: HookedDaemon) -> None
     assert domain.isActive()
     assert probe.crc(AT, REGION) == CLEAN
     power_off(probe, domain)
+
+
+def test_a_live_xml_that_was_defined_is_not_started_until_it_is_repaired(hooked: HookedDaemon) -> None:
+    """`virsh dumpxml` of a running domain, `virsh define`: the next start would write into the frozen file."""
+    domain = hooked.domain()
+    name = domain.name()
+    hooked.policy(domain, 'verify = "chain"')
+    hooked.daemon.virsh("start", name)
+    create_snapshot(hooked.conn, name, "live")
+    live = hooked.folder / "live.xml"
+    live.write_text(hooked.daemon.virsh("dumpxml", name))
+    hooked.daemon.virsh("define", str(live))
+    hooked.daemon.virsh("destroy", name)
+    words = ["virsh", "-c", hooked.daemon.uri, "start", name]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert f"{name}.vmdk backs {hooked.folder}/{name}-000001.vmdk, which would read what the guest" in done.stderr
+    assert repair_domain(hooked.conn, name)
+    hooked.daemon.virsh("start", name)
+    assert f"{name}-000001.vmdk" in hooked.daemon.virsh("domblklist", name)
+    domain.destroy()

@@ -131,7 +131,7 @@ def test_a_live_create_that_qemu_never_heard_of(daemon_lab: Lab, monkeypatch: py
     domain = three_snapshots(daemon_lab)
     before = xml_of(domain)
     domain.create()
-    killed(monkeypatch, create_run, "switch", lambda: create_snapshot(daemon_lab.conn, domain.name(), "s4"))
+    killed(monkeypatch, create_run, "switch_all", lambda: create_snapshot(daemon_lab.conn, domain.name(), "s4"))
     edit_domain(daemon_lab, domain)
     assert [one.finished for one in recover(daemon_lab.conn)] == [False]
     check_edit(domain)
@@ -159,7 +159,7 @@ def test_a_revert_that_fails_is_not_undone_over_an_edit(daemon_lab: Lab, monkeyp
 
     with monkeypatch.context() as failing:
         failing.setattr(revert_run, "make_current", edits)
-        with pytest.raises(DomainError, match="was edited since it went back to the snapshot"):
+        with pytest.raises(DomainError, match="was edited after it was reverted"):
             revert_run.revert(daemon_lab.conn, domain.name(), "s1")
     check_edit(domain)
     assert [one.finished for one in recover(daemon_lab.conn)] == [True]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qemu_vmdk_snap.domain.create.run import create_snapshot
-from qemu_vmdk_snap.domain.doctor import check_domain
+from qemu_vmdk_snap.domain.doctor.domain import check_domain
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.journal.recover import recover
 from qemu_vmdk_snap.domain.revert.run import revert

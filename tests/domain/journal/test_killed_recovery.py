@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qemu_vmdk_snap.domain.doctor import check_domain
+from qemu_vmdk_snap.domain.doctor.domain import check_domain
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from tests.domain.journal.test_killed import (
     COMMANDS,

@@ -10,14 +10,15 @@ import pytest
 from qemu_vmdk_snap import (
     CidMismatch,
     CorruptChain,
-    FormatError,
     ImageOptions,
+    Unsupported,
     create_image,
     create_overlay,
     open_chain,
 )
 from qemu_vmdk_snap.chain.parent import MAX_DEPTH
 from qemu_vmdk_snap.units import SECTOR_SIZE
+from qemu_vmdk_snap.vmdk.descriptor import Descriptor
 from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader
 
 GRAIN = 4096
@@ -108,11 +109,17 @@ def test_a_read_over_grains_of_both_links_takes_each_from_its_own(top: Path) -> 
         assert chain.read_at(0, 4 * GRAIN) == b"0" * GRAIN + b"B" * GRAIN + b"2" * GRAIN + bytes(GRAIN)
 
 
-def test_a_missing_cid_is_named_and_parent_cid_does_not_stand_in(base: Path) -> None:
+def test_without_a_cid_an_image_is_read_and_parent_cid_does_not_stand_in(base: Path) -> None:
     edit_descriptor(base, b"\nCID=", b"\nXID=")
-    with pytest.raises(FormatError) as caught:
-        open_chain(base)
-    assert str(caught.value) == f"{base}: byte 0x200: CID = None: must be in the descriptor"
+    with open_chain(base) as chain:
+        assert chain.links[0].cid == 0xFFFFFFFF
+    before = base.read_bytes()
+    with open_chain(base, writable=True) as chain, pytest.raises(Unsupported, match="byte 0x200: CID = None: such a"):
+        chain.write_at(0, b"x")
+    with pytest.raises(Unsupported, match="is read, but not written"):
+        create_overlay(base.with_name("over.vmdk"), base)
+    assert base.read_bytes() == before
+    assert Descriptor.parse(before[512:].replace(b"parentCID=f", b"parentCID=1"), path=base).cid == 0xFFFFFFFF
 
 
 def test_the_cid_is_found_behind_the_parent_cid(base: Path) -> None:

@@ -205,9 +205,14 @@ def test_the_folder_that_cannot_be_written_is_named_by_the_users_name(tmp_path: 
     assert caught.value.filename == str(tmp_path / "nowhere" / "a.vmdk")
 
 
-def test_a_base_that_is_being_written_is_warned_of(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_that_is_being_written_is_taken_only_where_that_is_asked_for(
+    image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with open_chain(image, writable=True):
-        assert main(["image", "create", "-q", "-b", image.name, str(image.with_name("t.vmdk"))]) == 0
+        assert main(["image", "create", "-q", "-b", image.name, str(image.with_name("t.vmdk"))]) == 75
+        assert not image.with_name("t.vmdk").exists()
+        assert "(-U, --force-share, reads it anyway)" in capsys.readouterr().err
+        assert main(["image", "create", "-qU", "-b", image.name, str(image.with_name("t.vmdk"))]) == 0
     assert "is being written" in capsys.readouterr().err
     assert main(["image", "create", "-q", "-b", image.name, str(image.with_name("u.vmdk"))]) == 0
     assert capsys.readouterr().err == ""

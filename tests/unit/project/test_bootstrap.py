@@ -20,10 +20,13 @@ TOOLS = (
     "grep",
     "head",
     "mkdir",
+    "mv",
+    "rm",
     "sed",
     "sh",
     "sha256sum",
     "sleep",
+    "tail",
     "tr",
 )
 
@@ -81,12 +84,19 @@ class Machine:
             self.script(
                 manager,
                 f'echo "{manager} $*" >>"$CALLS"\n[ ! -e "$MACHINE/broken" ] || exit 100\n'
-                'for word; do echo "$word" >>"$MACHINE/installed"; done\n',
+                'for word; do echo "$word" >>"$MACHINE/installed"; done\n'
+                'case "$*" in *download*) for deb; do :; done; : >"${deb}_1_amd64.deb" ;; esac\n',
             )
+        self.script("dpkg-deb", 'echo "dpkg-deb $*" >>"$CALLS"; mkdir -p "$3/usr/bin"; : >"$3/usr/bin/promtool"\n')
         text = (ROOT / "bootstrap").read_text()
         assert "\nPYTHON=/usr/bin/python3 " in text
         text = text.replace("\nPYTHON=/usr/bin/python3 ", f"\nPYTHON={self.bin}/python3 ")
         text = text.replace("\nOS_RELEASE=/etc/os-release", f"\nOS_RELEASE={folder}/os-release")
+        text = text.replace("\nSYSTEMD=/run/systemd/system ", f"\nSYSTEMD={folder}/systemd ")
+        self.script(
+            "systemctl",
+            'echo "systemctl $*" >>"$CALLS"\ncase $1 in list-unit-files) cat "$MACHINE/enabled" ;; esac\n',
+        )
         (self.checkout / "bootstrap").write_text(text.replace(":/usr/sbin:/sbin", ""))
         (self.checkout / "bootstrap").chmod(0o755)
         (self.checkout / "pyproject.toml").write_text("[project]\n")
@@ -137,7 +147,7 @@ def fedora(tmp_path: Path) -> Machine:
 def test_help_names_every_command(debian: Machine) -> None:
     done = debian.run("--help")
     assert done.returncode == 0
-    assert all(f"\n  {word} " in done.stdout for word in ("demo", "test", "lint", "setup", "--no-system"))
+    assert all(f"\n  {word} " in done.stdout for word in ("demo", "test", "lint", "setup", "test-on", "--no-system"))
 
 
 @pytest.mark.parametrize(("words", "complaint"), [((), "usage"), (("x",), "unknown command x"), (("-x",), "option -x")])
@@ -162,11 +172,23 @@ def test_apt_installs_what_is_missing_and_only_that(tmp_path: Path, os_release: 
     assert not {"seabios", "nasm"} & set(shown)
 
 
+def test_another_debian_takes_mmdebstrap_and_no_set_up(debian: Machine) -> None:
+    (debian.checkout / "tests/machines").mkdir(parents=True)
+    (debian.checkout / "tests/machines/test-on").write_text('echo "test-on $*" >>"$CALLS"\n')
+    assert debian.run("test-on", "debian13", "-k", "two words").returncode == 0
+    lines = debian.calls_file.read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["apt-get", "apt-get", "test-on"]
+    assert lines[1].endswith("--no-install-recommends mmdebstrap")
+    assert lines[2] == "test-on debian13 -k two words"
+    done = debian.run("--no-system", "test-on", "debian13")
+    assert (done.returncode, "test-on needs mmdebstrap" in done.stderr) == (1, True)
+
+
 def test_dnf_installs_what_is_missing_and_only_that(fedora: Machine) -> None:
     (fedora.folder / "installed").write_text("nasm\n")
     assert fedora.run("setup").returncode == 0
     (install,) = fedora.calls("dnf")
-    assert {"qemu-system-x86-core", "nbdkit-python-plugin"} <= set(install.split())
+    assert {"qemu-system-x86-core", "python3-libvirt"} <= set(install.split())
     assert "nasm" not in install.split()
 
 
@@ -238,7 +260,56 @@ def test_test_runs_the_gates_then_pytest_requiring_every_tool(debian: Machine) -
     lines = debian.calls_file.read_text().splitlines()
     assert lines[-2] == "gates"
     assert lines[-1].startswith("python tests/support/reaper.py ")
-    assert lines[-1].endswith("/bin/python -m pytest --require=all -k chain")
+    assert lines[-1].endswith("/bin/python -m pytest --require=all -n auto --maxprocesses=4 --dist=loadfile -k chain")
+
+
+def test_the_demo_installs_what_it_needs_alone(debian: Machine) -> None:
+    assert debian.run("demo").returncode == 0
+    (installed,) = [call for call in debian.calls("apt-get") if " install " in call]
+    assert "qemu-system-x86" in installed.split()
+    assert not {"openssh-server", "libvirt-daemon-system", "shellcheck", "qemu-utils"} & set(installed.split())
+    debian.run("test")
+    assert any(".[all,dev]" in call for call in debian.calls("python"))  # the rest comes with the first test run
+    debian.run("demo")
+    assert not any("pip install" in call for call in debian.calls("python"))
+
+
+def test_services_that_come_with_packages_are_left_disabled(debian: Machine) -> None:
+    (debian.folder / "systemd").mkdir()
+    enabled = debian.folder / "enabled"
+    enabled.write_text("cron.service enabled enabled\n")
+    script = (debian.bin / "apt-get").read_text()
+    debian.script("apt-get", f'{script}\necho "ssh.service enabled enabled" >>"$MACHINE/enabled"\n')
+    done = debian.run("setup")
+    assert done.returncode == 0, done.stderr
+    changed = {call for call in debian.calls("systemctl") if not call.startswith("list")}
+    assert changed == {"disable --now ssh.service"}
+    assert "left disabled: ssh.service" in done.stderr
+
+
+def test_what_packages_print_goes_to_a_log(debian: Machine) -> None:
+    script = (debian.bin / "apt-get").read_text()
+    debian.script("apt-get", f"{script}\necho 'Unpacking a thousand things'\n")
+    done = debian.run("setup")
+    assert "Unpacking" not in done.stderr + done.stdout
+    assert "Unpacking" in (debian.checkout / ".cache/bootstrap.log").read_text()
+    (debian.folder / "installed").write_text("")
+    (debian.folder / "broken").touch()
+    debian.script("apt-get", "echo 'E: no space left'; exit 100\n")
+    done = debian.run("setup")
+    assert done.returncode == 1
+    assert "E: no space left" in done.stderr  # its end, where it failed
+
+
+def test_what_runs_a_service_is_unpacked_and_not_installed(debian: Machine) -> None:
+    assert debian.run("setup").returncode == 0
+    assert "prometheus" not in " ".join(debian.calls("apt-get")).split()
+    assert debian.run("test").returncode == 0
+    assert (debian.checkout / ".venv/oracles/usr/bin/promtool").is_file()
+    assert [path.name for path in (debian.checkout / ".venv/oracles").iterdir()] == ["usr"]
+    debian.calls("apt-get")
+    assert debian.run("test").returncode == 0
+    assert debian.calls("apt-get") == []  # once
 
 
 def test_failed_gates_end_the_run(debian: Machine) -> None:
@@ -255,8 +326,7 @@ def test_no_system_demo_gives_up_naming_what_it_cannot_do_without(debian: Machin
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("bootstrap: demo cannot work without: qemu-system-x86 ")
-    assert "xfsprogs" not in last  # of use to the tests alone
-    assert "xfsprogs" in done.stderr
+    assert "xfsprogs" not in done.stderr  # of use to the tests alone
     assert not (debian.checkout / ".venv").exists()
     assert debian.calls("apt-get") == []
 
@@ -266,8 +336,8 @@ def test_no_system_test_goes_on_without_requiring_the_missing_tools(debian: Mach
     (debian.folder / "no-libvirt").touch()
     assert debian.run("--no-system", "test").returncode == 0
     calls = debian.calls("python")
-    assert calls[-1].endswith(" -m pytest --require=none")
-    assert any(call.endswith("-e .[nbd,harness,dev]") for call in calls)
+    assert calls[-1].endswith(" -m pytest --require=none -n auto --maxprocesses=4 --dist=loadfile")
+    assert any(call.endswith("-e .[harness,dev]") for call in calls)
 
 
 def test_without_root_and_sudo_it_says_what_to_do(debian: Machine) -> None:

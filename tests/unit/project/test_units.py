@@ -18,13 +18,17 @@ from qemu_vmdk_snap.units import byte_sectors, format_size, parse_size, round_up
         ("2T", 2 << 40),
         ("7b", 7),
         (" 8M ", 8 << 20),
+        ("0x200", 512),
+        ("0XfF", 255),
     ],
 )
 def test_parse_size(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "K", "-1", "1KB", "1X", "0.3", "nan", "1e3x", "1 2", ".", "0x10"])
+@pytest.mark.parametrize(
+    "text", ["", "K", "-1", "1KB", "1X", "0.3", "nan", "1e3x", "1 2", ".", "0x", "0x10k", "0x1_0", "-0x1"]
+)
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="size"):
         parse_size(text)

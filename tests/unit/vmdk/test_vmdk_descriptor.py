@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qemu_vmdk_snap import FormatError, InvalidRequest, open_chain
+from qemu_vmdk_snap import FormatError, InvalidRequest, Unsupported, open_chain
+from qemu_vmdk_snap.chain.identity import with_fresh_cid
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor, is_descriptor, make_descriptor
 
 PATH = Path("d.vmdk")
@@ -102,10 +103,32 @@ def test_encodings(tmp_path: Path, encoding: str, codec: str, name: str) -> None
         assert chain.read_at(0, 1) == b"q"
 
 
-def test_an_unknown_encoding_is_refused() -> None:
-    raw = PLAIN.replace(b"version=1\n", b'version=1\nencoding="EBCDIC"\n').replace(b"d-flat", b"\xc4\xc9")
-    with pytest.raises(FormatError, match=r"encoding = 'EBCDIC': must be UTF-8 or an encoding of Windows or Unix"):
-        parse(raw)
+@pytest.mark.parametrize("encoding", [b"EBCDIC", b"UTF-16", b"ISO_8859-1:1987"])
+def test_names_in_an_unknown_encoding_are_tried_as_they_are(tmp_path: Path, encoding: bytes) -> None:
+    raw = PLAIN.replace(b"version=1\n", b'version=1\nencoding="' + encoding + b'"\n').replace(b"d-flat", b"\xc4\xc9")
+    found = parse(raw)
+    assert found.raw == raw
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xc4\xc9.vmdk")).write_bytes(b"q" * 63 * 512)
+    (tmp_path / "d.vmdk").write_bytes(raw)
+    with open_chain(tmp_path / "d.vmdk") as chain:
+        assert chain.read_at(0, 1) == b"q"
+
+
+@pytest.mark.parametrize(
+    ("cid", "parent", "seen"),
+    [
+        (b"CID=0x0abc1234", b"parentCID=ffffffff", (0x0ABC1234, NO_PARENT)),
+        (b"CID=0abc1234", b"parentCID=0xFFFFFFFF", (0x0ABC1234, NO_PARENT)),
+        (b"CID=0abc1234", b"", (0x0ABC1234, NO_PARENT)),
+        (b"", b"parentCID=ffffffff", (NO_PARENT, NO_PARENT)),
+    ],
+)
+def test_cids_that_are_odd_are_read(cid: bytes, parent: bytes, seen: tuple[int, int]) -> None:
+    raw = PLAIN.replace(b"\nCID=0abc1234", b"\n" + cid).replace(b"parentCID=ffffffff", parent)
+    assert (parse(raw).cid, parse(raw).parent_cid) == seen
+    if cid != b"CID=0abc1234":
+        with pytest.raises(Unsupported, match="is read, but not written"):
+            with_fresh_cid(parse(raw))
 
 
 def test_an_unknown_encoding_of_plain_text_is_no_matter() -> None:

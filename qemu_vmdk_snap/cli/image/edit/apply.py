@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_orphan, add_progress, add_quiet
+from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
 
 
@@ -16,8 +16,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_progress(parser)
     add_allow_dir(parser)
     add_orphan(parser)
-    parser.add_argument("delta", type=Path)
-    parser.add_argument("filename", type=Path)
+    parser.add_argument("delta", type=image_file, help="a delta of image diff")
+    parser.add_argument("filename", type=image_file, help="the copy of the base, which is changed")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -30,6 +30,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         args.delta, args.filename, force=args.force, orphans=args.orphan, resolver=find, on_progress=ui.progress
     )
     if ui.json_output:
-        ui.json({"filename": str(report.path), "delta": str(report.delta), "cid": report.cid})
+        ui.json(report.as_dict())
         return
     ui.text("Delta applied.")

@@ -5,18 +5,28 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_orphan, add_progress, add_quiet, as_seen_from, need_vmdk
+from qemu_vmdk_snap.cli.image.common import (
+    add_allow_dir,
+    add_cache,
+    add_orphan,
+    add_progress,
+    add_quiet,
+    add_rate_limit,
+    as_seen_from,
+    need_vmdk,
+)
+from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image commit`."""
     parser.add_argument("-f", "--format", default="vmdk", metavar="FMT", help="format of the image: vmdk")
-    parser.add_argument("-t", "--cache", help=argparse.SUPPRESS)
+    add_cache(parser, "-t", "--cache", "accepted, without effect")
+    add_rate_limit(parser)
     parser.add_argument(
         "-b",
         "--base",
-        type=Path,
         metavar="BASE",
         help="the image to merge into, relative to the folder of the image (default: its parent)",
     )
@@ -43,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_progress(parser)
     add_allow_dir(parser)
     add_orphan(parser)
-    parser.add_argument("filename", type=Path)
+    parser.add_argument("filename", type=image_file, help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -60,17 +70,11 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         children=args.child,
         orphans=args.orphan,
         resolver=confined(args.allow_dir),
+        rate_limit=args.rate_limit,
         on_progress=ui.progress,
     )
     if ui.json_output:
-        ui.json(
-            {
-                "filename": str(report.path),
-                "base": str(report.base),
-                "relinked": [str(path) for path in report.relinked],
-                "deleted": [str(path) for path in report.deleted],
-            }
-        )
+        ui.json(report.as_dict())
         return
     for path in report.relinked:
         ui.text(f"{path}: its parent is now {report.base}")

@@ -1,20 +1,22 @@
-"""`image rebase`: put an image on another parent, or with `-b ""` on none."""
+"""`image rebase`: change the parent of an image, or with `-b ""` remove it."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_progress, add_quiet, as_seen_from, need_vmdk
+from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_cache, add_progress, add_quiet, as_seen_from, need_vmdk
+from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.errors import Unsupported
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image rebase`."""
     parser.add_argument("-f", "--format", default="vmdk", metavar="FMT", help="format of the image: vmdk")
     parser.add_argument("-F", "--backing-format", default="vmdk", metavar="FMT", help="format of the parent: vmdk")
-    parser.add_argument("-t", "--cache", help=argparse.SUPPRESS)
-    parser.add_argument("-T", "--src-cache", help=argparse.SUPPRESS)
+    add_cache(parser, "-t", "--cache", "accepted, without effect")
+    add_cache(parser, "-T", "--src-cache", "accepted, without effect")
+    parser.add_argument("-U", "--force-share", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "-u", "--unsafe", action="store_true", help="only change the name of the parent: no data is copied"
     )
@@ -28,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
     add_progress(parser)
     add_allow_dir(parser)
-    parser.add_argument("filename", type=Path)
+    parser.add_argument("filename", type=image_file, help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -37,10 +39,12 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.ops.edit.rebase import rebase
 
     need_vmdk(args.filename, args.format)
+    if args.force_share:
+        raise Unsupported(args.filename, "-U: an image that another process may be writing is not changed")
     parent = as_seen_from(args.filename, args.backing) if args.backing else None
     if parent is not None:
         need_vmdk(parent, args.backing_format)
     trusted = [*args.allow_dir, *([] if parent is None else [parent.parent])]
     report = rebase(args.filename, parent, unsafe=args.unsafe, resolver=confined(trusted), on_progress=ui.progress)
     if ui.json_output:
-        ui.json({"filename": str(report.path), "backing-filename": report.parent and str(report.parent)})
+        ui.json(report.as_dict())

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, warn_pending
+from qemu_vmdk_snap.cli.snapshot.show.choose import add_choice, choose
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
 from qemu_vmdk_snap.units import format_size
@@ -26,9 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     shape.add_argument(
         "--sizes", action="store_true", help="add columns with the size of the frozen files and the depth of the chain"
     )
-    parser.add_argument("--roots", action="store_true", help="only snapshots without a parent")
-    parser.add_argument("--leaves", action="store_true", help="only snapshots without children")
-    parser.add_argument("--current", action="store_true", help="only children of the current snapshot")
+    add_choice(parser)
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int:
@@ -38,12 +37,12 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     from qemu_vmdk_snap.domain.registry import list_snapshots
 
     if (args.domain is None) is not args.all:
-        raise InvalidRequest("snapshot list", "give a domain or --all, one of them")
+        raise InvalidRequest("snapshot list", "needs either a domain or --all")
     if args.all:
         return _list_all(args, ui)
     with connection(args.connect) as conn:
         warn_pending(pending_line(conn, args.domain), ui)
-        snapshots = _wanted(list_snapshots(conn, args.domain), args)
+        snapshots = choose(list_snapshots(conn, args.domain), args)
     if ui.json_output:
         ui.json([snapshot.as_dict() for snapshot in snapshots])
     else:
@@ -64,7 +63,7 @@ def _list_all(args: argparse.Namespace, ui: Ui) -> int:
         for name in list_domains(conn):
             try:
                 warn_pending(pending_line(conn, name), ui)
-                snapshots = _wanted(list_snapshots(conn, name), args)
+                snapshots = choose(list_snapshots(conn, name), args)
             except (VmdkSnapError, OSError) as error:
                 status = status_of(error)
                 first = first or status
@@ -94,20 +93,11 @@ def _show(snapshots: Sequence[SnapshotInfo], args: argparse.Namespace, ui: Ui) -
         _table(snapshots, ui, with_parent=args.parent, with_sizes=args.sizes)
 
 
-def _wanted(snapshots: Sequence[SnapshotInfo], args: argparse.Namespace) -> list[SnapshotInfo]:
-    current = next((snapshot.name for snapshot in snapshots if snapshot.current), None)
-    return [
-        snapshot
-        for snapshot in snapshots
-        if not (args.roots and snapshot.parent is not None)
-        and not (args.leaves and snapshot.children)
-        and not (args.current and (current is None or snapshot.parent != current))
-    ]
-
-
 def _table(snapshots: Sequence[SnapshotInfo], ui: Ui, *, with_parent: bool, with_sizes: bool) -> None:
     header = ["Name", "Creation Time", "State", *(["Parent"] if with_parent else [])]
     header += ["Frozen", "Depth"] if with_sizes else []
+    with_foreign = any(snapshot.foreign for snapshot in snapshots)
+    header += ["Foreign"] if with_foreign else []
     rows = []
     for snapshot in snapshots:
         created = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(snapshot.creation_time))
@@ -116,4 +106,5 @@ def _table(snapshots: Sequence[SnapshotInfo], ui: Ui, *, with_parent: bool, with
             frozen = [disk.frozen_bytes for disk in snapshot.disks if disk.frozen_bytes is not None]
             depths = [disk.depth for disk in snapshot.disks if disk.depth is not None]
             rows[-1] += [format_size(sum(frozen)) if frozen else "-", str(max(depths)) if depths else "-"]
+        rows[-1] += [snapshot.foreign or ""] if with_foreign else []
     ui.table(header, rows)

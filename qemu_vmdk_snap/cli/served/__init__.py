@@ -1,0 +1,1 @@
+"""The commands about served disks of domains; `serve` itself serves one image."""

@@ -1,0 +1,43 @@
+"""`serve detach`: let QEMU itself open the files of these disks again."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_dry_run, tell_recovery
+from qemu_vmdk_snap.cli.ui import Ui
+
+if TYPE_CHECKING:
+    from qemu_vmdk_snap.domain.attach.run import AttachReport
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_domain(parser)
+    parser.add_argument(
+        "disk", metavar="DISK", nargs="*", help="disks, by target or file (default: all that are served)"
+    )
+    add_dry_run(parser)
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Let QEMU open the files, and say which."""
+    from qemu_vmdk_snap.domain.attach.run import detach
+    from qemu_vmdk_snap.domain.connect import connection
+
+    with connection(args.connect) as conn:
+        report = detach(conn, args.domain, args.disk, dry_run=args.dry_run)
+    tell_recovery(report.recovered, ui)
+    if ui.json_output:
+        ui.json(report.as_dict())
+        return
+    for line in lines(report):
+        ui.text(line)
+
+
+def lines(report: AttachReport) -> list[str]:
+    """Return what was done, a line for each disk."""
+    will = "would be" if report.dry_run else "is"
+    found = [f"Disk {disk.target}: {disk.file} {will} opened by QEMU itself" for disk in report.disks]
+    return found or ["Nothing to change: these disks are not served"]

@@ -1,0 +1,1 @@
+"""The commands on a whole domain with all its files."""

@@ -1,0 +1,80 @@
+"""The words of a command line in the order that argparse reads best: options first, each with its value, then the rest.
+
+qemu-img and virsh take options before, between and behind the other words. argparse does not, where a word is optional,
+and what it says of an option that it does not know is about the option's value. So the words are sorted here, as
+getopt_long sorts them, and what is unknown or incomplete is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final, NoReturn, Protocol
+
+_ENDS: Final = "--"
+
+
+class Option(Protocol):
+    """What has to be known of an option: argparse's own record of it."""
+
+    @property
+    def nargs(self) -> int | str | None:
+        """How many words follow it: 0 for a flag, None for one value."""
+
+
+def sorted_words(
+    words: Iterable[str], options: Mapping[str, Option], wrong: Callable[[str], NoReturn], *, plain: Sequence[str] = ()
+) -> list[str]:
+    """Return `words` with the options first, values attached to theirs, and then the rest, behind `--`.
+
+    `options` are the known ones by name. Words that begin like those of `plain` are no options. `wrong` is called with
+    what to say of an option that is unknown, or lacks its value, or has one that it does not take.
+    """
+    first: list[str] = []
+    rest: list[str] = []
+    left = iter(words)
+    for word in left:
+        if word == _ENDS:
+            rest += left
+        elif len(word) < 2 or word[0] != "-" or any(word.startswith(start) for start in plain):
+            rest.append(word)
+        elif word.startswith(_ENDS):
+            first += _long(word, left, options, wrong)
+        else:
+            first += _short(word, left, options, wrong)
+    return [*first, _ENDS, *rest] if rest else first
+
+
+def _long(word: str, left: Iterator[str], options: Mapping[str, Option], wrong: Callable[[str], NoReturn]) -> list[str]:
+    name, equals, value = word.partition("=")
+    option = options.get(name)
+    if option is None:
+        wrong(f"no option {name!r}")
+    if option.nargs == 0:
+        if equals:
+            wrong(f"option {name!r} takes no value")
+        return [name]
+    return [f"{name}={value if equals else _value(name, left, wrong)}"]
+
+
+def _short(
+    word: str, left: Iterator[str], options: Mapping[str, Option], wrong: Callable[[str], NoReturn]
+) -> list[str]:
+    found: list[str] = []
+    for at in range(1, len(word)):
+        name = f"-{word[at]}"
+        option = options.get(name)
+        if option is None:
+            wrong(f"no option {name!r}" + (f" (in {word!r})" if len(word) > 2 else ""))
+        if option.nargs != 0:
+            value = word[at + 1 :] or _value(name, left, wrong)
+            # An empty value cannot be attached, and one that begins with a dash must be.
+            return [*found, *([name + value] if value else [name, ""])]
+        found.append(name)
+    return found
+
+
+def _value(name: str, left: Iterator[str], wrong: Callable[[str], NoReturn]) -> str:
+    word = next(left, None)
+    if word is None:
+        wrong(f"option {name!r} needs a value")
+    return word

@@ -1,0 +1,1 @@
+"""How a disk is attached: direct, by QEMU's own vmdk driver, or served by a server of ours."""

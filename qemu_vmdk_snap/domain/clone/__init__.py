@@ -1,0 +1,1 @@
+"""Copying a domain: a new one on overlays of frozen files, or on copies."""

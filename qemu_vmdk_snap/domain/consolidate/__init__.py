@@ -1,0 +1,1 @@
+"""Merging the links of a chain that no snapshot has."""

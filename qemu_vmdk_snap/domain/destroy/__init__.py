@@ -1,0 +1,1 @@
+"""Undefining a domain, and deleting every file that is its alone."""

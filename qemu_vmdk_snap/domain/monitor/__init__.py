@@ -1,0 +1,1 @@
+"""Figures about domains, their snapshots and disks, for monitoring."""

@@ -1,0 +1,1 @@
+"""Moving the files of a domain to another folder."""

@@ -1,0 +1,1 @@
+"""Disks that a server of ours serves: where, by whom, and how commands speak to it."""

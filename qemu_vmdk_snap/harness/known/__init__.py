@@ -1,0 +1,1 @@
+"""Known content: what was written to a disk, and guests that are held to it."""

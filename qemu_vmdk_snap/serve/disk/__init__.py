@@ -1,0 +1,1 @@
+"""The disk that is served: its links, where each unit is, reading and writing it."""

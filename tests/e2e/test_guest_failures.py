@@ -1,0 +1,202 @@
+"""Is a guest that fails told of soon, with the right words, and with all that one needs to look for the cause?
+
+Each has an image of its own whose boot sector does the wrong thing. The limits are those of an idle machine and of one
+with four times as much to do as it has processors; where the tests share the machine, the second holds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from qemu_vmdk_snap import GuestError, create_image, create_overlay, open_chain
+from qemu_vmdk_snap.cli.main import main
+from qemu_vmdk_snap.harness import boot, disk_image
+
+pytestmark = pytest.mark.needs("qemu-system-x86_64")
+
+MIB = 1 << 20
+HALT = b"\xfa\xf4\xeb\xfd"  # cli; again: hlt; jmp again
+LOOP = b"\xeb\xfe"  # again: jmp again
+RESET = b"\xfa\x0f\x01\x1e\x00\x7d\xcc"  # cli; lidt [0x7d00], which is zeros; int3
+PANIC = b"\xba\x05\x05\xb0\x01\xee" + HALT  # mov dx, 0x505; mov al, 1; out dx, al: QEMU's pvpanic
+CHATTER = b"\xba\xf8\x03\xb0.\xee\xeb\xfd"  # mov dx, COM1; mov al, '.'; again: out dx, al; jmp again
+
+IDLE, LOADED = 5.0, 15.0
+
+
+def limit() -> float:
+    """Return how long a verdict may take: as long as on a loaded machine where this one is."""
+    return IDLE if os.getloadavg()[0] < (os.cpu_count() or 1) * 0.75 else LOADED
+
+
+def bootable(path: Path, code: bytes | None) -> Path:
+    create_image(path, 4 * MIB, durable=False)
+    if code is not None:
+        with open_chain(path, writable=True) as chain:
+            chain.write_at(0, code.ljust(510, b"\0") + b"\x55\xaa")
+    return path
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    started, most = time.monotonic(), limit()
+    yield
+    assert time.monotonic() - started < max(most, limit())
+
+
+CASES = {
+    "no boot sector": (None, "the firmware finds no bootable device: Hard Disk: Boot failed: not a bootable disk"),
+    "halted": (HALT, r"the guest hangs: no output and no disk access for 2\.\d s of its own time; "),
+    "in a loop": (LOOP, r"the guest hangs: .*; it runs in a loop at 0000:00007c00"),
+    "reset": (RESET, r"the guest reset itself \(a triple fault or a reboot\)"),
+    "panic": (PANIC, "the guest panicked"),
+}
+
+
+@pytest.mark.parametrize(("code", "words"), CASES.values(), ids=list(CASES))
+def test_what_is_wrong_is_told_in_time(tmp_path: Path, code: bytes | None, words: str) -> None:
+    image = bootable(tmp_path / "bad.vmdk", code)
+    with in_time(), pytest.raises(GuestError) as caught, boot(image, from_disk=True, log_dir=tmp_path / "logs"):
+        pass
+    assert re.match(f"guest bad\\.vmdk: waiting for the probe's first line: {words}", str(caught.value))
+    assert caught.value.logs == tmp_path / "logs"
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    if code == HALT:
+        assert "halted at 0000:00007c02 with interrupts off" in str(caught.value)
+
+
+def test_a_guest_that_talks_but_never_gets_there(tmp_path: Path) -> None:
+    image = bootable(tmp_path / "bad.vmdk", CHATTER)
+    words = r"waiting for 'login:': not in 1 s of the guest's own time"
+    with in_time(), pytest.raises(GuestError, match=words) as caught:
+        boot(image, expect="login:", seconds=1.0, log_dir=tmp_path / "logs").__enter__()
+    assert "\n--- serial line, last 12 lines\n...." in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [(b"a login:", None), (b"Kernel panic - not syncing: VFS", "Kernel panic - not syncing: VFS"), (b"oops", "oops")],
+)
+def test_a_system_of_the_disks_own_is_awaited(tmp_path: Path, text: bytes, wrong: str | None) -> None:
+    """The boot sector writes a line to the serial port, and halts."""
+    code = b"\xbe\x10\x7c\xba\xf8\x03\xac\x84\xc0\x74\x03\xee\xeb\xf8\xf4\xf4" + text + b"\r\n\0"
+    image = bootable(tmp_path / "system.vmdk", code)
+    with in_time():
+        if wrong is None:
+            with boot(image, expect="login:") as guest:
+                assert guest.boot_seconds > 0
+            return
+        with pytest.raises(GuestError, match=f"waiting for 'login:': {wrong}"):
+            boot(image, expect="login:", failures=[re.compile(b"Kernel panic[^\r]*"), b"oops"]).__enter__()
+
+
+def test_qemu_that_dies_while_it_boots(tmp_path: Path) -> None:
+    image = bootable(tmp_path / "bad.vmdk", LOOP)
+    killer = "import os, sys, time; time.sleep(0.3); os.kill(int(sys.argv[1]), 9)"
+    machine = boot(image, expect="never", log_dir=tmp_path / "logs", qemu_args=["-pidfile", str(tmp_path / "pid")])
+    code = f"import time\nwhile not open({str(tmp_path / 'pid')!r}, 'a+').seek(0, 2): time.sleep(0.01)\n"
+    code += f"import sys; sys.argv.append(open({str(tmp_path / 'pid')!r}).read())\n{killer}"
+    words = "waiting for 'never': QEMU ended with -9: it said nothing"
+    with subprocess.Popen([sys.executable, "-c", code]), in_time(), pytest.raises(GuestError, match=words):
+        machine.__enter__()
+
+
+def test_a_guest_that_stops_answering(tmp_path: Path) -> None:
+    image = bootable(tmp_path / "a.vmdk", None)
+    with in_time(), boot(image, log_dir=tmp_path / "logs") as guest:
+        guest.qmp("stop")
+        with pytest.raises(GuestError) as caught:
+            guest.probe.size()
+    assert "waiting for the answer to 'size': the guest hangs" in str(caught.value)
+    assert str(caught.value).endswith(f"QEMU says that it is paused (logs: {tmp_path / 'logs'})")
+
+
+def test_the_report_has_all_there_is(tmp_path: Path) -> None:
+    bootable(tmp_path / "base.vmdk", PANIC)
+    create_overlay(tmp_path / "top.vmdk", tmp_path / "base.vmdk", durable=False)
+    with pytest.raises(GuestError) as caught, boot(tmp_path / "top.vmdk", from_disk=True, log_dir=tmp_path / "logs"):
+        pass
+    (report,) = caught.value.__notes__
+    assert report == (tmp_path / "logs/report.txt").read_text().rstrip("\n")
+    for words in (
+        "Booting from 0000:7c00\n--- standard error of QEMU\n",
+        '"event": "GUEST_PANICKED"',
+        f"\n0  {tmp_path}/top.vmdk  monolithicSparse, 4 MiB, CID ",
+        "(base.vmdk)\n1  ",
+        f"  {tmp_path}/base.vmdk  vmdk, 4 MiB\n",
+        "QEMU HARDDISK ATA-7 Hard-Disk (4 MiBytes)",
+        f"--- logs: {tmp_path / 'logs'}",
+    ):
+        assert words in report
+    shown = "".join(traceback.format_exception(caught.value))
+    assert shown.count("Traceback") == 1
+
+
+def test_the_command_of_the_report_runs_again(tmp_path: Path) -> None:
+    image = bootable(tmp_path / "a.vmdk", PANIC)
+    before = image.read_bytes()
+    with pytest.raises(GuestError), boot(image, from_disk=True, writable=True, log_dir=tmp_path / "logs"):
+        pass
+    command = (tmp_path / "logs/command").read_text()
+    assert command.strip() in (tmp_path / "logs/report.txt").read_text()
+    with subprocess.Popen(
+        shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as qemu:
+        assert qemu.stderr is not None
+        while b"Booting from 0000:7c00" not in (line := qemu.stderr.readline()):
+            assert line
+        qemu.send_signal(signal.SIGTERM)
+    assert image.read_bytes() == before
+
+
+def test_a_guest_that_is_held_goes_on(tmp_path: Path) -> None:
+    image = bootable(tmp_path / "bad.vmdk", HALT)
+    with pytest.raises(GuestError) as caught, boot(image, from_disk=True, log_dir=tmp_path / "logs", hold=True):
+        pass
+    told = caught.value.__notes__[-1]
+    pid = int(re.search(r"kill (\d+)$", told)[1])  # type: ignore[index]
+    try:
+        sockets = [Path(path) for path in re.findall(r"UNIX-CONNECT:(\S+);", told)]
+        assert [path.name for path in sockets] == ["console", "monitor"]
+        assert all(path.is_socket() for path in sockets)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        shutil.rmtree(sockets[0].parent)
+
+
+def test_on_the_command_line_it_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    image = bootable(tmp_path / "bad.vmdk", None)
+    assert main(["guest", "boot", "--from-disk", str(image)]) == 71
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("qemu-vmdk-snap: guest bad.vmdk: waiting for the probe's first line: the firmware finds no ")
+
+
+def test_a_probe_that_is_well_leaves_no_report(tmp_path: Path) -> None:
+    image = bootable(tmp_path / "a.vmdk", None)
+    with open_chain(image, writable=True) as chain:
+        chain.write_at(0, disk_image())
+    with boot(image, from_disk=True, log_dir=tmp_path / "logs") as guest:
+        guest.power_off()
+        assert guest.report is None
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {
+        *("command", "firmware.log", "qmp.log", "serial.log", "stderr.log")
+    }

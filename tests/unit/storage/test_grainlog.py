@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qemu_vmdk_snap import CorruptChain, check_image, create_image, open_chain, open_link, recover
+from qemu_vmdk_snap.storage import grainlog
+from qemu_vmdk_snap.storage.grainlog import GrainLog, Noted, waiting, waiting_in
+from qemu_vmdk_snap.storage.identity import Identity, identity_of
+from qemu_vmdk_snap.units import MIB
+from qemu_vmdk_snap.vmdk.grain.extent import GrainExtent
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setattr(grainlog, "folders", lambda: [folder])
+    return folder
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "a.vmdk"
+    create_image(path, MIB)
+    return path
+
+
+def left_behind(image: Path, cid: int, *notes: Noted) -> None:
+    """Leave the log of a process that has died."""
+    identity = identity_of(image)
+    assert identity is not None
+    log = GrainLog.create(image, identity, cid)
+    for note in notes:
+        log.note(*note)
+    log.close()
+
+
+def stored(image: Path, grain: int, data: bytes) -> tuple[int, int]:
+    """Store a grain that no table names, as a killed server does; return the CID and the sector."""
+    link = open_link(image, writable=True)
+    try:
+        extent = link.extents[0].extent
+        assert isinstance(extent, GrainExtent)
+        position = extent.append(grain, data)
+        return link.cid, position // 512
+    finally:
+        link.close()
+
+
+@pytest.mark.usefixtures("home")
+def test_what_was_noted_is_read_in_order_until_the_next_flush(image: Path) -> None:
+    log = GrainLog.create(image, Identity(1, 2), 0xABCD)
+    expected = [Noted(number % 3, number << 20, number * 7) for number in range(10_000)]
+    for note in expected:
+        log.note(*note)
+    assert list(log.notes()) == expected
+    log.stored()
+    assert len(log) == 0
+    assert list(log.notes()) == []
+    log.note(0, 5, 6)
+    assert list(log.notes()) == [Noted(0, 5, 6)]
+    log.remove()
+
+
+@pytest.mark.usefixtures("home")
+def test_the_log_of_a_living_process_does_not_wait(image: Path) -> None:
+    identity = identity_of(image)
+    assert identity is not None
+    log = GrainLog.create(image, identity, 1)
+    log.note(0, 0, 128)
+    assert waiting(image) is None
+    assert waiting_in(image.parent) == []
+    log.close()
+    assert waiting_in(image.parent) == [image]
+
+
+def test_an_earlier_boot_an_empty_log_and_rubbish_are_none(
+    home: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_behind(image, 1)
+    assert waiting(image) is None
+    assert list(home.iterdir()) == []
+    left_behind(image, 1, Noted(0, 0, 128))
+    (log,) = home.iterdir()
+    log.chmod(0o666)
+    assert waiting(image) is None
+    log.chmod(0o600)
+    whole = log.read_bytes()
+    for damage in (b"", whole[:100], b"x" + whole[1:]):
+        log.write_bytes(damage)
+        assert waiting(image) is None
+    log.write_bytes(whole)
+    monkeypatch.setattr(grainlog, "boot_id", lambda: bytes(16))
+    assert waiting(image) is None
+    assert list(home.iterdir()) == []
+
+
+@pytest.mark.usefixtures("home")
+def test_a_grain_that_waits_is_refused_to_writers_and_named_by_recover(image: Path) -> None:
+    data = os.urandom(65536)
+    cid, sector = stored(image, 3, data)
+    left_behind(image, cid, Noted(0, 3, sector))
+    with pytest.raises(CorruptChain, match=f"its server was killed, .*recover {image}"):
+        open_chain(image, writable=True)
+    assert [(one.operation, one.image) for one in recover(image.parent)] == [("serve", image)]
+    with open_chain(image) as chain:
+        assert chain.read_at(3 * 65536, 65536) == data
+    assert not check_image(image).findings
+    assert recover(image.parent) == []
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(
+    ("cid_off", "note", "reason"),
+    [
+        (1, Noted(0, 3, 0), "was written"),
+        (0, Noted(0, 3, 1 << 20), "was changed"),
+        (0, Noted(5, 3, 0), "was changed"),
+        (0, Noted(0, 1 << 40, 0), "was changed"),
+    ],
+)
+def test_a_log_that_does_not_fit_is_given_up_and_changes_nothing(
+    image: Path, cid_off: int, note: Noted, reason: str
+) -> None:
+    cid, sector = stored(image, 3, os.urandom(65536))
+    left_behind(image, cid + cid_off, note if note.sector else note._replace(sector=sector))
+    before = image.read_bytes()
+    with pytest.raises(CorruptChain, match=reason):
+        recover(image.parent)
+    assert image.read_bytes() == before
+    assert recover(image.parent) == []
