@@ -98,6 +98,7 @@ from qemu_vmdk_snap.storage.blockfile import open_posix as open_posix
 from qemu_vmdk_snap.storage.durable import link_over as link_over
 from qemu_vmdk_snap.storage.durable import replace_file as replace_file
 from qemu_vmdk_snap.storage.identity import Identity as Identity
+from qemu_vmdk_snap.storage.identity import identity_if_known as identity_if_known
 from qemu_vmdk_snap.storage.identity import identity_of as identity_of
 from qemu_vmdk_snap.vmdk.descriptor import Descriptor as Descriptor
 from qemu_vmdk_snap.vmdk.descriptor import ExtentLine as ExtentLine

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 
 def printable(text: str) -> str:
-    r"""Return `text` on one line: control characters, line separators and bytes that are no text are escaped.
+    r"""Return `text` on one line: control characters, line separators and bytes that are not text are escaped.
 
     Names come from untrusted files, and a message must not become two lines, nor move a terminal's cursor. Bytes of
-    a name that are no UTF-8 appear as `\xNN`.
+    a name that are not UTF-8 appear as `\xNN`.
     """
     if text.isprintable():
         return text
@@ -20,7 +20,7 @@ def printable(text: str) -> str:
 
 def _escaped(char: str) -> str:
     code = ord(char)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python carries the byte of a file name that is no UTF-8
+    if 0xDC80 <= code <= 0xDCFF:  # how Python carries the byte of a file name that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     # Spaces of other widths and private characters are harmless, and may be part of somebody's name.
     if unicodedata.category(char) in ("Zs", "Co", "Cn"):
@@ -32,14 +32,14 @@ class VmdkSnapError(Exception):
     """Anything that this package refuses or finds broken. Failures of the system itself stay `OSError`."""
 
     code: ClassVar[str] = "error"
-    """What programs tell errors apart by: lower-case words with dashes, which never change their meaning."""
+    """The code of the error for programs: lower-case words with dashes, which never change their meaning."""
 
     def __str__(self) -> str:
-        """Return the one line that says what is wrong; see `printable`."""
+        """Return the message in one line; see `printable`."""
         return printable(self._sentence())
 
     def _sentence(self) -> str:
-        """Return what is wrong, with names and values as they are."""
+        """Return the message, with names and values unescaped."""
         return super().__str__()
 
 
@@ -83,13 +83,13 @@ class CorruptChain(VmdkSnapError):
 
 
 class MissingFile(CorruptChain):
-    """A parent or an extent is not where the image says: it may be gone, moved, or not mounted."""
+    """A parent or an extent is not where the image says: deleted, moved, or not mounted."""
 
     code = "missing-file"
 
 
 class CidMismatch(VmdkSnapError):
-    """The parent was written after the overlay was made: what the overlay leaves out is no longer there."""
+    """The parent was written after the overlay was made: the overlay no longer fits its contents."""
 
     code = "cid-mismatch"
 
@@ -106,7 +106,7 @@ class CidMismatch(VmdkSnapError):
 
 
 class LockBusy(VmdkSnapError):
-    """Another process holds the image in a way that excludes what was asked."""
+    """Another process has locked the image."""
 
     code = "locked"
 
@@ -136,7 +136,7 @@ class StillNeeded(VmdkSnapError):
 
 
 class InvalidRequest(VmdkSnapError):
-    """What the caller asked for makes no sense for this image, whatever is on the disk."""
+    """The request makes no sense for this image."""
 
     code = "invalid-request"
 
@@ -201,7 +201,7 @@ class NotWhileRunning(DomainError):
 
 
 class GuestError(VmdkSnapError):
-    """A guest did not do its part: QEMU died, an answer was late or damaged, or a command failed inside."""
+    """A guest failed: QEMU died, an answer was late or damaged, or a command failed in the guest."""
 
     code = "guest"
 
@@ -216,7 +216,7 @@ class GuestError(VmdkSnapError):
 
 
 class PluginError(VmdkSnapError):
-    """Something from outside that we called (a drop-in, a needed tool or library) is missing or failed."""
+    """A drop-in, tool or library is missing or failed."""
 
     code = "plugin"
 

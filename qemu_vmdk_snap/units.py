@@ -1,4 +1,4 @@
-"""Sectors and bytes: the two units of the format, told apart by type, and the sizes that people write."""
+"""Sectors and bytes: the two units of the format as two types, and sizes as users write them."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def round_up(value: int, unit: int) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes that `text` names, in qemu-img's way: `512`, `64K`, `1.5G` (powers of 1024), `0x200`.
+    """Return the number of bytes that `text` means, as for qemu-img: `512`, `64K`, `1.5G` (powers of 1024), `0x200`.
 
     Raises:
-        ValueError: `text` is no size, is negative, or is no whole number of bytes.
+        ValueError: `text` is not a size, is negative, or is not a whole number of bytes.
     """
     number, suffix = text.strip(), ""
     if number[:2] in ("0x", "0X") and number.isascii() and "_" not in number:
@@ -60,7 +60,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """Return `size` bytes for a reader, in qemu-img's way: `512 B`, `64 KiB`, `1.5 GiB`."""
+    """Return `size` bytes as text, as qemu-img writes it: `512 B`, `64 KiB`, `1.5 GiB`."""
     value, unit = float(size), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
         if value < 999.5 or unit == "EiB":

@@ -1,4 +1,4 @@
-"""The chain: the top link first, every parent behind it, read and written as the one disk that the guest sees.
+"""The chain: the top link first, every parent below it, read and written as the one disk that the guest sees.
 
         guest offset  0        64K       128K      192K
     top (depth 0)     [ data  ][  hole  ][  zero  ][  hole  ]
@@ -8,11 +8,6 @@
 
 Invariants: a parent is opened for reading only, and only after its CID equals the parentCID of the link above; before
 the first byte of data is written after an open, the top's new CID is durable.
-
-Threads: any number of threads may call `read_at`, `map`, `rows`, `tables`, `resolve`, `read_row` and `read_row_into` of
-one open chain at once, and, of one that is writable, `write_at`, `renew_cid` and `flush` as well: what reads or changes
-the tables of a writable chain takes its turn. A map is of the moment in which each of its windows was resolved. `close`
-belongs to one thread, when no other uses the chain any more; so do `read_below` and the links themselves.
 """
 
 from __future__ import annotations
@@ -24,14 +19,14 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Literal, NamedTuple, Self, overload
 
-import numpy as np
-
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.chain.link import Link, open_link
-from qemu_vmdk_snap.chain.parent import MAX_DEPTH, find_parent
+from qemu_vmdk_snap.chain.parent import Descent, find_parent
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
+from qemu_vmdk_snap.chain.small import continues, is_small, small_rows
 from qemu_vmdk_snap.chain.windows import ROW_GRAINS, TABLE_GRAINS, windows
-from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, InvalidRequest, VmdkSnapError
+from qemu_vmdk_snap.errors import CidMismatch, InvalidRequest, VmdkSnapError
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer, FileOpener, open_posix, open_posix_or_device
 from qemu_vmdk_snap.vmdk.extent import Below, PlacedExtent
 from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, HOLE, NO_SOURCE, Row, RunTable
@@ -45,7 +40,7 @@ class RunKind(IntEnum):
     HOLE = 0
     """Not stored in any link: reads as zeros."""
     ZERO = 1
-    """A link says zeros, over whatever its parents hold."""
+    """A link marks it as zeros, whatever its parents contain."""
     DATA = 2
     """Stored in a link."""
 
@@ -73,7 +68,12 @@ class Source(NamedTuple):
 
 
 class Chain:
-    """An open backing chain. Hold it in a `with` block, or close it: its files stay locked until then."""
+    """An open backing chain. Hold it in a `with` block, or close it: its files stay locked until then.
+
+    Threads: any number of threads may call `read_at`, `map`, `rows`, `tables`, `resolve`, `read_row` and
+    `read_row_into` at once. A map shows each of its windows as it was when that window was resolved. `read_below`,
+    `close` and the links belong to one thread, while no other uses the chain.
+    """
 
     def __init__(self, links: Sequence[Link]) -> None:
         self.links = tuple(links)
@@ -98,7 +98,7 @@ class Chain:
         return self.read_below(0, offset, length)
 
     def read_below(self, depth: int, offset: int, length: int) -> bytes:
-        """Return what is seen from the link at `depth` downwards; zeros behind the end of a shorter link."""
+        """Return what is seen from the link at `depth` downwards; zeros past the end of a shorter link."""
         parts = []
         while length > 0:
             part = self._read_piece(depth, offset, length)
@@ -118,11 +118,16 @@ class Chain:
 
     def rows(self, offset: int = 0, length: int | None = None) -> Iterator[Row]:
         """Yield the same as `map` as plain integers, joined across windows too."""
+        length = self.capacity - offset if length is None else length
+        self._check_range(offset, length)
+        if is_small(self.links):
+            yield from small_rows(self.links, offset, offset + length)
+            return
         last: Row | None = None
         for table in self.tables(offset, length):
             rows = table.rows()
-            if last is not None:  # within a table all that goes on is joined already
-                if _continues(last, rows[0]):
+            if last is not None:  # neighbours within a table are joined already
+                if continues(last, rows[0]):
                     rows[0] = last._replace(length=last.length + rows[0].length)
                 else:
                     yield last
@@ -175,7 +180,7 @@ class Chain:
         return self._inflated(placed, row.file_offset)[inside : inside + length]
 
     def read_row_into(self, row: Row, skip: int, view: memoryview) -> None:
-        """Fill `view` from byte `skip` of `row`: for those who read much, and would not pay for new buffers."""
+        """Fill `view` from byte `skip` of `row`, without allocating a buffer."""
         file = self.file_of(row)
         if file is None:
             view[:] = self.read_row(row, skip, len(view))
@@ -189,7 +194,7 @@ class Chain:
         return self.sources[row.source].placed.extent.file if row.kind == DATA else None
 
     def close(self) -> None:
-        """Close every file of the chain and let go of its locks; closing twice is harmless."""
+        """Close every file of the chain and release its locks; closing twice does nothing."""
         for link in self.links:
             link.close()
 
@@ -227,7 +232,7 @@ class Chain:
     def _stored(placed: PlacedExtent, file_offset: int, length: int) -> bytes:
         file = placed.extent.file
         data = b"" if file is None else file.read_at(file_offset, length)
-        # Some writers end the file inside the last grain: what is missing of it is zeros.
+        # Some writers end the file inside the last grain: the missing part is zeros.
         return data if len(data) == length else data + bytes(length - len(data))
 
     def _inflated(self, placed: PlacedExtent, file_offset: int) -> bytes:
@@ -239,7 +244,11 @@ class Chain:
 
 
 class WritableChain(Chain):
-    """An open chain whose top link takes writes; the top is locked against every other writer and reader."""
+    """An open chain whose top link takes writes; the top is locked against every other writer and reader.
+
+    Threads: as `Chain`; `write_at`, `renew_cid` and `flush` as well. A lock lets one of those that read or change the
+    tables run at a time.
+    """
 
     def __init__(self, links: Sequence[Link], *, cid_renewed: bool = False) -> None:
         """Take open links; `cid_renewed` where the top has got its new CID since it was opened."""
@@ -263,8 +272,8 @@ class WritableChain(Chain):
 
         Raises:
             InvalidRequest: the range is not inside the disk.
-            Unsupported: the top link is of a kind that cannot take the write.
-            OSError: the system refused (no space, I/O error); what was flushed before reads as it did.
+            Unsupported: the kind of the top link does not allow the write.
+            OSError: the system refused (no space, I/O error); data that was flushed before is unchanged.
         """
         view = memoryview(data).cast("B")
         self._check_range(offset, len(view))
@@ -354,17 +363,17 @@ def open_chain(
     """Open an image and every parent below it, locked as QEMU locks them, and check that each parent may be trusted.
 
     Parents and extents are opened beside the file that names them and below `trusted_dirs`, nowhere else; `resolver`
-    takes the place of that rule. `lock=False` is qemu-img's `-U`: read what somebody else may be writing.
+    replaces that rule. `lock=False` is qemu-img's `-U`: read an image that may be in use for writing.
     `allow_devices` lets extents be block devices below /dev, with the system's own opener.
 
     Raises:
         OSError: a file cannot be opened.
-        FormatError: a file is no VMDK, or breaks the format.
+        FormatError: a file is not a VMDK image, or breaks the format.
         CidMismatch: a parent was written after its overlay was made.
         CorruptChain: a parent is missing, outside the folders that may be opened, or the chain is a loop; or, for
-            writing, an interrupted operation on the image waits for `recover`.
-        LockBusy: another process holds an image in a way that excludes this open.
-        Unsupported: an image is of a kind, or asked for an access, that is not available.
+            writing, an interrupted operation on the image is not finished.
+        LockBusy: another process has locked an image.
+        Unsupported: the kind of an image, or the requested access to it, is not supported.
     """
     if allow_devices:
         opener, trusted_dirs = open_posix_or_device, [*trusted_dirs, "/dev"]
@@ -394,7 +403,7 @@ def open_links(
 ) -> Chain:
     """Open a chain whose links at `writable_depths` are held for writing: for operations that change links themselves.
 
-    Nothing is written by way of the chain, and no CID is renewed: that is up to the operation. Raises what `open_chain`
+    Nothing is written through the chain, and no CID is renewed: that is up to the operation. Raises what `open_chain`
     does.
     """
     links: list[Link] = []
@@ -416,15 +425,10 @@ def _open_links(
     lock: bool,
     check_cids: bool,
 ) -> None:
-    seen: set[Path] = set()
+    descent = Descent()
     sources = 0
     while True:
-        real = path.resolve()
-        if real in seen:
-            raise CorruptChain(links[-1].path, f"its parent {path} is already in the chain: the chain is a loop")
-        if len(links) == MAX_DEPTH:
-            raise CorruptChain(links[0].path, f"the chain is deeper than {MAX_DEPTH} links")
-        seen.add(real)
+        descent.step(path)
         link = _open_one(path, links, find, opener, writable, sources, lock)
         links.append(link)
         sources += len(link.extents)
@@ -448,11 +452,3 @@ def _open_one(
     write = len(above) in writable
     owner = above[-1].path if above else None
     return open_link(path, opener=opener, writable=write, resolver=find, first_source=sources, lock=lock, owner=owner)
-
-
-def _continues(last: Row, row: Row) -> bool:
-    if (last.kind, last.source) != (row.kind, row.source):
-        return False
-    if row.kind == DATA:
-        return row.file_offset == last.file_offset + last.length
-    return row.kind != COMPRESSED or row.file_offset == last.file_offset

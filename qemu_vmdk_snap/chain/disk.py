@@ -1,4 +1,4 @@
-"""What whole-disk operations read from: a VMDK chain, or a raw file."""
+"""The source of whole-disk operations: a VMDK chain, or a raw file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Disk(Protocol):
         """Return `length` bytes from byte `skip` of `row`."""
 
     def read_row_into(self, row: Row, skip: int, view: memoryview) -> None:
-        """Fill `view` from byte `skip` of `row`: for those who read much, and would not pay for new buffers."""
+        """Fill `view` from byte `skip` of `row`, without allocating a buffer."""
 
     def file_of(self, row: Row) -> BlockFile | None:
         """Return the file that stores `row` as it is, for the kernel to copy from; None where there is none."""
@@ -40,24 +40,29 @@ class Disk(Protocol):
         """Return the disk itself."""
 
     def __exit__(self, *exc: object) -> None:
-        """Close it."""
+        """Cbecome invalid."""
 
 
 class RawDisk:
-    """A raw image, or a block device: guest byte n is byte n of it; a part of a sector at its end is filled up."""
+    """A raw image, or a block device: guest byte n is byte n of it; a last sector that is not whole is filled up.
 
-    def __init__(self, path: Path | str, *, lock: bool = True, devices: bool = False) -> None:
-        """Open `path` for reading, locked as QEMU locks it unless `lock` is False; `devices` allows a block device.
+    Threads: any number may call every method but `__exit__` at once.
+    """
+
+    def __init__(self, path: Path | str, *, lock: bool = True, allow_devices: bool = False) -> None:
+        """Open `path` for reading, locked as QEMU locks it unless `lock` is False.
+
+        `allow_devices` lets it be a block device.
 
         Raises:
             OSError: it cannot be opened.
-            Unsupported: it is a block device, and `devices` does not allow one.
+            Unsupported: it is a block device, and these are not allowed.
             LockBusy: another process writes it.
         """
         self.path = path = Path(path)
-        if not devices and path.is_block_device():
+        if not allow_devices and path.is_block_device():
             raise Unsupported(path, "is a block device: opened only where that is allowed (--allow-devices)")
-        self._file = PosixFile.open(path, devices=devices)
+        self._file = PosixFile.open(path, devices=allow_devices)
         try:
             if lock:
                 lock_image(self._file.fileno(), path, writable=False)
@@ -105,5 +110,5 @@ class RawDisk:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Close the file and let go of the lock."""
+        """Close the file and release the lock."""
         self._file.close()

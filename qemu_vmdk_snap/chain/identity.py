@@ -1,4 +1,4 @@
-"""What an image is told apart by, and how it names its parent: the one place where both are written.
+"""The identity of an image (its CID) and its name for its parent: the one place where both are written.
 
 A CID changes when a disk is written; longContentID (VMware) ends in it, and VirtualBox keeps a modification UUID beside
 it. A parent is named relative to the folder of its overlay, as both may move together.
@@ -23,7 +23,7 @@ _NIL: Final = "00000000-0000-0000-0000-000000000000"
 
 
 def new_cid(*, avoid: int = NO_PARENT, digits: int = 8) -> int:
-    """Return a random CID of so many digits that is neither `avoid` nor one of the values with a meaning."""
+    """Return a random CID of so many digits that is neither `avoid` nor a value with a special meaning."""
     while True:
         cid = int.from_bytes(os.urandom(4), "big") >> (32 - 4 * digits)
         if cid not in (avoid, 0, NO_PARENT, NO_PARENT - 1):
@@ -31,7 +31,7 @@ def new_cid(*, avoid: int = NO_PARENT, digits: int = 8) -> int:
 
 
 def with_fresh_cid(descriptor: Descriptor) -> Descriptor:
-    """Return `descriptor` with a new CID of as many digits as before, and all that is in step with it."""
+    """Return `descriptor` with a new CID of as many digits as before, and the values derived from it."""
     value = descriptor.values.get("cid")
     if value is None or value.text[:2] in ("0x", "0X"):
         shown = None if value is None else value.text
@@ -54,7 +54,7 @@ def with_cid(descriptor: Descriptor, cid: int, digits: int = 8) -> Descriptor:
 
 
 def random_uuid() -> str:
-    """Return a UUID of version 4 (RFC 9562, 5.4); the module for it takes longer to import than all of this."""
+    """Return a UUID of version 4 (RFC 9562, 5.4); importing the `uuid` module takes longer than all of this."""
     raw = bytearray(os.urandom(16))
     raw[6], raw[8] = raw[6] & 0x0F | 0x40, raw[8] & 0x3F | 0x80
     text = raw.hex()
@@ -90,7 +90,10 @@ def on_parent(descriptor: Descriptor, child: Path, parent: Path | None, below: D
 
 
 def hint_to(child: Path, parent: Path) -> str:
-    """Return what `child` is to call `parent`: relative, and nothing that QEMU takes for a protocol."""
-    way = os.path.relpath(parent.parent.resolve() / parent.name, child.parent.resolve())
-    # QEMU takes what stands before a colon for a protocol, but not after a slash.
-    return f"./{way}" if ":" in way.split("/", 1)[0] else way
+    """Return the hint from `child` to `parent`: relative, and not read as a protocol by QEMU."""
+    return no_protocol(os.path.relpath(parent.parent.resolve() / parent.name, child.parent.resolve()))
+
+
+def no_protocol(name: str) -> str:
+    """Return the name of a file so that QEMU does not take what is before a colon for a protocol: `./r:b.vmdk`."""
+    return f"./{name}" if ":" in name.split("/", 1)[0] else name

@@ -20,6 +20,7 @@ from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, legacy_descriptor, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import HEAD_BYTES, MAX_BYTES, Descriptor, ExtentLine, is_descriptor
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, PlacedExtent, open_extent
+from qemu_vmdk_snap.vmdk.noted import Notes
 from qemu_vmdk_snap.vmdk.sparse.header import MAGIC, SparseExtentHeader, check_header
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _DEVICE_TYPES: Final = ("VMFSRDM", "VMFSRAW")
 
 
 class Link:
-    """One open image of a chain. Offsets are bytes of the guest's disk."""
+    """One open image of a chain. Offsets are bytes of the guest's disk. Threads: one at a time."""
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class Link:
         self.extents = extents
         self.embedded = embedded
         self.opened_notes: list[str] = []
-        """What was noticed when it was opened, beside what its extents tell."""
+        """Notes made when it was opened, in addition to those of its extents."""
         self._files = files
         self._starts = [placed.start for placed in extents]
         self.capacity = sector_bytes(descriptor.sectors)
@@ -64,7 +65,7 @@ class Link:
 
     @property
     def hint(self) -> str | None:
-        """Where its parent is, as written in the descriptor, or None for a base."""
+        """The name of its parent as the descriptor has it, or None for a base."""
         return self.descriptor.parent_hint
 
     @property
@@ -79,8 +80,11 @@ class Link:
 
     @property
     def notes(self) -> list[str]:
-        """What was found wrong, one line each, and could be read all the same."""
-        return [*self.opened_notes, *(note for placed in self.extents for note in placed.extent.notes)]
+        """Faults that do not prevent reading: one line for each kind."""
+        found = Notes()
+        for placed in self.extents:
+            found.merge(placed.extent.notes)
+        return [*self.opened_notes, *found]
 
     def at(self, offset: int) -> PlacedExtent:
         """Return the extent that holds the byte at `offset`, which must be below the capacity."""
@@ -95,7 +99,7 @@ class Link:
                 yield placed, first - placed.start, last - placed.start
 
     def resolve(self, start: int, end: int) -> RunTable:
-        """Return the runs of [start, end) in this link alone; what lies behind its capacity is zeros."""
+        """Return the runs of [start, end) in this link alone; zeros past its capacity."""
         from qemu_vmdk_snap.vmdk.runs import ZERO, RunTable  # NumPy: not needed to read a descriptor
 
         tables = [
@@ -112,7 +116,7 @@ class Link:
             yield self.resolve(start, end)
 
     def renew_cid(self) -> None:
-        """Give the link a new CID, durably, with all that is in step with it.
+        """Give the link a new CID, durably, and update the values derived from it.
 
         Only the digits change, in place and as many as there were, so a power cut leaves the descriptor whole.
         """
@@ -122,7 +126,7 @@ class Link:
         """Store `new` over the descriptor of the link, durably; only the bytes that differ are written.
 
         Raises:
-            Unsupported: it has grown out of the room that the header gives it.
+            Unsupported: it does not fit into the room that the header gives it.
         """
         old = self.descriptor.raw
         enclosed = new.base > 0
@@ -143,7 +147,7 @@ class Link:
         return sector_bytes(header.descriptor_size)
 
     def share(self) -> None:
-        """Let others read the link, which was opened for writing; nobody may write it before it is closed."""
+        """Let others read the link, which was opened for writing; nobody may write it until it is closed."""
         for file in self._files:
             descriptor = file.fileno()
             if descriptor is not None:
@@ -155,7 +159,7 @@ class Link:
             placed.extent.flush()
 
     def close(self) -> None:
-        """Close the files, and with them let go of the locks; say what was found wrong with them (`chain.notes`)."""
+        """Close the files, which releases the locks, and report the notes (`look.notes`)."""
         notes.say(self.notes)
         for file in self._files:
             file.close()
@@ -177,19 +181,19 @@ def _changes(old: bytes, new: bytes) -> list[tuple[int, int]]:
 
 
 def read_descriptor(file: BlockFile) -> tuple[Descriptor, bool]:
-    """Return the descriptor of the image in `file`, and whether it is embedded in the extent that it tells of.
+    """Return the descriptor of the image in `file`, and whether it is embedded in the extent that it records.
 
     Behind a header of capacity 0 it is not: it names its extents, as a descriptor in a file of its own does.
 
     Raises:
-        FormatError: the file is no VMDK, or its descriptor cannot be.
+        FormatError: the file is not a VMDK image, or its descriptor is invalid.
         Unsupported: it is an extent of a disk whose descriptor is another file.
     """
     path = file.path
     head = file.read_at(0, SECTOR_SIZE)
     if head[:4] == MAGIC:
         header = SparseExtentHeader.parse(head, path=path)
-        check_header(header, path, file.size(), tolerant=True)  # whoever writes needs more: the extent tells
+        check_header(header, path, file.size(), tolerant=True)  # writers need more checks: those of the extent
         if not header.descriptor_offset:
             raise Unsupported(path, "has no descriptor: it is an extent; open the descriptor file that names it")
         base, size = sector_bytes(header.descriptor_offset), sector_bytes(header.descriptor_size)
@@ -221,14 +225,14 @@ def open_link(
 ) -> Link:
     """Open one image: its descriptor and its extents, locked as QEMU locks them.
 
-    Extents are opened beside the image and below `trusted_dirs`; `resolver` takes the place of that rule.
-    `first_source` is the number that its first extent gets among the sources of the chain, `owner` the image whose hint
-    `resolver` followed to it.
+    Extents are opened beside the image and below `trusted_dirs`; `resolver` replaces that rule. `first_source` is the
+    number that its first extent gets among the sources of the chain, `owner` the image whose hint `resolver` followed
+    to it.
 
     Raises:
         FormatError: what is on disk breaks the format.
         Unsupported: a kind of extent that is not available.
-        LockBusy: another process excludes this open.
+        LockBusy: another process has locked it.
         CorruptChain: an extent is missing or lies where it may not be opened.
     """
     path, find = Path(path), resolver or confined(trusted_dirs)
@@ -259,7 +263,7 @@ def open_link(
 
 
 class _OpenFiles:
-    """The files of the image `path`, each opened once, where it may be, and locked unless `lock` says no."""
+    """The files of the image `path`, each opened once, if it may be opened, and locked if `lock` is set."""
 
     def __init__(self, path: Path, opener: FileOpener, resolver: Resolver, owner: Path | None, *, lock: bool) -> None:
         self.all: list[BlockFile] = []
@@ -288,7 +292,7 @@ class _OpenFiles:
 
 
 def _check_embedded(line: ExtentLine, file: BlockFile) -> None:
-    """Check that the line of an embedded descriptor tells of the sparse extent that it is embedded in."""
+    """Check that the line of an embedded descriptor describes the sparse extent that contains it."""
     head = file.read_at(0, SECTOR_SIZE)
     if head[:4] != MAGIC:
         return
@@ -317,7 +321,11 @@ def _refuse_writing_legacy(file: BlockFile, writable: bool) -> None:
 
 def _checked_extents(descriptor: Descriptor, embedded: bool) -> tuple[ExtentLine, ...]:
     path, lines = descriptor.path, descriptor.extents
-    _ = descriptor.cid, descriptor.parent_cid, descriptor.create_type  # a link without these is refused here, by name
+    _ = (
+        descriptor.cid,
+        descriptor.parent_cid,
+        descriptor.create_type,
+    )  # an extent without these is refused here, by name
     if not lines or not descriptor.sectors:
         raise FormatError(path, descriptor.base, "extents", len(lines), "must give the disk at least one sector")
     if descriptor.sectors >= _MAX_SECTORS:

@@ -1,7 +1,7 @@
-"""A quick look along a chain: descriptors and headers alone, without the tables, without NumPy, without a lock.
+"""Descriptors and headers of a chain, without the tables, without NumPy, without a lock.
 
-For those who must decide fast whether a chain holds together (a hook at a guest's start), and for those who look at
-many images. What the tables say is for `check_image`.
+For callers that must decide fast whether a chain is valid (a hook at a guest's start), and for those that look at
+many images. `check_image` reads the tables.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qemu_vmdk_snap.chain.link import read_descriptor
-from qemu_vmdk_snap.chain.parent import MAX_DEPTH, find_parent
+from qemu_vmdk_snap.chain.parent import Descent, find_parent
 from qemu_vmdk_snap.chain.resolver import Resolver, check_opened, confined
 from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, FormatError, Unsupported
 from qemu_vmdk_snap.storage.blockfile import PosixFile
@@ -36,26 +36,32 @@ class LinkFacts(NamedTuple):
 
     @property
     def is_base(self) -> bool:
-        """Whether nothing says that it has a parent."""
+        """Whether neither its parentCID nor its hint names a parent."""
         return self.parent_cid == NO_PARENT and self.hint is None
 
 
-def read_facts(path: Path | str, resolver: Resolver | None = None, *, owner: Path | None = None) -> LinkFacts:
+def read_facts(
+    path: Path | str,
+    *,
+    trusted_dirs: Sequence[Path | str] = (),
+    resolver: Resolver | None = None,
+    owner: Path | str | None = None,
+) -> LinkFacts:
     """Return what the descriptor of one image says; its extents must be there.
 
-    `owner` is the image whose hint `resolver` followed to it.
+    `owner` is the image whose hint led to it.
 
     Raises:
-        FormatError: it is no VMDK, or its descriptor or header cannot be.
+        FormatError: it is not a VMDK image, or its descriptor or header is invalid.
         Unsupported: it is an extent of a disk whose descriptor is another file, or has an unknown incompatible feature.
         CorruptChain: an extent is missing, or lies where it may not be opened.
         OSError: it cannot be read.
     """
-    path, find = Path(path), resolver or confined()
+    path, find = Path(path), resolver or confined(trusted_dirs)
     file = PosixFile.open(path)
     try:
         if owner is not None:
-            check_opened(find, owner, file, "parent")
+            check_opened(find, Path(owner), file, "parent")
         descriptor, embedded = read_descriptor(file)
     finally:
         file.close()
@@ -81,42 +87,32 @@ def read_links(path: Path | str, *, trusted_dirs: Sequence[Path | str] = ()) -> 
         CidMismatch: a parent was written after its overlay was made.
         FormatError, Unsupported, OSError: see `read_facts`.
     """
-    find = confined(trusted_dirs)
-    links = [read_facts(path, find)]
-    seen = {links[0].path.resolve()}
+    find, descent = confined(trusted_dirs), Descent()
+    descent.step(Path(path))
+    links = [read_facts(path, resolver=find)]
     while (place := find_parent(links[-1].descriptor, find)) is not None:
         child = links[-1]
-        parent = read_facts(place, find, owner=child.path)
-        if parent.path.resolve() in seen:
-            raise CorruptChain(child.path, f"its parent {parent.path} is already in the chain: the chain is a loop")
-        if len(links) == MAX_DEPTH:
-            raise CorruptChain(links[0].path, f"the chain is deeper than {MAX_DEPTH} links")
+        descent.step(place)
+        parent = read_facts(place, resolver=find, owner=child.path)
         if parent.cid != child.parent_cid:
             raise CidMismatch(child.path, parent.path, child.parent_cid, parent.cid)
-        seen.add(parent.path.resolve())
         links.append(parent)
     for link in links:
         _refuse_pending(link.path)
     return tuple(links)
 
 
-def stands_on(path: Path, image: Path, resolver: Resolver) -> bool:
-    """Return whether `image` is `path` itself, or below it; the parents of `path` are followed as far as they can be.
+def is_backed_by(path: Path, image: Path, resolver: Resolver) -> bool:
+    """Return whether `image` is `path` itself, or in its backing chain, which is followed as far as possible.
 
-    Nothing else is asked of them: CIDs and sizes may be wrong, extents missing.
+    Nothing else is checked: CIDs and sizes may be wrong, extents missing.
     """
-    seen: set[tuple[int, int]] = set()
+    descent = Descent()
     owner: Path | None = None
     with contextlib.suppress(CorruptChain, FormatError, Unsupported, OSError):
-        wanted = image.stat()
-        while True:
-            here = path.stat()
-            identity = here.st_dev, here.st_ino
-            if identity == (wanted.st_dev, wanted.st_ino):
+        while descent.obstacle(path) is None:
+            if path.samefile(image):
                 return True
-            if identity in seen or len(seen) == MAX_DEPTH:
-                return False
-            seen.add(identity)
             file = PosixFile.open(path)
             try:
                 if owner is not None:
@@ -136,6 +132,6 @@ def _refuse_pending(image: Path) -> None:
         with os.scandir(image.parent) as entries:
             pending = any(entry.name.endswith(".intent") for entry in entries)
         if pending:
-            from qemu_vmdk_snap.storage.record import refuse_pending  # JSON and more: seldom needed
+            from qemu_vmdk_snap.storage.record import refuse_pending  # JSON and more: rarely needed
 
             refuse_pending(image)

@@ -1,16 +1,46 @@
-"""Where an image's parent is: the rules that every walk along a chain has in common."""
+"""Where an image's parent is: the rules that everything which walks a chain shares."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from qemu_vmdk_snap.errors import CorruptChain, MissingFile
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor
 
 MAX_DEPTH: Final = 256
 """No chain is deeper; a deeper one is refused before it uses up the file descriptors."""
+
+
+class Descent:
+    """The links that a walk from the top down has reached; it ends at a loop, and at `MAX_DEPTH`."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Path, Path] = {}
+
+    def obstacle(self, path: Path) -> Literal["loop", "depth"] | None:
+        """Add the next link; return why the walk must end before it: it was reached already, or there are too many."""
+        real = path.resolve()
+        if real in self._seen:
+            return "loop"
+        if len(self._seen) == MAX_DEPTH:
+            return "depth"
+        self._seen[real] = path
+        return None
+
+    def step(self, path: Path) -> None:
+        """Add the next link.
+
+        Raises:
+            CorruptChain: it is a loop, or too deep.
+        """
+        obstacle = self.obstacle(path)
+        if obstacle == "loop":
+            child = list(self._seen.values())[-1]
+            raise CorruptChain(child, f"its parent {path} is already in the chain: the chain is a loop")
+        if obstacle == "depth":
+            raise CorruptChain(next(iter(self._seen.values())), f"the chain is deeper than {MAX_DEPTH} links")
 
 
 def find_parent(descriptor: Descriptor, resolver: Callable[[Path, str, str], Path]) -> Path | None:
@@ -21,7 +51,7 @@ def find_parent(descriptor: Descriptor, resolver: Callable[[Path, str, str], Pat
     whatever parentCID says; one that leads nowhere does not where parentCID says that there is none.
 
     Raises:
-        CorruptChain: there is a parent, and it is not named, is missing, or may not be opened.
+        CorruptChain: it has a parent that is not named, is missing, or may not be opened.
     """
     hint = descriptor.parent_hint
     if descriptor.parent_cid != NO_PARENT:

@@ -1,7 +1,7 @@
 """From a hint in an untrusted file to a path that may be opened.
 
 An image can name any path as its parent or extent. What is opened is confined to the folder of the file that names it,
-and to folders that the caller trusts; what a name leads to by way of symbolic links is what counts.
+and to folders that the caller trusts; symbolic links are resolved first.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def confined(trusted_dirs: Sequence[Path | str] = ()) -> Resolver:
 
 
 def check_opened(resolver: Resolver, owner: Path, file: BlockFile, role: str) -> None:
-    """Refuse what was opened for `owner` if the name that `resolver` gave has come to lead elsewhere meanwhile.
+    """Refuse what was opened for `owner` if the path from `resolver` leads elsewhere by now.
 
-    The kernel tells where the open file is, whatever becomes of the symbolic links that led there. Resolvers of the
-    caller's own are not judged.
+    The kernel knows where the open file is, even if symbolic links changed meanwhile. Resolvers of the caller are not
+    checked.
 
     Raises:
         CorruptChain: it is where the resolver would not have led; nothing was read.
@@ -90,7 +90,7 @@ def unconfined(owner: Path, name: str, role: str) -> Path:
 
 
 def _neighbour(owner: Path, beside: Path, role: str) -> str:
-    """Return what to say of a file beside `owner` with its parent's name: in a copied chain it is the one meant."""
+    """Return a hint about a file beside `owner` with its parent's name: in a copied chain it is probably the parent."""
     if role != "parent" or not beside.is_file() or beside.samefile(owner):
         return ""
     words = f"image rebase -u -b {beside.name} {owner}"
@@ -105,7 +105,7 @@ def _places(home: Path, name: str) -> list[Path]:
 
 
 def _resolve(owner: Path, name: str, role: str, policy: Confined) -> Path:
-    """Try the name as it stands, as QEMU does, then its last part beside `owner`, as VMware and others do."""
+    """Try the name as written, as QEMU does, then its last part beside `owner`, as VMware and others do."""
     home = owner.parent
     candidates = [place for spelling in spellings(name) for place in _places(home, spelling)]
     for candidate in candidates:

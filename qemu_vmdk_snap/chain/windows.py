@@ -1,7 +1,7 @@
 """Cutting a disk into windows that are resolved one at a time, so that memory is bounded however large the disk is.
 
-What a window costs is the runs that may be in it: at most one a grain. So a window ends where the finest link has had
-its number of grains; where there are none (an extent of zeros, what lies behind the end of a flat file) it goes on.
+The cost of a window is the runs that may be in it: at most one a grain. So a window ends where the finest link has had
+its number of grains; where there are none (an extent of zeros, past the end of a flat file) it continues.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def extent_windows(extent: Extent, grains: int = TABLE_GRAINS) -> Iterator[tuple
 
 
 def _reach(extents: Sequence[PlacedExtent], start: int, end: int, grains: int) -> int:
-    """Return how far the extents can be resolved from `start` on: to `end`, or to where they have had enough runs."""
+    """Return how far the extents can be resolved from `start` on: to `end`, or to where they have enough runs."""
     first = bisect.bisect_right(extents, start, key=lambda placed: placed.start) - 1
     for placed in extents[max(0, first) :]:
         inside = max(0, start - placed.start)

@@ -1,4 +1,4 @@
-"""The table of commands: where each one's module is, so that only the one called for is imported."""
+"""The table of commands: with the module of each, so that only the module of the given command is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--debug` and QEMU_VMDK_SNAP_LOG: where the log goes. Imported only where one of them asks for it."""
+"""`--debug` and QEMU_VMDK_SNAP_LOG: where the log goes. Imported only if one of them is used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Started(NamedTuple):
 
 
 def start(*, stderr: bool, file: str | None) -> Started:
-    """Let the package's log go to standard error, or to the end of a file, or to both; return what `stop` takes.
+    """Send the package's log to standard error, or append it to a file, or both; return the argument for `stop`.
 
     Raises:
         OSError: the file cannot be opened.

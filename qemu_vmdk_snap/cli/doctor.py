@@ -1,4 +1,4 @@
-"""`doctor`: tell what is wrong with this host, or with one domain; repair that, remove or adopt what nobody names."""
+"""`doctor`: check this host, or one domain; repair it, remove or adopt orphans."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_all(parser)
     add_allow_dir(parser)
     parser.add_argument(
-        "--repair", action="store_true", help="relink CIDs, spell out chains, register snapshots anew: what is found"
+        "--repair",
+        action="store_true",
+        help="repair what is found: relink CIDs, complete chains in the XML, register snapshots again",
     )
     parser.add_argument("--remove", action="store_true", help="remove orphaned overlays that store nothing")
     parser.add_argument(
@@ -40,12 +42,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int:
-    """Do what is asked for, then show every check; exit status 1 if something is bad."""
+    """Remove or adopt orphans if requested, then show every check; exit status 1 if something is bad."""
     if args.domain is None and (args.repair or args.remove or args.discard or args.adopt):
         raise InvalidRequest("--repair, --remove, --discard, --adopt", "need a domain")
     if args.all:
         if args.domain is not None:
-            raise InvalidRequest("doctor", "give a domain or --all, not both")
+            raise InvalidRequest("doctor", "takes either a domain or --all")
         return _check_all(args, ui)
     done: list[Settled] = []
     repaired: list[str] = []

@@ -1,4 +1,4 @@
-"""What programs tell errors apart by: the one table from error class to exit status, and the error as JSON.
+"""Errors for programs: the table from error class to exit status, and the error as JSON.
 
 0 to 3 keep the meaning that qemu-img gives them command by command (compare: 0 same, 1 different, 2 error; check: 0
 good, 2 corrupt, 3 leaks), so the classes begin above. 63 is qemu-img's own status for "not supported".
@@ -37,14 +37,14 @@ BY_CLASS: Final[dict[type[BaseException], int]] = {
 
 
 _FIELDS: Final = ("path", "domain", "snapshot", "overlay", "parent", "offset", "field", "subject", "guest", "plugin")
-"""The attributes of errors that are passed on to programs, under the same names."""
+"""The attributes of errors that are in the JSON, under the same names."""
 
 
 def as_object(error: BaseException, message: str, status: int) -> dict[str, object]:
     """Return the error for programs: `{"error": {"class", "code", "message", ..., "exit-status"}}`.
 
-    `code` never changes its meaning; docs/json.md lists all of them. What the error is about (`path`, `domain`,
-    `snapshot`, ...) is there where it is known.
+    `code` never changes its meaning; docs/json.md lists all codes. What the error is about (`path`, `domain`,
+    `snapshot`, ...) is included if it is known.
     """
     return {"error": {**_described(error, message), "exit-status": status}}
 
@@ -71,7 +71,7 @@ def _described(error: BaseException, message: str) -> dict[str, object]:
 
 
 def one_line(error: Exception) -> str:
-    """Return what is wrong, in one line; of a failure of the system, the file and its reason."""
+    """Return the error in one line; for a system error, the file and its reason."""
     if isinstance(error, OSError) and error.strerror:
         name = f"{errors.printable(os.fsdecode(error.filename))}: " if error.filename else ""
         return f"{name}{error.strerror}"

@@ -1,4 +1,4 @@
-"""The entry point: find the command, import its module alone, run it, turn an error into one line and a status."""
+"""The entry point: find the command, import only its module, run it, turn an error into one line and a status."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import itertools
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol, cast
 
 from qemu_vmdk_snap.chain.look.notes import listening
-from qemu_vmdk_snap.chain.resolver import allowing
 from qemu_vmdk_snap.cli import exit_status
 from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL, Command
 from qemu_vmdk_snap.cli.ui import Ui
@@ -33,13 +31,13 @@ _NUMBERS = tuple(f"-{digit}" for digit in range(10))
 
 
 class CommandModule(Protocol):
-    """What the module of a command has: it describes its arguments, then runs."""
+    """The interface of a command's module."""
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the command's arguments to `parser`."""
 
     def run(self, args: argparse.Namespace, ui: Ui) -> int | None:
-        """Do it and show it; the returned number is the exit status, None is 0."""
+        """Run the command and show the result; the returned number is the exit status, None is 0."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,7 +75,7 @@ def _complete() -> int:
 
 
 def _usage_error(error: Exception, words: Sequence[str], status: int = exit_status.USAGE) -> int:
-    """Show what is wrong with the command line, as JSON too where it asks for that, as far as it can be read."""
+    """Show the usage error, as JSON too if the command line asks for JSON."""
     begin = "" if isinstance(error, exit_status.UsageError) else f"{PROGRAM}: "
     sys.stderr.write(f"{begin}{error}\n")
     if "--output=json" in words or ("--output", "json") in itertools.pairwise(words):
@@ -94,10 +92,10 @@ def _main(words: list[str]) -> int:
     command, prog, rest = _find(words)
     if command is None:
         return _show_help(words)
-    # Importing NumPy starts a thread of its linear algebra for each core; nothing here multiplies matrices.
+    # Importing NumPy starts a thread for linear algebra on each core; nothing here needs them.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     module = cast(CommandModule, importlib.import_module(command.module))
-    # How wide a terminal is matters to those alone who ask for help; finding out takes 4 ms of imports.
+    # The width of the terminal matters only for help; finding it takes 4 ms of imports.
     parser = make_parser(module, command, prog, width=None if _HELP & set(rest) else _ANY_WIDTH)
     try:
         words_in_order, found = _as_positionals(module, _with_values(module, rest))
@@ -157,7 +155,7 @@ def _shown(args: argparse.Namespace, prog: str, rest: Sequence[str], module: Com
 
 
 def _elsewhere(args: argparse.Namespace, prog: str, rest: Sequence[str]) -> CommandModule | None:
-    """Return what runs the command where libvirt is, if that is another host."""
+    """Return the module that runs the command on the host of libvirt, if that is another host."""
     uri = (getattr(args, "connect", None) or os.environ.get("LIBVIRT_DEFAULT_URI")) if "connect" in args else None
     if "+ssh:" not in (uri or ""):
         return None
@@ -167,13 +165,13 @@ def _elsewhere(args: argparse.Namespace, prog: str, rest: Sequence[str]) -> Comm
 
 
 def _cancel_on_signals() -> None:
-    """Let a request to end do what Ctrl-C does: clean up, and leave nothing half done."""
+    """Treat a signal to end as Ctrl-C: clean up, and leave nothing half done."""
 
     def cancel(number: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # not where somebody (nohup) wants it ignored
+        if signal.getsignal(number) is signal.SIG_DFL:  # not if it is ignored (nohup)
             signal.signal(number, cancel)
 
 
@@ -227,13 +225,12 @@ def add_arguments(module: CommandModule, parser: argparse.ArgumentParser) -> Non
 
 def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
     try:
-        allowed = getattr(args, "allow_dir", []) if "connect" in args else []
-        with listening(ui.warn), allowing(*allowed), _telling_progress(ui):
+        with listening(ui.warn), _allowed(args), _telling_progress(ui):
             status = module.run(args, ui) or 0
         ui.end()
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): nothing to tell, and nothing more to flush at exit.
+        # The reader of our output is gone (`| head`): nothing to report, and nothing more to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (VmdkSnapError, OSError) as error:
@@ -246,21 +243,32 @@ def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
     return status
 
 
+def _allowed(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Allow the folders of `--allow-dir` to a command on domains; the others pass them on themselves."""
+    folders = getattr(args, "allow_dir", []) if "connect" in args else []
+    if not folders:
+        return contextlib.nullcontext()
+    from qemu_vmdk_snap.chain.resolver import allowing
+
+    return allowing(*folders)
+
+
 @contextlib.contextmanager
 def _telling_progress(ui: Ui) -> Iterator[None]:
-    """Let SIGUSR1 show how far the command is, as qemu-img does, where nobody else wants that signal."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGUSR1, lambda *_: ui.tell_progress())
+    """Show the progress on SIGUSR1, as qemu-img does, unless that signal is used otherwise."""
+    before = signal.getsignal(signal.SIGUSR1)
+    if before == signal.SIG_DFL:
+        with contextlib.suppress(ValueError):  # a thread that is not the main one
+            signal.signal(signal.SIGUSR1, lambda *_: ui.tell_progress())
     try:
         yield
     finally:
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGUSR1, before)
 
 
 def _half_done(args: argparse.Namespace) -> str:
-    """Return what to add where the command has ended in the middle of what it cannot simply leave undone."""
+    """Return the addition to an error that has left an unfinished operation."""
     image = getattr(args, "filename", None)
     if not isinstance(image, Path):
         return ""
@@ -269,13 +277,13 @@ def _half_done(args: argparse.Namespace) -> str:
     with contextlib.suppress(OSError, VmdkSnapError):
         for pending in pending_in(image.parent):
             if pending.operation is not None and pending.involves(image):
-                what = f"the {pending.operation.name} has begun"
-                return f" ({what}: `recover {image.parent}`, or the next command there, finishes it or takes it back)"
+                what = f"the {pending.operation.name} is not finished"
+                return f" ({what}: `recover {image.parent}`, or the next command there, finishes or undoes it)"
     return ""
 
 
 def _way_out(error: Exception, args: argparse.Namespace) -> str:
-    """Return what to add to the error: what can be done, or what the file is that was given by mistake."""
+    """Return the addition to the error: what can be done, or what the file is instead of a VMDK image."""
     if isinstance(error, FileExistsError) and "no_create" in args:
         return " (nothing is overwritten; -n writes into an image that is there)"
     if isinstance(error, OSError):
@@ -287,11 +295,11 @@ def _way_out(error: Exception, args: argparse.Namespace) -> str:
     if isinstance(error, Unsupported) and error.feature.startswith("has no descriptor"):
         return _instead_of(error.path)
     reads = getattr(args, "force_share", True) is False and not getattr(args, "repair", None)
-    return " (-U, --force-share, reads it all the same)" if isinstance(error, LockBusy) and reads else ""
+    return " (-U, --force-share, reads it anyway)" if isinstance(error, LockBusy) and reads else ""
 
 
 def _instead_of(path: Path) -> str:
-    """Return what to add about a file that is no image by itself."""
+    """Return the addition about a file that is not an image by itself."""
     from qemu_vmdk_snap.chain.look.mistaken import instead_of
 
     known = instead_of(path)

@@ -1,4 +1,4 @@
-"""`recover`: finish what a killed command has left half done."""
+"""`recover`: finish or undo interrupted operations."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="URI",
         help="finish or undo the operations on snapshots of the domains of this libvirt connection",
     )
-    parser.add_argument("--domains", action="store_true", help="the same for the default connection of libvirt")
+    parser.add_argument("--domains", action="store_true", help="the same, on the default connection of libvirt")
     parser.add_argument(
         "--domain",
         metavar="NAME",
         action="append",
         default=[],
-        help="name, id or UUID of a domain: of this one alone (may be given again)",
+        help="only this domain: name, id or UUID (may be repeated)",
     )
     parser.add_argument(
         "--abandon",
         action="store_true",
-        help="delete the record of what is unfinished instead of finishing it; images and domains stay as they are",
+        help="delete the record of an unfinished operation instead of finishing it; images and domains are not changed",
     )
     add_allow_dir(parser)
     parser.add_argument(
@@ -68,7 +68,7 @@ def _run_domains(args: argparse.Namespace, ui: Ui) -> None:
         ui.json([one.as_dict() for one in settled])
         return
     for one in settled:
-        what = "finished" if one.finished else "took back"
+        what = "finished" if one.finished else "undid"
         ui.text(f"domain {one.domain}: {what} the interrupted {one.operation}{_of(one.snapshot)}")
         for path in one.left:
             ui.text(f"  left in place: {path}")
@@ -82,23 +82,11 @@ def _of(snapshot: str | None) -> str:
 
 def _show_abandoned(gone: list[Unfinished], ui: Ui) -> None:
     if ui.json_output:
-        ui.json(
-            [
-                {
-                    "operation": one.operation,
-                    "domain": one.domain,
-                    "snapshot": one.snapshot,
-                    "record": str(one.record),
-                    "problem": one.problem,
-                    "files": [str(path) for path in one.files],
-                }
-                for one in gone
-            ]
-        )
+        ui.json([one.as_dict() for one in gone])
         return
     for one in gone:
         about = f"the record {one.record}" if one.intent is None else f"the {one.operation}{_of(one.snapshot)}"
-        ui.text(f"domain {one.domain}: gave up {about}" + (f" ({one.problem})" if one.problem else ""))
+        ui.text(f"domain {one.domain}: abandoned {about}" + (f" ({one.problem})" if one.problem else ""))
         for path in one.files:
             ui.text(f"  left as it is: {path}")
     if not gone:
@@ -114,15 +102,15 @@ def _run_images(args: argparse.Namespace, ui: Ui) -> None:
     else:
         found = [one for path in paths for one in recover(path, trusted_dirs=args.allow_dir)]
     if ui.json_output:
-        ui.json([{"operation": one.operation, "image": str(one.image)} for one in found])
+        ui.json([one.as_dict() for one in found])
         return
     for one in found:
         if args.abandon:
-            ui.text(f"{one.image}: gave up the interrupted {one.operation}")
+            ui.text(f"{one.image}: abandoned the interrupted {one.operation}")
             for path in one.images:
                 ui.text(f"  left as it is: {path}")
         elif one.operation == SWEEP:
-            ui.text(f"{one.image}: removed, a killed command has left it")
+            ui.text(f"{one.image}: removed (left by a killed command)")
         else:
             ui.text(f"{one.image}: finished the interrupted {one.operation}")
     if not found:

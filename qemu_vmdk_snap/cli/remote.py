@@ -21,7 +21,7 @@ _NOT_FOUND, _SSH_FAILED = 127, 255
 
 
 class Elsewhere:
-    """A command of this program that runs on another host: takes the place of the command's module."""
+    """A command of this program that runs on another host: replaces the command's module."""
 
     def __init__(self, command: Sequence[str], options: Sequence[str], uri: str) -> None:
         self._command, self._options, self._uri = command, options, uri
@@ -46,7 +46,7 @@ def run_there(command: Sequence[str], options: Sequence[str], uri: str) -> int:
     Standard input, output and error are those of this process.
 
     Raises:
-        InvalidRequest: the URI cannot be.
+        InvalidRequest: the URI is invalid.
         PluginError: there is no ssh here, it cannot connect, or this program is not installed there.
     """
     parts = urlsplit(uri)
@@ -61,12 +61,12 @@ def run_there(command: Sequence[str], options: Sequence[str], uri: str) -> int:
         reason = f"{PROGRAM} is not installed there, or not in the PATH that ssh gives: install it on {parts.hostname}"
         raise PluginError(uri, reason)
     if status == _SSH_FAILED:
-        raise PluginError(uri, "ssh has failed: see above")
+        raise PluginError(uri, "ssh failed: see above")
     return status
 
 
 def local_uri(uri: str) -> str:
-    """Return what the host calls its own libvirt that `uri` means."""
+    """Return the local URI, on that host, of the libvirt that `uri` means."""
     parts = urlsplit(uri)
     socket = parse_qs(parts.query).get("socket")
     driver, query = parts.scheme.partition("+")[0], ""
@@ -96,7 +96,7 @@ def _ssh(uri: str, host: str) -> list[str]:
 
 
 def _localised(words: Sequence[str], uri: str, local: str) -> list[str]:
-    """Return the options with the local URI in the place of the remote one, or with it where that was the default."""
+    """Return the options with the local URI instead of the remote one, also if that was the default."""
     changed = [local if word == uri else word for word in words]
     for option in ("--connect=", "-c"):
         changed = [option + local if word == option + uri else word for word in changed]

@@ -106,9 +106,9 @@ def _mode(text: str) -> int:
     try:
         mode = int(text, 8)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no octal mode") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not an octal mode") from None
     if not 0 <= mode <= 0o777:
-        raise argparse.ArgumentTypeError(f"{text!r} is no mode of a socket")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a mode of a socket")
     return mode
 
 

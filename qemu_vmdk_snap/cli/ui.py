@@ -29,6 +29,7 @@ class Ui:
         self._progress_open = False
         self._step: Progress | None = None
         self._streams = False
+        self._answered = False
         self._warned: dict[str, None] = {}  # in their order
 
     def text(self, line: str = "") -> None:
@@ -47,6 +48,7 @@ class Ui:
         import json
 
         self._end_progress()
+        self._answered = True
         if self._warned and isinstance(value, dict) and "warnings" not in value:
             value = {**value, "warnings": list(self._warned)}
         sys.stdout.write(json.dumps(value, indent=4, default=str) + "\n")
@@ -61,7 +63,7 @@ class Ui:
             self.text(rule if i == 1 else "   ".join(padded).rstrip())
 
     def progress(self, step: Progress) -> None:
-        """Show how far an operation is: at once with `-p`, else on a terminal when it takes over a second."""
+        """Show the progress of an operation: at once with `-p`, else on a terminal if it takes over a second."""
         now, self._step = time.monotonic(), step
         shown = self._progress_wanted or (self._terminal and now - self._started > _PROGRESS_AFTER)
         whole = step.done >= step.total
@@ -92,15 +94,18 @@ class Ui:
         sys.stderr.write(f"qemu-vmdk-snap: warning: {line}\n")
 
     def streams(self) -> None:
-        """Note that the answer goes to standard output piece by piece: nothing but it may be written there."""
+        """Note that the answer is written to standard output piece by piece: nothing else may be written there."""
         self._streams = True
 
     def error(self, message: object, error: BaseException | None = None, status: int = 1) -> None:
-        """Print the one line that says why the command failed; as JSON, the error is on standard output too."""
+        """Print the error in one line; with JSON output it is on standard output too.
+
+        If an answer was printed already, that is the only JSON value; it contains what failed.
+        """
         self._end_progress()
         line = printable(" ".join(str(message).split("\n")))
         sys.stderr.write(f"qemu-vmdk-snap: {line}\n")
-        if self.json_output and error is not None and not self._streams:
+        if self.json_output and error is not None and not self._streams and not self._answered:
             from qemu_vmdk_snap.cli.exit_status import as_object
 
             self.json(as_object(error, line, status))

@@ -2,7 +2,7 @@
 
 Those that change something take `dry_run`: the same plan, the same refusals, the same report, and no change. All may be
 called from several threads, also for one domain: the second caller is refused with `DomainBusy`. A connection may be
-shared by threads, as libvirt's own are.
+shared by threads, as libvirt documents.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def create_snapshot(
 ) -> SnapshotReport:
     """Freeze the VMDK disks of a domain, which continues in new overlays, and register the snapshot with libvirt.
 
-    Without a `name` it is the second since 1970. Disks are named by target or by file: `disks` are the only ones that
+    The default `name` is the seconds since 1970. Disks are named by target or by file: `disks` are the only ones that
     take part, those in `required` must be able to, those in `exclude` are left out, and `overlays` says where the
     overlay of a disk goes, if not beside it. `quiesce` is "no", "auto" or "require". `memory` is the file for the
     memory of a running guest whose disks are all served: memory and disks are of one instant.
@@ -60,7 +60,7 @@ def create_snapshot(
     Raises:
         SnapshotExists: the domain has a snapshot of that name.
         NoDomain, DomainBusy, DomainError: the domain is not there, is being changed, or does not allow it.
-        InvalidRequest: the name cannot be.
+        InvalidRequest: the name is invalid.
         CidMismatch, CorruptChain, FormatError, LockBusy: a chain is broken, or in use.
         OSError: a file could not be made.
     """
@@ -86,12 +86,13 @@ def revert_snapshot(
     *,
     after: After = "as-saved",
     discard: bool = False,
+    orphans: Sequence[Path | str] = (),
     dry_run: bool = False,
 ) -> RevertReport:
-    """Return a domain to a snapshot, in new overlays. A guest that runs is ended without being asked.
+    """Revert a domain to a snapshot, in new overlays. A running guest is stopped without a shutdown.
 
     `after` is the state of the domain then: "as-saved", "shutoff", "running" or "paused". What was written since the
-    last snapshot is kept in its file unless `discard` deletes it.
+    last snapshot is kept in its file unless `discard` deletes it; `orphans` are files that need it and are given up.
 
     Raises:
         NoSnapshot: the domain has no such snapshot.
@@ -99,7 +100,10 @@ def revert_snapshot(
         CidMismatch, CorruptChain, FormatError, LockBusy: a frozen chain is broken, or in use.
         OSError: a file could not be made.
     """
-    return (plan_revert if dry_run else revert)(conn, domain, snapshot, after=after, discard=discard)
+    if dry_run:
+        return plan_revert(conn, domain, snapshot, after=after, discard=discard)
+    given_up = [Path(path).absolute() for path in orphans]
+    return revert(conn, domain, snapshot, after=after, discard=discard, orphans=given_up)
 
 
 def delete_snapshots(
@@ -114,16 +118,16 @@ def delete_snapshots(
     dry_run: bool = False,
     on_progress: OnProgress = ignore,
 ) -> DeleteReport:
-    """Delete snapshots; the domain and every other snapshot keep reading what they read.
+    """Delete snapshots; the domain and every other snapshot keep their contents.
 
     `scope` is "one", "children" (with their descendants) or "children-only". With `metadata` libvirt forgets them
-    and no file is touched. `orphans` are files that need what goes and are given up. With `keep_going` a snapshot that
+    and no file is changed. `orphans` are files that need what is deleted and are given up. With `keep_going` one that
     cannot be deleted is left as it was, and is in the report's `failed`; the next one is tried.
 
     Raises:
         NoSnapshot: the domain has no such snapshot.
         NoDomain, DomainBusy, DomainError: see `create_snapshot`.
-        StillNeeded: something else needs a file that would change or go, or may need it; it names what.
+        StillNeeded: something else needs a file that would be changed or deleted, or may need it; it names what.
         VmdkSnapError, OSError: an image is broken or in use; what is not finished is left to `recover_domains`.
     """
     given_up = [Path(path).absolute() for path in orphans]
@@ -179,7 +183,7 @@ def rename_snapshot(conn: libvirt.virConnect, domain: str, snapshot: str, name: 
 
     Raises:
         NoSnapshot, SnapshotExists, NoDomain, DomainBusy, DomainError: see `create_snapshot`.
-        InvalidRequest: the name cannot be.
+        InvalidRequest: the name is invalid.
     """
     edit.rename(conn, domain, snapshot, name)
 
@@ -256,7 +260,7 @@ def clone_domain(
     dry_run: bool = False,
     on_progress: OnProgress = ignore,
 ) -> CloneReport:
-    """Define a new domain `name` that shows what the snapshot holds; without a snapshot, what the domain has now.
+    """Define a new domain `name` with the contents of the snapshot; without a snapshot, with the current contents.
 
     It has a UUID, MAC addresses and UEFI variables of its own. `mode` is "linked" (overlays on the frozen files, which
     the original then keeps; the default of a snapshot) or "full" (copies; of a domain as it is the only one). New files
@@ -275,9 +279,9 @@ def clone_domain(
 def destroy_domain(
     conn: libvirt.virConnect, domain: str, *, orphans: Sequence[Path | str] = (), dry_run: bool = False
 ) -> DestroyReport:
-    """Undefine a domain that is shut off, with its snapshots, and delete every file that is its alone.
+    """Undefine a domain that is shut off, with its snapshots, and delete every file that belongs only to it.
 
-    Its alone are the images that it or one of its snapshots has or had on top of a disk; what is only below them (the
+    These are the images that it or one of its snapshots has or had on top of a disk; what is only below them (the
     base of a clone, a template) stays. `orphans`: see `delete_snapshots`.
 
     Raises:
@@ -297,12 +301,12 @@ def move_domain(
     dry_run: bool = False,
     on_progress: OnProgress = ignore,
 ) -> MoveReport:
-    """Move the VMDK files that are the alone of a domain to `folder`; its XML and that of its snapshots follow.
+    """Move the VMDK files that belong only to a domain to `folder`; its XML and that of its snapshots follow.
 
     On one file system the files get other names, else they are copied. `orphans`: see `delete_snapshots`.
 
     Raises:
-        InvalidRequest: the folder is none.
+        InvalidRequest: it is not a folder.
         NoDomain, DomainBusy, DomainError: see `create_snapshot`.
         StillNeeded: something else needs a file where it is, or may; it names what.
         VmdkSnapError, OSError: an image is broken or in use; what is not finished is left to `recover_domains`.
@@ -320,9 +324,9 @@ def consolidate_domain(
     dry_run: bool = False,
     on_progress: OnProgress = ignore,
 ) -> ConsolidateReport:
-    """Merge the links of the chains of a domain that no snapshot has; it and its snapshots keep reading what they read.
+    """Merge the links of a domain's chains that no snapshot has; it and its snapshots keep their contents.
 
-    A link whose overlay is not called after it may be a template: it is merged only where `include` names it. The
+    A link whose overlay's name is not derived from it may be a template: it is merged only if `include` names it. The
     report has each link that stays, and why. `orphans`: see `delete_snapshots`.
 
     Raises:
@@ -333,10 +337,10 @@ def consolidate_domain(
     return consolidate(conn, domain, include=named, orphans=given_up, dry_run=dry_run, on_progress=on_progress)
 
 
-def recover_domains(conn: libvirt.virConnect) -> list[Recovery]:
-    """Finish every unfinished operation on this connection's domains, or undo it, and return what became of each.
+def recover_domains(conn: libvirt.virConnect, domains: Sequence[str] = ()) -> list[Recovery]:
+    """Finish or undo the unfinished operations on these domains (default: all), and return the result of each.
 
     Raises:
-        DomainError: one could not be settled; its record stays. The others are settled.
+        DomainError: one failed; its record stays. The others are finished or undone.
     """
-    return journal.recover(conn)
+    return journal.recover(conn, domains)

@@ -59,8 +59,8 @@ def connection(uri: str | None = None) -> Iterator[libvirt.virConnect]:
 def open_connection(uri: str | None = None) -> libvirt.virConnect:
     """Return an open connection; see `connection`.
 
-    `qemu:///embed?root=DIR` gets the event loop that it needs, is opened once per process, and is to be left open: each
-    open adds its drivers to libvirt's table for good, and the table is full after about ten.
+    `qemu:///embed?root=DIR` gets the event loop that it needs, is opened once per process, and stays open: each
+    open adds its drivers to libvirt's table permanently, and the table is full after about ten.
     """
     wanted = uri or os.environ.get("LIBVIRT_DEFAULT_URI", "")
     _refuse_remote(wanted)
@@ -80,7 +80,7 @@ def open_connection(uri: str | None = None) -> libvirt.virConnect:
         raise PluginError(f"libvirt {uri or 'default connection'}", _message(error)) from error
     if root is not None:
         if not _embedded:
-            atexit.register(_embedded.clear)  # while the binding can still close it: later it would complain
+            atexit.register(_embedded.clear)  # while the binding can still close it: later it would print an error
         _embedded[root] = conn
     try:
         _refuse_remote(conn.getURI())
@@ -91,7 +91,7 @@ def open_connection(uri: str | None = None) -> libvirt.virConnect:
 
 
 def import_libvirt(log: Path | None = None) -> ModuleType:
-    """Return the binding, silent on standard error: its errors reach us as exceptions, its log goes to `log` if given.
+    """Return the binding, silent on standard error: its errors are exceptions, its log goes to `log` if given.
 
     Raises:
         PluginError: it is not installed.
@@ -157,7 +157,7 @@ def find_domain(conn: libvirt.virConnect, name: str) -> libvirt.virDomain:
 
 @contextlib.contextmanager
 def libvirt_errors(domain: str, doing: str) -> Iterator[None]:
-    """Turn a libvirtError inside the block into a DomainError about `domain` that says what was being done."""
+    """Turn a libvirtError inside the block into a DomainError about `domain`: "cannot `doing`"."""
     import libvirt
 
     try:
@@ -171,11 +171,11 @@ def _message(error: Exception) -> str:
 
 
 def _ignore(context: object, error: object) -> None:
-    """Take the place of libvirt's handler, which prints."""
+    """Replace libvirt's handler, which prints."""
 
 
 def _check_root(root: Path) -> None:
-    """Refuse a root whose sockets the kernel would refuse, before a guest is half started."""
+    """Refuse a root whose socket paths are too long for the kernel."""
     if len(os.fsencode(root)) > _MAX_ROOT:
         reason = f"must be at most {_MAX_ROOT} bytes long: the sockets below it end at 107"
         raise InvalidRequest(root, reason)
@@ -192,7 +192,7 @@ def _refuse_remote(uri: str) -> None:
 
 
 def _start_event_loop(libvirt: ModuleType) -> None:
-    """Run libvirt's event loop in the background, once per process: the in-process driver hears of its guests there."""
+    """Run libvirt's event loop in the background, once per process: the in-process driver needs it."""
     global _loop_started
     with _loop_lock:
         if _loop_started:

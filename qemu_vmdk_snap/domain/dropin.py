@@ -1,13 +1,13 @@
-"""Executables of the user's that run before and after an operation on a domain's snapshots.
+"""Drop-ins: the user's executables that run before and after an operation on a domain's snapshots.
 
 Every executable in `/etc/qemu-vmdk-snap/hooks.d` (or in `QEMU_VMDK_SNAP_HOOKS`) runs, in the order of their names:
 
     NAME before OPERATION DOMAIN     a failure aborts the operation, with nothing done
-    NAME after OPERATION DOMAIN      in the opposite order; a failure is only told
+    NAME after OPERATION DOMAIN      in the opposite order; a failure is only reported
 
 OPERATION is create, revert or delete. Standard input is a JSON object: `phase`, `operation`, `domain`, `plan` (what the
-operation does), and `after`, `result` (`done`, `failed`, or `aborted` by another executable) and `reason`. Whoever was
-called before is called after, whatever happened: what was frozen can be thawed. Each has a deadline, for itself.
+operation does), and `after`, `result` (`done`, `failed`, or `aborted` by another executable) and `reason`. One that was
+called before is called after in any case, so that it can thaw what it froze. Each has its own deadline.
 `LIBVIRT_DEFAULT_URI` names the connection. The domain's snapshots are locked meanwhile: a drop-in must not change them.
 """
 
@@ -49,16 +49,16 @@ class _Call:
     """Seconds."""
 
     def ask(self, path: Path) -> None:
-        """Run one executable before the operation; raises PluginError when it is against it."""
+        """Run one executable before the operation; raises PluginError if it fails."""
         complaint = self.run(path, "before")
         if complaint is not None:
             raise PluginError(str(path), complaint)
 
     def run(self, path: Path, phase: Phase, **outcome: str | None) -> str | None:
-        """Run one executable; return None when it is content, else why not, in one line."""
+        """Run one executable; return None if it succeeds, else the failure in one line."""
         _log.info("drop-in %s: %s %s of domain %s", path, phase, self.operation, self.domain)
         words = {"phase": phase, "operation": self.operation, "domain": self.domain, **outcome, "plan": self.plan}
-        # Files, not pipes: whoever does not read, or leaves a process behind, holds up nobody.
+        # Files, not pipes: an executable that does not read, or leaves a process running, does not block us.
         with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as said:
             told.write(json.dumps(words, default=str).encode() + b"\n")
             told.seek(0)
@@ -67,7 +67,7 @@ class _Call:
             except OSError as error:
                 return f"cannot be run: {error.strerror}"
             if status is None:
-                return f"{phase} {self.operation}: has not ended in {self.deadline:g} s"
+                return f"{phase} {self.operation}: did not end within {self.deadline:g} s"
             if not status:
                 return None
             said.seek(0)
@@ -102,10 +102,10 @@ def folder(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def executables(environ: Mapping[str, str] = os.environ) -> list[Path]:
-    """Return the executables in the order in which they run; hidden files and editors' backups are none.
+    """Return the executables in the order in which they run; hidden files and editors' backups are ignored.
 
     Raises:
-        PluginError: one of them, or a folder on the way, may be written by somebody else than root or this user.
+        PluginError: one of them, or a folder in its path, may be written by others than root or this user.
     """
     place = folder(environ)
     try:
@@ -130,11 +130,11 @@ def around(
     uri: str | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Iterator[list[str]]:
-    """Run the block between the executables' `before` and `after`; give a list that their complaints of `after` go to.
+    """Run the block between the executables' `before` and `after`; yield a list to which failures of `after` are added.
 
     Raises:
         PluginError: an executable failed before; the block was not entered.
-        InvalidRequest: the deadline in the environment is no number.
+        InvalidRequest: the deadline in the environment is not a number.
     """
     paths = executables(environ)
     notes: list[str] = []

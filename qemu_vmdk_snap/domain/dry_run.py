@@ -1,7 +1,7 @@
-"""What a create, a revert or a delete would do: the plan of the command itself, and nothing is changed.
+"""Dry runs of create, revert and delete: the plan of the command itself, and no change.
 
-The plan is made as the run makes it, under the same locks and with the same refusals, and is given up. Drop-ins are not
-run. An operation that is unfinished would be settled by the run first, so there is no plan while one is.
+The plan is made as in a run, under the same locks and with the same refusals, and is then dropped. Drop-ins are not
+run. A run would first finish or undo an unfinished operation, so there is no plan while there is one.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def plan_revert(
 ) -> RevertReport:
     """Return what `revert` would report, with `dry_run` set.
 
-    What else needs a file that would be discarded is looked for by the run: such a file is kept, and named.
+    Only the run looks for what else needs a file that would be discarded: such a file is kept, and named.
 
     Raises:
         DomainError: an operation on the domain is unfinished; and all that `revert` raises before its first change.
@@ -127,7 +127,5 @@ def planning(conn: libvirt.virConnect, domain_name: str) -> Iterator[tuple[libvi
     uuid = domain.UUIDString()
     with store.locked(uuid, domain.name()):
         if store.path(uuid).exists():
-            raise DomainError(
-                domain.name(), "an operation is unfinished: `recover` settles it; there is no plan before"
-            )
+            raise DomainError(domain.name(), "an operation is unfinished: run `recover` first")
         yield domain, store

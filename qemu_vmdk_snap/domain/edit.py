@@ -1,8 +1,8 @@
-"""Change what a snapshot is called and described as. Its files stay; libvirt's metadata alone changes.
+"""Change the name and the description of a snapshot, and the current one. Only libvirt's metadata changes.
 
-libvirt has no renaming: the snapshot is registered anew under the other name, the old one is forgotten, and its
-descendants are registered as they were, since forgetting changes their XML. An intent record holds them all, durable
-before the first step; every step can be done again.
+libvirt cannot rename: the snapshot is registered again under the other name, the old one is removed, and its
+descendants are registered again, since removing it changes their XML. An intent record stores all of them, durable
+before the first step; every step can be repeated.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 def describe(conn: libvirt.virConnect, domain_name: str, snapshot: str, description: str | None) -> Recovery | None:
-    """Give the snapshot another description; None takes it away. Return what was settled first.
+    """Give the snapshot another description; None removes it. Return the recovery that was made first.
 
     Raises:
         DomainError: there is no such snapshot, or libvirt refuses.
-        InvalidRequest: the text holds a control character.
+        InvalidRequest: the text contains a control character.
     """
     naming.check_description(description or "")
     domain = find_domain(conn, domain_name)
@@ -41,7 +41,7 @@ def describe(conn: libvirt.virConnect, domain_name: str, snapshot: str, descript
 
 
 def set_current(conn: libvirt.virConnect, domain_name: str, snapshot: str) -> Recovery | None:
-    """Let the snapshot be the current one, whose child the next one will be. Return what was settled first.
+    """Make the snapshot the current one, whose child the next one will be. Return the recovery that was made first.
 
     Raises:
         DomainError: there is no such snapshot, or libvirt refuses.
@@ -56,11 +56,11 @@ def set_current(conn: libvirt.virConnect, domain_name: str, snapshot: str) -> Re
 
 
 def rename(conn: libvirt.virConnect, domain_name: str, snapshot: str, name: str) -> Recovery | None:
-    """Give the snapshot another name. Return what was settled first.
+    """Give the snapshot another name. Return the recovery that was made first.
 
     Raises:
-        DomainError: there is no such snapshot, another one bears the name, or libvirt refuses.
-        InvalidRequest: the name cannot be.
+        DomainError: there is no such snapshot, another one has the name, or libvirt refuses.
+        InvalidRequest: the name is invalid.
     """
     naming.check_snapshot_name(name)
     domain = find_domain(conn, domain_name)
@@ -90,13 +90,11 @@ def rename(conn: libvirt.virConnect, domain_name: str, snapshot: str, name: str)
     return recovered
 
 
-def finish_rename(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> bool:
-    """Do every step of a rename, whatever of it is done already; what was edited or deleted meanwhile stays so.
-
-    Returns True: it is never taken back.
+def finish_rename(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
+    """Do every step of a rename, also if some are done already; what was edited or deleted meanwhile stays so.
 
     Raises:
-        DomainError: another snapshot bears the new name by now, or libvirt refuses; the record must stay.
+        DomainError: another snapshot has the new name now, or libvirt refuses; the record must stay.
     """
     (name, renamed), *below = intent.snapshots
     there, current = _read_all(domain)
@@ -110,7 +108,6 @@ def finish_rename(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: I
     for other, text in below:  # forgetting the old name has changed their XML
         if other in there:
             _redefine(domain, keeping_description(text, there[other]), current=current == other)
-    return True
 
 
 def _same_snapshot(one: str, other: str) -> bool:

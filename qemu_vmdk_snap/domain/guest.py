@@ -50,7 +50,7 @@ class DomainHardware:
     """Where libvirt says that files of its disks are: parents may be opened there."""
 
 
-def hardware_of(conn: libvirt.virConnect, domain_name: str, snapshot: str | None = None) -> DomainHardware:
+def hardware_of(conn: libvirt.virConnect, domain: str, snapshot: str | None = None) -> DomainHardware:
     """Return what boots like the domain as it is now, or as it was at a snapshot.
 
     Raises:
@@ -58,18 +58,18 @@ def hardware_of(conn: libvirt.virConnect, domain_name: str, snapshot: str | None
         DomainBusy: the domain runs, and no snapshot is named: its disks change meanwhile.
         InvalidRequest: it has no VMDK disk.
     """
-    domain = find_domain(conn, domain_name)
-    name = domain.name()
+    found = find_domain(conn, domain)
+    name = found.name()
     frozen: dict[str, Path | None] = {}
     with libvirt_errors(name, "read the XML of the domain"):
-        text = domain.XMLDesc(_INACTIVE)
-        running = bool(domain.isActive())
+        text = found.XMLDesc(_INACTIVE)
+        running = bool(found.isActive())
     places = files_in(text)
     if snapshot is not None:
         info = snapshot_info(conn, name, snapshot)
         frozen = {disk.target: disk.frozen for disk in info.disks}
         with libvirt_errors(name, f"read snapshot {snapshot!r}"):
-            then = domain.snapshotLookupByName(snapshot).getXMLDesc()
+            then = found.snapshotLookupByName(snapshot).getXMLDesc()
         places |= files_in(then)
         try:
             text = domain_of(then)

@@ -79,7 +79,7 @@ def discard_copies(conn: libvirt.virConnect, domain: libvirt.virDomain, copies: 
     """Unlink those of the copies that the XML of no snapshot and no domain names.
 
     Raises:
-        DomainError: libvirt cannot tell.
+        DomainError: libvirt reports an error.
         OSError: one cannot be unlinked.
     """
     if not copies:

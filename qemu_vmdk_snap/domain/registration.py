@@ -33,7 +33,7 @@ def lacking_form(domain: libvirt.virDomain) -> dict[str, str]:
     """Return name -> XML of the snapshots of ours that libvirt's own commands would harm: those without the form.
 
     Raises:
-        libvirtError: libvirt cannot tell.
+        libvirtError: libvirt reports an error.
     """
     import libvirt
 
@@ -57,11 +57,11 @@ def register_anew(domain: libvirt.virDomain) -> list[str]:
             try:
                 register_text(domain, text, current=name == current)
             except libvirt.libvirtError as error:
-                _log.info("domain %s: snapshot %r is not registered anew: %s", domain.name(), name, error)
+                _log.info("domain %s: snapshot %r is not registered again: %s", domain.name(), name, error)
             else:
                 changed.append(name)
     except libvirt.libvirtError as error:
         _log.info("domain %s: its snapshots are not looked through: %s", domain.name(), error)
     if changed:
-        _log.info("domain %s: registered anew: %s", domain.name(), ", ".join(changed))
+        _log.info("domain %s: registered again: %s", domain.name(), ", ".join(changed))
     return changed

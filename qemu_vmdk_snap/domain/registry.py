@@ -1,4 +1,4 @@
-"""What libvirt's own snapshot metadata knows, with what the files on disk say to it. There is no other registry."""
+"""Snapshots from libvirt's own snapshot metadata and the files on disk. There is no other registry."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DiskState:
-    """One disk of a snapshot, as the XML has it and as it is on disk now."""
+    """One disk of a snapshot, in the XML and on disk."""
 
     target: str
     mode: str
     """`external`, `internal`, `manual` or `no`, in libvirt's words."""
     overlay: Path | None
-    """What was put on top when the snapshot was made."""
+    """The overlay that was created with the snapshot."""
     frozen: Path | None
-    """The file that holds the disk as it was."""
+    """The frozen file: the disk at the time of the snapshot."""
     frozen_bytes: int | None
-    """What the frozen file takes up on its file system; None when it is missing or has no part in the snapshot."""
+    """The size of the frozen file on its file system; None if it is missing or not in the snapshot."""
     overlay_bytes: int | None
     depth: int | None
-    """How many links the disk as it was has; None when its chain cannot be opened."""
+    """How many links the frozen chain has; None if it cannot be opened."""
     missing: tuple[Path, ...]
     problem: str | None
     """Why the frozen chain cannot be read, in one line."""
@@ -104,44 +104,44 @@ def list_domains(conn: libvirt.virConnect) -> list[str]:
     """Return the names of all domains of the connection, in their order.
 
     Raises:
-        DomainError: libvirt cannot tell.
+        DomainError: libvirt reports an error.
     """
     with libvirt_errors("-", "list the domains"):
         return sorted(domain.name() for domain in conn.listAllDomains())
 
 
-def list_snapshots(conn: libvirt.virConnect, domain_name: str) -> list[SnapshotInfo]:
+def list_snapshots(conn: libvirt.virConnect, domain: str) -> list[SnapshotInfo]:
     """Return every snapshot of the domain, whoever made it, in virsh's order: by name, whatever the case.
 
     Raises:
-        DomainError: there is no such domain, or libvirt cannot tell.
+        DomainError: there is no such domain, or libvirt reports an error.
     """
     import libvirt
 
-    domain = find_domain(conn, domain_name)
-    name = domain.name()
+    found = find_domain(conn, domain)
+    name = found.name()
     volume_path = lenient(volume_resolver(conn, name))
     with libvirt_errors(name, "list its snapshots"):
-        texts = [snapshot.getXMLDesc(0) for snapshot in domain.listAllSnapshots()]
+        texts = [snapshot.getXMLDesc(0) for snapshot in found.listAllSnapshots()]
         parsed = [xml.parse_snapshot(text, volume_path) for text in texts]
-        persistent = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) if domain.isPersistent() else domain.XMLDesc(0)
-        current = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
+        persistent = found.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) if found.isPersistent() else found.XMLDesc(0)
+        current = found.snapshotCurrent().getName() if found.hasCurrentSnapshot() else None
     parsed.sort(key=lambda snapshot: (snapshot.name.casefold(), snapshot.name))
     with engine.allowing(*folders_named(volume_path, persistent, *texts), below=False):
         return [_info(name, snapshot, parsed, current) for snapshot in parsed]
 
 
-def snapshot_info(conn: libvirt.virConnect, domain_name: str, snapshot: str | None = None) -> SnapshotInfo:
+def snapshot_info(conn: libvirt.virConnect, domain: str, snapshot: str | None = None) -> SnapshotInfo:
     """Return one snapshot of the domain, the current one if none is named.
 
     Raises:
         DomainError: the domain has no such snapshot, or no current one.
     """
-    for info in list_snapshots(conn, domain_name):
+    for info in list_snapshots(conn, domain):
         if info.name == snapshot or (snapshot is None and info.current):
             return info
     reason = "has no current snapshot" if snapshot is None else f"has no snapshot {snapshot!r}"
-    raise NoSnapshot(domain_name, reason, snapshot=snapshot)
+    raise NoSnapshot(domain, reason, snapshot=snapshot)
 
 
 def snapshot_xml(conn: libvirt.virConnect, domain_name: str, snapshot: str, *, secure: bool = False) -> str:
@@ -229,7 +229,7 @@ def _disk_state(disk: xml.SnapshotDisk) -> DiskState:
 
 
 def _depth(disk: xml.SnapshotDisk) -> tuple[int | None, str | None]:
-    """Return the number of links of the frozen chain, or why it cannot be told."""
+    """Return the number of links of the frozen chain, or why it is unknown."""
     if disk.frozen is None:
         return None, None
     try:

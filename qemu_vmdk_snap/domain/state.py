@@ -1,4 +1,4 @@
-"""What libvirt says of a domain: its persistent XML, its snapshots, its volumes, and whether it may be changed."""
+"""A domain's persistent XML, snapshots and volumes, and whether it may be changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def check_state(domain: libvirt.virDomain) -> None:
         DomainError: it is transient, or would resume from saved memory that belongs to the disks as they are.
     """
     if not domain.isPersistent():
-        reason = "is transient: without a persistent XML nothing would name its overlays: virsh define it first"
+        reason = (
+            "is transient: without a persistent XML nothing would name its overlays: define it first (virsh define)"
+        )
         raise DomainError(domain.name(), reason)
     if domain.hasManagedSaveImage():
         reason = "has a saved state, which would resume on the frozen disks: start it, or virsh managedsave-remove it"
@@ -79,7 +81,7 @@ def define(conn: libvirt.virConnect, text: str) -> None:
 
 
 def volume_resolver(conn: libvirt.virConnect, domain: str) -> xml.VolumePath:
-    """Return what finds the file of a storage volume on this connection."""
+    """Return a function that finds the file of a storage volume on this connection."""
 
     def resolve(pool: str, volume: str) -> Path:
         with libvirt_errors(domain, f"find volume {volume!r} of pool {pool!r}"):
@@ -95,7 +97,7 @@ def named_folders(conn: libvirt.virConnect, domain: libvirt.virDomain) -> list[P
     """Return the folders of all files that the domain's persistent XML and its snapshots name.
 
     Raises:
-        DomainError: libvirt cannot tell.
+        DomainError: libvirt reports an error.
     """
     with libvirt_errors(domain.name(), "read its XML and snapshots"):
         texts = [inactive_xml(domain), *(snapshot.getXMLDesc(0) for snapshot in domain.listAllSnapshots())]

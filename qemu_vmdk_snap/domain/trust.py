@@ -1,4 +1,4 @@
-"""Who could change a file that is about to be run, or followed, with our rights: root and this user, or others."""
+"""Who could change a file that is about to be run or followed with our rights: root and this user, or others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 _MOST_PLACES: Final = 400
-"""Folders and links on the way to a file: more are a circle of links."""
+"""How many folders and links lead to a file at most: more are a loop of links."""
 
 
 class Distrust(NamedTuple):
@@ -24,7 +24,7 @@ def distrust(path: Path, owners: Collection[int] = ()) -> Distrust | None:
 
     Looked at are the file, every symbolic link on the way, and every folder up to /: each belongs to root, to this user
     or to one of `owners`, and nobody else may write it. A folder like /tmp, where others may make files but not rename
-    ours, is good on the way, not at its end.
+    ours, is accepted in the path, but not at its end.
 
     Raises:
         OSError: the path leads nowhere.
@@ -65,7 +65,7 @@ def _reason(facts: os.stat_result, owners: Collection[int], *, sticky: bool) -> 
         return f"belongs to user {facts.st_uid}"
     if stat.S_ISLNK(facts.st_mode) or (sticky and stat.S_ISDIR(facts.st_mode) and facts.st_mode & stat.S_ISVTX):
         return None
-    # A user's own group, as distributions make one for each user, is nobody else; root's is a group like others.
+    # A user's own group, which distributions make for each user, has no other member; root's is a group like others.
     own_group = facts.st_uid == facts.st_gid == me != 0
     if facts.st_mode & stat.S_IWOTH or (facts.st_mode & stat.S_IWGRP and not own_group):
         return "may be written by others than its owner"
@@ -86,7 +86,7 @@ def _places(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
             if stat.S_ISLNK(facts.st_mode):
                 leads = Path(os.path.realpath(one.parent), one.readlink(), place.relative_to(one))
                 waiting.append(Path(os.path.normpath(leads)))
-    path.stat()  # fails where a link leads nowhere, or in a circle
+    path.stat()  # fails where a link leads nowhere, or in a loop
 
 
 def _raise(error: OSError) -> None:

@@ -1,4 +1,4 @@
-"""Small guests that boot on an image and tell what they see; for the command line, and for anybody's tests.
+"""Small guests that boot on an image and report what they read; for the command line, and for tests.
 
 The public names: `boot` (a machine with the probe running on an image), `attach` (a probe that runs elsewhere, for
 instance in a libvirt domain), `verify_image`, and the pattern that probe and engine both write. `__init__.pyi` lists

@@ -1,6 +1,6 @@
 """TCG or KVM: KVM only where a boot has shown it to be faster.
 
-`/dev/kvm` tells little: inside some virtual machines it is there and ten times slower than TCG, or does not work.
+`/dev/kvm` alone proves little: in some virtual machines it exists and is ten times slower than TCG, or does not work.
 """
 
 from __future__ import annotations

@@ -97,12 +97,12 @@ class KnownChain:
         return self
 
     def pattern(self, seed: int, offset: Size, length: Size, *, by: Writer = "engine") -> Self:
-        """Write the pattern of `seed` over `length` bytes at `offset`: each sector tells its place and its seed."""
+        """Write the pattern of `seed` over `length` bytes at `offset`: each sector contains its place and its seed."""
         at = in_bytes(offset)
         return self.write(at, pattern(seed, at, in_bytes(length)), by=by)
 
     def snapshot(self, name: str | None = None, *, kind: str | None = None) -> Self:
-        """Freeze the topmost link: go on in a new overlay, `NAME.vmdk` (`1.vmdk`, `2.vmdk`, ... without a name).
+        """Freeze the topmost link: continue in a new overlay, `NAME.vmdk` (`1.vmdk`, `2.vmdk`, ... without a name).
 
         Raises:
             InvalidRequest, FileExistsError: see `create_overlay`.
@@ -146,7 +146,7 @@ class ChainMaker:
         """
         depth = self._depth if depth is None else depth
         if depth < 1:
-            raise InvalidRequest("depth", f"{depth} links are no chain")
+            raise InvalidRequest("depth", f"{depth} is not a number of links")
         chain = self.base(size, kind=kind)
         step = chain.model.capacity // (depth + 1) // 4096 * 4096
         if step < 8192:
@@ -170,7 +170,7 @@ def _write_by_qemu(image: Path, offset: int, data: bytes) -> None:
     if executable is None:
         raise PluginError("qemu-io", "is not installed (Debian: qemu-utils, Fedora: qemu-img)")
     if offset % 512 or len(data) % 512:
-        raise InvalidRequest("qemu-io", f"bytes {offset} to {offset + len(data)} are no whole sectors of 512")
+        raise InvalidRequest("qemu-io", f"bytes {offset} to {offset + len(data)} are not whole sectors of 512")
     with tempfile.NamedTemporaryFile(prefix="qemu-vmdk-snap-", suffix=".bin") as file:
         file.write(data)
         file.flush()

@@ -33,7 +33,7 @@ def timeout_scale() -> float:
     """Return the factor for all deadlines that the environment asks for, 1 without one.
 
     Raises:
-        InvalidRequest: it is no positive number.
+        InvalidRequest: it is not a positive number.
     """
     text = os.environ.get(VARIABLE, "1")
     try:
@@ -41,7 +41,7 @@ def timeout_scale() -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise InvalidRequest(VARIABLE, f"{text!r} is no positive number")
+        raise InvalidRequest(VARIABLE, f"{text!r} is not a positive number")
     return value
 
 

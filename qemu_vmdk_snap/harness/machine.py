@@ -59,7 +59,7 @@ class Machine:
         self.known: Known | None = None
         """The chain of known content that it was booted on, if it was one."""
         self.report: FailureReport | None = None
-        """What is told of the guest, once it has failed."""
+        """The report of the guest, once it has failed."""
         executable = shutil.which(setup.qemu)
         if executable is None:
             raise PluginError(setup.qemu, "is not installed (Debian: qemu-system-x86, Fedora: qemu-system-x86-core)")
@@ -96,8 +96,15 @@ class Machine:
             self.command_by_hand = shlex.join([executable, *by_hand(setup, folder)])
             (folder / "command").write_text(f"{self.command_by_hand}\n")
             self._log = (folder / "serial.log").open("wb", buffering=0)
+            # A session of its own: Ctrl-C is for the caller, who then ends QEMU, and the kernel's scheduler gives each
+            # session its share, however many guests one caller has.
             self._process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, pass_fds=fds
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                pass_fds=fds,
+                start_new_session=True,
             )
             self.qmp = Qmp(monitor, setup.image.name, folder / "qmp.log")
             main = port.detach() if setup.kernel else serial.detach()
@@ -164,7 +171,7 @@ class Machine:
                 self.probe.select(0)
 
     def power_off(self, status: int = 0) -> None:
-        """Let the probe switch off, and return when QEMU has ended and let go of the image.
+        """Let the probe switch off, and return when QEMU has ended and released the image.
 
         Raises:
             GuestError: QEMU does not end, or not with the status that was asked for.
@@ -196,7 +203,7 @@ class Machine:
             raise self.failure(f"QEMU ended with {code}, not {status}: {self._last_words()}")
 
     def kill(self) -> None:
-        """End QEMU at once, as a power cut would; harmless when it has ended. One that is held goes on."""
+        """End QEMU at once, as a power cut would; harmless when it has ended. One that is held continues."""
         if self._held:
             self._process.returncode = 0  # it is not ours any more: no warning that it still runs
         elif self._process.poll() is None:
@@ -230,7 +237,7 @@ class Machine:
 
     def _last_words(self) -> str:
         lines = (self.folder / "stderr.log").read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        return lines[-1] if lines else "no output"
 
     def _hold(self, sockets: Path) -> str:
         """Hand the console over to a socket, and return how to get at the guest and end it."""
@@ -316,7 +323,7 @@ def boot(
     failures: Sequence[bytes | re.Pattern[bytes]] = PANICS,
     hold: bool = False,
 ) -> AbstractContextManager[Machine]:
-    """Give a machine with the probe booted on `image` (and the chain behind it, as QEMU's own driver opens it).
+    """Give a machine with the probe booted on `image` (and its backing chain, as QEMU's own driver opens it).
 
     `image` may be a `KnownChain`: then `assert_reads` knows what should be read, and the CIDs are checked first.
 

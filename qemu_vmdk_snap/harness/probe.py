@@ -23,7 +23,7 @@ class Answer(NamedTuple):
 
 
 class ProbeError(GuestError):
-    """The probe is well, and says that it cannot do what it was told; `answer` is what it says: `bios 0c`."""
+    """The probe runs, and reports that it cannot do the command; `answer` is its answer: `bios 0c`."""
 
     def __init__(self, guest: str, command: str, answer: str) -> None:
         super().__init__(guest, f"{command!r}: {answer}")

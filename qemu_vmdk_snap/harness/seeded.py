@@ -15,10 +15,10 @@ def pattern(seed: int, offset: int, length: int) -> bytes:
     """Return the `length` bytes of the pattern of `seed` (32 bits) from byte `offset` of the disk on.
 
     Raises:
-        InvalidRequest: one of them is no multiple of the sector size.
+        InvalidRequest: one of them is not a multiple of the sector size.
     """
     if offset % SECTOR_SIZE or length % SECTOR_SIZE:
-        raise InvalidRequest("pattern", f"bytes {offset} to {offset + length} are no whole sectors of {SECTOR_SIZE}")
+        raise InvalidRequest("pattern", f"bytes {offset} to {offset + length} are not whole sectors of {SECTOR_SIZE}")
     count = length // SECTOR_SIZE
     lba = offset // SECTOR_SIZE
     sectors = np.arange(lba, lba + count, dtype=np.uint64)

@@ -32,6 +32,7 @@ _FIRST_PATIENCE: Final = 0.2
 _LONGEST_PATIENCE: Final = 1.0
 _TRIES: Final = 3
 _BATCH: Final = 127  # sectors that the probe moves at once
+_DISCARDED: Final = 64 * 0xFFFF  # sectors that a command discards
 _LOADED: Final = 7  # sectors that a line to it has room for
 _BUFFER: Final = 0x20000  # where they are in its memory
 _LINE: Final = rb"([^\r\n]*)\r\n"
@@ -77,7 +78,7 @@ class ProbeSession:
         explain: Callable[[], str] | None = None,
         fail: Callable[[str], GuestError] | None = None,
     ) -> None:
-        """Talk over `line`; `explain` tells why when the other end is gone, `fail` makes the error of a failure."""
+        """Talk over `line`; `explain` returns why the other end is gone, `fail` makes the error of a failure."""
         self._over = line
         self._name = name
         self.memory: Callable[[int, int], bytes] | None = None
@@ -151,6 +152,24 @@ class ProbeSession:
                 self.command(f"load {i:x} {piece.hex()}")
             self.command(f"write {lba + at:x} {size:x}")
 
+    def flush(self) -> None:
+        """Let the guest flush its disk, which must be on AHCI.
+
+        Raises:
+            ProbeError: the disk is not on AHCI (`ata ff`), or cannot.
+        """
+        self.command("flush")
+
+    def discard(self, offset: int, length: int) -> None:
+        """Let the guest discard the range of its disk, which must be on AHCI.
+
+        Raises:
+            ProbeError: the disk is not on AHCI (`ata ff`), or cannot.
+        """
+        lba, count = _sectors(offset), _sectors(length)
+        for at in range(0, count, _DISCARDED):
+            self.command(f"discard {lba + at:x} {min(_DISCARDED, count - at):x}")
+
     def assert_reads(self, content: Content, *, image: Path | str | None = None, samples: int = 8) -> int:
         """Let the guest read all of `content` that was written, all that `image` stores, and samples of the rest.
 
@@ -190,7 +209,7 @@ class ProbeSession:
         raise self._fail(f"{words!r}: the serial line damaged {_TRIES} messages in a row")
 
     def close(self) -> None:
-        """Let go of the line; the machine goes on."""
+        """Close the line; the machine keeps running."""
         with contextlib.suppress(OSError):
             self._over.close()
 
@@ -294,5 +313,5 @@ def _connect(path: Path, log: IO[bytes] | None) -> Line:
 
 def _sectors(length: int) -> int:
     if length % SECTOR_SIZE:
-        raise ValueError(f"{length} is no whole number of sectors")
+        raise ValueError(f"{length} is not a whole number of sectors")
     return length // SECTOR_SIZE

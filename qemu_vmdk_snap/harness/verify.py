@@ -86,6 +86,10 @@ class Mismatch:
     failure: str | None = None
     """What the guest says when it cannot read there at all."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types."""
+        return {name.replace("_", "-"): value for name, value in asdict(self).items()}
+
     def __str__(self) -> str:
         place = f"guest bytes {self.offset:#x} to {self.offset + self.length:#x}"
         expected = "raw image" if self.expected == "raw" else self.expected
@@ -121,6 +125,11 @@ class VerifyReport:
     def identical(self) -> bool:
         """Whether the guest saw what was expected everywhere."""
         return not self.mismatches
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `guest verify --output=json` shows it."""
+        answer = {name.replace("_", "-"): value for name, value in asdict(self).items()}
+        return answer | {"identical": self.identical, "mismatches": [one.as_dict() for one in self.mismatches]}
 
 
 class Checked(NamedTuple):
@@ -365,12 +374,3 @@ def _read_piece(offset: int, length: int, kind: str, whole: str, blocks: str) ->
         raise ValueError(f"{len(blocks) // 8} blocks in {length} bytes")
     sums = tuple(int(blocks[i : i + 8], 16) for i in range(0, len(blocks), 8))
     return Piece(offset, length, kind), Sums(int(whole, 16), sums)
-
-
-def as_json(report: VerifyReport) -> dict[str, object]:
-    """Return the report as JSON has it, with the verdict; its keys have dashes."""
-    answer = {**asdict(report), "identical": report.identical}
-    answer["mismatches"] = [
-        {key.replace("_", "-"): value for key, value in one.items()} for one in answer["mismatches"]
-    ]
-    return {key.replace("_", "-"): value for key, value in answer.items()}

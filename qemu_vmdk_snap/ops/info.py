@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +12,10 @@ from qemu_vmdk_snap.chain.link import Link, open_link, read_descriptor
 from qemu_vmdk_snap.chain.look.over import look_over
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, VmdkSnapError
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.storage.blockfile import PosixFile, open_posix, open_posix_or_device
 from qemu_vmdk_snap.vmdk.grain.extent import GrainExtent
+from qemu_vmdk_snap.vmdk.noted import Notes
 from qemu_vmdk_snap.vmdk.stream.extent import StreamExtent
 
 
@@ -27,8 +28,18 @@ class ExtentInfo:
     """None for an extent without a file."""
     type: str
     grain_bytes: int
-    """What is allocated at once; 0 where nothing is."""
+    """The unit of allocation; 0 where there is none."""
     compressed: bool
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the extent under the keys of `qemu-img info`."""
+        return {
+            **({"compressed": True} if self.compressed else {}),
+            "virtual-size": self.virtual_size,
+            "filename": None if self.path is None else str(self.path),
+            **({"cluster-size": self.grain_bytes} if self.grain_bytes else {}),
+            "format": self.type,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +51,7 @@ class ImageInfo:
     actual_size: int
     """What its files take on disk."""
     grain_bytes: int
-    """The smallest of its extents'; 0 where none allocates."""
+    """The smallest grain of its extents; 0 where none has grains."""
     create_type: str
     cid: int
     parent_cid: int
@@ -49,7 +60,34 @@ class ImageInfo:
     """Where the hint leads, or None: there is no parent, it does not exist, or it may not be opened."""
     extents: tuple[ExtentInfo, ...]
     notes: tuple[str, ...]
-    """What was found wrong, one line each: with the image itself, or between it and its parent."""
+    """What was found wrong, of each kind one line: with the image itself, or between it and its parent."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the image under the keys of `qemu-img info`; the notes are the list `warnings`, if there are any."""
+        answer: dict[str, object] = {
+            "virtual-size": self.virtual_size,
+            "filename": str(self.path),
+            **({"cluster-size": self.grain_bytes} if self.grain_bytes else {}),
+            "format": "vmdk",
+            "actual-size": self.actual_size,
+            "format-specific": {
+                "type": "vmdk",
+                "data": {
+                    "cid": self.cid,
+                    "parent-cid": self.parent_cid,
+                    "create-type": self.create_type,
+                    "extents": [extent.as_dict() for extent in self.extents],
+                },
+            },
+            "dirty-flag": False,
+        }
+        if self.notes:
+            answer["warnings"] = list(self.notes)
+        if self.hint is not None:
+            answer["backing-filename"] = self.hint
+            answer["backing-filename-format"] = "vmdk"
+            answer["full-backing-filename"] = None if self.parent is None else str(self.parent)
+        return answer
 
 
 class RawInfo(NamedTuple):
@@ -59,6 +97,16 @@ class RawInfo(NamedTuple):
     virtual_size: int
     actual_size: int
     """What it takes on disk."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the image under the keys of `qemu-img info`."""
+        return {
+            "virtual-size": self.virtual_size,
+            "filename": str(self.path),
+            "format": "raw",
+            "actual-size": self.actual_size,
+            "dirty-flag": False,
+        }
 
 
 def image_info(
@@ -84,7 +132,7 @@ def image_info(
 def chain_info(
     path: Path | str, *, trusted_dirs: Sequence[Path | str] = (), lock: bool = True, allow_devices: bool = False
 ) -> list[ImageInfo]:
-    """Return the images of the whole chain, the top first; a CID that does not fit is for `check` to tell.
+    """Return the images of the whole chain, the top first; CIDs are not compared: see `check_image`.
 
     Raises:
         CorruptChain: a parent is missing, may not be opened, or the chain is a loop; and all that `image_info` raises.
@@ -101,12 +149,15 @@ def raw_info(path: Path | str, *, lock: bool = True, allow_devices: bool = False
         LockBusy: another process writes it.
         OSError: it cannot be opened.
     """
-    with RawDisk(Path(path), lock=lock, devices=allow_devices) as disk:
+    with RawDisk(path, lock=lock, allow_devices=allow_devices) as disk:
         return RawInfo(disk.path, disk.capacity, disk.path.stat().st_blocks * 512)
 
 
 def _describe(link: Link, parent: Path | None, parent_cid: int | None) -> ImageInfo:
-    refused = [note for placed in link.extents for note in look_over(placed.extent)]
+    refused = Notes()
+    for placed in link.extents:
+        for note in look_over(placed.extent):
+            refused.add("refused", note)
     notes = [*link.notes, *refused]
     if parent is not None and parent_cid is not None and parent_cid != link.parent_cid:
         notes.append(str(CidMismatch(link.path, parent, link.parent_cid, parent_cid)))

@@ -1,4 +1,4 @@
-"""May an image be handed out for writing? The question that is asked before anything changes it, for those outside."""
+"""Checks whether an image may be opened for writing by something else: a guest, for example."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qemu_vmdk_snap.storage.record import refuse_pending
 def require_writable(
     path: Path | str, *, trusted_dirs: Sequence[Path | str] = (), orphans: Sequence[Path | str] = ()
 ) -> None:
-    """Return if the image may be written by a guest, say: nothing else needs it, and no operation on it is unfinished.
+    """Require that the image may be written by a guest: nothing else needs it, and no operation on it is unfinished.
 
     Dependents are looked for beside the image and in `trusted_dirs` (not below); `orphans` are given up.
 
@@ -24,7 +24,7 @@ def require_writable(
         FormatError, Unsupported, OSError: it cannot be read.
     """
     find = confined(trusted_dirs)
-    facts = read_facts(Path(path), find)
+    facts = read_facts(path, resolver=find)
     refuse_pending(*facts.files)
     census = Census.of(search_folders(facts.files, find))
     given_up = [Path(one) for one in orphans]

@@ -1,4 +1,4 @@
-"""What an operation tells while it runs."""
+"""The progress that an operation reports while it runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Progress(NamedTuple):
-    """How far a stage is. A callback that raises cancels the operation cleanly."""
+    """The progress of a stage. A callback that raises cancels the operation cleanly."""
 
     stage: str
     done: int
@@ -35,7 +35,7 @@ class Meter:
         self._report(Progress(self._stage, self._done, self._total))
 
     def reach(self, offset: int) -> None:
-        """Note that everything up to `offset` is done; reported when it is news."""
+        """Note that everything up to `offset` is done; reported if it has advanced."""
         if offset > self._done:
             self._done = offset
             self._report(Progress(self._stage, offset, self._total))

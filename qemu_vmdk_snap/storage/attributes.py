@@ -11,7 +11,7 @@ def copy_attributes(source: int, target: int, *, names: Collection[str] | None =
     """Give the file open as `target` the owner, the mode and the extended attributes of that open as `source`.
 
     `names` are the extended attributes that are copied; None is for all of them. `mode` has bits that are added. What
-    is alike already is not set: that would need a right for nothing.
+    already equal is not set: that would need a privilege for nothing.
 
     Raises:
         OSError: an attribute cannot be given; the target has some of them.

@@ -53,9 +53,9 @@ class BlockFile(Protocol):
         """Let the system begin to store the range, without waiting: a later `flush` has less to wait for."""
 
     def drop_behind(self, offset: int, length: int) -> None:
-        """Let the page cache forget the range, stored by then: what is copied once shall not push out what is in use.
+        """Store the range and drop it from the page cache, so that a copy does not evict pages that are in use.
 
-        It is no durability: only `flush` gives that.
+        The range is not durable before `flush`.
         """
 
     def discard_range(self, offset: int, length: int) -> bool:
@@ -74,11 +74,11 @@ class BlockFile(Protocol):
         """Return a descriptor that the kernel can copy from and to, or None where there is none."""
 
     def close(self) -> None:
-        """Let go of the file; closing twice is harmless."""
+        """Close the file; closing twice does nothing."""
 
 
 class naming:  # a class, as it is entered for every read and write
-    """Put the name of the file into an OSError of the block: what comes from a descriptor has none."""
+    """Put the name of the file into an OSError of the block: an error from a file descriptor has none."""
 
     __slots__ = ("_path",)
 
@@ -95,17 +95,21 @@ class naming:  # a class, as it is entered for every read and write
 
 
 class PosixFile:
-    """A regular file opened by path."""
+    """A regular file opened by path.
+
+    Threads: any number may call every method but `close` at once; a read or a write is a system call with its own
+    offset. `close` is for when no other call runs.
+    """
 
     def __init__(self, fd: int, path: Path, *, lazy: bool = False) -> None:
-        """Take `fd` over; a `lazy` file is left to the page cache, as nobody is going to wait for the disk."""
+        """Take over `fd`; a `lazy` file is left to the page cache, as no caller waits for the disk."""
         self._fd = fd
         self._path = path
         self._lazy = lazy
         self._failed: OSError | None = None
 
     @classmethod
-    def open(cls, path: Path, *, writable: bool = False, devices: bool = False) -> Self:
+    def open(cls, path: Path | str, *, writable: bool = False, devices: bool = False) -> Self:
         """Open an existing regular file, or, where `devices` allows it, a block device.
 
         Raises:
@@ -118,7 +122,7 @@ class PosixFile:
         if not (stat.S_ISREG(mode) or (devices and stat.S_ISBLK(mode))):
             os.close(fd)
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return cls(fd, path)
+        return cls(fd, Path(path))
 
     @property
     def path(self) -> Path:
@@ -171,8 +175,8 @@ class PosixFile:
         """Return when everything written so far is durable.
 
         Raises:
-            OSError: it is not, now or in an earlier flush. The kernel reports a page that it could not store once, and
-                takes it for clean from then on: a later fdatasync would succeed over data that is lost.
+            OSError: a flush failed, now or earlier. The kernel reports a page that it could not store only once, and
+                treats it as clean afterwards: a later fdatasync would succeed although data is lost.
         """
         if self._failed is not None:
             reason = f"an earlier flush failed ({self._failed.strerror}): what was written before it may be lost"
@@ -185,15 +189,15 @@ class PosixFile:
                 raise
 
     def begin_flush(self, offset: int, length: int) -> None:
-        """Let the kernel begin to write back the dirty pages of the range; one that will not is not waited for."""
+        """Let the kernel begin to write back the dirty pages of the range, without waiting."""
         if not self._lazy:
             _sync_file_range(self._fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
     def drop_behind(self, offset: int, length: int) -> None:
-        """Wait until the range is written back, and let the page cache forget it.
+        """Wait until the range is written back, and drop it from the page cache.
 
         Raises:
-            OSError: the disk did not take it. The kernel tells that once only: a later `flush` would say nothing.
+            OSError: the disk did not take it. The kernel reports that only once: a later `flush` would succeed.
         """
         if self._lazy:
             return
@@ -209,7 +213,7 @@ class PosixFile:
     def discard_range(self, offset: int, length: int) -> bool:
         """Punch a hole; return False where the file system has none."""
         failed = errno.EINTR if length else 0
-        while failed == errno.EINTR:  # what goes past Python is not repeated by it
+        while failed == errno.EINTR:  # unlike os functions, not repeated by Python when interrupted
             failed = _fallocate_function()(self._fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
         if failed in _NOT_OFFERED or failed == errno.EOPNOTSUPP:
             return False
@@ -233,7 +237,7 @@ class PosixFile:
             if error.errno == errno.ENXIO:
                 return self.size()
             if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-                return unknown  # no hole information here: anything may be data
+                return unknown  # no information about holes: anything may be data
             raise
 
     def fileno(self) -> int:
@@ -255,7 +259,7 @@ def _sync_file_range(fd: int, offset: int, length: int, flags: int) -> int:
 
 @functools.cache
 def _sync_function() -> Callable[[int, int, int, int], int]:
-    import ctypes  # needed only by those who copy much
+    import ctypes  # needed only for large copies
 
     function = ctypes.CDLL(None, use_errno=True).sync_file_range
     function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
@@ -276,7 +280,7 @@ FileOpener = Callable[[Path, bool], BlockFile]
 
 
 def open_posix(path: Path | str, writable: bool) -> BlockFile:
-    """Open `path` as a `PosixFile`: the opener that everything uses unless told otherwise."""
+    """Open `path` as a `PosixFile`: the default opener."""
     return PosixFile.open(Path(path), writable=writable)
 
 

@@ -33,9 +33,9 @@ _NOT_HERE: Final = (
 
 
 class WriteBehind:
-    """Stores what is written in large amounts while there is more to come, and takes it out of the page cache.
+    """Stores large amounts of written data while the copy is running, and drops them from the page cache.
 
-    So the flush at the end is short, guests keep their pages, and the copy goes on in pages that it has used already:
+    So the flush at the end is short, guests keep their pages, and the copy reuses the pages that it has used already:
     fresh ones cost the kernel time, in a virtual machine several times that of the copying.
     """
 
@@ -45,7 +45,7 @@ class WriteBehind:
         self._stored: deque[tuple[int, int]] = deque()
 
     def wrote(self, offset: int, length: int) -> None:
-        """Take note of what was written. A range of some MiB is stored by what follows it, and forgotten after that."""
+        """Record what was written. Each range is stored while the next one is written, and then dropped."""
         if self._amount:
             self._start, self._end = min(self._start, offset), max(self._end, offset + length)
         else:
@@ -72,7 +72,7 @@ class Copier:
     def copy(
         self, source: BlockFile, source_offset: int, target_offset: int, length: int, on_step: Callable[[int], None]
     ) -> None:
-        """Copy `length` bytes, zeros past the source's end; `on_step` hears how many at least every 64 MiB."""
+        """Copy `length` bytes, zeros past the source's end; `on_step` gets the number at least every 64 MiB."""
         with naming(self._target.path):
             self._copy(source, source_offset, target_offset, length, on_step)
 
@@ -101,7 +101,7 @@ class Copier:
         self._behind.wrote(offset, len(data))
 
     def put_zeros(self, offset: int, length: int) -> None:
-        """Let the stretch of the target read as zeros: a hole where it may be one, for a grain may be 1 GiB."""
+        """Make the range of the target read as zeros: a hole where possible, as a grain may be 1 GiB."""
         end, size = offset + length, self._target.size()
         while (offset := self._target.next_data(offset)) < min(end, size):
             hole = min(end, size, self._target.next_hole(offset))

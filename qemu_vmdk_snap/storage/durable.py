@@ -1,7 +1,7 @@
 """New files that are either whole or not there, and small files replaced in one step.
 
 A new file is written under a hidden temporary name in its own folder, made durable, linked under its name without ever
-overwriting, and its folder is synced. Killed at any point, nothing half-written bears the name.
+overwriting, and its folder is synced. If the process is killed at any point, no incomplete file has the name.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Hold `folder` shared, so that nobody sweeps it (`sweep_temporaries`) while temporary files are in use there.
+    """Lock `folder` shared, so that it is not swept (`sweep_temporaries`) while temporary files are in use there.
 
-    The hold goes with the process. Where a folder cannot be held, nobody can sweep it either.
+    The lock ends with the process. A folder that cannot be locked cannot be swept either.
     """
     fd = -1
     with contextlib.suppress(OSError):
@@ -58,7 +58,7 @@ def working_in(folder: Path) -> Iterator[None]:
     try:
         end = time.monotonic() + _SWEEP_SECONDS
         while fd >= 0 and not _flocked(fd, fcntl.LOCK_SH) and time.monotonic() < end:
-            time.sleep(0.01)  # a sweep lasts no longer; whoever else holds the folder is not waited for
+            time.sleep(0.01)  # a sweep is shorter; any other lock on the folder is not waited for
         yield
     finally:
         if fd >= 0:
@@ -77,7 +77,7 @@ def sweep_temporaries(folder: Path, about: Path | None = None) -> list[Path]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[bool]:
-    """Hold `folder` against everybody who would be `working_in` it; give False where somebody is."""
+    """Lock `folder` exclusively against `working_in`; yield False if somebody is working in it."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield _flocked(fd, fcntl.LOCK_EX)
@@ -142,7 +142,7 @@ class NewFiles:
         self._last_look: Callable[[], None] = lambda: None
 
     def before_ready(self, look: Callable[[], None]) -> None:
-        """Call `look` when the files have their names; what it raises takes them away again."""
+        """Call `look` when the files have their names; if it raises, they are removed again."""
         self._last_look = look
 
     def __enter__(self) -> NewFiles:
@@ -163,7 +163,7 @@ class NewFiles:
         """Return a new empty file that will be called `path`; the umask applies to `mode`.
 
         Raises:
-            FileExistsError: something bears that name.
+            FileExistsError: the name exists.
         """
         if path not in self._empty and os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
@@ -171,7 +171,7 @@ class NewFiles:
         if path.parent not in self._folders:  # once a folder: a split disk has thousands of files in one
             self._held.enter_context(working_in(path.parent))
             self._folders.add(path.parent)
-        self._held.callback(_discard, temporary)  # before it is there: an interruption may come as soon as it is
+        self._held.callback(_discard, temporary)  # before it exists: an interruption may come directly after
         try:
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         except OSError as error:
@@ -186,7 +186,7 @@ class NewFiles:
 
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, *rest: object) -> None:
         """Link the files under their names, or remove every trace of them."""
-        if isinstance(exc, OSError):  # the user knows the names to come, not those of today
+        if isinstance(exc, OSError):  # the user knows the final names, not the temporary ones
             names = {str(file.path): str(path) for file, path in self._pending}
             exc.filename = names.get(exc.filename, exc.filename)
         try:
@@ -231,10 +231,10 @@ def _link(temporary: Path, path: Path) -> None:
         if _renamed_beside(temporary, path):
             return
         # Nor that (some FUSE): claim the name by an exclusive create, then rename over our own claim. Killed between
-        # the two, the claim is taken back by the sweep.
+        # the two, the sweep removes the claim.
         claim = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            lock_image(claim, path, writable=True)  # nobody takes our claim for an empty file to be replaced
+            lock_image(claim, path, writable=True)  # so that the claim is not replaced as an empty file
             temporary.replace(path)
         finally:
             os.close(claim)
@@ -244,7 +244,7 @@ def _renamed_beside(temporary: Path, path: Path) -> bool:
     """Rename, in one step that never overwrites; return False where the file system has no such step (FAT has it).
 
     Raises:
-        FileExistsError: something bears the name.
+        FileExistsError: the name exists.
     """
     import ctypes  # needed only where there are no hard links
 
@@ -261,20 +261,20 @@ def new_file(path: Path, *, durable: bool = True, mode: int = 0o666) -> Iterator
     """Give a file that appears as `path`, complete and durable, when the block ends well, and not at all otherwise.
 
     Raises:
-        FileExistsError: something bears that name, or came to bear it meanwhile; it is untouched.
+        FileExistsError: the name exists, or was created meanwhile; that file is not changed.
     """
     with NewFiles(durable=durable) as files:
         yield files.add(path, mode)
 
 
 def _discard(temporary: Path) -> None:
-    """Remove the file, if it can be: what stays is swept later, and why it stays is not what went wrong."""
+    """Remove the file if possible; one that stays is swept later, and the original error is the one to report."""
     with contextlib.suppress(OSError):
         temporary.unlink()
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a hidden name beside `path` that nothing bears yet, for what will be `path` when it is complete."""
+    """Return a new hidden name beside `path`, for a file that is renamed to `path` when it is complete."""
     return path.with_name(f".{_shortened(path.name)}.{os.urandom(6).hex()}{_TEMPORARY}")
 
 
@@ -292,13 +292,13 @@ def publish(
     durable: bool = True,
     empty: EmptyFile | None = None,
 ) -> None:
-    """Give the complete file `temporary` the name `path`, never over another file, and take the old name away.
+    """Rename the complete file `temporary` to `path`, never overwriting another file.
 
     `parts` are the files beside it that it names: they are made durable, with their names, before it. `empty` is the
     empty file that has the name now, and is given up.
 
     Raises:
-        FileExistsError: something bears the name; both files are as they were.
+        FileExistsError: the name exists; neither file is changed.
     """
     if durable:
         for file in (*parts, temporary):
@@ -316,9 +316,9 @@ def publish(
 
 
 def link_over(file: Path | str, path: Path | str) -> None:
-    """Let the complete file `file` bear the name `path` as well, in one step and durably, over what bears it now.
+    """Give the complete file `file` the name `path` as well, in one step and durably, replacing the file of that name.
 
-    Done again after an interruption it ends what was begun. Where there are no hard links it loses its first name.
+    If it is repeated after an interruption, it finishes. Without hard links the file loses its first name.
     """
     file, path = Path(file), Path(path)
     inode = file.stat().st_ino
@@ -359,8 +359,8 @@ class Replacement(PosixFile):
 def replacing(path: Path, mode: int = 0o600) -> Iterator[Replacement]:
     """Give a new empty file that takes the name `path` in one step, durably: a reader sees the old content or the new.
 
-    When the block raises, or gives the file up, `path` is as it was. Killed at any point nothing half-written bears the
-    name; what is left under a hidden name is swept later.
+    When the block raises, or gives the file up, `path` is as it was. After a kill, no incomplete file has the
+    name; a file left under a hidden name is removed by a later sweep.
     """
     temporary = temporary_name(path)
     with working_in(path.parent):

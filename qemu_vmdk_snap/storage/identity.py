@@ -18,13 +18,21 @@ def identity_of(path: Path | str) -> Identity | None:
     """Return which file `path` leads to, symbolic links followed; None where there is none.
 
     Raises:
-        OSError: it cannot be told, so there may be one (no permission, an I/O error).
+        OSError: this cannot be determined, so there may be one (no permission, an I/O error).
     """
     try:
         facts = os.stat(path)  # noqa: PTH116 - 10,000 of these are made for one command
     except (FileNotFoundError, NotADirectoryError):
         return None
     return Identity(facts.st_dev, facts.st_ino)
+
+
+def identity_if_known(path: Path | str) -> Identity | None:
+    """Return which file `path` leads to; None where there is none, or where this cannot be determined."""
+    try:
+        return identity_of(path)
+    except OSError:
+        return None
 
 
 def identity_of_open(descriptor: int) -> Identity:

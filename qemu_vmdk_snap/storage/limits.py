@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Final
 
 _SPARE: Final = 256
-"""For what is opened meanwhile: the other links of a chain, sockets, logs."""
+"""Reserve for other files: the other links of a chain, sockets, logs."""
 
 
 def allow_open_files(count: int) -> None:
     """Raise this process's soft limit so that `count` more files may be open, as far as the hard limit lets it.
 
-    Nothing is raised where the limit cannot be: the open that goes over it will say so.
+    If the limit cannot be raised, the open that exceeds it reports the error.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + sum(1 for _ in Path("/proc/self/fd").iterdir()) + _SPARE

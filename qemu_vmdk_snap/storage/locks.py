@@ -1,7 +1,7 @@
-"""QEMU's image locks, so that both sides keep out of each other's way.
+"""QEMU's image locks, so that QEMU and this package exclude each other.
 
 QEMU takes shared open-file-description locks on single bytes of the image: byte 100 + n says "I use permission n", byte
-200 + n says "I do not share permission n". Whoever wants n checks that nobody locks 200 + n, and whoever does not
+200 + n says "I do not share permission n". A user that wants n checks that nobody locks 200 + n, and one that does not
 share n checks that nobody locks 100 + n. Source: QEMU 7.2, block/file-posix.c, raw_apply_lock_bytes and
 raw_check_lock_bytes.
 """
@@ -30,11 +30,11 @@ _NO_OFD_LOCKS: Final = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOL
 def lock_image(fd: int, path: Path, *, writable: bool, share_writes: bool = False) -> None:
     """Hold `fd` as QEMU holds an image: for reading (nobody may write), or for writing (nobody else may).
 
-    `share_writes` lets others write meanwhile, as `qemu-img -U` does; who lets nobody read still keeps us out.
-    The locks go when the descriptor is closed. A file system without such locks is used unlocked, as QEMU does.
+    `share_writes` lets others write meanwhile, as `qemu-img -U` does; a lock against reading still excludes this one.
+    Closing the descriptor releases the locks. A file system without such locks is used unlocked, as QEMU does.
 
     Raises:
-        LockBusy: another open of the image, in any process, excludes this one.
+        LockBusy: the image is open elsewhere, in this or another process, with a conflicting lock.
     """
     used = (_CONSISTENT_READ, _WRITE, _RESIZE) if writable else (_CONSISTENT_READ,)
     unshared = () if share_writes else (_WRITE, _RESIZE)
@@ -47,7 +47,7 @@ def lock_image(fd: int, path: Path, *, writable: bool, share_writes: bool = Fals
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise LockBusy(path, "image") from error
         raise
-    # First take, then check: two that start together may both give way, but never both go on.
+    # First lock, then check: of two that start together both may fail, but never both succeed.
     for n in used:
         _check(fd, path, _UNSHARED + n, n)
     for n in unshared:
@@ -56,9 +56,9 @@ def lock_image(fd: int, path: Path, *, writable: bool, share_writes: bool = Fals
 
 
 def keep_from_writers(fd: int) -> None:
-    """Turn the hold for writing that `lock_image` gave into one for reading: others may read again, and nobody write.
+    """Turn the write lock of `lock_image` into a read lock: others may read again, and nobody may write.
 
-    Nothing is let go of between the two, so whoever wants to write finds no moment for it.
+    No lock is released between the two, so no writer can come in between.
     """
     for n in (_WRITE, _RESIZE):
         try:

@@ -1,8 +1,8 @@
-"""Opening an image locked: the one way for everybody who changes it, and for everybody who must not see it change.
+"""Opening an image locked: used by everything that changes it or must not see it change.
 
 Some operations put a new file in an image's place by renaming it over the old one. Who has opened the old file and
 locks it after that holds a file without a name: whatever is written there is lost. So the name is looked at again
-behind the lock, and the image opened anew where it leads elsewhere.
+after locking, and the image opened again if it leads elsewhere.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def open_locked(path: Path, opener: FileOpener, *, writable: bool, share_writes:
     """Return `path` open and locked as `lock_image` says; the name leads to the file that is locked.
 
     Raises:
-        LockBusy: another open of the image excludes this one, or the file is replaced again and again.
+        LockBusy: the image is open elsewhere with a conflicting lock, or the file is replaced again and again.
         OSError: it cannot be opened.
     """
     for _ in range(_TRIES):
         file = opener(path, writable)
         try:
             descriptor = file.fileno()
-            if descriptor is None:  # a disk that a test put under the engine: nobody else can have it
+            if descriptor is None:  # a disk that a test put under the engine: no other user exists
                 return file
             lock_image(descriptor, path, writable=writable, share_writes=share_writes)
             if identity_of(path) == identity_of_open(descriptor):

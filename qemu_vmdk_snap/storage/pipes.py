@@ -1,4 +1,4 @@
-"""Images that come from, or go to, a pipe: bytes in order, no going back."""
+"""Images that are read from or written to a pipe: bytes in order, without seeking."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _ZEROS: Final = bytes(_STEP)
 
 
 class PipeReader:
-    """Reads a descriptor from front to end."""
+    """Reads a file descriptor from start to end."""
 
     def __init__(self, fd: int, path: Path) -> None:
-        """Read from `fd`, which somebody else closes; `path` is the name to show in messages."""
+        """Read from `fd`, which the caller closes; `path` is the name to show in messages."""
         self._fd = fd
         self.path = path
         self.position = 0
@@ -32,16 +32,16 @@ class PipeReader:
         return b"".join(parts)
 
     def skip(self, length: int) -> None:
-        """Pass over `length` bytes, or to the end of the pipe."""
+        """Skip `length` bytes, or to the end of the pipe."""
         while length > 0 and (data := self.read(min(length, _STEP))):
             length -= len(data)
 
 
 class PipeWriter:
-    """Writes a descriptor from front to end."""
+    """Writes a file descriptor from start to end."""
 
     def __init__(self, fd: int, path: Path) -> None:
-        """Write to `fd`, which somebody else closes; `path` is the name to show in messages."""
+        """Write to `fd`, which the caller closes; `path` is the name to show in messages."""
         self._fd = fd
         self.path = path
         self.position = 0

@@ -5,7 +5,7 @@
 
 The record is complete or absent: it is replaced in one step. Whoever opens one of its images for writing finds it by
 looking through the image's folder, and finishes the operation first. A running operation holds a lock on its record, so
-that nobody takes it for dead.
+that no other command treats it as abandoned.
 
 A record makes a later command, perhaps root's, write and unlink files. So what it may name is confined:
 
@@ -15,7 +15,7 @@ A record makes a later command, perhaps root's, write and unlink files. So what 
 - each file is known by its inode: a record that was copied with its folder, or came out of an archive, fits nothing.
   (Device numbers change when a machine starts again; whether a file is on the record's device does not.)
 
-One that does not fit, or cannot be read, is followed by nobody and holds up nothing but its own images.
+A record that does not fit, or cannot be read, is never followed, and blocks only its own images.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.errors import CorruptChain, LockBusy
+from qemu_vmdk_snap.light import dataclass, field, replace
 from qemu_vmdk_snap.storage.blockfile import naming
 from qemu_vmdk_snap.storage.durable import alone_in, sync_folder, working_in
 from qemu_vmdk_snap.storage.grainlog import waiting
@@ -52,7 +52,7 @@ _FILE: Final = "$file"
 
 
 class Hold:
-    """The lock of a running operation on its record; it goes with the block, or with the process."""
+    """The lock of a running operation on its record; it ends with the block, or with the process."""
 
     __slots__ = ("_fd",)
 
@@ -60,12 +60,12 @@ class Hold:
         self._fd = -1
 
     def take(self, fd: int) -> None:
-        """Keep `fd`, on which the lock is, in place of the one before."""
+        """Keep `fd`, which has the lock, in place of the previous one."""
         self.close()
         self._fd = fd
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -75,7 +75,7 @@ class Hold:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Let go of the lock: whatever is left of the operation is up to `recover`."""
+        """Release the lock; an unfinished operation is left to `recover`."""
         self.close()
 
 
@@ -90,7 +90,7 @@ class Operation:
     images: tuple[Path, ...]
     """Every image that it writes, relinks or deletes."""
     details: Mapping[str, Any]
-    """What the operation needs to be finished by somebody else: JSON's own types, and paths."""
+    """What another process needs to finish the operation: JSON's own types, and paths."""
     hold: Hold = field(default_factory=Hold, compare=False, repr=False)
 
     @property
@@ -106,14 +106,14 @@ class Operation:
         """
         with contextlib.ExitStack() as stack:
             for pointer in self._pointers():
-                stack.enter_context(working_in(pointer.parent))  # nobody sweeps it before it leads anywhere
+                stack.enter_context(working_in(pointer.parent))  # not swept before it leads anywhere
                 see = os.path.relpath(self.path, pointer.parent)
                 os.close(_store(pointer, {"version": _VERSION, "see": see}))
             self.hold.take(_store(self.path, _as_json(self)))
         _log.info("%s: %s journaled in %s", self.image, self.name, self.path)
 
     def begin_if(self, still: Callable[[], None]) -> None:
-        """Begin, and then ask `still` once more whether it may: what it raises ends the operation, nothing changed."""
+        """Begin, and then call `still`: if it raises, the operation ends and nothing is changed."""
         self.begin()
         try:
             still()
@@ -128,7 +128,7 @@ class Operation:
         return changed
 
     def end(self) -> None:
-        """Take the record away, durably: the operation is finished or taken back."""
+        """Remove the record, durably: the operation is finished or undone."""
         for path in [self.path, *self._pointers()]:
             _draft(path).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
@@ -145,7 +145,7 @@ class Operation:
         folders = {image.parent for image in self.images} - {self.image.parent}
         if not folders:
             return []
-        import hashlib  # seldom needed
+        import hashlib  # rarely needed
 
         token = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]
         return sorted(folder / f".{_stem(self.image)}.{token}{SUFFIX}" for folder in folders if folder.is_dir())
@@ -164,7 +164,7 @@ class Pending(NamedTuple):
     """The file in the folder that was looked through: the record, or a pointer to it."""
 
     def involves(self, image: Path) -> bool:
-        """Return whether it holds up `image`; one that cannot be read holds up the image that its name says."""
+        """Return whether it blocks `image`; a record that cannot be read blocks the image in its name."""
         if self.operation is not None:
             return self.operation.involves(image)
         return self.found_as.name.startswith(f".{_stem(image)}.")
@@ -225,10 +225,10 @@ def _refusal(pending: Pending, image: Path) -> CorruptChain:
 
 @contextlib.contextmanager
 def taking_over(pending: Pending, *, allowed: Sequence[Path | str] = ()) -> Iterator[Operation | None]:
-    """Hold a record as its operation did, and give what it says now; None where it is gone meanwhile.
+    """Lock a record as its operation did, and yield its current content; None if it is gone.
 
     Raises:
-        LockBusy: the operation is still running, or somebody else is finishing it.
+        LockBusy: the operation is running, or another command is finishing it.
         CorruptChain: the record is not to be followed.
     """
     if pending.problem is not None:
@@ -245,7 +245,7 @@ def taking_over(pending: Pending, *, allowed: Sequence[Path | str] = ()) -> Iter
         except BlockingIOError as error:
             raise LockBusy(pending.path, "record") from error
         except OSError:
-            pass  # a file system without such locks: the locks of the images must do
+            pass  # a file system without such locks: the image locks are enough
         if identity_of(pending.path) != identity_of_open(fd):
             yield None
             return
@@ -256,7 +256,7 @@ def taking_over(pending: Pending, *, allowed: Sequence[Path | str] = ()) -> Iter
 
 
 def pending_gone(pending: Pending) -> CorruptChain:
-    """Return the error about a record that has changed under the eyes of whoever wanted to follow it."""
+    """Return the error for a record that changed while it was about to be followed."""
     return CorruptChain(pending.path, "the operation record changed while it was read: try again")
 
 
@@ -284,7 +284,7 @@ def _leads_nowhere(pointer: Path) -> bool:
 
 
 def abandon(pending: Pending) -> None:
-    """Take a record away, durably, without finishing what it is about: the images stay as they are.
+    """Remove a record, durably, without finishing its operation: the images are not changed.
 
     Raises:
         LockBusy: its operation is still running.
@@ -319,11 +319,11 @@ def _absolute(path: Path) -> Path:
 
 
 def _stem(image: Path) -> str:
-    """Return the image's name, cut to what fits; cut names are told apart by a digest."""
+    """Return the image's name, cut to what fits; cut names differ by a digest."""
     raw = os.fsencode(image.name)
     if len(raw) <= _MAX_STEM:
         return image.name
-    import hashlib  # seldom needed
+    import hashlib  # rarely needed
 
     return f"{os.fsdecode(raw[: _MAX_STEM - 17])}~{hashlib.sha256(raw).hexdigest()[:16]}"
 
@@ -370,7 +370,7 @@ def _as_json(operation: Operation) -> dict[str, Any]:
 def _store(path: Path, record: Mapping[str, Any]) -> int:
     """Make `path` hold the record, durably and in one step; return a descriptor of it, on which the lock is.
 
-    The draft has a fixed name, so that none can pile up.
+    The draft has a fixed name, so that drafts cannot accumulate.
     """
     draft = _draft(path)
     with working_in(path.parent):
@@ -405,12 +405,12 @@ def _look(found_as: Path, allowed: Sequence[Path | str]) -> Pending | None:
         if "see" in record:
             path = Path(os.path.normpath(path.parent / _text(record["see"])))
             if not os.path.lexists(path):
-                return None  # the operation ended before its pointers went, or never began
+                return None  # the operation ended before its pointers were removed, or never began
             record = _load(path)
         path = _absolute(path)
         operation, misfit = _parse(record, path, [found_as.parent, *allowed])
     except FileNotFoundError:
-        return None  # it ended this moment
+        return None  # it has just ended
     except CorruptChain as error:
         return Pending(path, None, error, found_as)
     except OSError as error:
@@ -485,8 +485,8 @@ def _misfit(
             continue
         fits = stat.S_ISREG(facts.st_mode) and facts.st_ino == inode and (facts.st_dev == device) is same
         if not fits:
-            reason = f"the operation record does not fit {file}, which is another file than it names (a copy?)"
-            return CorruptChain(path, f"{reason}: `recover --abandon` gives the operation up")
+            reason = f"the operation record names {file}, which is another file now (a copy?)"
+            return CorruptChain(path, f"{reason}: `recover --abandon` abandons the operation")
     return None
 
 

@@ -105,7 +105,7 @@ class GuestDomain:
         """Let the probe switch the machine off, and return when libvirt says that it is off.
 
         Raises:
-            GuestError: it goes on running.
+            GuestError: it keeps running.
         """
         self.probe.power_off()
         deadline = time.monotonic() + scaled(_OFF_SECONDS)

@@ -64,7 +64,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
-        raise ValueError(f"{text} is no positive number")
+        raise ValueError(f"{text} is not a positive number")
     return value
 
 
@@ -350,7 +350,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def _describe(machine: Machine, error: BaseException | None, result: pytest.TestReport) -> str:
-    """Put into `result` what there is to tell of a guest that the test, not the guest itself, found wrong."""
+    """Add to `result` the report of a guest in which the test found a fault."""
     try:
         notes = machine.failure(f"the test failed: {type(error).__name__}").__notes__
     except (VmdkSnapError, OSError, ValueError):  # a guest that is over has nothing more to say

@@ -1,6 +1,6 @@
 """The extents called SPARSE and VMFSSPARSE: the file itself says which of three kinds it is.
 
-QEMU takes a COWD file under the word SPARSE, and VMware's old products wrote so; a hosted sparse extent may be
+QEMU accepts a COWD file with the type SPARSE, which VMware's old products wrote; a hosted sparse extent may be
 compressed.
 """
 
@@ -15,7 +15,7 @@ def open_extent(spec: ExtentSpec) -> Extent:
     """Open a hosted sparse extent, plain or compressed (streamOptimized), or a COWD extent.
 
     Raises:
-        FormatError: the header, or what it names, cannot be.
+        FormatError: the header, or what it names, is invalid.
         Unsupported: write access to version 3, or to a compressed extent.
     """
     file = spec.file
@@ -33,5 +33,5 @@ def open_extent(spec: ExtentSpec) -> Extent:
 
         return stream.open_stream(spec, file, header)
     extent = open_sparse(spec, file, header)
-    extent.notes += shortfall.of_sparse(spec.path, file.size(), header.overhead, header.offset_of("overhead"))
+    extent.notes.merge(shortfall.of_sparse(spec.path, file.size(), header.overhead, header.offset_of("overhead")))
     return extent

@@ -13,11 +13,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from qemu_vmdk_snap.errors import FormatError, InvalidRequest
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.vmdk.registry import MODULES
 
 NO_PARENT: Final = 0xFFFF_FFFF
@@ -26,7 +26,7 @@ MAX_BYTES: Final = 16 << 20
 """No descriptor is larger; a larger one is refused before it is read."""
 
 HEAD_BYTES: Final = 4096
-"""What has to be looked at to tell that a file is a descriptor: comments may come first."""
+"""How much of a file is read to see whether it is a descriptor: comments may come first."""
 
 ACCESS: Final = ("RW", "RDONLY", "NOACCESS")
 # By the names of iconv and ICU, in lower case with "-" for "_": VMware writes the one that its host has.
@@ -70,18 +70,18 @@ _EXTENT_START: Final = re.compile(rb"[ \t]*(RW|RDONLY|NOACCESS)[ \t]", re.IGNORE
 _BAR_ESCAPE: Final = re.compile(r"\|(22|7[Cc]|0[0-9A-Fa-f]|1[0-9A-Fa-f])")
 
 
-class Name(str):
-    """A name of a descriptor in another encoding than UTF-8; `raw` are its very bytes, as Python spells a file name.
+class DecodedName(str):
+    """A name of a descriptor in another encoding than UTF-8; `raw` has its bytes, as Python represents a file name.
 
-    An archive that was made on Windows and unpacked on Linux has files under the bytes of the descriptor's encoding.
+    An archive made on Windows and unpacked on Linux has file names in the bytes of the descriptor's encoding.
     """
 
     raw: str
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """Return what a file that a descriptor calls `name` may be called here, the likeliest first."""
-    return (name, name.raw) if isinstance(name, Name) else (name,)
+    """Return the possible names here of the file that a descriptor calls `name`, the most likely first."""
+    return (name, name.raw) if isinstance(name, DecodedName) else (name,)
 
 
 class ExtentLine(NamedTuple):
@@ -120,7 +120,7 @@ class Descriptor:
         """Return the descriptor in `data`, which may be padded with zeros.
 
         Raises:
-            FormatError: it is no descriptor, lacks a key that a disk needs, or a value cannot be.
+            FormatError: it is not a descriptor, lacks a required key, or a value is invalid.
         """
         raw = data.split(b"\0", 1)[0]
         if not _looks_like(raw):
@@ -161,12 +161,12 @@ class Descriptor:
 
     @property
     def create_type(self) -> str:
-        """What `createType` says, as written."""
+        """The value of `createType`, as written."""
         return self._required("createType").text
 
     @property
     def parent_hint(self) -> str | None:
-        """What parentFileNameHint says, or None where it is missing or empty."""
+        """The value of parentFileNameHint, or None where it is missing or empty."""
         return self.get("parentFileNameHint") or None
 
     @property
@@ -176,7 +176,7 @@ class Descriptor:
 
     @property
     def encryption(self) -> str | None:
-        """The key that says that VMware has encrypted the disk, or None."""
+        """The key that shows that VMware has encrypted the disk, or None."""
         if self.get("encryptionKeys"):
             return "encryptionKeys"
         return "ddb.iofilters" if "crypt" in (self.get("ddb.iofilters") or "").lower() else None
@@ -194,7 +194,7 @@ class Descriptor:
         return Descriptor.parse(raw, path=self.path, base=self.base)
 
     def with_parent(self, parent_cid: int, hint: str | None) -> Descriptor:
-        """Return the same text for another parent; `hint` None takes the hint line away."""
+        """Return the same text for another parent; `hint` None removes the hint line."""
         changed = self.with_values({"parentCID": f"{parent_cid:08x}"})
         lines = changed.raw.split(b"\n")
         kept = [line for line in lines if not line.lower().lstrip().startswith(b"parentfilenamehint")]
@@ -252,15 +252,15 @@ def _codec_of(raw: bytes) -> str:
 
 
 def _decode(value: bytes, codec: str) -> str:
-    # Bytes that are not in the encoding are kept as they are: QEMU, and who goes by it, never looks at `encoding`.
+    # Bytes that are not in the encoding are kept as they are: QEMU never looks at `encoding`.
     return value.decode(codec, "surrogateescape")
 
 
 def _spelled(text: str, codec: str) -> str:
-    """Return `text`, and with it the bytes that it was read from where these may be a file's name too."""
+    """Return `text`, with the bytes that it was read from if these may be a file's name too."""
     if codec == "utf-8" or text.isascii():
         return text
-    name = Name(text)
+    name = DecodedName(text)
     name.raw = os.fsdecode(text.encode(codec, "surrogateescape"))
     return name
 
@@ -278,7 +278,7 @@ def _unescape(text: str) -> str:
 def _quoted_text(text: str, codec: str, path: Path) -> bytes:
     if any(ord(char) < 32 or char == '"' for char in text):
         raise InvalidRequest(
-            path, f"{text!r} cannot be written into a descriptor: it holds a quote or a control character"
+            path, f"{text!r} cannot be written into a descriptor: it contains a quote or a control character"
         )
     if _BAR_ESCAPE.search(text):
         raise InvalidRequest(path, f"{text!r} cannot be written into a descriptor: readers take its bar for an escape")
@@ -323,7 +323,7 @@ def make_descriptor(
     ASCII adds the line `encoding="UTF-8"`.
 
     Raises:
-        InvalidRequest: a name holds a quote or a control character, which the format cannot carry.
+        InvalidRequest: a name contains a quote or a control character, which the format cannot store.
     """
 
     def text(value: str) -> str:

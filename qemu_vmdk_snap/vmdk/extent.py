@@ -1,4 +1,4 @@
-"""What every kind of extent offers, and the way to the module that reads one.
+"""The interface of every kind of extent, and how the module that reads a kind is found.
 
 An extent is a stretch of the guest's disk with its own storage. Offsets are bytes from the extent's start unless they
 are called file offsets. To add a kind: write one module with `open_extent`, and name it in `vmdk.registry`.
@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.vmdk.descriptor import ExtentLine
+from qemu_vmdk_snap.vmdk.noted import Notes
 from qemu_vmdk_snap.vmdk.registry import MODULES
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.vmdk.runs import RunTable
 
 Below = Callable[[int, int], bytes]
-"""Reads (extent offset, length) as the guest sees it below this link: what a partly written grain is filled up with."""
+"""Reads (extent offset, length) as the guest sees it below this link: fills the rest of a partly written grain."""
 
 
 class Place(NamedTuple):
@@ -36,7 +37,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ExtentSpec:
-    """What an extent is opened from."""
+    """The arguments for opening an extent."""
 
     line: ExtentLine
     path: Path
@@ -46,7 +47,7 @@ class ExtentSpec:
 
 
 class Extent(Protocol):
-    """One extent, open. Reading never changes it; writes are durable after `flush`."""
+    """An open extent. Reading never changes it; writes are durable after `flush`."""
 
     @property
     def capacity(self) -> int:
@@ -58,15 +59,15 @@ class Extent(Protocol):
 
     @property
     def varied_bytes(self) -> int:
-        """Up to where in the extent each grain may be a run of its own; from there to its end there is but one."""
+        """Up to where in the extent each grain may be a run of its own; from there to its end there is only one."""
 
     @property
     def file(self) -> BlockFile | None:
         """Where its stored runs are, or None for one without a file."""
 
     @property
-    def notes(self) -> list[str]:
-        """What was found wrong, one line each, and could be read all the same."""
+    def notes(self) -> Notes:
+        """Faults that do not prevent reading."""
 
     def lookup(self, offset: int) -> Place:
         """Return where the byte at `offset` is."""
@@ -93,7 +94,7 @@ class PlacedExtent(NamedTuple):
 
 
 class ExtentModule(Protocol):
-    """What the module of a kind has."""
+    """The interface of the module of a kind."""
 
     def open_extent(self, spec: ExtentSpec) -> Extent:
         """Open an extent of this kind; raises FormatError or Unsupported."""
@@ -104,7 +105,7 @@ def open_extent(spec: ExtentSpec) -> Extent:
 
     Raises:
         FormatError: what is on disk breaks the format.
-        Unsupported: the kind, or the asked access, is not available.
+        Unsupported: the kind, or the requested access, is not supported.
     """
     module = MODULES["ZERO"] if spec.line.access == "NOACCESS" else MODULES.get(spec.line.type)
     if module is None:

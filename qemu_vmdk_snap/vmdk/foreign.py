@@ -1,7 +1,7 @@
-"""Files that are no VMDK: what they are by their first bytes, and what to do with them instead.
+"""Files that are not VMDK: what they are by their first bytes, and what to do with them instead.
 
 Sources: the formats' own specifications; QEMU's block/*.c for the disk formats. The head of VMware's change-tracking
-file is not documented: such a file is told by its name, and by the descriptor that names it.
+file is not documented: such a file is recognised by its name, and by the descriptor that names it.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _RAW: Final = "it may be a raw image (-f raw, where the command takes it)"
 
 
 def kind_of(head: bytes, name: str = "", tail: bytes = b"") -> str | None:
-    """Return what a file that begins with `head` is, with a hint what to do; None where nothing tells.
+    """Return what a file that begins with `head` is, with a hint what to do; None if it is unknown.
 
-    `name` is its name, `tail` its last 512 bytes where they are at hand.
+    `name` is its name, `tail` its last 512 bytes if they were read.
     """
     if not head:
         return "an empty file"

@@ -1,15 +1,15 @@
-"""Binary records declared once: field order, width and rules stand in the annotation and serve both directions."""
+"""Binary records declared once: field order, width and rules are in the annotation, for reading and writing."""
 
 from __future__ import annotations
 
 import functools
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self, get_type_hints
 
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.light import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Wire:
 
 
 class Must(NamedTuple):
-    """A rule for one field, and the words that name it when it is broken."""
+    """A rule for one field, and its text for error messages."""
 
     holds: Callable[[Any], bool]
     rule: str
@@ -84,7 +84,7 @@ class OnDisk:
                     raise FormatError(path, base + offset, name, value, must.rule)
 
     def serialise(self) -> bytes:
-        """Return the bytes that `parse` would read back as this record."""
+        """Return the bytes of the record; `parse` reads them back."""
         return self.layout().pack(*(getattr(self, column.name) for column in self.columns()))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The one table that says which module reads which extent type: the line that a new kind adds.
+"""The table of the modules that read each extent type.
 
 To add a kind: write one module with `open_extent` (see `vmdk.extent`), and name it here under the word that its extent
 lines have in a descriptor.

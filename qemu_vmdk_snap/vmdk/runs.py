@@ -1,29 +1,34 @@
-"""Runs: where the bytes of a stretch of the guest's disk are. The one map that every operation consumes.
+"""Runs: where the bytes of a range of the guest's disk are stored. Every operation uses this map.
 
 A RunTable is the columns of consecutive runs as NumPy arrays, so that resolving, merging and counting work on whole
-tables. Its runs cover [start, end) without gap or overlap; offsets are bytes, relative to whoever made the table (an
+tables. Its runs cover [start, end) without gap or overlap; offsets are bytes, relative to the maker of the table (an
 extent, a link or the whole disk).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
-import numpy as np
-import numpy.typing as npt
+from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Int64s = npt.NDArray[np.int64]
+    Kinds = npt.NDArray[np.uint8]
+else:
+    Int64s = Kinds = object  # for annotations alone
 
 HOLE: Final = 0
-"""Not in this link: the parent answers, or zeros where there is none."""
+"""Not in this link: read from the parent, or zeros where there is none."""
 ZERO: Final = 1
-"""Zeros, whatever the parent holds."""
+"""Zeros, whatever the parent contains."""
 DATA: Final = 2
 """Stored as it is, at `file_offset` of the source."""
 COMPRESSED: Final = 3
 """Stored deflated; one run is (part of) one grain, `file_offset` is where the grain's record begins."""
 
-Int64s = npt.NDArray[np.int64]
-Kinds = npt.NDArray[np.uint8]
 NO_SOURCE: Final = -1
 
 
@@ -78,7 +83,7 @@ class RunTable:
 
     @property
     def has_holes(self) -> bool:
-        """Whether any run falls through to the parent."""
+        """Whether any run is read from the parent."""
         return bool((self.kinds == HOLE).any())
 
     def rows(self) -> list[Row]:
@@ -89,7 +94,7 @@ class RunTable:
         return list(map(Row._make, zip(*columns, strict=True)))
 
     def shifted(self, by: int) -> RunTable:
-        """Return the same runs `by` bytes further on."""
+        """Return the same runs moved by `by` bytes."""
         return RunTable(self.starts + by, self.kinds, self.sources, self.file_offsets, self.end + by)
 
     def with_source(self, source: int) -> RunTable:
@@ -98,7 +103,7 @@ class RunTable:
         return RunTable(self.starts, self.kinds, sources, self.file_offsets, self.end)
 
     def coalesced(self) -> RunTable:
-        """Return the table with neighbours joined wherever one run goes on where the other ends."""
+        """Return the table with neighbours joined wherever one run continues the other."""
         if len(self.starts) < 2:
             return self
         lengths, kinds = self.lengths, self.kinds
@@ -114,7 +119,7 @@ class RunTable:
         return RunTable(self.starts[keep], kinds[keep], self.sources[keep], self.file_offsets[keep], self.end)
 
     def over(self, below: RunTable) -> RunTable:
-        """Return what is seen when `below`, over the same stretch, shows through the holes of this table."""
+        """Return the table with its holes filled from `below`, which covers the same range."""
         if not self.has_holes:
             return self
         if len(self.starts) == 1:

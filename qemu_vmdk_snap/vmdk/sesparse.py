@@ -1,4 +1,4 @@
-"""The seSparse extent (ESXi 6.5 and later): 64-bit entries, grains of 4 KiB. Read-only: nobody documents its journal.
+"""The seSparse extent (ESXi 6.5 and later): 64-bit entries, grains of 4 KiB. Read-only: its journal is not documented.
 
     | constant header | volatile header | journal ... | directory | tables | free bitmap | back map | grains |
 
@@ -8,14 +8,12 @@ Top nibble of a directory entry: 0 no table, 1 table (number in the low 32 bits)
 Source: QEMU 7.2 block/vmdk.c (Sam Eiderman's reading of real images); libvmdk.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Annotated, Final
 
 from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, Place
@@ -23,6 +21,9 @@ from qemu_vmdk_snap.vmdk.grain.extent import Copy, GrainExtent
 from qemu_vmdk_snap.vmdk.grain.tables import Entries, GrainTables
 from qemu_vmdk_snap.vmdk.ondisk import U64, Must, OnDisk, Wire
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, ZERO, Int64s, Kinds
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 CONST_MAGIC: Final = 0xCAFEBABE
 VOLATILE_MAGIC: Final = 0xCAFECAFE
@@ -32,7 +33,7 @@ TABLE_SECTORS: Final = 64
 ENTRIES_PER_TABLE: Final = TABLE_SECTORS * SECTOR_SIZE // 8
 _MAX_TABLES: Final = 1 << 22  # a disk of 64 TiB; VMware makes none above 62
 
-_Zero = Annotated[int, Wire("Q"), Must(lambda v: v == 0, "must be 0: what else it means is unknown")]
+_Zero = Annotated[int, Wire("Q"), Must(lambda v: v == 0, "must be 0: other values have no known meaning")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,8 @@ def open_extent(spec: ExtentSpec) -> "SeSparseExtent":
     """Open a seSparse extent for reading.
 
     Raises:
-        FormatError: the headers, or what they name, cannot be.
-        Unsupported: write access, or a journal that waits to be replayed.
+        FormatError: the headers, or what they name, are invalid.
+        Unsupported: write access, or a journal that has not been replayed.
     """
     file, path = spec.file, spec.path
     if file is None:
@@ -101,7 +102,7 @@ def open_extent(spec: ExtentSpec) -> "SeSparseExtent":
     volatile = VolatileHeader.parse(file.read_at(at, SECTOR_SIZE), path=path, base=at)
     if volatile.replay_journal:
         where = at + volatile.offset_of("replay_journal")
-        raise Unsupported(path, f"byte {where:#x}: its journal waits to be replayed: let ESXi open the disk once")
+        raise Unsupported(path, f"byte {where:#x}: its journal has not been replayed: let ESXi open the disk once")
     if header.capacity < spec.line.sectors:
         rule = f"must be at least the {spec.line.sectors} sectors that the descriptor gives the extent"
         raise FormatError(path, header.offset_of("capacity"), "capacity", header.capacity, rule)
@@ -170,7 +171,7 @@ class SeSparseExtent(GrainExtent):
         raise FormatError(self._path, at, "grain table entry", hex(entry), rule)
 
 
-def _table_sectors(entries: npt.NDArray[np.uint64], header: ConstHeader, path: Path) -> Int64s:
+def _table_sectors(entries: "npt.NDArray[np.uint64]", header: ConstHeader, path: Path) -> Int64s:
     """Return the sector of each table, 0 where there is none."""
     number = entries & np.uint64(0xFFFF_FFFF)
     room = header.tables_size // TABLE_SECTORS

@@ -1,17 +1,19 @@
 """The extent without storage: ZERO, and any extent with access NOACCESS. It reads as zeros, over any parent.
 
-QEMU 7.2 leaves such lines out, so that what follows them moves; VirtualBox counts them, reads ZERO as zeros and fails
-a read of NOACCESS. Zeros are what a guest may be shown, and the rest of the disk stays in its place.
+QEMU 7.2 skips such lines, which moves what follows them; VirtualBox counts them, reads ZERO as zeros and fails to read
+NOACCESS. Here both read as zeros, and the rest of the disk stays in its place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from qemu_vmdk_snap.errors import Unsupported
 from qemu_vmdk_snap.storage.blockfile import Buffer
 from qemu_vmdk_snap.units import KIB, sector_bytes
 from qemu_vmdk_snap.vmdk.extent import Below, ExtentSpec, Place
+from qemu_vmdk_snap.vmdk.noted import Notes
 from qemu_vmdk_snap.vmdk.runs import ZERO, RunTable
 
 _UNIT = 64 * KIB
@@ -29,9 +31,9 @@ class ZeroExtent:
         self._path = path
         self._capacity = capacity
         self._access = access
-        self.notes: list[str] = []
+        self.notes = Notes()
         if access == "NOACCESS":
-            self.notes.append(f"{path}: an extent of {capacity} bytes is marked NOACCESS: it reads as zeros")
+            self.notes.add("no access", f"{path}: an extent of {capacity} bytes is marked NOACCESS: it reads as zeros")
 
     @property
     def capacity(self) -> int:
@@ -60,6 +62,14 @@ class ZeroExtent:
     def resolve(self, start: int, end: int) -> RunTable:
         """Return one run of zeros."""
         return RunTable.single(start, end, ZERO)
+
+    def small_entries(self) -> int:
+        """Return 0: it has no tables."""
+        return 0
+
+    def pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield one piece of zeros."""
+        yield start, end - start, ZERO, 0
 
     def read_grain(self, file_offset: int) -> bytes:
         """Never called: nothing is stored."""

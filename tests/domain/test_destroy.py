@@ -158,7 +158,7 @@ def test_the_command(lab: Lab, domain: libvirt.virDomain, capsys: pytest.Capture
     name = domain.name()
     line = ["snapshot", "destroy", "-c", lab.uri, name]
     assert main(line) == 64
-    assert "say --storage to delete its files; `virsh undefine" in capsys.readouterr().err
+    assert "give --storage to delete its files; `virsh undefine" in capsys.readouterr().err
     assert main([*line, "--storage", "--dry-run"]) == 0
     assert capsys.readouterr().out.startswith(f"Domain {name} would be undefined, with 2 snapshots\n")
     assert main([*line, "--storage", "--output=json"]) == 0

@@ -327,12 +327,12 @@ def test_what_is_in_use_named_or_stood_upon_is_not_removed(patient: Patient) -> 
     second = orphan(patient, "second.vmdk", first)
     with pytest.raises(DomainError, match=r"first\.vmdk is the parent of .*second\.vmdk: remove that first"):
         remove_orphan(lab.conn, domain, first, with_data=True)
-    with pytest.raises(DomainError, match="holds data: it is not removed unless it is named for that"):
+    with pytest.raises(DomainError, match="contains data: it is removed only if it is named"):
         remove_orphan(lab.conn, domain, second)
     with open_chain(second), pytest.raises(LockBusy):
         remove_orphan(lab.conn, domain, second, with_data=True)
     for path in (patient.file(0), patient.file(2), lab.folder / "none.vmdk"):
-        with pytest.raises(DomainError, match="is no orphan of it"):
+        with pytest.raises(DomainError, match="is not an orphan of it"):
             remove_orphan(lab.conn, domain, path, with_data=True)
     assert {path.name for path in lab.folder.glob("*.vmdk")} == {
         "a.vmdk",

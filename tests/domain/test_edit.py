@@ -109,9 +109,9 @@ def test_the_commands(lab: Lab, domain: libvirt.virDomain, capsys: pytest.Captur
 
     assert out("current") == "s3\n"
     assert out("current", "s2") == "s2\n"
-    assert out("rename", "s2", "two") == "Domain snapshot s2 is called two now\n"
+    assert out("rename", "s2", "two") == "Domain snapshot s2 renamed to two\n"
     assert out("current", "--name") == "two\n"
-    assert out("describe", "two", "text") == "Domain snapshot two has another description now\n"
+    assert out("describe", "two", "text") == "Description of domain snapshot two changed\n"
     sizes = out("list", "--sizes").splitlines()
     assert sizes[0].split()[-2:] == ["Frozen", "Depth"]
     assert [line.split()[-1] for line in sizes[2:]] == ["1", "3", "2"]

@@ -78,7 +78,7 @@ def test_each_rule_keeps_on_its_own() -> None:
 
 def test_what_holds_memory_is_kept() -> None:
     reasons = kept(Retention(last=1), info("a", NOON), info("m", NOON - DAY, memory="external"))
-    assert reasons["m"] == ("is no external snapshot of disks alone",)
+    assert reasons["m"] == ("is not an external snapshot of disks only",)
 
 
 @pytest.mark.parametrize("policy", [Retention(), Retention(last=1, daily=-1)])

@@ -140,11 +140,11 @@ def test_the_command(lab: Lab, domain: libvirt.virDomain, capsys: pytest.Capture
     words = ["snapshot", "revert", "-c", lab.uri, domain.name()]
     assert main([*words, "s1"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"Domain {domain.name()} is back at snapshot s1, shutoff",
-        f"  vda: {lab.folder}/a-000003.vmdk on {lab.folder}/a.vmdk (chain of 2)",
-        f"  vdb: {lab.folder}/b-000003.vmdk on {lab.folder}/b.vmdk (chain of 2)",
-        f"  kept: {lab.folder}/a-000002.vmdk: no snapshot has it",
-        f"  kept: {lab.folder}/b-000002.vmdk: no snapshot has it",
+        f"Domain {domain.name()} reverted to snapshot s1, shutoff",
+        f"  vda: {lab.folder}/a-000003.vmdk, backed by {lab.folder}/a.vmdk (chain of 2)",
+        f"  vdb: {lab.folder}/b-000003.vmdk, backed by {lab.folder}/b.vmdk (chain of 2)",
+        f"  kept: {lab.folder}/a-000002.vmdk: belongs to no snapshot",
+        f"  kept: {lab.folder}/b-000002.vmdk: belongs to no snapshot",
     ]
     assert main([*words, "--current", "--discard", "--output=json"]) == 0
     answer = json.loads(capsys.readouterr().out)

@@ -231,7 +231,7 @@ def test_the_second_disk_fails_and_all_is_as_before(guest: Guest, monkeypatch: p
             fail_at(broken, *STEPS[step])
             with pytest.raises(DomainError, match="so says the test") as error:
                 create_snapshot(guest.conn, guest.name, "s2")
-        assert "taking it back failed" not in str(error.value)
+        assert "undoing it failed" not in str(error.value)
         assert xml_of(guest.domain) == xml_before
         assert set(guest.images()) == files
         assert (monitor.nodes(), len(monitor.execute("query-fdsets"))) == (nodes, fdsets)

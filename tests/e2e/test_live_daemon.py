@@ -268,7 +268,7 @@ def test_the_command_tells_the_pause_and_refuses_memory(guest: Guest, capsys: py
     assert main([*words, "s1", "--disk-only"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "Domain snapshot s1 created"
-    assert out[2].startswith("  the guest ran on: disk requests waited ")
+    assert out[2].startswith("  the guest kept running: disk requests waited ")
     assert main([*words, "s2", "--memspec", "/nowhere"]) != 0
     assert capsys.readouterr().err == (
         "qemu-vmdk-snap: /nowhere: the memory of a guest on QEMU's vmdk driver cannot be saved: the driver blocks "

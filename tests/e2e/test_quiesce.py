@@ -493,7 +493,7 @@ def test_a_thaw_by_somebody_else_is_told(guest: Guest, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Monitor, "execute", execute)
     report = create_snapshot(guest.conn, guest.name, name, quiesce="require")
-    assert report.notes == ("its file systems were thawed by somebody else too early: the snapshot may not be clean",)
+    assert report.notes == ("its file systems were thawed too early, by something else: the snapshot may not be clean",)
     guest.counts()
 
 

@@ -91,7 +91,7 @@ def test_the_pattern_is_the_documented_one(seed: int, lba: int) -> None:
 
 @pytest.mark.parametrize(("offset", "length"), [(1, 512), (0, 3), (511, 1)])
 def test_the_pattern_is_of_whole_sectors_in_bytes(offset: int, length: int) -> None:
-    with pytest.raises(InvalidRequest, match="are no whole sectors of 512"):
+    with pytest.raises(InvalidRequest, match="are not whole sectors of 512"):
         pattern(1, offset, length)
 
 
@@ -162,7 +162,7 @@ def test_an_error_of_the_guest_is_told() -> None:
 
 def test_offsets_must_be_whole_sectors() -> None:
     line = Scripted([])
-    with pytest.raises(ValueError, match="513 is no whole number of sectors"):
+    with pytest.raises(ValueError, match="513 is not a whole number of sectors"):
         ProbeSession(line, "t").crc(513, 512)
     assert not line.sent
 

@@ -77,7 +77,7 @@ def test_a_process_that_is_gone_has_time_all_the_same() -> None:
 @pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "inf", ""])
 def test_a_scale_that_is_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv(VARIABLE, text)
-    with pytest.raises(InvalidRequest, match=f"{VARIABLE}: {text!r} is no positive number"):
+    with pytest.raises(InvalidRequest, match=f"{VARIABLE}: {text!r} is not a positive number"):
         timeout_scale()
 
 

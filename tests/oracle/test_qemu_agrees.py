@@ -189,7 +189,7 @@ def test_what_qemu_holds_open_is_busy_for_us(tmp_path: Path, capsys: pytest.Capt
         capsys.readouterr()
         assert main(["image", "info", str(path)]) == 75
         message = f"{path}: failed to get the 'exclusive write' lock: is another process using the image?"
-        way_out = "(-U, --force-share, reads it all the same)"
+        way_out = "(-U, --force-share, reads it anyway)"
         assert capsys.readouterr().err == f"qemu-vmdk-snap: {message} {way_out}\n"
         assert main(["image", "info", "-U", str(path)]) == 0
         holder.stdin.close()

@@ -8,6 +8,7 @@ from qemu_vmdk_snap.errors import FormatError
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.extent import Below, Extent, ExtentSpec, Place
+from qemu_vmdk_snap.vmdk.noted import Notes
 from qemu_vmdk_snap.vmdk.runs import DATA, RunTable
 
 
@@ -22,7 +23,7 @@ def open_extent(spec: ExtentSpec) -> Extent:
 class NewExtent:
     file: BlockFile
     capacity: int
-    notes: list[str] = field(default_factory=list)
+    notes: Notes = field(default_factory=Notes)
 
     @property
     def grain_bytes(self) -> int:

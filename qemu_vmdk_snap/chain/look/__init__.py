@@ -1,1 +1,1 @@
-"""What is noticed beside the content: foreign files, locks of VMware, notes for whoever reads."""
+"""What is noticed besides the content: foreign files, locks of VMware, notes on faults."""

@@ -22,7 +22,7 @@ _MAX_DESCRIPTOR: Final = 1 << 20
 
 
 def instead_of(path: Path) -> str | None:
-    """Return what `path` is and what to open instead, to be put behind the error that it is no VMDK; None: unknown."""
+    """Return what `path` is and what to open instead, to be added to the error message; None: unknown."""
     with contextlib.suppress(OSError):
         file = PosixFile.open(path)
         try:
@@ -51,7 +51,7 @@ def descriptor_naming(path: Path) -> Path | None:
 
 
 def _candidates(path: Path) -> Iterator[Path]:
-    """Yield the files that may be the descriptor, the one that VMware's habits of naming suggest first."""
+    """Yield the files that may be the descriptor, the one that VMware's naming rules suggest first."""
     likely = path.with_name(_PART.sub("", path.stem) + path.suffix)
     if likely != path:
         yield likely

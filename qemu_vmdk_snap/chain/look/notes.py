@@ -1,8 +1,8 @@
-"""What was found wrong and could be read all the same, from whoever reads to whoever listens.
+"""Notes on faults that do not prevent reading, passed from the reader of an image to a listener.
 
 Some of it is known when an image is opened, some only after its tables or grains have been read, and the operation that
-opened the image is the one that closes it. So a link says its notes when it is closed, and the command hears of them
-whatever operation it called. The same note may be said several times: an operation may open an image more than once.
+opened the image is the one that closes it. So a link reports its notes when it is closed, and the command gets them
+whatever operation it called. A note may be reported several times: an operation may open an image more than once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LISTENER: Final[ContextVar[Listener | None]] = ContextVar("listener", default=N
 
 
 def say(notes: Iterable[str]) -> None:
-    """Hand `notes`, one line each, to the listener; without one they are dropped."""
+    """Pass `notes`, one line each, to the listener; without one they are dropped."""
     listener = _LISTENER.get()
     if listener is not None:
         for note in notes:
@@ -27,7 +27,7 @@ def say(notes: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Hand each note that is said inside the block, in this thread, to `listener`."""
+    """Pass each note that is reported inside the block, in this thread, to `listener`."""
     token = _LISTENER.set(listener)
     try:
         yield

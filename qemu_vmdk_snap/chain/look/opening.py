@@ -1,8 +1,8 @@
-"""What is looked at when an image is opened, beside its own bytes being right: who else keeps something about it.
+"""What is checked when an image is opened besides its own bytes: encryption, change tracking, VMware's locks.
 
-A disk that VMware has encrypted cannot be read at all. One whose changes VMware tracks must not be written by anybody
-who does not write the tracking file: the next incremental backup would miss what was written. One that a VMware product
-has open is not written, and whoever reads it hears of that.
+A disk that VMware has encrypted cannot be read at all. One whose changes VMware tracks must not be written without
+writing the tracking file: the next incremental backup would miss the changes. One that a VMware product has open is not
+written, and reading it gives a warning.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qemu_vmdk_snap.vmdk.descriptor import Descriptor
 
 
 def look_at(descriptor: Descriptor, *, writable: bool) -> list[str]:
-    """Return what to say to whoever opens the image with this descriptor, one line each.
+    """Return the warnings for opening the image with this descriptor, one line each.
 
     Raises:
         Unsupported: it is encrypted; or, for writing, VMware tracks its changes.
@@ -50,9 +50,9 @@ def refuse_tracked(descriptor: Descriptor) -> None:
 
 
 def refuse_delta(path: Path) -> None:
-    """Refuse a COWD extent that a descriptor beside it names: by itself it is not the disk, but what changed on it.
+    """Refuse a COWD extent that a descriptor beside it names: it has only the changes, not the disk.
 
-    Disks of the time before there were descriptors are COWD files that nothing names.
+    Disks from before descriptors existed are COWD files that no descriptor names.
 
     Raises:
         Unsupported: such a descriptor is there.

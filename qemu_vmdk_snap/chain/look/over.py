@@ -1,4 +1,4 @@
-"""Reading the tables of an extent for no other reason than to see whether they can be followed."""
+"""Reading the tables of an extent only to see whether they are valid."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ _WINDOWS: Final = 32
 
 
 def look_over(extent: Extent) -> list[str]:
-    """Return what is wrong with an extent so that reading all of it would be refused, one line each.
+    """Return the faults of an extent that prevent reading all of it, one line each.
 
-    What can be read all the same goes to the extent's own notes. Only the beginning of a very large extent is looked
-    at, so that the time is bounded: `check` reads everything.
+    Other faults go to the extent's own notes. Only the beginning of a very large extent is looked at, so that the time
+    is bounded: `check` reads everything.
     """
-    if isinstance(extent, FlatExtent):  # what there is to say of it is known since it was opened
+    # The notes of these are complete since they were opened.
+    if isinstance(extent, FlatExtent) or getattr(extent, "small_entries", lambda: None)() is not None:
         return []
     try:
         for start, stop in itertools.islice(extent_windows(extent), _WINDOWS):

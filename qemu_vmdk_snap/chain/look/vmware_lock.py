@@ -1,7 +1,7 @@
 """VMware's own lock on a disk: the folder `NAME.vmdk.lck` beside it, with a file for each program that has it open.
 
-VMware's hosted products do not take locks that the kernel knows, so no other lock tells that a virtual machine is
-running from the disk. A program that was killed leaves its folder behind: whoever knows that may remove it.
+VMware's hosted products take no kernel locks, so no other lock shows that a virtual machine is running from the disk. A
+program that was killed leaves its folder: the user may remove it.
 
     disk.vmdk.lck/M41216.lck     one member; D*.lck folders are there while one is taken
 """
@@ -33,12 +33,12 @@ def vmware_lock(path: Path) -> Path | None:
 
 
 def vmware_lock_note(path: Path) -> str | None:
-    """Return what to say to whoever only reads the image while VMware may be writing it, or None."""
+    """Return the warning for reading the image while VMware may be writing it, or None."""
     try:
         held = vmware_lock(path)
     except OSError as error:
-        return f"{path}: whether VMware has it open cannot be seen: {error.filename}: {error.strerror}"
-    return None if held is None else f"{path}: VMware has it open ({held}): what is read may be half written"
+        return f"{path}: cannot determine whether VMware has it open: {error.filename}: {error.strerror}"
+    return None if held is None else f"{path}: VMware has it open ({held}): its contents may be inconsistent"
 
 
 def refuse_vmware_lock(path: Path) -> None:
@@ -46,7 +46,7 @@ def refuse_vmware_lock(path: Path) -> None:
 
     Raises:
         LockBusy: its lock is there.
-        OSError: whether it is there cannot be seen.
+        OSError: cannot determine whether it is there.
     """
     held = vmware_lock(path)
     if held is not None:

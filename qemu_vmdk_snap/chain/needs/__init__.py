@@ -1,1 +1,1 @@
-"""Who needs a file: what every file says that it needs, asked before anything is destroyed."""
+"""Who needs a file: looked up before a file is removed or changed."""

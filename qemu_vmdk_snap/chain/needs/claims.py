@@ -1,7 +1,7 @@
 """What a file says that it needs: its parent, its extents, its data file; read from its head alone.
 
-For those who ask who depends on a file. So it is read with tolerance: whatever else is damaged, a name that can be made
-out counts, and a file that might hold a name which cannot be made out says so. The rules of the formats:
+Used to find what depends on a file. So it is read with tolerance: whatever else is damaged, a name that can be read
+counts, and a file that may contain a name that cannot be read has a `problem`. The rules of the formats:
 
     VMDK, hosted sparse  `KDMV`: the descriptor at descriptorOffset. An extent of a split disk has none.
     VMDK, descriptor     text: `parentFileNameHint` (also where parentCID says that there is no parent: several writers
@@ -28,7 +28,7 @@ Role = Literal["parent", "extent", "data"]
 
 HEAD_BYTES: Final = 4096
 _SEARCHED: Final = 64 << 10
-"""Where a descriptor is looked for that is not where its header says."""
+"""How much is searched for a descriptor that is not where its header says."""
 
 _SECTOR: Final = 512
 _KEY: Final = re.compile(rb"^[ \t]*(parentFileNameHint|parentCID|CID|encoding)[ \t]*=[ \t]*([^\r\n]*)", re.I | re.M)
@@ -36,8 +36,8 @@ _EXTENT: Final = re.compile(rb"^[ \t]*(?:RW|RDONLY|NOACCESS)[ \t]+\S+[ \t]+(\w+)
 _DATA_FILE: Final = 0x44415441
 
 
-class Name(NamedTuple):
-    """A file that is needed, as it is written down."""
+class Reference(NamedTuple):
+    """The name of a file that another one needs, as it is stored."""
 
     role: Role
     texts: tuple[str, ...]
@@ -47,12 +47,12 @@ class Name(NamedTuple):
 class Claims(NamedTuple):
     """What one file says."""
 
-    names: tuple[Name, ...] = ()
+    names: tuple[Reference, ...] = ()
     cid: int | None = None
-    """The content ID of a VMDK image with a descriptor, where it can be made out."""
+    """The content ID of a VMDK image with a descriptor, if it can be read."""
     parent_cid: int | None = None
     problem: str | None = None
-    """Why there may be names that cannot be made out, as the end of a sentence about the file."""
+    """Why there may be names that cannot be read, as the end of a sentence about the file."""
     blank: bool = False
     """Whether the room for its descriptor holds zeros: QEMU leaves it so in the extents of a split disk."""
 
@@ -85,14 +85,14 @@ def read_claims(descriptor: int) -> Claims:
     if is_descriptor(head):
         text = os.pread(descriptor, MAX_BYTES + 1, 0)
         if len(text) > MAX_BYTES:
-            return Claims(problem="begins as a descriptor and is too long for one, so it cannot be told what it needs")
+            return Claims(problem="begins as a descriptor and is too long for one, so what it needs is unknown")
         return _descriptor(text)
     return NOTHING
 
 
 def _hosted_sparse(descriptor: int, head: bytes) -> Claims:
     if len(head) < _SECTOR:
-        return Claims(problem="has a header that is cut short, so it cannot be told what it needs")
+        return Claims(problem="has a header that is cut short, so what it needs is unknown")
     place, size = (value * _SECTOR for value in struct.unpack_from("<QQ", head, 28))
     if not place:
         return NOTHING  # an extent of a disk whose descriptor is another file
@@ -103,7 +103,7 @@ def _hosted_sparse(descriptor: int, head: bytes) -> Claims:
         start = os.pread(descriptor, _SEARCHED, 0)
         found = start.lower().find(FIRST_LINE.lower().encode())
         if found < 0:
-            problem = "has no descriptor where its header says, so it cannot be told what it needs"
+            problem = "has no descriptor where its header says, so what it needs is unknown"
             return Claims(problem=problem, blank=bool(text) and not text.strip(b"\0"))
         text = start[found:]
     # Embedded: what the extent line calls the file it is in does not matter.
@@ -119,10 +119,10 @@ def _descriptor(text: bytes) -> Claims:
     encoding = values.get(b"encoding", b"").strip(b'"').decode("ascii", "replace")
     names = []
     if hint := values.get(b"parentfilenamehint", b"").removeprefix(b'"').removesuffix(b'"'):
-        names.append(Name("parent", _decoded(hint, encoding)))
+        names.append(Reference("parent", _decoded(hint, encoding)))
     for found in _EXTENT.finditer(text):
         if found[1].upper() != b"ZERO":
-            names.append(Name("extent", _decoded(found[2], encoding)))
+            names.append(Reference("extent", _decoded(found[2], encoding)))
     return Claims(tuple(names), _hex(values.get(b"cid")), _hex(values.get(b"parentcid")))
 
 
@@ -152,16 +152,16 @@ def _hex(value: bytes | None) -> int | None:
 
 def _cowd(head: bytes) -> Claims:
     if len(head) < 1060:
-        return Claims(problem="has a header that is cut short, so it cannot be told what it needs")
+        return Claims(problem="has a header that is cut short, so what it needs is unknown")
     flags = struct.unpack_from("<I", head, 8)[0]
     name = head[32:1056].split(b"\0", 1)[0]
     if flags & 1 or not name:
         return NOTHING
-    return Claims((Name("parent", (os.fsdecode(name),)),))
+    return Claims((Reference("parent", (os.fsdecode(name),)),))
 
 
 def _qcow(descriptor: int, head: bytes) -> Claims:
-    broken = Claims(problem="has a qcow2 header that is damaged, so it cannot be told what it needs")
+    broken = Claims(problem="has a qcow2 header that is damaged, so what it needs is unknown")
     if len(head) < 72:
         return broken
     version, offset, length = struct.unpack_from(">IQI", head, 4)
@@ -173,7 +173,7 @@ def _qcow(descriptor: int, head: bytes) -> Claims:
         try:
             names += _backing(os.fsdecode(raw), "parent")
         except ValueError:
-            return Claims(problem="has a backing file whose name cannot be understood")
+            return Claims(problem="has a backing file whose name cannot be decoded")
     if version >= 3 and len(head) >= 104 and struct.unpack_from(">Q", head, 72)[0] & 4:
         names += [name for text in _data_files(head) for name in _backing(text, "data")]
     return Claims(tuple(names))
@@ -192,25 +192,25 @@ def _data_files(head: bytes) -> Iterator[str]:
 
 def _qed(descriptor: int, head: bytes) -> Claims:
     if len(head) < 64:
-        return Claims(problem="has a QED header that is cut short, so it cannot be told what it needs")
+        return Claims(problem="has a QED header that is cut short, so what it needs is unknown")
     features = struct.unpack_from("<Q", head, 16)[0]
     offset, length = struct.unpack_from("<II", head, 56)
     if not features & 1:
         return NOTHING
     raw = os.pread(descriptor, min(length, 1023), offset)
-    return Claims((Name("parent", (os.fsdecode(raw),)),))
+    return Claims((Reference("parent", (os.fsdecode(raw),)),))
 
 
-def _backing(text: str, role: Role) -> list[Name]:
-    """Return the files that a backing file's name names; raises ValueError where it cannot be understood."""
+def _backing(text: str, role: Role) -> list[Reference]:
+    """Return the files that a backing file's name names; raises ValueError if it cannot be parsed."""
     if text.startswith("json:"):
         files = tuple(_filenames(json.loads(text.removeprefix("json:"))))
-        return [Name(role, (file,)) for file in files]
+        return [Reference(role, (file,)) for file in files]
     if "://" in text:
         return []  # served by a host, not a file here
     plain = text.removeprefix("file:")
-    # What stands before a colon is a protocol to QEMU; it may be a file's name all the same.
-    return [Name(role, tuple(dict.fromkeys((plain, text))))]
+    # QEMU takes text before a colon for a protocol; it may be part of a file name nevertheless.
+    return [Reference(role, tuple(dict.fromkeys((plain, text))))]
 
 
 def _filenames(value: object) -> Iterator[str]:

@@ -1,16 +1,16 @@
 """Who needs this file? The one authority that is asked before a file is removed, emptied, merged into or overwritten.
 
-The formats link downwards only, so the way up is a search: every file of the folders in question is asked what it
-needs, by its head, once for a command. "Nobody" is an answer only where everything was looked at:
+Images name their parents, not their children, so children are searched for: every file of the folders in question is
+read for what it needs, by its head, once for a command. "Nobody" is an answer only if everything could be read:
 
 - a file is its device and inode number; symbolic links, hard links and linked folders lead to the same one;
 - whatever a file is called, and whether or not the CIDs fit, it depends on what it names;
-- a name counts in each way in which some reader follows it: as it stands, from the folder of the file and from that of
+- a name counts in each way in which some reader resolves it: as written, from the folder of the file and from that of
   the file that a symbolic link leads to, and its last part beside it;
 - what cannot be read, a damaged header, a name whose file is not there, a link to a place that is not mounted: each may
-  depend on the file, and says so in the answer.
+  depend on the file, and is in the answer.
 
-What lies in other folders is not seen. Callers name the folders: those of the chain, those that the user allows, those
+Files in other folders are not seen. Callers name the folders: those of the chain, those that the user allows, those
 that libvirt knows of.
 """
 
@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from qemu_vmdk_snap.chain.needs.claims import NOTHING, Claims, Name, read_claims
+from qemu_vmdk_snap.chain.needs.claims import NOTHING, Claims, Reference, read_claims
 from qemu_vmdk_snap.chain.resolver import Confined
 from qemu_vmdk_snap.errors import CidMismatch, StillNeeded
-from qemu_vmdk_snap.storage.identity import Identity, identity_of
+from qemu_vmdk_snap.light import dataclass, field
+from qemu_vmdk_snap.storage.identity import Identity, identity_if_known, identity_of
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 
 How = Literal["parent", "extent", "data", "unknown", "name"]
@@ -40,7 +40,7 @@ class Dependent(NamedTuple):
     how: How
     """As its parent, as an extent or data file of its own; `name`: another name of the very file; `unknown`: it may."""
     reason: str
-    """What to say of `path`, as the end of a sentence."""
+    """Why, as the end of a sentence about `path`."""
     parent_cid: int | None = None
     """Of a VMDK overlay: the CID that its parent is to have."""
     identity: Identity | None = None
@@ -54,34 +54,34 @@ class _File(NamedTuple):
 
 @dataclass(slots=True)
 class Census:
-    """What all files of some folders say that they need, read once."""
+    """The claims of all files of some folders, read once: see the glossary in CONTRIBUTING.md."""
 
     folders: tuple[Path, ...]
     files: list[_File] = field(default_factory=list)
-    _found: dict[str, Identity | OSError | None] = field(default_factory=dict)
+    _found: dict[str, Identity | None] = field(default_factory=dict)
     _extents: set[Identity] | None = None
 
     @classmethod
-    def of(cls, folders: Iterable[Path]) -> Census:
+    def of(cls, folders: Iterable[Path | str]) -> Census:
         """Look at every file in `folders`, not below them.
 
         Raises:
-            StillNeeded: a folder cannot be looked through, so whatever is in it may depend on anything.
+            StillNeeded: a folder cannot be listed, so a file in it may depend on anything.
         """
         real: dict[Identity | None, Path] = {}
         for folder in folders:
             home = Path(os.path.realpath(folder))
-            real.setdefault(_identity(home), home)
+            real.setdefault(identity_if_known(home), home)
         census = cls(tuple(real.values()))
         seen: dict[Identity, Claims] = {}
         for folder in census.folders:
             census.files += _look_through(folder, seen)
         return census
 
-    def dependents(self, files: Collection[Path], *, but: Collection[Identity] = ()) -> list[Dependent]:
+    def dependents(self, files: Collection[Path | str], *, but: Collection[Identity] = ()) -> list[Dependent]:
         """Return what needs or may need one of `files` (an image's own: descriptor and extents), by path.
 
-        The files themselves are left out, and those in `but`: what the caller deals with.
+        The files themselves are left out, and those in `but`, which the caller handles.
         """
         wanted = {one for path in files if (one := identity_of(path)) is not None}
         cids = {file.claims.cid for file in self.files if file.identity in wanted} - {None}
@@ -94,12 +94,13 @@ class Census:
                 found.append(dependent)
         return sorted(found, key=lambda one: (one.how == "unknown", one.path))
 
-    def other_names(self, path: Path) -> list[Dependent]:
-        """Return the other names of a file that is about to be changed in place: whoever uses one sees the change.
+    def other_names(self, path: Path | str) -> list[Dependent]:
+        """Return the other names of a file that is about to be changed in place; their users see the change.
 
-        Hard links that are in none of the folders cannot be named, and are told of by their number.
+        Hard links outside the folders cannot be named, and are reported by their number.
         """
-        facts = os.stat(path)  # noqa: PTH116
+        path = Path(path)
+        facts = path.stat()
         if facts.st_nlink < 2:
             return []
         mine = Identity(facts.st_dev, facts.st_ino)
@@ -130,7 +131,7 @@ class Census:
         return None
 
     def _known_extents(self) -> set[Identity]:
-        """Return what a descriptor names as its extent: that descriptor says what such a file needs."""
+        """Return the files that a descriptor names as extents: the descriptor says what they need."""
         if self._extents is None:
             places = (place for file in self.files for one in file.claims.names for place in _extent(file.path, one))
             self._extents = {found for place in places if (found := self._identity_at(place)) is not None}
@@ -139,18 +140,17 @@ class Census:
     def _has_cid(self, cid: int | None) -> bool:
         return any(file.claims.cid == cid for file in self.files)
 
-    def _leads_to(self, owner: Path, name: Name, wanted: Collection[Identity]) -> bool:
+    def _leads_to(self, owner: Path, name: Reference, wanted: Collection[Identity]) -> bool:
         return any(self._identity_at(candidate) in wanted for candidate in candidates(owner, name))
 
-    def _exists(self, owner: Path, name: Name) -> bool:
-        """Return whether the name leads anywhere."""
-        return any(isinstance(self._identity_at(candidate), Identity) for candidate in candidates(owner, name))
+    def _exists(self, owner: Path, name: Reference) -> bool:
+        """Return whether the name leads to a file."""
+        return any(self._identity_at(candidate) is not None for candidate in candidates(owner, name))
 
     def _identity_at(self, candidate: str) -> Identity | None:
         if candidate not in self._found:
-            self._found[candidate] = _identity(candidate)
-        found = self._found[candidate]
-        return found if isinstance(found, Identity) else None
+            self._found[candidate] = identity_if_known(candidate)
+        return self._found[candidate]
 
 
 def require_unneeded(
@@ -161,7 +161,7 @@ def require_unneeded(
     handled: Collection[Path] = (),
     orphans: Collection[Path] = (),
 ) -> None:
-    """Return if nothing needs `files`, the files of the image `subject`, but what is `handled` or given up.
+    """Require that nothing needs `files`, the files of the image `subject`, except what is `handled` or given up.
 
     `orphans` are files that the user gives up by name: each may lose what it needs.
 
@@ -172,10 +172,10 @@ def require_unneeded(
 
 
 def require_nobody_new(subject: Path, files: Collection[Path], census: Census) -> None:
-    """Return if nothing has come to need `files` since `census`, which is not looked at again.
+    """Require that nothing new needs `files` since `census` was made.
 
-    To be asked when the operation record is there and nothing has changed yet: whoever makes an overlay looks for such
-    a record when the overlay has its name (`create_overlay`), so one of the two sees the other.
+    Called when the operation record exists and nothing has changed yet: `create_overlay` looks for such a record when
+    the overlay has its name, so one of the two sees the other.
 
     Raises:
         StillNeeded: something has.
@@ -186,7 +186,7 @@ def require_nobody_new(subject: Path, files: Collection[Path], census: Census) -
 
 
 def require_unshared(subject: Path, files: Collection[Path], census: Census, *, orphans: Collection[Path] = ()) -> None:
-    """Return if nobody but overlays needs `files`, which are about to be emptied while they are read through.
+    """Require that only overlays need `files`, which are about to be emptied.
 
     Raises:
         StillNeeded: an extent belongs to another image too, or may, or has another name.
@@ -197,7 +197,7 @@ def require_unshared(subject: Path, files: Collection[Path], census: Census, *, 
 
 
 def require_one_name(subject: Path, files: Collection[Path], census: Census, *, orphans: Collection[Path] = ()) -> None:
-    """Return if each of `files`, which are about to be changed in place, has one name (no other hard link).
+    """Require that each of `files`, which are about to be changed in place, has one name (no other hard link).
 
     Raises:
         StillNeeded: one has more, which the user has not given up by naming one of them.
@@ -265,7 +265,7 @@ def _look_through(folder: Path, seen: dict[Identity, Claims]) -> Iterator[_File]
             if file is not None:
                 yield file
     except OSError as error:
-        reason = f"cannot be looked through ({error.strerror}), and what is in it may depend on it"
+        reason = f"cannot be listed ({error.strerror}), and a file in it may depend on it"
         raise StillNeeded(folder, ((folder, reason),)) from error
 
 
@@ -283,7 +283,7 @@ def _look_at(entry: os.DirEntry[str], seen: dict[Identity, Claims]) -> _File | N
     try:
         descriptor = os.open(entry.path, _OPEN)
     except FileNotFoundError:
-        return None  # it went this moment
+        return None  # it has just been removed
     except OSError as error:
         return _unseen(path, identity, error)
     try:
@@ -301,7 +301,7 @@ def _unseen(path: Path, identity: Identity | None, error: OSError) -> _File:
 
 
 def _dangling(path: Path) -> _File | None:
-    """Judge a symbolic link that leads nowhere: to a name that is not there, or to a place that is not mounted."""
+    """Return the entry for a symbolic link that leads nowhere: to a missing name, or a place that is not mounted."""
     target = path.parent / os.readlink(path)  # noqa: PTH115
     if target.parent.is_dir():
         return None
@@ -309,8 +309,8 @@ def _dangling(path: Path) -> _File | None:
     return _File(path, None, Claims(problem=reason))
 
 
-def candidates(owner: Path, name: Name) -> Iterator[str]:
-    """Yield every path that some reader tries for a name in `owner`."""
+def candidates(owner: Path, name: Reference) -> Iterator[str]:
+    """Yield every path that any reader tries for a name in `owner`."""
     homes = [str(owner.parent)]
     if owner.is_symlink():
         homes.append(os.path.dirname(os.path.realpath(owner)))  # noqa: PTH120
@@ -322,16 +322,9 @@ def candidates(owner: Path, name: Name) -> Iterator[str]:
                     yield os.path.join(home, candidate)  # noqa: PTH118
 
 
-def _extent(owner: Path, name: Name) -> Iterator[str]:
+def _extent(owner: Path, name: Reference) -> Iterator[str]:
     return candidates(owner, name) if name.role == "extent" else iter(())
 
 
 def _identities(paths: Iterable[Path | str]) -> set[Identity]:
-    return {one for path in paths if (one := _identity(path)) is not None}
-
-
-def _identity(path: Path | str) -> Identity | None:
-    try:
-        return identity_of(path)
-    except OSError:
-        return None
+    return {one for path in paths if (one := identity_if_known(path)) is not None}

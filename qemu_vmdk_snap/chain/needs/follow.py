@@ -1,7 +1,7 @@
-"""Everything that a file leads to downwards: parents of any format, extents, data files; read with tolerance.
+"""Everything that a file needs: parents of any format, extents, data files; read with tolerance.
 
-The counterpart of the search for dependents, for those who know a file by name and ask what it needs, wherever that is:
-whatever the CIDs say, and in each way in which some reader follows a name.
+The counterpart of the search for dependents: what a file needs, wherever that is, whatever the CIDs say, and in each
+way in which some reader resolves a name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from qemu_vmdk_snap.chain.needs.claims import Claims, Name, read_claims
+from qemu_vmdk_snap.chain.needs.claims import Claims, Reference, read_claims
 from qemu_vmdk_snap.chain.needs.dependents import candidates
 from qemu_vmdk_snap.storage.identity import Identity, identity_of
 
@@ -28,7 +28,7 @@ class Followed(NamedTuple):
 
 
 def follow(path: Path | str) -> Followed:
-    """Return every file that `path` needs, as far as it can be made out."""
+    """Return every file that `path` needs, as far as it can be read."""
     path = Path(path)
     files: list[Path] = []
     problem: tuple[Path, str] | None = None
@@ -50,7 +50,7 @@ def follow(path: Path | str) -> Followed:
             problem = problem or (here, f"cannot be read ({error.strerror})")
             continue
         if is_extent and claims.blank:
-            continue  # the descriptor that led here has said what it needs
+            continue  # the descriptor that names it says what it needs
         below, lost = _below(here, claims)
         queue += below
         problem = problem or (None if lost is None else (here, lost))
@@ -91,5 +91,5 @@ def _is_file(path: Path) -> bool:
     return not stat.S_ISDIR(kind)
 
 
-def _remote(name: Name) -> bool:
+def _remote(name: Reference) -> bool:
     return all("://" in text for text in name.texts)

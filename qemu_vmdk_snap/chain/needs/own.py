@@ -1,7 +1,7 @@
-"""Which files are an image's own: those that may be deleted, made longer, or merged into with it.
+"""Which files belong to an image alone: those that may be deleted, made longer, or merged into with it.
 
 A descriptor may name any file of its folder as an extent: `RW 8 FLAT "id_rsa" 0`, or another image. Reading what is in
-there is harmless; deleting it, or writing into it, is not.
+such a file is safe; deleting it, or writing to it, is not.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def own_files(link: Link) -> list[Path]:
 
 
 def require_own_files(link: Link) -> None:
-    """Return if each file that a write to the image may go into is known to be its own, or a device.
+    """Require that each file that a write to the image may change is known to be its own, or a device.
 
-    Symbolic links are followed: what is written stays where the descriptor leads.
+    Symbolic links are followed.
 
     Raises:
         InvalidRequest: one is an image of its own, or larger than the descriptor says.
@@ -54,7 +54,7 @@ def require_own_files(link: Link) -> None:
 
 
 def _named_after(extent: Path, image: Path) -> bool:
-    """Return whether the extent is called as those of the image are: NAME-flat, -s001, -f001, -delta, -sesparse."""
+    """Return whether the extent's name is derived from the image's: NAME-flat, -s001, -f001, -delta, -sesparse."""
     stem = image.name[: -len(".vmdk")] if image.name.lower().endswith(".vmdk") else image.name
     rest = extent.name.removeprefix(stem)
     kinds = r"-(flat|delta|sesparse|[sf]\d{3,}|pt|rdmp?|raw)(-\d+)?\.vmdk"

@@ -1,4 +1,4 @@
-"""What the demo does: a domain, two snapshots, writes by guest and engine, and a boot on each point of the chain."""
+"""The demo: a domain, two snapshots, writes by guest and engine, and a boot on each point of the chain."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SHUT_OFF_SECONDS: Final = 20.0
 
 @dataclass
 class Region:
-    """A stretch of the disk that the demo watches, and what it should hold now."""
+    """A range of the disk that the demo checks, and its expected content."""
 
     name: str
     offset: int
@@ -37,7 +37,7 @@ class Region:
 
     @property
     def crc(self) -> int:
-        """CRC-32 of what it should hold."""
+        """CRC-32 of its expected content."""
         return zlib.crc32(self.content)
 
 
@@ -60,7 +60,7 @@ class Seen(NamedTuple):
 
 @dataclass
 class Point:
-    """A snapshot, or the present: the image that has it, and what each region should hold there."""
+    """A snapshot, or the present: its image, and the expected content of each region."""
 
     name: str
     image: Path
@@ -69,7 +69,7 @@ class Point:
 
 @dataclass
 class Demo:
-    """The state of a running demo; `say` hears a line for each step."""
+    """The state of a running demo; `say` is called with a line for each step."""
 
     folder: Path
     say: Callable[[str], None]
@@ -81,7 +81,7 @@ class Demo:
     """(file name, CID, parentCID) from the top down, at the end."""
 
     def run(self) -> bool:
-        """Do it all and return whether every guest saw what was expected everywhere.
+        """Run the demo and return whether every guest saw what was expected everywhere.
 
         Raises:
             GuestError, PluginError, DomainError, OSError: something needed is missing or failed.
@@ -135,7 +135,7 @@ class Demo:
         frozen = self._top()
         report = create_snapshot(self._conn, DOMAIN, name)
         self.points.append(Point(name, frozen, self._expected()))
-        self.say(f"snapshot {name}: froze {frozen.name}, the domain goes on in {report.disks[0].overlay.name}")
+        self.say(f"snapshot {name}: froze {frozen.name}, the domain continues in {report.disks[0].overlay.name}")
 
     def _top(self) -> Path:
         from qemu_vmdk_snap.domain.xml import list_disks

@@ -33,7 +33,7 @@ class ServedDemo(Demo):
     """The second half: nothing is booted anew between a snapshot with memory and the return to it."""
 
     def run(self) -> bool:
-        """Do it all and return whether every guest saw what was expected everywhere.
+        """Run the demo and return whether every guest saw what was expected everywhere.
 
         Raises:
             GuestError, PluginError, DomainError, OSError: something needed is missing or failed.

@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="how long to wait for the probe to boot, on an idle machine (default 15)",
     )
     add_guest_options(parser)
-    parser.add_argument("filename", type=Path, metavar="IMAGE")
+    parser.add_argument("filename", type=Path, metavar="IMAGE", help="the image")
     parser.add_argument(
         "commands",
         nargs="*",

@@ -53,9 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
     add_progress(parser)
     add_allow_dir(parser)
-    parser.add_argument(
-        "filename", type=Path, metavar="IMAGE|DOMAIN", help="an image; or what is no file, a domain's name"
-    )
+    parser.add_argument("filename", type=Path, metavar="IMAGE|DOMAIN", help="an image, or the name of a domain")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int:
@@ -70,9 +68,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
         return _expect(args, ui, args.filename, [], {})
     report = _verify(args.filename, args, ui, args.controller, args.allow_dir)
     if ui.json_output:
-        from qemu_vmdk_snap.harness.verify import as_json
-
-        ui.json(as_json(report))
+        ui.json(report.as_dict())
     else:
         _show(report, ui)
     return 0 if report.identical else 1
@@ -104,9 +100,7 @@ def _run_domain(args: argparse.Namespace, ui: Ui) -> int:
     ]
     good = all(report.identical for _, report in reports)
     if ui.json_output:
-        from qemu_vmdk_snap.harness.verify import as_json
-
-        disks = [{"target": target, **as_json(report)} for target, report in reports]
+        disks = [{"target": target, **report.as_dict()} for target, report in reports]
         ui.json({"domain": hardware.name, "snapshot": hardware.snapshot, "identical": good, "disks": disks})
         return 0 if good else 1
     for target, report in reports:
@@ -161,7 +155,7 @@ def _expect(
     try:
         pattern = re.compile(args.expect.encode())
     except re.error as error:
-        raise InvalidRequest("--expect", f"{args.expect!r} is no regular expression: {error}") from None
+        raise InvalidRequest("--expect", f"{args.expect!r} is not a regular expression: {error}") from None
     if not about:
         read_links(image, trusted_dirs=args.allow_dir)
     with boot(

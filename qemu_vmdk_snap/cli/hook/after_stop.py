@@ -1,4 +1,4 @@
-"""`hook after-stop`: the snapshot that a policy wants after a stop. The hook starts it; so can a user."""
+"""`hook after-stop`: create the snapshot that a policy wants after a stop. The hook starts it; users can too."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
-    """Wait, snapshot, prune; syslog hears of it, since nobody may be watching."""
+    """Wait, snapshot, prune; report to syslog, since nobody may be watching."""
     from qemu_vmdk_snap.domain.hooks import policy
     from qemu_vmdk_snap.domain.hooks import run as hooks_run
     from qemu_vmdk_snap.domain.hooks.owners import find_policy

@@ -15,7 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
-    """Install it, and say what is left to do."""
+    """Install it, and show what remains to be done."""
     from qemu_vmdk_snap.domain.hooks import install as hooks
 
     path = hooks.install(args.dir.absolute(), args.policies.absolute())
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         ui.json({"installed": str(path), "policies": str(args.policies.absolute())})
         return
     ui.text(f"Hook {path} installed")
-    ui.text(f"Policies: {args.policies.absolute()}/UUID.toml or NAME.toml (a domain without one is let through)")
+    ui.text(f"Policies: {args.policies.absolute()}/UUID.toml or NAME.toml (a domain without one starts as usual)")
     ui.text(
         "libvirt notices the first hook in its folder when it is restarted: systemctl restart libvirtd (or virtqemud)"
     )

@@ -1,4 +1,4 @@
-"""`hook status`: tell whether the hook is in place, and what is wrong with it or with a policy."""
+"""`hook status`: show whether the hook is installed, and problems with it or with a policy."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     if state.problem:
         ui.text(f"  {state.problem}")
     elif not state.current:
-        ui.text(f"  is not what version {__version__} would write: install it again")
+        ui.text(f"  differs from what version {__version__} installs: install it again")
     for policy in state.policies:
         ui.text(f"Policy of domain {policy.domain}: {policy.path}: {policy.problem or 'good'}")
     for daemon in state.restart:
-        ui.text(f"Daemon {daemon} is older than the hook: restart it if this is the first hook in the folder")
+        advice = "restart it if this is the first hook in the folder"
+        ui.text(f"Daemon {daemon} was started before the hook was installed: {advice}")
     return 0 if good else 1

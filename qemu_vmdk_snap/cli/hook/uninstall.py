@@ -1,4 +1,4 @@
-"""`hook uninstall`: take the hook away."""
+"""`hook uninstall`: remove the hook."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`image check`: exit status 0 where nothing is wrong, 2 for corruptions, 3 for leaked grains alone.
 
-1 says that something could not be checked, and that nothing is known to be corrupt.
+1: something could not be checked, and no corruption was found.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--take-back", type=Path, metavar="FILE", help="undo a repair with its undo file, then check")
     add_cache(parser, "-T", "--src-cache", "accepted, without effect")
     add_progress(parser)
-    parser.add_argument("filename", type=image_file)
+    parser.add_argument("filename", type=image_file, help="the image")
     parser.set_defaults(error_status=1)
 
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
         on_progress=ui.progress,
     )
     if ui.json_output:
-        ui.json(_as_json(report) | (fixed or {}))
+        ui.json(report.as_dict() | (fixed or {}))
     else:
         _show(report, ui)
     if report.corruptions:
@@ -89,14 +89,10 @@ def _repair(args: argparse.Namespace, resolver: Resolver, ui: Ui) -> dict[str, o
     )
     if args.relink_cids and args.repair == "all" and not report.relinked:
         ui.warn("--relink-cids is ignored: the parentCID of every link is the CID of its parent")
-    if report.undo is None:
-        return {"corruptions-fixed": 0, "leaks-fixed": 0}
-    leaks = max(0, report.before.leaks - report.after.leaks)
-    corruptions = max(0, report.before.corruptions - report.after.corruptions)
-    if not ui.json_output:
+    if report.undo is not None and not ui.json_output:
         ui.text("The following inconsistencies were found and repaired:\n")
-        ui.text(f"    {leaks} leaked clusters")
-        ui.text(f"    {corruptions} corruptions")
+        ui.text(f"    {report.leaks_fixed} leaked clusters")
+        ui.text(f"    {report.corruptions_fixed} corruptions")
         if settled := max(0, report.before.repairable - report.after.repairable):
             ui.text(f"    {settled} values that an interrupted writer left, or that QEMU does not keep")
         ui.text()
@@ -104,32 +100,7 @@ def _repair(args: argparse.Namespace, resolver: Resolver, ui: Ui) -> dict[str, o
             ui.text(f"{link}: parentCID is now the CID of its parent.")
         ui.text(f"What was there before is in {report.undo} (--take-back).")
         ui.text("Double checking the fixed image now...")
-    return {"corruptions-fixed": corruptions, "leaks-fixed": leaks, "undo-file": str(report.undo)} | (
-        {"relinked": [str(link) for link in report.relinked]} if report.relinked else {}
-    )
-
-
-def _as_json(report: CheckReport) -> dict[str, object]:
-    """Return qemu-img's keys (these two only where they are not 0, as there), and our findings."""
-    answer: dict[str, object] = {
-        "image-end-offset": report.end,
-        "total-clusters": report.total,
-        "check-errors": report.check_errors,
-    }
-    if report.corruptions:
-        answer["corruptions"] = report.corruptions
-    if report.leaks:
-        answer["leaks"] = report.leaks
-    answer |= {
-        "allocated-clusters": report.allocated,
-        "fragmented-clusters": report.fragmented,
-        "compressed-clusters": report.compressed,
-        "filename": str(report.path),
-        "format": "vmdk",
-        "chain-depth": report.depth,
-        "findings": [finding.as_json() for finding in report.findings],
-    }
-    return answer
+    return report.as_dict()
 
 
 def _show(report: CheckReport, ui: Ui) -> None:

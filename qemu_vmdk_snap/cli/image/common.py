@@ -45,7 +45,7 @@ def add_allow_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def add_orphan(parser: argparse.ArgumentParser) -> None:
-    """Add `--orphan`, which gives up a file that needs the image."""
+    """Add `--orphan`, which ignores a file that needs the image."""
     parser.add_argument(
         "--orphan",
         action="append",
@@ -62,7 +62,7 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
 
 
 CACHE_MODES: Final = ("none", "writeback", "unsafe", "directsync", "writethrough")
-"""qemu-img's; how a page cache is gone round is all the same to the result, so only `unsafe` means something here."""
+"""qemu-img's; the others differ only in the use of the page cache, so only `unsafe` has an effect here."""
 
 
 def add_cache(parser: argparse.ArgumentParser, short: str, long: str, meaning: str) -> None:
@@ -97,7 +97,7 @@ def need_vmdk(path: Path | str, image_format: str) -> None:
 
 
 def as_seen_from(image: Path, name: str | Path) -> Path:
-    """Return the file that the backing file `name` of `image` is: its folder counts, not ours, as for qemu-img."""
+    """Return the path of the backing file `name`: relative to the folder of `image`, as for qemu-img."""
     return image.parent / file_name(str(name), image.parent)
 
 
@@ -110,7 +110,7 @@ def open_disk(path: Path, image_format: str, args: argparse.Namespace) -> Disk:
     if image_format == "raw":
         from qemu_vmdk_snap.chain.disk import RawDisk
 
-        return RawDisk(path, lock=not args.force_share, devices=args.allow_devices)
+        return RawDisk(path, lock=not args.force_share, allow_devices=args.allow_devices)
     need_vmdk(path, image_format)
     from qemu_vmdk_snap.chain.chain import open_chain
 
@@ -130,7 +130,7 @@ def split_options(words: list[str]) -> dict[str, str]:
 
 
 def as_bool(name: str, value: str) -> bool:
-    """Return what an on/off option says."""
+    """Return the value of an on/off option."""
     if value not in ("on", "off", "yes", "no", "true", "false"):
         raise InvalidRequest(f"-o {name}", f"{value!r} must be on or off")
     return value in ("on", "yes", "true")

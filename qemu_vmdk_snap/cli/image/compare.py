@@ -18,8 +18,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-s", "--strict", action="store_true", help="also compare the sizes and what is allocated")
     add_cache(parser, "-T", "--src-cache", "accepted, without effect")
     add_progress(parser)
-    parser.add_argument("filename1", type=image_file)
-    parser.add_argument("filename2", type=image_file)
+    parser.add_argument("filename1", type=image_file, help="the first image")
+    parser.add_argument("filename2", type=image_file, help="the second image")
     parser.set_defaults(error_status=2)
 
 
@@ -33,9 +33,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     ):
         report = compare(one, two, strict=args.strict, on_progress=ui.progress)
     if ui.json_output:
-        ui.json(
-            {"identical": report.identical, "reason": report.reason, "offset": report.offset, "sizes": report.sizes}
-        )
+        ui.json(report.as_dict())
         return 0 if report.identical else 1
     if report.reason == "size":
         ui.text("Strict mode: Image size mismatch!")

@@ -133,7 +133,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int | None:
         else:
             report = _to_new(source, args, options, words.get("preallocation", "off"), ui)
     if ui.json_output and not to_pipe:
-        ui.json({"filename": str(report.path), "virtual-size": report.capacity, "data-bytes": report.data})
+        ui.json(report.as_dict())
     return None
 
 

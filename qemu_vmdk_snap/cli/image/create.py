@@ -1,17 +1,17 @@
-"""`image create`: an empty image, or an overlay on another."""
+"""`image create`: create an empty image, or an overlay on another one."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from qemu_vmdk_snap.chain.identity import random_uuid
+from qemu_vmdk_snap.chain.identity import no_protocol, random_uuid
 from qemu_vmdk_snap.cli.image.common import add_quiet, as_bool, as_seen_from, need_vmdk, size_argument, split_options
 from qemu_vmdk_snap.cli.image.names import file_name, image_file
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.light import replace
 from qemu_vmdk_snap.ops.make.create import ImageOptions, create_image, create_overlay, inherited_options
 from qemu_vmdk_snap.ops.make.layout import KINDS
 from qemu_vmdk_snap.units import parse_size
@@ -66,7 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int | None:
-    """Make the image and say what was made, as qemu-img does."""
+    """Create the image and print what was created, as qemu-img does."""
     words = split_options(args.options)
     if "help" in words or "?" in words:
         return list_options(ui)
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int | None:
         base = as_seen_from(args.filename, backing)
         _check_writers(base, ui, allowed=args.force_share)
         options = overlay_options(words, base)
-        hint = file_name(backing, args.filename.parent)
+        hint = no_protocol(file_name(str(backing), args.filename.parent))
         create_overlay(args.filename, base, hint=hint, size=size, options=options, over_empty=True)
         _warn_if_outside(args.filename, base, ui)
     if named or ui.json_output:
@@ -104,13 +104,13 @@ def parse_options(words: dict[str, str]) -> ImageOptions:
     """Return the options of an image without a base, of which `-o` words name some.
 
     Raises:
-        InvalidRequest: an unknown name, a value that cannot be, or an option that the kind has no use for.
+        InvalidRequest: an unknown name, an invalid value, or an option that does not apply to the kind.
     """
     return ImageOptions(**_named_options(words))
 
 
 def overlay_options(words: dict[str, str], base: Path) -> ImageOptions | None:
-    """Return what an overlay on `base` inherits with what `-o` words name in its place; None where they name nothing.
+    """Return the options that an overlay on `base` inherits, changed by the `-o` words; None where there are none.
 
     Raises:
         InvalidRequest: as `parse_options`.
@@ -142,7 +142,7 @@ def _named_options(words: dict[str, str]) -> dict[str, Any]:
 
 
 def _refuse_idle(named: dict[str, Any]) -> None:
-    """Refuse an option that says nothing to the kind, rather than leave it out without a word."""
+    """Refuse an option that does not apply to the kind, instead of ignoring it silently."""
     subformat = named.get("subformat", ImageOptions().subformat)
     kind = KINDS.get(subformat)
     if kind is None or kind.extent_type == "SPARSE":
@@ -161,10 +161,10 @@ def _size(text: str) -> int:
 
 
 def _check_writers(base: Path, ui: Ui, *, allowed: bool) -> None:
-    """Refuse a base that is being written: its next change of the CID makes the overlay unreadable, as it should be.
+    """Refuse a base that is open for writing: its next change of the CID makes the overlay invalid.
 
     Raises:
-        LockBusy: it is. Where that is `allowed` it is only said.
+        LockBusy: it is. If that is `allowed`, there is only a warning.
     """
     from qemu_vmdk_snap.errors import LockBusy
     from qemu_vmdk_snap.storage.blockfile import PosixFile
@@ -182,7 +182,7 @@ def _check_writers(base: Path, ui: Ui, *, allowed: bool) -> None:
 
 
 def _warn_if_outside(overlay: Path, base: Path, ui: Ui) -> None:
-    """Say so where the new overlay cannot be opened without a word about its base's folder."""
+    """Warn if the new overlay cannot be opened without `--allow-dir`."""
     folder = base.resolve().parent
     if folder != overlay.parent.resolve():
         ui.warn(f"{base} is outside the folder of {overlay}: opening the overlay needs --allow-dir {folder}")

@@ -26,12 +26,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=("kind of the delta: streamOptimized (default) or monolithicSparse"),
     )
     add_progress(parser)
-    parser.add_argument("base", type=image_file)
-    parser.add_argument("top", type=image_file)
+    parser.add_argument("base", type=image_file, help="an image in the backing chain of top")
+    parser.add_argument("top", type=image_file, help="the image with the changes")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
-    """Show the changes, or write them down."""
+    """Show the changes, or write them to a delta."""
     from qemu_vmdk_snap.chain.chain import open_chain
     from qemu_vmdk_snap.ops.copy.diff import changes, depth_of, make_delta
 
@@ -42,22 +42,25 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     stream = kind == "streamOptimized"
     with open_chain(args.top, trusted_dirs=args.allow_dir, lock=not args.force_share) as chain:
         depth = depth_of(chain, args.base)
-        facts = {
-            "base": str(args.base),
-            "top": str(args.top),
-            "base-cid": chain.links[depth].cid,
-            "top-cid": chain.links[0].cid,
-            "virtual-size": chain.capacity,
-        }
         if args.delta is not None:
             report = make_delta(chain, depth, args.delta, stream=stream, on_progress=ui.progress)
             if ui.json_output:
-                ui.json(facts | {"delta": str(report.path), "changed": report.changed})
+                ui.json(report.as_dict())
             else:
                 ui.text(f"{report.path}: {report.changed} bytes changed")
             return
         found = list(changes(chain, depth, ui.progress))
+        base, top = chain.links[depth], chain.links[0]
     if ui.json_output:
-        ui.json(facts | {"runs": [{"start": o, "length": n, "zero": z, "data": not z} for o, n, z in found]})
+        ui.json(
+            {
+                "base": str(base.path),
+                "top": str(top.path),
+                "base-cid": base.cid,
+                "top-cid": top.cid,
+                "virtual-size": chain.capacity,
+                "runs": [change.as_dict() for change in found],
+            }
+        )
         return
     ui.table(["Offset", "Length", "Kind"], [[f"{o:#x}", f"{n:#x}", "zero" if z else "data"] for o, n, z in found])

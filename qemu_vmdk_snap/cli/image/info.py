@@ -18,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `image info`."""
     add_open_options(parser, raw=True)
     parser.add_argument("--backing-chain", action="store_true", help="show every image of the chain, the top first")
-    parser.add_argument("filename", type=image_file)
+    parser.add_argument("filename", type=image_file, help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         for note in image.notes:
             ui.warn(note)
     if ui.json_output:
-        values = [_as_json(image) for image in images]
+        values = [image.as_dict() for image in images]
         ui.json(values if args.backing_chain else values[0])
         return
     for i, image in enumerate(images):
@@ -53,55 +53,12 @@ def _run_raw(args: argparse.Namespace, ui: Ui) -> None:
 
     image = raw_info(args.filename, lock=not args.force_share, allow_devices=args.allow_devices)
     if ui.json_output:
-        value = {
-            "virtual-size": image.virtual_size,
-            "filename": str(image.path),
-            "format": "raw",
-            "actual-size": image.actual_size,
-            "dirty-flag": False,
-        }
-        ui.json([value] if args.backing_chain else value)
+        ui.json([image.as_dict()] if args.backing_chain else image.as_dict())
         return
     ui.text(f"image: {image.path}")
     ui.text("file format: raw")
     ui.text(f"virtual size: {format_size(image.virtual_size)} ({image.virtual_size} bytes)")
     ui.text(f"disk size: {format_size(image.actual_size)}")
-
-
-def _as_json(image: ImageInfo) -> dict[str, object]:
-    value: dict[str, object] = {
-        "virtual-size": image.virtual_size,
-        "filename": str(image.path),
-        **({"cluster-size": image.grain_bytes} if image.grain_bytes else {}),
-        "format": "vmdk",
-        "actual-size": image.actual_size,
-        "format-specific": {
-            "type": "vmdk",
-            "data": {
-                "cid": image.cid,
-                "parent-cid": image.parent_cid,
-                "create-type": image.create_type,
-                "extents": [
-                    {
-                        **({"compressed": True} if extent.compressed else {}),
-                        "virtual-size": extent.virtual_size,
-                        "filename": str(extent.path) if extent.path else None,
-                        **({"cluster-size": extent.grain_bytes} if extent.grain_bytes else {}),
-                        "format": extent.type,
-                    }
-                    for extent in image.extents
-                ],
-            },
-        },
-        "dirty-flag": False,
-    }
-    if image.notes:
-        value["warnings"] = list(image.notes)
-    if image.hint is not None:
-        value["backing-filename"] = image.hint
-        value["backing-filename-format"] = "vmdk"
-        value["full-backing-filename"] = str(image.parent) if image.parent else None
-    return value
 
 
 def _as_text(image: ImageInfo) -> list[str]:

@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-s", "--start-offset", type=size_argument, default=0, metavar="OFFSET", help="first byte of the range"
     )
     parser.add_argument("-l", "--max-length", type=size_argument, metavar="LENGTH", help="length of the range")
-    parser.add_argument("filename", type=image_file)
+    parser.add_argument("filename", type=image_file, help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

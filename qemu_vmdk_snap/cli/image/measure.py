@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=size_argument, metavar="SIZE", help="measure an empty disk of this size instead")
     parser.add_argument("-l", "--snapshot", metavar="SNAPSHOT", help=argparse.SUPPRESS)
     add_progress(parser)
-    parser.add_argument("filename", type=image_file, nargs="?")
+    parser.add_argument("filename", type=image_file, nargs="?", help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         with open_disk(args.filename, args.format, args) as disk:
             sizes = measure(disk, 0, output_format=args.target_format, options=options, on_progress=ui.progress)
     if ui.json_output:
-        ui.json({"required": sizes.required, "fully-allocated": sizes.fully_allocated})
+        ui.json(sizes.as_dict())
         return
     ui.text(f"required size: {sizes.required}")
     ui.text(f"fully allocated size: {sizes.fully_allocated}")

@@ -1,1 +1,1 @@
-"""The commands for monitoring: metrics for Prometheus, and a plugin for Nagios and its kin."""
+"""The commands for monitoring: metrics for Prometheus, and a plugin for Nagios and compatible systems."""

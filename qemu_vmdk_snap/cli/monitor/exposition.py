@@ -1,7 +1,7 @@
 """Figures in Prometheus' text format.
 
 Source: https://prometheus.io/docs/instrumenting/exposition_formats/ (text format 0.0.4). Labels are what a host has few
-of: domains, targets of disks and verdicts; never names of snapshots or paths, of which there is no end.
+of: domains, targets of disks and verdicts; never names of snapshots or paths, which are unlimited.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`monitor`: a plugin for Nagios, Icinga and their kin. It ends with 0 to 3 and with nothing else."""
+"""`monitor`: a plugin for Nagios, Icinga and compatible systems. Its exit status is 0 to 3."""
 
 from __future__ import annotations
 

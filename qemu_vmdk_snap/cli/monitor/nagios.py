@@ -1,4 +1,4 @@
-"""Ranges, states and the one line of a monitoring plugin, as Nagios and its kin read them.
+"""Ranges, states and the one line of a monitoring plugin, as Nagios and compatible systems read them.
 
 Source: Monitoring Plugins Development Guidelines (https://www.monitoring-plugins.org/doc/guidelines.html): exit status
 0 to 3, thresholds as ranges, performance data after `|`.
@@ -71,7 +71,7 @@ def seconds(text: str) -> float:
     """Return the seconds that `text` means: `90`, `30m`, `12h`, `7d`, `2w`.
 
     Raises:
-        ValueError: it is no such number.
+        ValueError: it is not such a number.
     """
     unit = text[-1:].lower()
     return _plain(text[:-1]) * _SECONDS[unit] if unit in _SECONDS else _plain(text)
@@ -81,7 +81,7 @@ def size(text: str) -> float:
     """Return the bytes that `text` means: `512`, `64K`, `1.5G` (powers of 1024).
 
     Raises:
-        ValueError: it is no such number.
+        ValueError: it is not such a number.
     """
     from qemu_vmdk_snap.units import parse_size
 

@@ -1,1 +1,1 @@
-"""What is made of the table of commands: completion scripts and manual pages."""
+"""Completion scripts and manual pages, made from the table of commands."""

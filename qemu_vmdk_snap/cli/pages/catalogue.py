@@ -1,4 +1,4 @@
-"""Every command with its arguments, for what is made of them: completion scripts and manual pages."""
+"""Every command with its arguments, for completion scripts and manual pages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
 
 class _Listed:
-    """Takes the place of a parser while arguments are added, and lists them: argparse itself has no way to ask."""
+    """Replaces a parser while arguments are added, and lists them: argparse itself cannot list them."""
 
     def __init__(
         self,

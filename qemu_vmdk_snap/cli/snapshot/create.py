@@ -1,4 +1,4 @@
-"""`snapshot create`: freeze the VMDK disks of a domain, and let it go on in new overlays."""
+"""`snapshot create`: freeze the VMDK disks of a domain, which continues in new overlays."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPTIONAL_VALUES = {"--quiesce": ("require", "auto", "no")}
 
 _REFUSED = {
     "no_metadata": "what libvirt does not know can be neither reverted nor deleted: `image create -b` makes an overlay",
-    "halt": "shut the guest down (virsh shutdown) and create the snapshot then: its disks are whole then",
+    "halt": "shut the guest down (virsh shutdown) and create the snapshot then: its disks are consistent then",
     "reuse_external": "an overlay is always made, and no file is overwritten: remove the one that is there",
 }
 """Options of virsh that are not possible here, and the way that is."""
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.domain.state import is_running
 
     if args.name is not None and args.snapshotname not in (None, args.name):
-        raise InvalidRequest(f"snapshot names {args.snapshotname!r} and {args.name!r}", "give one")
+        raise InvalidRequest(f"the snapshot has two names: {args.snapshotname!r} and {args.name!r}", "give one")
     if args.memspec is not None and args.disk_only:
         raise InvalidRequest("--disk-only", "leaves no use for --memspec")
     for option, way in _REFUSED.items():
@@ -133,7 +133,7 @@ def _lines(report: SnapshotReport) -> list[str]:
     if report.live_xml_stale:
         what = "until the guest stops, libvirt's live XML names the files of before"
         lines.append(f"  {what}: define nothing but `virsh dumpxml --inactive`")
-    return lines + [f"  {target}: not part of it: {reason}" for target, reason in report.skipped]
+    return lines + [f"  {target}: not in the snapshot: {reason}" for target, reason in report.skipped]
 
 
 def parse_memspec(text: str) -> Path:
@@ -157,10 +157,10 @@ def parse_memspec(text: str) -> Path:
 
 
 def parse_diskspec(text: str) -> DiskSpec:
-    """Return what a `--diskspec` says, in virsh's syntax.
+    """Return a parsed `--diskspec`, in virsh's syntax.
 
     Raises:
-        InvalidRequest: it says something that is not known, or that VMDK disks cannot do.
+        InvalidRequest: it is invalid, or not possible for VMDK disks.
     """
     disk, *settings = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
     takes_part = True
@@ -176,5 +176,5 @@ def parse_diskspec(text: str) -> DiskSpec:
     if not disk:
         raise InvalidRequest(f"diskspec {text!r}", "must begin with a disk")
     if not takes_part and overlay is not None:
-        raise InvalidRequest(f"diskspec {text!r}", "snapshot=no leaves no use for file=")
+        raise InvalidRequest(f"diskspec {text!r}", "file= cannot go with snapshot=no")
     return DiskSpec(disk, takes_part, overlay)

@@ -1,4 +1,4 @@
-"""`snapshot delete`: delete snapshots; the domain and every other snapshot keep what they hold."""
+"""`snapshot delete`: delete snapshots; the domain and every other snapshot keep their contents."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.domain.registry import snapshot_info
 
     if (args.snapshotname is None) is not args.current:
-        raise InvalidRequest(f"domain {args.domain}", "name a snapshot, or say --current, one of them")
+        raise InvalidRequest(f"domain {args.domain}", "needs either a snapshot or --current")
     with connection(args.connect) as conn:
         orphans = [path.absolute() for path in args.orphan]
         if args.dry_run:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_domain(parser: argparse.ArgumentParser, *, or_all: bool = False) -> None:
-    """Add the connection and the domain, as virsh has them; `or_all`: every domain of the connection may be meant."""
+    """Add the connection and the domain, as virsh has them; `or_all`: `--all` is possible instead of a domain."""
     parser.add_argument(
         "-c",
         "--connect",
@@ -41,22 +41,22 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
 
 
 def add_orphans(parser: argparse.ArgumentParser) -> None:
-    """Add what gives dependents up, by name."""
+    """Add `--orphan`."""
     parser.add_argument(
         "--orphan",
         type=Path,
         metavar="FILE",
         action="append",
         default=[],
-        help="give up this file, or the disk that has it on top: it may lose what it needs",
+        help="continue although FILE, or the disk that has it as its top, needs what changes (may be repeated)",
     )
 
 
 def tell_recovery(recovery: Recovery | None, ui: Ui) -> None:
-    """Say on standard error that an unfinished snapshot was settled first."""
+    """Report on standard error that an unfinished operation was finished or undone first."""
     if recovery is None:
         return
-    what = "was finished" if recovery.finished else "was taken back"
+    what = "was finished" if recovery.finished else "was undone"
     left = f"; left in place: {', '.join(map(str, recovery.left))}" if recovery.left else ""
     which = "snapshot" if recovery.operation == "create" else recovery.operation
     if recovery.snapshot:
@@ -65,6 +65,6 @@ def tell_recovery(recovery: Recovery | None, ui: Ui) -> None:
 
 
 def warn_pending(line: str | None, ui: Ui) -> None:
-    """Say on standard error what is unfinished, for a command that only reads and settles nothing."""
+    """Report an unfinished operation on standard error, for a command that only reads."""
     if line is not None:
         ui.warn(line)

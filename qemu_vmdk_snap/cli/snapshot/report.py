@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Report(Protocol):
-    """What every report has."""
+    """The interface of every report."""
 
     @property
     def domain(self) -> str:
@@ -23,15 +23,15 @@ class Report(Protocol):
 
     @property
     def recovered(self) -> Recovery | None:
-        """What became of an unfinished operation that was found first."""
+        """The recovery of an unfinished operation that was found first."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What did not go as wished and stood in nobody's way."""
+        """Problems that did not prevent the operation."""
 
 
 def show(ui: Ui, report: Report, for_programs: dict[str, object], lines: Iterable[str]) -> None:
-    """Show the report as JSON or as lines, whichever is wanted; what went otherwise goes to standard error."""
+    """Show the report as JSON or as lines; notes go to standard error."""
     tell_recovery(report.recovered, ui)
     for note in report.notes:
         ui.warn(f"domain {report.domain}: {note}")
@@ -43,15 +43,17 @@ def show(ui: Ui, report: Report, for_programs: dict[str, object], lines: Iterabl
 
 
 def disk_lines(disks: Iterable[PlannedDisk]) -> list[str]:
-    """Return where each disk goes on."""
-    return [f"  {disk.target}: {disk.overlay} on {disk.frozen} (chain of {len(disk.chain) + 1})" for disk in disks]
+    """Return a line for the new overlay of each disk."""
+    return [
+        f"  {disk.target}: {disk.overlay}, backed by {disk.frozen} (chain of {len(disk.chain) + 1})" for disk in disks
+    ]
 
 
 def pause_line(pause: Pause) -> str:
-    """Return how a running guest was held up."""
+    """Return how long a running guest was stopped."""
     parts = [f"disk requests waited {pause.stalled:.1f} ms"]
     if pause.stopped is not None:
         parts.append(f"its CPUs were stopped for {pause.stopped:.1f} ms")
     if pause.frozen is not None:
         parts.append(f"its file systems were frozen for {pause.frozen:.1f} ms")
-    return "the guest ran on: " + ", ".join(parts)
+    return "the guest kept running: " + ", ".join(parts)

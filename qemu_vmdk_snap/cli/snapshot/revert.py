@@ -1,4 +1,4 @@
-"""`snapshot revert`: go back to a snapshot, in new overlays; what the domain had is kept unless it is discarded."""
+"""`snapshot revert`: revert to a snapshot, in new overlays; the previous files are kept unless they are discarded."""
 
 from __future__ import annotations
 
@@ -20,9 +20,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("snapshotname", metavar="SNAPSHOT", nargs="?", help="name of the snapshot")
     parser.add_argument("--current", action="store_true", help="the current snapshot")
     state = parser.add_mutually_exclusive_group()
-    for name, what in (("running", "start"), ("paused", "start, without running,"), ("shutoff", "leave")):
-        line = f"{what} the domain afterwards" if name != "shutoff" else "leave the domain shut off (as disks alone do)"
-        state.add_argument(f"--{name}", dest="after", action="store_const", const=name, default="as-saved", help=line)
+    for name, what in (
+        ("running", "start the domain"),
+        ("paused", "start the domain paused"),
+        ("shutoff", "leave the domain shut off"),
+    ):
+        state.add_argument(
+            f"--{name}", dest="after", action="store_const", const=name, default="as-saved", help=f"{what} afterwards"
+        )
     parser.add_argument(
         "--discard",
         action="store_true",
@@ -35,16 +40,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
-    """Go back and say what was done."""
+    """Revert and say what was done."""
     from qemu_vmdk_snap.domain.connect import connection
     from qemu_vmdk_snap.domain.dry_run import plan_revert
     from qemu_vmdk_snap.domain.registry import snapshot_info
     from qemu_vmdk_snap.domain.revert.run import revert
 
     if (args.snapshotname is None) is not args.current:
-        raise InvalidRequest(f"domain {args.domain}", "name a snapshot, or say --current, one of them")
+        raise InvalidRequest(f"domain {args.domain}", "needs either a snapshot or --current")
     if args.reset_nvram:
-        way = "revert with --shutoff, and `virsh start --reset-nvram` makes the UEFI variables anew"
+        way = "revert with --shutoff, and `virsh start --reset-nvram` creates the UEFI variables again"
         raise InvalidRequest("--reset-nvram", way)
     with connection(args.connect) as conn:
         name = args.snapshotname or snapshot_info(conn, args.domain).name
@@ -57,12 +62,12 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _lines(report: RevertReport) -> list[str]:
-    is_back = "would be back" if report.dry_run else "is back"
+    reverted = "would be reverted" if report.dry_run else "reverted"
     already = ["  nothing was written since: it is there already"] if report.already else []
     return [
-        f"Domain {report.domain} {is_back} at snapshot {report.snapshot}, {report.state}",
+        f"Domain {report.domain} {reverted} to snapshot {report.snapshot}, {report.state}",
         *already,
         *disk_lines(report.disks),
-        *(f"  kept: {path}: no snapshot has it" for path in report.kept),
+        *(f"  kept: {path}: belongs to no snapshot" for path in report.kept),
         *(f"  discarded: {path}" for path in report.discarded),
     ]

@@ -1,1 +1,1 @@
-"""Registering snapshots that others have made."""
+"""Registering snapshots that other programs have made."""

@@ -1,10 +1,10 @@
 """Register snapshots that were made before: by VMware, or by hand with overlays. The disks' files are only read.
 
-Each link below the top of a disk is what a snapshot froze. Names, dates and who belongs to whom come from VMware's
-dictionary (`.vmsd`) where there is one; else links of the same height on several disks are taken for one snapshot,
-named after its file and dated by the last write to it.
+Each link below the top of a disk was frozen by a snapshot. Names, dates and parents come from VMware's dictionary
+(`.vmsd`) if there is one; else links of the same height on several disks are treated as one snapshot, named after its
+file and dated by the last write to it.
 
-Killed at any point, what is registered is right, and running it again adopts the rest.
+If it is killed at any point, what is registered is right, and running it again adopts the rest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import stat
 import xml.etree.ElementTree as ET
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from qemu_vmdk_snap.domain.journal.recover import recover_domain
 from qemu_vmdk_snap.domain.needs.needed import place_in, same_file
 from qemu_vmdk_snap.domain.needs.orphans import find_orphans, remove_orphan
 from qemu_vmdk_snap.domain.overlay.naming import next_overlay
+from qemu_vmdk_snap.domain.overlay.newfile import make_overlay
+from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 from qemu_vmdk_snap.domain.registration import register_text
 from qemu_vmdk_snap.domain.state import define, inactive_xml, named_folders, volume_resolver
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
@@ -49,7 +50,7 @@ class Adopted:
     parent: str | None
     description: str | None
     frozen: Mapping[str, Path]
-    """Target -> the file that holds the disk as it was."""
+    """Target -> the frozen file."""
 
     def as_dict(self) -> dict[str, object]:
         """Return it with JSON's own types."""
@@ -94,7 +95,7 @@ class AdoptReport:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What became of an orphan."""
+    """What was done with an orphan."""
 
     path: Path
     snapshot: str | None
@@ -110,7 +111,7 @@ class _Wish:
     """A snapshot to be registered."""
 
     key: object
-    """What others call it as their parent."""
+    """The key by which others name it as their parent."""
     name: str
     description: str | None
     creation_time: int
@@ -120,7 +121,7 @@ class _Wish:
 
 @dataclass(slots=True)
 class _Registry:
-    """The domain as it is: its disks' chains, and its snapshots."""
+    """The domain: its disks' chains, and its snapshots."""
 
     domain: libvirt.virDomain
     text: str
@@ -147,7 +148,7 @@ class _Registry:
         return tuple(link.path for link in engine.read_links(path, trusted_dirs=self.folders()))
 
     def target_of(self, path: Path) -> str | None:
-        """Return the disk that the image is a state of: the one with the same base."""
+        """Return the disk that the image belongs to: the one with the same base."""
         base = self.chain_of(path)[-1]
         return next((target for target, chain in self.chains.items() if same_file(chain[-1], base)), None)
 
@@ -155,14 +156,14 @@ class _Registry:
 def adopt(
     conn: libvirt.virConnect, domain_name: str, *, vmsd: Path | None = None, dry_run: bool = False
 ) -> AdoptReport:
-    """Register what the links below the domain's disks froze, as far as it is not registered yet.
+    """Register a snapshot for each frozen link of the domain's disks that has none yet.
 
-    `vmsd` is VMware's dictionary; the one beside the disks that tells of their files, if not given.
+    `vmsd` is VMware's dictionary; by default the one beside the disks that names their files.
 
     Raises:
         DomainError: there is no such domain, another command changes its snapshots, or libvirt refuses.
         FormatError: the dictionary that was given cannot be read.
-        CidMismatch, CorruptChain, FormatError, OSError: a chain does not hold together.
+        CidMismatch, CorruptChain, FormatError, OSError: a chain is broken.
     """
     domain = find_domain(conn, domain_name)
     store = IntentStore.of(conn)
@@ -183,10 +184,10 @@ def adopt(
 
 
 def adopt_orphan(conn: libvirt.virConnect, domain: libvirt.virDomain, path: Path) -> str:
-    """Register an image that stands on the domain's files as a snapshot, and return its name.
+    """Register an image that is backed by the domain's files as a snapshot, and return its name.
 
     Raises:
-        DomainError: it is no state of any of the domain's disks, or it is registered already.
+        DomainError: it belongs to none of the domain's disks, or is registered already.
         VmdkSnapError, OSError: see `adopt`.
     """
     store = IntentStore.of(conn)
@@ -196,7 +197,7 @@ def adopt_orphan(conn: libvirt.virConnect, domain: libvirt.virDomain, path: Path
         registry = _look(conn, domain)
         target = registry.target_of(path)
         if target is None:
-            raise DomainError(domain.name(), f"{path} is no state of any of its disks")
+            raise DomainError(domain.name(), f"{path} is not in the chain of any of its disks")
         if registry.frozen_by(target, path) is not None or place_in(registry.chains[target], path) is not None:
             raise DomainError(domain.name(), f"{path} is in use by it, or registered already")
         wish = _Wish(None, _name_of(path), "found without a snapshot", _written(path), None, {target: path})
@@ -213,7 +214,7 @@ def settle_orphans(
     adopt: bool = False,
     orphans: Sequence[Path] = (),
 ) -> list[Settled]:
-    """Remove the orphans in `discard`, and with `remove` those that hold nothing; with `adopt` register the others.
+    """Remove the orphans in `discard`, and with `remove` those that are empty; with `adopt` register the others.
 
     `orphans` are files that need what is removed and are given up.
 
@@ -226,7 +227,7 @@ def settle_orphans(
         remove_orphan(conn, domain, path, with_data=True, orphans=orphans)
         done.append(Settled(path, None))
     if remove:
-        for orphan in reversed(find_orphans(conn, domain)):  # an orphan goes before the one that it stands on
+        for orphan in reversed(find_orphans(conn, domain)):  # an orphan is removed before the one that backs it
             if orphan.empty:
                 remove_orphan(conn, domain, orphan.path, orphans=orphans)
                 done.append(Settled(orphan.path, None))
@@ -251,7 +252,7 @@ def _look(conn: libvirt.virConnect, domain: libvirt.virDomain) -> _Registry:
             folders = sorted({path.parent for path in disk.backing})
             chains[disk.target] = tuple(link.path for link in engine.read_links(disk.path, trusted_dirs=folders))
     if not chains:
-        raise DomainError(name, "has no VMDK disk that could have snapshots")
+        raise DomainError(name, "has no VMDK disk")
     return _Registry(domain, text, disks, chains, snapshots, current)
 
 
@@ -272,7 +273,7 @@ def _from_files(registry: _Registry) -> list[_Wish]:
 
 
 def _find_vmsd(registry: _Registry) -> Vmsd | None:
-    """Return the dictionary beside the disks that tells of one of their files."""
+    """Return the dictionary beside the disks that names one of their files."""
     files = [path for chain in registry.chains.values() for path in chain]
     for folder in registry.folders():
         for path in sorted(folder.glob("*.vmsd")):
@@ -304,7 +305,7 @@ def _from_vmsd(registry: _Registry, vmsd: Vmsd, passed: list[tuple[str, str]]) -
                 reason = "is registered already"
         parent = parents.get(snapshot.parent, snapshot.parent)
         if not frozen:
-            parents[snapshot.uid] = parent  # whoever stands on it stands on its parent now
+            parents[snapshot.uid] = parent  # its children have its parent now
             passed.append((snapshot.name, reason))
             continue
         time = snapshot.creation_time or max(map(_written, frozen.values()))
@@ -372,7 +373,7 @@ def _register(registry: _Registry, one: Adopted, *, current: bool) -> None:
 
 
 def _overlay_on(registry: _Registry, target: str, frozen: Path) -> Path:
-    """Return the image that went on top when the file was frozen: that of the active chain, another, or a new one.
+    """Return the overlay that was created when the file was frozen: that of the active chain, another, or a new one.
 
     VMware deletes the top of a branch that it leaves; libvirt's metadata always has one.
     """
@@ -384,29 +385,12 @@ def _overlay_on(registry: _Registry, target: str, frozen: Path) -> Path:
     for path in sorted(frozen.parent.iterdir()):
         with contextlib.suppress(VmdkSnapError, OSError):
             if not path.name.startswith(".") and path.is_file() and not same_file(path, frozen):
-                facts = engine.read_facts(path, find)
+                facts = engine.read_facts(path, resolver=find)
                 if facts.hint is not None and same_file(find(path, facts.hint, "parent"), frozen):
                     return path
     overlay = next_overlay(frozen, _named(registry))
-    _make_overlay(overlay, frozen)
+    make_overlay(registry.domain.name(), PlannedDisk(target, overlay, (frozen,)))
     return overlay
-
-
-def _make_overlay(overlay: Path, base: Path) -> None:
-    """Make an empty overlay with owner and mode of its base."""
-    facts = base.stat()
-    engine.create_overlay(overlay, base, mode=0o600)
-    try:
-        fd = os.open(overlay, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            if os.geteuid() == 0:
-                os.fchown(fd, facts.st_uid, facts.st_gid)
-            os.fchmod(fd, stat.S_IMODE(facts.st_mode) | stat.S_IWUSR)
-        finally:
-            os.close(fd)
-    except BaseException:
-        overlay.unlink()
-        raise
 
 
 def _named(registry: _Registry) -> set[Path]:
@@ -417,7 +401,7 @@ def _named(registry: _Registry) -> set[Path]:
 
 
 def _with_chains(domain_xml: str, chains: Mapping[str, Sequence[Path]]) -> str:
-    """Return the domain with these chains on the disks named by target, each spelt out to its end."""
+    """Return the domain with these chains on the disks named by target, each complete."""
     ET.register_namespace("qemu", _QEMU_NAMESPACE)
     root = ET.fromstring(domain_xml)
     for disk in root.findall("./devices/disk"):
@@ -455,7 +439,7 @@ def _spell_out(conn: libvirt.virConnect, registry: _Registry, *, dry_run: bool) 
 
 
 def _reparent(registry: _Registry) -> None:
-    """Let snapshots that were roots stand on what was adopted below them."""
+    """Make adopted snapshots the parents of snapshots that were roots."""
     import libvirt
 
     for snapshot in registry.snapshots:
@@ -466,10 +450,10 @@ def _reparent(registry: _Registry) -> None:
         try:
             parent = _parent_by_files(registry, wish)
         except (VmdkSnapError, OSError):
-            continue  # its files are gone or broken: where it stands cannot be told
+            continue  # its files are gone or broken: its parent is unknown
         if parent is None:
             continue
-        with libvirt_errors(registry.domain.name(), f"put the snapshot {snapshot.name!r} on {parent!r}"):
+        with libvirt_errors(registry.domain.name(), f"make {parent!r} the parent of the snapshot {snapshot.name!r}"):
             known = registry.domain.snapshotLookupByName(snapshot.name)
             root = ET.fromstring(known.getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE))
             ET.SubElement(ET.SubElement(root, "parent"), "name").text = parent
@@ -478,7 +462,7 @@ def _reparent(registry: _Registry) -> None:
 
 
 def _free_name(wanted: str, taken: Collection[str]) -> str:
-    """Return a name that libvirt keeps as a file name, like the wanted one."""
+    """Return a name like the wanted one that libvirt can use as a file name."""
     kept = "".join(char if char.isprintable() and char != "/" else "-" for char in wanted)
     kept = kept.strip().lstrip(".").strip() or "snapshot"
     while len(os.fsencode(kept)) > _MAX_NAME:

@@ -1,14 +1,14 @@
 """VMware's snapshot dictionary: `NAME.vmsd`, beside the disks of a virtual machine.
 
 Lines `key = "value"`; keys are the same whatever their case, and `|XX` in a value is the character of that code. What
-it says of each snapshot, and what is read of that:
+it says of each snapshot, and which of these are read:
 
     snapshot0.uid = "1"                      snapshot.current = "2"
     snapshot0.displayName = "before update"  snapshot.numSnapshots = "2"
     snapshot0.description = "..."            snapshot.mru0.uid, .filename (memory), .type: not read
     snapshot0.parent = "0"                   a uid; absent, or of no snapshot: it has none
     snapshot0.createTimeHigh/Low = "..."     two signed 32-bit halves of the microseconds since 1970
-    snapshot0.disk0.fileName = "d.vmdk"      the file that holds the disk as it was
+    snapshot0.disk0.fileName = "d.vmdk"      the frozen file
     snapshot0.disk0.node = "scsi0:0"
 
 Source: the format has no specification; this is what Workstation 4 to 17 and ESXi write, read by many tools alike.
@@ -42,24 +42,24 @@ class VmsdSnapshot:
     parent: str | None
     """A uid of another snapshot in the file."""
     files: tuple[Path, ...]
-    """The files that hold its disks as they were; not checked, and possibly elsewhere or gone."""
+    """The frozen files of its disks; not checked, and possibly elsewhere or gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vmsd:
-    """What a dictionary says; parents come before their children."""
+    """The content of a dictionary; parents come before their children."""
 
     path: Path
     snapshots: tuple[VmsdSnapshot, ...]
     current: str | None
-    """The uid of the snapshot that the machine goes on from."""
+    """The uid of the current snapshot."""
 
 
 def read_vmsd(path: Path) -> Vmsd:
     """Return what the dictionary says.
 
     Raises:
-        FormatError: it is none, or snapshots are each other's parents.
+        FormatError: it is not a dictionary, or snapshots are each other's parents.
         OSError: it cannot be read.
     """
     with path.open("rb") as file:

@@ -84,7 +84,7 @@ def make_plan(
     Raises:
         DomainExists: there is a domain of that name.
         DomainError: a disk cannot be cloned, a file is there already, there is no space, or the domain runs.
-        InvalidRequest: the name cannot be.
+        InvalidRequest: the name is invalid.
         VmdkSnapError: a chain is broken or in use.
     """
     _check_name(conn, name)
@@ -133,7 +133,7 @@ def _source(domain: libvirt.virDomain, snapshot: str | None, mode: Mode) -> tupl
             whole = find_snapshot(domain, snapshot).getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE)
             parsed = xml.parse_snapshot(whole)
             if parsed.memory != "no":
-                raise DomainError(name, f"snapshot {snapshot!r} holds memory too: it cannot be cloned")
+                raise DomainError(name, f"snapshot {snapshot!r} has memory too: it cannot be cloned")
             return xml.domain_of(whole), [disk.target for disk in parsed.disks if disk.mode == "external"]
         if mode == "linked":
             raise InvalidRequest(f"domain {name}", "a linked clone is on frozen files: name a snapshot")
@@ -183,7 +183,7 @@ def _require_free(domain: str, disks: Sequence[ClonedDisk], pending: set[Path]) 
         if os.path.lexists(disk.path) or disk.path in pending:
             raise DomainError(domain, f"disk {disk.target}: {disk.path} exists already")
         if not os.access(disk.path.parent, os.W_OK | os.X_OK):
-            raise DomainError(domain, f"disk {disk.target}: {disk.path.parent} is no folder that may be written")
+            raise DomainError(domain, f"disk {disk.target}: {disk.path.parent} is not a writable folder")
 
 
 def _require_frozen(needed: Needed, domain: str, disks: Sequence[ClonedDisk]) -> None:

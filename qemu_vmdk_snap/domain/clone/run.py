@@ -100,7 +100,7 @@ def clone(
     Raises:
         DomainExists: there is a domain of that name.
         DomainError: a disk cannot be cloned, a file is there already, there is no space, or libvirt refuses.
-        InvalidRequest: the name cannot be.
+        InvalidRequest: the name is invalid.
         VmdkSnapError, OSError: a chain is broken or in use, or a file could not be made.
     """
     if dry_run:
@@ -121,7 +121,7 @@ def settle(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) 
     """Return if libvirt knows the clone; else remove what was made of it.
 
     Raises:
-        DomainError: libvirt cannot tell.
+        DomainError: libvirt reports an error.
     """
     if _defined(conn, intent):
         for one in intent.work:
@@ -198,7 +198,7 @@ def _take_back(
         settle(conn, domain, intent)
         store.remove(intent.uuid)
     except (VmdkSnapError, OSError) as error:
-        raise DomainError(domain.name(), f"{cause}; taking it back failed too ({error}): `recover` does it") from cause
+        raise DomainError(domain.name(), f"{cause}; undoing it failed too ({error}): `recover` does it") from cause
 
 
 def _copy(plan: Plan, disk: ClonedDisk, path: Path, *, on_progress: OnProgress) -> None:

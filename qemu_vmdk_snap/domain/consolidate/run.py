@@ -138,7 +138,7 @@ def _plan(
         if not _may_go(one, include, kept):
             continue
         try:
-            intent = _intent(state, one, check=not merged)  # of the others only once this one is gone
+            intent = _intent(state, one, check=not merged)  # the others can be checked only after this one is deleted
         except (VmdkSnapError, OSError) as error:
             kept[one.path] = str(error)
             continue
@@ -160,7 +160,7 @@ def _may_go(one: Leftover, include: Sequence[Path], kept: dict[Path, str]) -> bo
     if one.is_numbered or place_in(include, one.path) is not None:
         return True
     kept[one.path] = (
-        f"{one.child.name} is not called as an overlay of it is: it may be a template (--include merges it)"
+        f"the name of {one.child.name} is not that of an overlay on it: it may be a template (--include merges it)"
     )
     return False
 

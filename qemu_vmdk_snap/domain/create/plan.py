@@ -1,4 +1,4 @@
-"""What a snapshot will do, worked out and checked before anything is changed."""
+"""The plan of a snapshot, made and checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the user asked for. Disks are named by target or by their file, as virsh allows."""
+    """The user's request. Disks are named by target or by their file, as virsh allows."""
 
     name: str | None = None
     description: str | None = None
@@ -44,16 +44,16 @@ class Request:
     """Disks that must be able to take part; naming one does not leave out the others."""
     exclude: Collection[str] = ()
     overlays: Mapping[str, Path] = field(default_factory=dict)
-    """Where the overlay of a disk goes; beside the disk if not said."""
+    """Where the overlay of a disk is created; beside the disk by default."""
     quiesce: str = "no"
-    """Whether a running guest's file systems are frozen meanwhile: `no`, `auto` (where it can), `require`."""
+    """Whether a running guest's file systems are frozen meanwhile: `no`, `auto` (if possible), `require`."""
     memory: Path | None = None
     """Where the memory of a running guest goes; None for a snapshot of disks alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A snapshot ready to be taken."""
+    """A snapshot that is ready to be taken."""
 
     snapshot: xml.SnapshotXml
     disks: tuple[PlannedDisk, ...]
@@ -86,8 +86,8 @@ def make_plan(
     """Return the plan. The chains of a shut-off domain stay open in `held`, so that no guest writes to them meanwhile.
 
     Raises:
-        DomainError: the domain is in no state for it, or no disk can take part.
-        InvalidRequest: the name or a path cannot be.
+        DomainError: the state of the domain does not allow it, or no disk can take part.
+        InvalidRequest: the name or a path is invalid.
         VmdkSnapError: a chain is broken or in use; see `open_chain`.
     """
     import libvirt
@@ -180,7 +180,7 @@ def _header(
     name = naming.default_snapshot_name(snapshots) if request.name is None else request.name
     naming.check_snapshot_name(name)
     naming.check_description(request.description or "")
-    if name in snapshots:  # libvirt would replace it without a word
+    if name in snapshots:  # libvirt would replace it silently
         raise SnapshotExists(domain.name(), f"has a snapshot {name!r} already", snapshot=name)
     created = int(naming.default_snapshot_name())
     memory = "no" if request.memory is None else "external"
@@ -215,7 +215,7 @@ def _plan_disk(
 
 
 def _check_direct(domain: str, disk: PlannedDisk) -> None:
-    """Refuse an overlay that QEMU could not open as the disk's cache mode demands, now or at the next start."""
+    """Refuse an overlay that QEMU could not open with the disk's cache mode, now or at the next start."""
     if lacks_direct_io(disk.overlay.parent):
         reason = f"disk {disk.target}: its cache mode needs O_DIRECT, which the file system of {disk.overlay} lacks"
         raise DomainError(domain, f"{reason}: put the overlay elsewhere, or change the cache mode")

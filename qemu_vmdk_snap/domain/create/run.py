@@ -1,17 +1,17 @@
-"""Take a snapshot of a domain's VMDK disks: all of them, or nothing happens.
+"""Take a snapshot of a domain's VMDK disks: of all of them, or of none.
 
-The steps, each durable before the next, so that a crash between any two of them is settled by `recovery`:
+The steps, each durable before the next, so that `recover` finishes or undoes them after a crash between any two:
 
     1  the intent record
-    2  the overlays, complete, with the owner and mode of their bases; then the record that knows them by inode
+    2  the overlays, complete, with the owner and mode of their bases; then the record with their inodes
     3  the persistent XML, which now names the overlays and the whole chain below
     4  the snapshot in libvirt's metadata, with the XML of before inside
-    5  only where the guest runs: QEMU goes over to the overlays, in one transaction
-    6  the record goes
+    5  only if the guest runs: QEMU switches to the overlays, in one transaction
+    6  the record is removed
 
 Shut off, the old tops are locked from before 1 until after 4 as QEMU locks what it reads: no guest can start and write
-them. Running, QEMU comes last: it alone cannot be taken back, and if it never hears of the overlays, they are empty,
-and whoever starts the guest from the XML finds on them what its old disks hold.
+them. If the guest runs, QEMU comes last: only that step cannot be undone, and without it the overlays are empty,
+and a guest that is started from the XML reads from them what its old disks contain.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ class SnapshotReport:
     nvram: Path | None
     """The copy of the UEFI variables that was frozen with the disks."""
     recovered: Recovery | None
-    """What became of an unfinished snapshot that was found first."""
+    """The recovery of an unfinished operation that was found first."""
     pause: Pause | None = None
-    """How a running guest was held up; None for one that was shut off."""
+    """How long a running guest was stopped; None for one that was shut off."""
     notes: tuple[str, ...] = ()
-    """What did not go as wished and stood in nobody's way."""
+    """Problems that did not prevent the operation."""
     live_xml_stale: bool = False
     """Whether libvirt's live XML names the old files from now on, until the guest stops. Said of the first live
     snapshot of a run alone."""
@@ -87,14 +87,13 @@ class SnapshotReport:
 
     def as_dict(self) -> dict[str, object]:
         """Return the report with JSON's own types, as `snapshot create --output=json` shows it."""
-        pause = self.pause
         return {
             "domain": self.domain,
             "snapshot": self.snapshot,
             "creation-time": self.creation_time,
             "parent": self.parent,
             "disks": [disk.as_dict() for disk in self.disks],
-            "pause": None if pause is None else pause.as_dict(),
+            "pause": None if self.pause is None else self.pause.as_dict(),
             "nvram": None if self.nvram is None else str(self.nvram),
             "live-xml-stale": self.live_xml_stale,
             "notes": list(self.notes),
@@ -115,7 +114,7 @@ def create_snapshot(
     quiesce: str = "no",
     memory: Path | None = None,
 ) -> SnapshotReport:
-    """Freeze the VMDK disks of a shut-off domain, let it go on in new overlays, and register the snapshot.
+    """Freeze the VMDK disks of a domain, which continues in new overlays, and register the snapshot.
 
     Without a `name` it is the second since 1970, as virsh has it. Disks are named by target or by file: `disks` are the
     only ones that take part, those in `required` must be able to, those in `exclude` are left out, and `overlays` says
@@ -124,7 +123,7 @@ def create_snapshot(
 
     Raises:
         DomainError: the domain does not allow it (it runs, has no VMDK disk, has such a snapshot), or libvirt refused.
-        InvalidRequest: the name cannot be.
+        InvalidRequest: the name is invalid.
         CidMismatch, CorruptChain, FormatError, LockBusy: a chain is broken, or in use.
         OSError: a file could not be made.
     """
@@ -154,7 +153,7 @@ def _makes_stale(domain: libvirt.virDomain, plan: Plan) -> bool:
 
 
 def _release(domain: libvirt.virDomain) -> None:
-    """Close what `virsh detach-disk` has left open of earlier snapshots; if QEMU does not, that is in nobody's way."""
+    """Close what `virsh detach-disk` has left open of earlier snapshots; it does not matter if QEMU refuses."""
     with contextlib.suppress(VmdkSnapError):
         release_unused(Monitor(domain))
 
@@ -162,9 +161,9 @@ def _release(domain: libvirt.virDomain) -> None:
 def freeze_tops(
     conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, targets: Sequence[str], snapshot: str
 ) -> Pause | None:
-    """Let a running guest go on in new overlays on these disks, without a snapshot: what it wrote is frozen then.
+    """Switch a running guest to new overlays on these disks, without a snapshot: what it wrote is then frozen.
 
-    The caller holds the domain's lock; `snapshot` is the one that this is done for. Returns how the guest was held up.
+    The caller holds the domain's lock; `snapshot` is the reason. Returns how long the guest was stopped.
 
     Raises:
         VmdkSnapError, OSError: see `create_snapshot`.

@@ -65,10 +65,11 @@ class State:
     gone: tuple[Path, ...] = ()
     grown: tuple[tuple[Path, int], ...] = ()
     """Bytes that images would have got."""
+    _named: list[Path] | None = field(default=None, init=False)
 
     @classmethod
     def read(cls, conn: libvirt.virConnect, domain: libvirt.virDomain, orphans: Collection[Path] = ()) -> State:
-        """Return what is there now; `orphans` are files that the user gives up."""
+        """Return the current state; `orphans` are files that the user gives up."""
         import libvirt
 
         secure = libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE
@@ -131,7 +132,9 @@ class State:
 
     def named(self) -> list[Path]:
         """Return every file that the domain and its snapshots name."""
-        return sorted(set().union(*map(xml.files_in, (self.domain_xml, *self.snapshots.values()))))
+        if self._named is None:  # many questions, and long XML
+            self._named = sorted(set().union(*map(xml.files_in, (self.domain_xml, *self.snapshots.values()))))
+        return self._named
 
     def by_its_name(self, path: Path) -> Path:
         """Return the path as the XML has it."""
@@ -315,7 +318,7 @@ class Planner:
 
         Raises:
             DomainError: its file is in use where nothing can be done about it.
-            StillNeeded: something else needs one of the files that would change or go, or may.
+            StillNeeded: something else needs one of the files that would be changed or deleted, or may need it.
             CidMismatch: an overlay does not fit the file that it would be merged into, or lose.
         """
         if disk.frozen is None:
@@ -348,7 +351,7 @@ class Planner:
         return folders | {real_file(folder) for folder in folders} | {real_file(file).parent for file in self._named}
 
     def empty(self, children: Sequence[Path], folders: Collection[Path]) -> list[Path]:
-        """Return the overlays without data that a revert has left: nobody names them, and nothing is backed by them."""
+        """Return the overlays without data that a revert has left, which nothing names and nothing is backed by."""
         left = kept_branches(self._state.domain_xml)
         found = []
         for child in children:

@@ -25,8 +25,8 @@ def check_work(domain: str, works: Sequence[Work], folders: Collection[Path]) ->
     """Accept work that nothing known stands in the way of; nothing is changed, and no lock is kept.
 
     Raises:
-        LockBusy: somebody has an image open that is written, moved or deleted: a guest, perhaps of another host.
-        CidMismatch, CorruptChain, FormatError, Unsupported: a chain does not hold together, or waits for `recover`.
+        LockBusy: an image that is written, moved or deleted is open: a guest, perhaps of another host.
+        CidMismatch, CorruptChain, FormatError, Unsupported: a chain is broken, or an operation on it is unfinished.
         DomainError: there is no space, or a folder may not be written.
         OSError: a file may not be read or written.
     """
@@ -60,7 +60,9 @@ def check_live(domain: libvirt.virDomain, plan: LivePlan) -> None:
         return
     monitor = Monitor(domain)
     if not can_exchange(monitor):
-        raise NotWhileRunning(name, "its QEMU cannot exchange what a guest's disk is backed by: 6.1 is the first to")
+        raise NotWhileRunning(
+            name, "its QEMU cannot exchange the backing chain of a running guest's disk: that needs QEMU 6.1"
+        )
     tops = monitor.tops()
     for target in sorted({work.target for work in works}):
         if target not in tops:
@@ -75,7 +77,7 @@ def check_live(domain: libvirt.virDomain, plan: LivePlan) -> None:
             needed[folder] = needed.get(folder, 0) + work.size
     for folder, size in needed.items():
         if size > _free(folder):
-            reason = f"{folder} needs {size} bytes for the images that take the place of the old ones"
+            reason = f"{folder} needs {size} bytes for the images that replace the old ones"
             raise DomainError(name, f"{reason}, and its file system has {_free(folder)} left")
 
 

@@ -55,6 +55,10 @@ class Decision(NamedTuple):
     reasons: tuple[str, ...]
     """Why it is kept; empty where it goes."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types."""
+        return {"name": self.name, "creation-time": self.creation_time, "kept-by": list(self.reasons)}
+
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
@@ -71,7 +75,7 @@ class PruneReport:
     waiting: tuple[tuple[str, str], ...] = ()
     """Snapshots that go once the guest is shut off, and why not now: that is noted."""
     pause: Pause | None = None
-    """How a running guest was held up; None where it was not."""
+    """How long a running guest was stopped; None if it was not."""
     dry_run: bool = False
     """Whether this is only what would be done."""
 
@@ -85,10 +89,7 @@ class PruneReport:
         return {
             "domain": self.domain,
             "dry-run": self.dry_run,
-            "snapshots": [
-                {"name": one.name, "creation-time": one.creation_time, "kept-by": list(one.reasons)}
-                for one in self.decisions
-            ],
+            "snapshots": [one.as_dict() for one in self.decisions],
             "deleted": [one.as_dict() for one in self.deleted],
             "failed": failed_as_dicts(self.failed),
             "waiting": [{"snapshot": name, "reason": reason} for name, reason in self.waiting],
@@ -121,7 +122,7 @@ def decide(snapshots: Sequence[SnapshotInfo], retention: Retention) -> list[Deci
                 reasons[one.name].append(rule)
     for one in youngest:
         if one.memory != "no" or one.location != "external":
-            reasons[one.name].append("is no external snapshot of disks alone")
+            reasons[one.name].append("is not an external snapshot of disks only")
         elif one.foreign is not None:
             reasons[one.name].append(f"was not made here ({one.foreign})")
     return [Decision(one.name, one.creation_time, tuple(reasons[one.name])) for one in youngest]
@@ -146,7 +147,7 @@ def prune(
 ) -> PruneReport:
     """Delete the snapshots that the policy does not keep; with `dry_run` only report every operation.
 
-    One that cannot be deleted is left as it was, and told in the report; the others go. One that cannot go while the
+    One that cannot be deleted is left as it was, and reported; the others are deleted. One that cannot be while the
     guest runs is noted, and goes with the next delete or prune while the domain is shut off. `orphans`: see `delete`.
 
     Raises:

@@ -2,7 +2,7 @@
 
 A snapshot's state is a frozen file F of each disk. What happens to it, C being an image that is backed by F:
 
-    merge   F has a child C              C's data goes down into F, which takes C's place; C is deleted
+    merge   F has a child C              C's data is copied to F, which replaces C; C is deleted
     copy    F is smaller                 F's data goes up into its children; F's parent backs them; F is deleted
     drop    nothing needs F              F is deleted
     keep    another snapshot has F too   nothing
@@ -15,7 +15,7 @@ this can be done to the files that it uses: see `live` and `steps`.
 The steps, each durable before the next. All of them can be done again, and `finish` does, after a crash:
 
     1  the intent record
-    2  merge: the data goes down; C is empty then, and everything reads through it as before
+    2  merge: the data is copied down; C is then empty, and everything reads through it as before
     3  the children move; from here to 5 a domain that is started from its old XML finds CIDs that do not fit, and fails
     4  what will be deleted is locked, and seen to be empty (merge) or without children (copy, drop)
     5  the persistent XML; the snapshot itself is forgotten; then the XML of the snapshots that stay
@@ -36,7 +36,7 @@ from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.create.run import freeze_tops
 from qemu_vmdk_snap.domain.delete import steps, waiting
-from qemu_vmdk_snap.domain.delete.live import LivePlan, is_live, make_live_plan
+from qemu_vmdk_snap.domain.delete.live import Failed, LivePlan, live_ones, make_live_plan
 from qemu_vmdk_snap.domain.delete.plan import Scope, State, chosen, folders_of, make_intent, open_one, require_ours
 from qemu_vmdk_snap.domain.delete.preflight import check_live, check_work
 from qemu_vmdk_snap.domain.delete.served import is_begun_by_server, merge_served
@@ -72,7 +72,7 @@ class DeleteReport:
     failed: tuple[tuple[str, VmdkSnapError | OSError], ...] = ()
     """Snapshots that are as they were, and why; only with `keep_going`."""
     pause: Pause | None = None
-    """How a running guest was held up; None where it was not."""
+    """How long a running guest was stopped; None if it was not."""
     waiting: tuple[str, ...] = ()
     """Of those that failed: which are noted, and deleted once the guest is shut off."""
     dry_run: bool = False
@@ -91,9 +91,6 @@ class DeleteReport:
         if self.failed:
             answer["failed"] = failed_as_dicts(self.failed)
         return answer | ({"dry-run": True} if self.dry_run else {})
-
-
-Failed = list[tuple[str, "VmdkSnapError | OSError"]]
 
 
 def failed_as_dicts(failed: Sequence[tuple[str, VmdkSnapError | OSError]]) -> list[dict[str, str]]:
@@ -153,14 +150,14 @@ def delete(
     """Delete snapshots of a domain, the youngest first; those that a running guest's disks are backed by in one step.
 
     `scope` takes in their descendants, or these alone. `metadata` makes libvirt forget them and touches no file.
-    `orphans` are files that need what goes and are given up. With `keep_going` a snapshot that cannot be deleted is
+    `orphans` are files that need what goes and are given up. With `keep_going` one that cannot be deleted is
     left as it was and reported, and the others are deleted; a delete that was begun and not finished ends it.
 
     Raises:
         NotWhileRunning: the guest uses its files, and they cannot be exchanged beneath it. The delete is noted, and
             done with the next one while the domain is shut off.
         DomainError: there is no such snapshot, or a disk of the guest cannot be changed now.
-        StillNeeded: something else needs a file that would change or go, or may need it; it names what.
+        StillNeeded: something else needs a file that would be changed or deleted, or may need it; it names what.
         VmdkSnapError, OSError: an image is broken or in use, or there is no space: the snapshot is as before, or its
             record stays and `recover` (or the next command) finishes it.
     """
@@ -202,15 +199,9 @@ def delete(
 
 def _live_ones(run: _Run, names: Sequence[str]) -> list[str]:
     """Return those that the running guest's disks are backed by, and that can be deleted beneath it."""
-    state = State.read(run.conn, run.domain, run.orphans)
-    found = []
-    for name in names:
-        try:
-            if is_live(state, name):
-                make_live_plan(state, [name])  # by itself: what is wrong with it holds up no other
-                found.append(name)
-        except (VmdkSnapError, OSError) as error:
-            run.fail(name, error)
+    found, failed = live_ones(State.read(run.conn, run.domain, run.orphans), names)
+    for name, error in failed:
+        run.fail(name, error)
     return found
 
 
@@ -344,7 +335,9 @@ def _unfinished(intent: Intent, error: VmdkSnapError | OSError) -> str:
 
 def _cids(intent: Intent) -> list[int]:
     """Return the CIDs of the files that are merged into: another one says that what the snapshot held is gone."""
-    return [read_facts(one.frozen, confined(folders_of(intent))).cid for one in work_of(intent) if one.mode == "merge"]
+    return [
+        read_facts(one.frozen, trusted_dirs=folders_of(intent)).cid for one in work_of(intent) if one.mode == "merge"
+    ]
 
 
 def finish(
@@ -381,7 +374,7 @@ def finish(
             _change_xml(conn, domain, intent)
         for link in doomed:
             for file in own_files(link):
-                real_file(file).unlink(missing_ok=True)  # a symbolic link to it is the user's, and stays
+                real_file(file).unlink(missing_ok=True)  # a symbolic link to it belongs to the user, and stays
     for memory in intent.memories:
         unlink_memory(memory, domain.name(), intent.uuid)
     discard_copies(conn, domain, intent.nvram)
@@ -401,7 +394,7 @@ def _settle(domain: libvirt.virDomain, intent: Intent) -> None:
 
 
 def _drop_empty(domain: str, intent: Intent) -> None:
-    """Unlink the overlays without data, first: nobody names them, and what is merged below need not keep them."""
+    """Unlink the overlays without data, first: nothing names them, and a merge below must not keep them."""
     for one in work_of(intent):
         if one.mode == "empty":
             with contextlib.ExitStack() as held:

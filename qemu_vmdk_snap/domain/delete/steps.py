@@ -4,12 +4,12 @@ The order, with an intent record durable before the first step. What is done is 
 QEMU, so that each step can be done again, also after the end of QEMU, of libvirtd or of this process:
 
     1  the new images, complete, each compared with what it takes the place of; then the record that knows their inodes
-    2  one exchange in QEMU for all disks; until here everything is taken back by removing the images
+    2  one exchange in QEMU for all disks; until here everything is undone by removing the images
     3  the persistent XML names the images as they are called now, and nothing that goes
     4  each image gets the name of the link whose place it takes, beside its own: the hint above leads to it
     5  the persistent XML names it by that name
     6  the snapshots are forgotten, those that stay are registered with the chains that they have now
-    7  what went is unlinked, if nobody has come to need it, and the images' first names are
+    7  the replaced files are unlinked, if nothing needs them now, and the images' first names are
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def make_images(domain: str, store: IntentStore, intent: Intent, on_progress: On
 
 
 def exchange_images(domain: libvirt.virDomain, intent: Intent) -> ExchangeReport:
-    """Let the running guest go over to the images, on all of its disks or on none.
+    """Switch the running guest to the images, on all of its disks or on none.
 
     Raises:
         VmdkSnapError, OSError: see `exchange`.
@@ -96,7 +96,7 @@ def is_begun(domain: libvirt.virDomain, intent: Intent) -> bool:
 
 
 def take_back(domain: libvirt.virDomain, intent: Intent) -> None:
-    """Remove the images, which nobody reads: everything is as it was.
+    """Remove the images, which nothing reads: everything is as it was.
 
     Raises:
         DomainError: QEMU does not close one.
@@ -116,7 +116,7 @@ def place_images(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: In
     """Do steps 3 to 5, as far as they are not done.
 
     Raises:
-        DomainError: an image is gone, or another file bears its name; or libvirt refuses.
+        DomainError: an image is gone, or another file has its name; or libvirt refuses.
         OSError: a name cannot be given.
     """
     if domain.isActive():
@@ -151,7 +151,7 @@ def clear(intent: Intent) -> list[str]:
 
 
 def _hold_unneeded(path: Path, files: Mapping[Path, int], folders: Sequence[Path], held: contextlib.ExitStack) -> None:
-    """Lock a link that is about to be unlinked, if it is all there, and see that nothing has come to need it."""
+    """Lock a link that is about to be unlinked, if it is complete, and check that nothing needs it now."""
     if any(_inode(file) != inode for file, inode in files.items()):
         return  # unlinked in part by whoever was here before
     held.enter_context(open_one(path, folders, lock=True))
@@ -181,8 +181,8 @@ def _is_ours(image: Path, merge: Merge, folders: Sequence[Path]) -> bool:
     if merge.inode is not None:
         return _inode(image) == merge.inode
     with contextlib.suppress(VmdkSnapError, OSError):
-        find = engine.confined(folders)
-        return engine.read_facts(image, find).cid == engine.read_facts(merge.links[0], find).cid
+        cids = {engine.read_facts(one, trusted_dirs=folders).cid for one in (image, merge.links[0])}
+        return len(cids) == 1
     return False
 
 

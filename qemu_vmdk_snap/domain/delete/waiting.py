@@ -22,7 +22,7 @@ def waiting(domain: libvirt.virDomain) -> list[str]:
     """Return the snapshots that are there and wait for their delete, in the order in which they were noted.
 
     Raises:
-        DomainError: libvirt cannot tell.
+        DomainError: libvirt reports an error.
     """
     with libvirt_errors(domain.name(), "read which deletes wait"):
         noted = waiting_in(inactive_xml(domain))

@@ -19,7 +19,7 @@ _LISTS = ("moving", "siblings", "copied", "links", "orphans")
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What happens to one disk of a deleted snapshot."""
+    """What is done to one disk of a deleted snapshot."""
 
     target: str
     mode: Mode
@@ -30,7 +30,7 @@ class Work:
     moving: tuple[str, ...] = ()
     """merge: the children of C, which move to F; copy: those of F, which move to its parent."""
     parent: str | None = None
-    """What F stands on."""
+    """The image that backs F."""
     size: int = 0
     """About so many bytes are copied."""
     live: bool = False
@@ -112,11 +112,15 @@ class Work:
         head, *gone = self.links
         base = f", backed by {self.parent}" if self.parent else ", a base"
         return [
-            *([f"freeze {head}: the guest goes on in the new overlay {self.overlay}"] if self.overlay else []),
+            *([f"freeze {head}: the guest continues in the new overlay {self.overlay}"] if self.overlay else []),
             f"merge {', '.join(gone)} into a copy of {head}{base} ({self.size} bytes)",
-            f"let the copy take the place of {head} beneath the running guest",
+            f"replace {head} with the copy beneath the running guest",
             *(f"delete {name}" for name in gone),
         ]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types."""
+        return {"target": self.target, "mode": self.mode, "bytes": self.cost, "operations": self.lines()}
 
     def as_record(self) -> dict[str, Any]:
         """Return it with JSON's own types, for a record."""
@@ -139,16 +143,13 @@ class Deleted:
 
     def as_dict(self) -> dict[str, object]:
         """Return it with JSON's own types."""
-        disks = [
-            {"target": work.target, "mode": work.mode, "bytes": work.cost, "operations": work.lines()}
-            for work in self.work
-        ]
+        disks = [work.as_dict() for work in self.work]
         memory = {} if self.memory is None else {"memory": str(self.memory)}
         return {"snapshot": self.name, "disks": disks, **memory}
 
 
 def work_of(intent: Intent) -> tuple[Work, ...]:
-    """Return the work that a record tells of, without that of an exchange."""
+    """Return the work in a record, without that of an exchange."""
     return tuple(Work(**one | {name: tuple(one.get(name, ())) for name in _LISTS}) for one in intent.work)
 
 

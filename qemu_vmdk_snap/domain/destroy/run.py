@@ -28,6 +28,7 @@ from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain
 from qemu_vmdk_snap.domain.needs.alone import Alone, all_locked, images_alone, require_alone
 from qemu_vmdk_snap.domain.needs.needed import Given, Needed, real_file
 from qemu_vmdk_snap.domain.overlay.newfile import refresh_pools
+from qemu_vmdk_snap.domain.served.memory import memory_files
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.nvram import frozen_nvram
 from qemu_vmdk_snap.errors import DomainError, StillNeeded, VmdkSnapError
@@ -91,7 +92,7 @@ class _Gone(NamedTuple):
 def destroy(
     conn: libvirt.virConnect, domain_name: str, *, orphans: Sequence[Path] = (), dry_run: bool = False
 ) -> DestroyReport:
-    """Undefine a domain that is shut off, with its snapshots, and delete every file that is its alone.
+    """Undefine a domain that is shut off, with its snapshots, and delete every file that belongs only to it.
 
     Its alone are the images that it or one of its snapshots has or had on top of a disk. What is only below them (the
     base of a clone, a template) stays, as does what is read-only, shared or a CD. `orphans` are files that need what
@@ -141,7 +142,7 @@ def finish(conn: libvirt.virConnect, intent: Intent) -> Recovery:
     """Unlink what is left of a domain that libvirt has forgotten; what somebody has come to need stays.
 
     Raises:
-        DomainError: libvirt cannot tell what is named.
+        DomainError: libvirt cannot list what is named.
         OSError: a file cannot be deleted.
     """
     left: list[Path] = []
@@ -176,7 +177,8 @@ def _plan(conn: libvirt.virConnect, domain: libvirt.virDomain, orphans: Sequence
     for file in alone.files:
         if not os.access(real_file(file).parent, os.W_OK | os.X_OK):
             raise DomainError(name, f"{real_file(file).parent} may not be written, so {file} cannot be deleted")
-    files = [real_file(file) for file in alone.files]  # a symbolic link to it is the user's, and stays
+    files = [real_file(file) for file in alone.files]  # a symbolic link to it belongs to the user, and stays
+    files += [real_file(file) for file in memory_files(name, uuid, snapshots.values())]
     copies = [frozen_nvram(one) for one in snapshots.values()]
     files += [copy for copy in copies if copy is not None and copy.is_file()]
     intent = Intent(

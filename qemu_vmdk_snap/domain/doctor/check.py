@@ -19,11 +19,11 @@ class Repair(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at."""
+    """One check and its result."""
 
     subject: str
     verdict: Verdict
-    """`note`: not as it could be, and in nobody's way."""
+    """`note`: could be better, but does not prevent anything."""
     found: str
     remedy: str | None = None
     """What the user can do, where something can be done."""

@@ -1,4 +1,4 @@
-"""The disks of a domain: does each chain hold together, does the XML spell it out, does nobody else read its top?"""
+"""The disks of a domain: is each chain valid, does the XML spell it out, and does nothing else read its top?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_PROBED_DEPTH: Final = 2
 """libvirt finds out the format of so many links by itself; deeper ones must be spelt out in the XML."""
 
 _LOOKED_AT: Final = ("is read-only", "is shared", "is transient")
-"""Disks that take no part in a snapshot for these reasons are checked all the same."""
+"""Disks that take no part in a snapshot for these reasons are checked nevertheless."""
 
 
 def check_disk(view: View, disk: xml.Disk) -> Check:

@@ -31,42 +31,42 @@ _MOST_ROUNDS: Final = 100
 """Repairs of one call: a repair that does not help must not be tried for ever."""
 
 
-def check_domain(conn: libvirt.virConnect, domain_name: str) -> Iterator[Check]:
-    """Yield what there is to say about the domain: its disks, its snapshots, what was left unfinished, orphans.
+def check_domain(conn: libvirt.virConnect, domain: str) -> Iterator[Check]:
+    """Yield the checks of the domain: its disks, its snapshots, unfinished operations, orphans.
 
     Raises:
-        DomainError: there is no such domain, or libvirt cannot tell.
+        DomainError: there is no such domain, or libvirt reports an error.
     """
-    domain = find_domain(conn, domain_name)
-    yield from _check_intent(conn, domain)
-    yield from _check(conn, domain)
+    found = find_domain(conn, domain)
+    yield from _check_intent(conn, found)
+    yield from _check(conn, found)
 
 
-def repair_domain(conn: libvirt.virConnect, domain_name: str) -> list[str]:
+def repair_domain(conn: libvirt.virConnect, domain: str) -> list[str]:
     """Do every repair that `check_domain` has for a finding, until none is left; return a line for each.
 
-    What is unfinished is settled first. After each repair everything is looked at again.
+    Unfinished operations are finished or undone first. After each repair everything is checked again.
 
     Raises:
         DomainError: there is no such domain, another command changes its snapshots, or libvirt refuses.
         VmdkSnapError, OSError: a repair fails: an image is in use, say. The repairs before it are done.
     """
-    domain = find_domain(conn, domain_name)
+    found = find_domain(conn, domain)
     store = IntentStore.of(conn)
     done: list[str] = []
-    with store.locked(domain.UUIDString(), domain.name()):
-        with libvirt_errors(domain.name(), "read its snapshots"):
-            before = lacking_form(domain)
-        recover_domain(conn, domain, store)
-        with libvirt_errors(domain.name(), "read its snapshots"):
-            after = lacking_form(domain)
-        done += [f"snapshot {name} is registered anew, in the form of today" for name in before if name not in after]
+    with store.locked(found.UUIDString(), found.name()):
+        with libvirt_errors(found.name(), "read its snapshots"):
+            before = lacking_form(found)
+        recover_domain(conn, found, store)
+        with libvirt_errors(found.name(), "read its snapshots"):
+            after = lacking_form(found)
+        done += [f"snapshot {name} is registered again, in the current form" for name in before if name not in after]
         for _ in range(_MOST_ROUNDS):
-            repairs = [check.repair for check in _check(conn, domain) if check.repair is not None]
+            repairs = [check.repair for check in _check(conn, found) if check.repair is not None]
             wanted = next((one for one in repairs if one.what not in done), None)
             if wanted is None:
                 break
-            with libvirt_errors(domain.name(), "repair it"):
+            with libvirt_errors(found.name(), "repair it"):
                 wanted.do()
             done.append(wanted.what)
     return done
@@ -137,7 +137,7 @@ def _check_needs(uuid: str, orphans: Sequence[Orphan], needed: Needed) -> Iterat
 
 
 def _check_orphan(domain: str, orphan: Orphan, kept_by: str | None) -> Check:
-    """Tell of an image that nobody names; `kept_by` is the snapshot that a revert went back to when it kept it."""
+    """Report an orphan; `kept_by` is the snapshot to which the revert that kept it reverted."""
     holds = orphan.problem or ("holds nothing" if orphan.empty else f"holds {format_size(orphan.allocated)}")
     if kept_by is None:
         what = f"is backed by {orphan.parent}, is named by no domain and no snapshot, and {holds}"

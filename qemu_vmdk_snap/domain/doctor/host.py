@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -31,11 +31,11 @@ _TOOLS: Final = {
 }
 
 
-def check_host(uri: str | None = None, environ: dict[str, str] | os._Environ[str] = os.environ) -> Iterator[Check]:
-    """Yield what there is to say about this machine's libvirt, QEMU, tools, hooks and folders."""
+def check_host(uri: str | None = None, environ: Mapping[str, str] | None = None) -> Iterator[Check]:
+    """Yield the checks of this machine's libvirt, QEMU, tools, hooks and folders."""
     yield from _check_libvirt(uri)
     yield from _check_tools()
-    yield from _check_hooks(environ)
+    yield from _check_hooks(os.environ if environ is None else environ)
 
 
 def _check_libvirt(uri: str | None) -> Iterator[Check]:
@@ -98,7 +98,7 @@ def _check_tools() -> Iterator[Check]:
         yield Check(tool, "good", (said.strip().splitlines() or [path])[0])
 
 
-def _check_hooks(environ: dict[str, str] | os._Environ[str]) -> Iterator[Check]:
+def _check_hooks(environ: Mapping[str, str]) -> Iterator[Check]:
     state = hooks.status()
     if not state.installed:
         yield Check("hook", "note", f"{state.path} {state.problem}")

@@ -1,6 +1,6 @@
 """A parent whose CID does not fit any more: whether the overlay may be relinked to it without being asked.
 
-It may where nobody can be writing to the parent: a delete by virsh merged into it and broke off. It may not where the
+It may if nothing can be writing to the parent: an interrupted delete by virsh merged into it. It may not where the
 parent is the top of a domain, whose guest has written to it: what the overlay reads is a mixture then.
 """
 

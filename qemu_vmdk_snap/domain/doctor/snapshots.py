@@ -43,7 +43,7 @@ def check_snapshot(view: View, name: str) -> Iterator[Check]:
         yield Check(subject, "good", f"{len(external)} disks" if len(external) != 1 else "1 disk")
     if in_form(view.texts[name], view.volume_path) != view.texts[name]:
         text = "is registered in a form that virsh and virt-manager can delete, which breaks its files"
-        remedy = f"`doctor {view.name} --repair`, or the next command on the domain, registers it anew"
+        remedy = f"`doctor {view.name} --repair`, or the next command on the domain, registers it again"
         yield Check(subject, "note", text, remedy, _register(view, name, view.texts[name], "in the form of today"))
 
 
@@ -99,12 +99,12 @@ def _check_spelling(view: View, snapshot: xml.SnapshotXml, disk: xml.SnapshotDis
     text = f"disk {disk.target}: its XML spells out {', '.join(map(str, named))}, its files another chain"
     changed = with_chains(view.texts[snapshot.name], {disk.target: [disk.frozen or chain[0], *chain[1:]]})
     repair = _register(view, snapshot.name, changed, "with the chain of its files")
-    return Check(f"snapshot {snapshot.name}", "bad", text, f"`doctor {view.name} --repair` registers it anew", repair)
+    return Check(f"snapshot {snapshot.name}", "bad", text, f"`doctor {view.name} --repair` registers it again", repair)
 
 
 def _register(view: View, name: str, text: str, how: str) -> Repair:
     def register() -> None:
-        with libvirt_errors(view.name, f"register the snapshot {name!r} anew"):
+        with libvirt_errors(view.name, f"register the snapshot {name!r} again"):
             register_text(view.domain, text, current=name == view.current)
 
-    return Repair(f"snapshot {name} is registered anew, {how}", register)
+    return Repair(f"snapshot {name} is registered again, {how}", register)

@@ -50,8 +50,8 @@ class View:
         """Look at everything.
 
         Raises:
-            DomainError: libvirt cannot tell.
-            StillNeeded: a folder cannot be looked through.
+            DomainError: libvirt reports an error.
+            StillNeeded: a folder cannot be listed.
         """
         import libvirt
 

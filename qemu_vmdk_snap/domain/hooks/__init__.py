@@ -1,1 +1,1 @@
-"""libvirt's hook: what a domain's policy asks for at each start and stop."""
+"""libvirt's hook: applies a domain's policy at each start and stop."""

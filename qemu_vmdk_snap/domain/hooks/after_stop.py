@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     import libvirt
 
 PREFIX: Final = "stop-"
-"""How the names of these snapshots begin."""
+"""The prefix of the names of these snapshots."""
 
 _POLL: Final = 0.05
 _log = logging.getLogger(__name__)
 
 
 def wait_until_off(domain: libvirt.virDomain, run: int | None, seconds: float) -> str | None:
-    """Return None when the domain is shut off after a run, or why it is not to be snapshotted now.
+    """Return None when the domain is shut off after a run, or why no snapshot is taken now.
 
-    `run` is the id that the run had; None for whichever it was. The hook is called a moment before libvirt calls the
-    domain shut off.
+    `run` is the id that the run had; None for any. The hook is called a moment before libvirt reports the domain as
+    shut off.
 
     Raises:
-        DomainError: libvirt cannot tell.
+        DomainError: libvirt reports an error.
     """
     import libvirt
 
@@ -67,14 +67,14 @@ def snapshot_after_stop(
     _log.info("domain %s: snapshot after its stop: %s", domain_name, why_not or "yes")
     if why_not is not None:
         return why_not
-    # Behind those that are there, also where two stops share a second: the names tell the order.
+    # After the existing ones, also if two stops are in one second: the names give the order.
     second = max([int(time.time()), *(snapshot.creation_time + 1 for snapshot in _ours(conn, domain_name))])
     name = f"{PREFIX}{second}"
     return create_snapshot(conn, domain_name, name, "taken after its guest had stopped")
 
 
 def prune_after_stop(conn: libvirt.virConnect, domain_name: str, keep: Sequence[tuple[str, int]]) -> list[str]:
-    """Delete those of the snapshots taken after a stop that no rule of `keep` keeps, and return their names.
+    """Delete the snapshots taken after a stop that no rule of `keep` keeps, and return their names.
 
     Snapshots of other names are neither counted nor deleted.
 

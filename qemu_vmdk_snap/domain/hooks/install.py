@@ -1,8 +1,8 @@
-"""Put the libvirt hook in its place, take it away, and tell how it is.
+"""Install and remove the libvirt hook, and report its state.
 
-The hook is a shell script: for a domain without a policy, and for every event that is none of ours (reconnect among
-them, where a failure would kill the guest), it ends before any interpreter but the shell is started. libvirt runs every
-executable in `/etc/libvirt/hooks/qemu.d` in the order of their names; the folder is fixed when libvirt is built.
+The hook is a shell script: for a domain without a policy, and for every event that is not handled (reconnect among
+them, where a failure would kill the guest), it ends before it starts Python. libvirt runs every executable in
+`/etc/libvirt/hooks/qemu.d` in the order of their names; the folder is fixed when libvirt is built.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 FOLDER: Final = Path("/etc/libvirt/hooks/qemu.d")
 NAME: Final = "50-qemu-vmdk-snap"
 KEPT_VARIABLES: Final = ("QEMU_VMDK_SNAP_STATE", "QEMU_VMDK_SNAP_HOOKS")
-"""What the hook must know as the commands know it; libvirt starts hooks with next to no environment."""
+"""Variables that the hook must have as the commands do; libvirt starts hooks with almost no environment."""
 
 DAEMONS: Final = ("libvirtd", "virtqemud")
 _MARK: Final = "# libvirt hook of qemu-vmdk-snap "
@@ -97,10 +97,10 @@ _CODE: Final = (
 
 @dataclass(frozen=True, slots=True)
 class PolicyState:
-    """One policy file, and what is wrong with it."""
+    """One policy file, and its problem."""
 
     domain: str
-    """The name or the UUID that the file is called after."""
+    """The name or the UUID of the domain in the file's name."""
     path: Path
     problem: str | None
     connect: str = policies.DEFAULT_CONNECT
@@ -113,22 +113,22 @@ class HookStatus:
     path: Path
     installed: bool
     version: str | None
-    """Of the package that wrote it."""
+    """The version of the package that wrote it."""
     current: bool
     """Whether it is what this package would write."""
     problem: str | None
     policies: tuple[PolicyState, ...]
     restart: tuple[str, ...]
-    """Daemons that were started before the hook was there, and have not seen it if it is the first."""
+    """Daemons that were started before the hook was installed, and do not know it if it is the first."""
 
 
 def install(
     folder: Path = FOLDER, policy_folder: Path = policies.FOLDER, environ: Mapping[str, str] = os.environ
 ) -> Path:
-    """Write the hook, in one step, and return its path; an older one of ours is replaced.
+    """Write the hook, in one step, and return its path; an older one of this package is replaced.
 
     Raises:
-        InvalidRequest: something else bears its name, the paths are not absolute, or others could change what the
+        InvalidRequest: another file has its name, the paths are not absolute, or others could change what the
             daemon would run.
         OSError: it cannot be written.
     """
@@ -137,7 +137,7 @@ def install(
         raise InvalidRequest(folder, "and the folder of the policies must be absolute paths")
     old = _read(path)
     if old is not None and _version_of(old) is None:
-        raise InvalidRequest(path, "is not of this program: it was left as it is")
+        raise InvalidRequest(path, "was not installed by this program: it was not changed")
     for problem in _distrusted(Path(sys.executable), _root(), {path.parent, policy_folder}):
         raise InvalidRequest(
             problem.place, f"{problem.reason}, and libvirt would run it as root: nothing was installed"
@@ -146,7 +146,7 @@ def install(
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     policy_folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     engine.replace_file(path, _script(policy_folder, environ, made=made).encode(), mode=0o755)
-    path.chmod(0o755)  # whatever the umask says: the daemon runs it
+    path.chmod(0o755)  # independent of the umask: the daemon runs it
     _log.info("hook %s installed", path)
     return path
 
@@ -157,7 +157,7 @@ def uninstall(folder: Path = FOLDER) -> bool:
     Policies stay: they are the user's.
 
     Raises:
-        InvalidRequest: what bears its name is not of this program.
+        InvalidRequest: the file of that name was not installed by this program.
         OSError: it cannot be removed.
     """
     path = folder / NAME
@@ -165,7 +165,7 @@ def uninstall(folder: Path = FOLDER) -> bool:
     if text is None:
         return False
     if _version_of(text) is None:
-        raise InvalidRequest(path, "is not of this program: it was left as it is")
+        raise InvalidRequest(path, "was not installed by this program: it was not changed")
     path.unlink()
     if _MADE_FOLDER in text:
         with contextlib.suppress(OSError):  # something else is in it
@@ -174,7 +174,7 @@ def uninstall(folder: Path = FOLDER) -> bool:
 
 
 def status(folder: Path = FOLDER, policy_folder: Path | None = None) -> HookStatus:
-    """Return how the hook is installed, and what its policies are like."""
+    """Return the state of the hook and of its policies."""
     path = folder / NAME
     text = _read(path)
     version = None if text is None else _version_of(text)
@@ -199,7 +199,7 @@ def _root() -> Path:
 def _distrusted(
     python: Path, root: Path, folders: Collection[Path], owners: Collection[int] = ()
 ) -> Iterator[Distrust]:
-    """Yield how others could change what the daemon runs: script, interpreter, package, and what is imported with it.
+    """Yield how others could change what the daemon runs: script, interpreter, package and imported modules.
 
     Raises:
         OSError: a part of it is gone.
@@ -274,10 +274,10 @@ def _problem(path: Path, text: str | None) -> str | None:
     if text is None:
         return "is not installed"
     if _version_of(text) is None:
-        return "is not of this program"
+        return "was not installed by this program"
     facts = path.stat()
     if not facts.st_mode & stat.S_IXUSR:
-        return "is not executable: libvirt passes it over"
+        return "is not executable: libvirt ignores it"
     found = [shlex.split(line.removeprefix(_PYTHON)) for line in text.splitlines() if line.startswith(_PYTHON)]
     root = _root_of(text)
     if not found or root is None:
@@ -303,7 +303,7 @@ def _policy_states(folder: Path) -> list[PolicyState]:
             others = distrust(path)
             if others is not None:
                 place = "" if others.place == path else f"{others.place} "
-                problem = f"{place}{others.reason}, and tells root what to throw away"
+                problem = f"{place}{others.reason}, and decides what root discards"
         except InvalidRequest as error:
             problem = error.reason
         except (VmdkSnapError, OSError) as error:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def find_policy(folder: Path, name: str) -> Path:
     """Return the policy of a domain, by its UUID or else by its name, as the hook looks for it.
 
-    Where libvirt cannot be asked for the UUID it is the one by name, whether it is there or not.
+    If libvirt cannot be asked for the UUID, it is the one by name, also if it does not exist.
     """
     by_name = folder / f"{name}.toml"
     connect = policies.load(by_name).connect if by_name.exists() else policies.DEFAULT_CONNECT
@@ -35,8 +35,8 @@ def find_policy(folder: Path, name: str) -> Path:
 def without_domain(states: Sequence[PolicyState]) -> list[PolicyState]:
     """Return the policies that no domain has, each with that as its problem.
 
-    A policy that has another problem is left out, and so is one whose connection cannot be opened: what is not seen is
-    not absent.
+    A policy with another problem is left out, and so is one whose connection cannot be opened: an unseen domain
+    may exist.
     """
     found: list[PolicyState] = []
     good = [state for state in states if state.problem is None]

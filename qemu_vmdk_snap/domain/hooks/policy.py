@@ -1,4 +1,4 @@
-"""What a domain's policy file says: what the hook does when its guest starts and after it has stopped.
+"""A domain's policy file: what the hook does when its guest starts and after it has stopped.
 
 One file per domain in `/etc/qemu-vmdk-snap/domains`: `UUID.toml`, which follows the domain when it is renamed, or else
 `NAME.toml`:
@@ -12,7 +12,7 @@ One file per domain in `/etc/qemu-vmdk-snap/domains`: `UUID.toml`, which follows
     keep-last = 7                # which of the snapshots taken after a stop stay; also keep-hourly, -daily, ...
     connect = "qemu:///system"   # where the snapshot after a stop finds the domain
 
-A word that is not known is an error: a policy that silently does less than it says is none.
+An unknown word is an error: a policy must not silently do less than it says.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DEFAULT_CONNECT: Final = "qemu:///system"
 
 
 class Policy(NamedTuple):
-    """What is to happen to one domain."""
+    """The policy of one domain."""
 
     path: Path
     verify: str = "no"
@@ -53,7 +53,7 @@ def load(path: Path) -> Policy:
     """Return the policy in the file.
 
     Raises:
-        InvalidRequest: it cannot be understood, or contradicts itself.
+        InvalidRequest: it is invalid, or contradicts itself.
         OSError: it cannot be read.
     """
     import tomllib
@@ -61,7 +61,7 @@ def load(path: Path) -> Policy:
     try:
         words: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # bad TOML and bad UTF-8 alike
-        raise InvalidRequest(path, f"is no TOML: {error}") from error
+        raise InvalidRequest(path, f"is not TOML: {error}") from error
     keep = tuple((word, _count(path, word, words.pop(word))) for word in KEEP if word in words)
     verify = _choice(path, "verify", words.pop("verify", "no"), VERIFY)
     deadline = words.pop("deadline", DEEP_DEADLINE if verify == "deep" else DEFAULT_DEADLINE)
@@ -79,10 +79,10 @@ def load(path: Path) -> Policy:
     if words:
         raise InvalidRequest(path, f"{next(iter(words))!r} is not known")
     if policy.snapshot_after_stop and policy.revert:
-        reason = "revert-on-start and snapshot-after-stop exclude each other: a start would go back to the last stop"
+        reason = "revert-on-start and snapshot-after-stop exclude each other: each start would revert to the last stop"
         raise InvalidRequest(path, reason)
     if policy.keep and not policy.snapshot_after_stop:
-        raise InvalidRequest(path, f"{policy.keep[0][0]} is of no use without snapshot-after-stop")
+        raise InvalidRequest(path, f"{policy.keep[0][0]} needs snapshot-after-stop")
     return policy
 
 

@@ -1,4 +1,4 @@
-"""What the libvirt hook does for a domain with a policy. Imports are few and late: a guest's start waits for it.
+"""The libvirt hook for a domain with a policy. Imports are few and late, as a guest's start waits for it.
 
 libvirt's rules (docs/hooks.html): the domain's XML comes on standard input; what is written to standard error is shown
 when the status is not 0; at `prepare begin` such a status refuses the start. A hook must never call libvirt back: it
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 PROGRAM: Final = "qemu-vmdk-snap"
 WAITING: Final = "urn:qemu-vmdk-snap:waiting:1"
-"""The namespace by which a domain's XML tells of deletes that wait (`xml.waiting`, which takes longer to import)."""
+"""The namespace of waiting deletes in a domain's XML (`xml.waiting`, which takes longer to import)."""
 _PATIENCE: Final = 2.0
-"""Seconds from the deadline to the end of the process, for what does not listen to the first call."""
+"""Seconds from the deadline to the end of the process, if the exception does not end it."""
 
 _SYSLOG: Final = "/dev/log"
 _DAEMON, _ERR, _INFO = 3 << 3, 3, 6
@@ -38,7 +38,7 @@ _LONGEST_LINE: Final = 8192
 
 _MAX_XML: Final = 16 << 20
 _LOOKED_AT: Final = ("is read-only", "is shared", "is transient")
-"""Disks that take no part in a snapshot for these reasons are checked all the same."""
+"""Disks that take no part in a snapshot for these reasons are checked nevertheless."""
 
 
 def main(argv: Sequence[str], stdin: IO[bytes], stderr: IO[str]) -> int:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str], stdin: IO[bytes], stderr: IO[str]) -> int:
 
 
 def log(line: str, *, error: bool = False) -> None:
-    """Send one line to syslog and do not wait; a machine without one, or with one that is stuck, hears nothing.
+    """Send one line to syslog without waiting; it is lost if there is no syslog, or if syslog hangs.
 
     Written as syslog(3) does (RFC 3164, local form), which itself waits for as long as the receiver does not read: a
     guest's start would hang with it.
@@ -71,11 +71,11 @@ def log(line: str, *, error: bool = False) -> None:
         sender.send(text.encode("utf-8", "backslashreplace")[:_LONGEST_LINE])
 
 
-def check_disks(disks: Sequence[Disk], policy: Policy, name: str) -> None:
-    """Accept chains that hold together and are what the XML spells out; with `deep`, tables that are sound too.
+def verify_disks(disks: Sequence[Disk], policy: Policy, name: str) -> None:
+    """Accept chains that are valid and equal to what the XML spells out; with `deep`, valid tables too.
 
     Raises:
-        VmdkSnapError, OSError: one does not.
+        VmdkSnapError, OSError: one is not.
     """
     for disk in disks:
         if disk.path is None:
@@ -84,7 +84,7 @@ def check_disks(disks: Sequence[Disk], policy: Policy, name: str) -> None:
         links = engine.read_links(disk.path, trusted_dirs=trusted)
         # QEMU follows the XML, not the hints.
         if disk.closed and [link.path.resolve() for link in links[1:]] != [path.resolve() for path in disk.backing]:
-            reason = f"disk {disk.target}: the chain in its XML is not that of its files: {_names(disk)}"
+            reason = f"disk {disk.target}: the chain in its XML differs from that of its files: {_names(disk)}"
             raise DomainError(name, reason)
         if policy.verify == "deep":
             _check_deep(disk, disk.path, trusted, name)
@@ -97,7 +97,7 @@ def require_tops(disks: Sequence[Disk], policy: Policy, name: str) -> None:
 
     Raises:
         DomainError: an overlay is backed by a disk, as where a live XML was defined after a snapshot.
-        StillNeeded: a folder cannot be looked through.
+        StillNeeded: a folder cannot be listed.
     """
     for disk in disks:
         if disk.path is None or disk.refusal is not None:
@@ -113,7 +113,7 @@ def vmdk_disks(domain_xml: str, name: str) -> list[Disk]:
     """Return the VMDK disks of the domain.
 
     Raises:
-        DomainError: one of them is a volume of a pool, and only libvirt could tell where that is.
+        DomainError: one of them is a volume of a pool, whose file only libvirt knows.
     """
     from qemu_vmdk_snap.domain.xml import list_disks
 
@@ -129,13 +129,13 @@ def vmdk_disks(domain_xml: str, name: str) -> list[Disk]:
 
 
 def _guarded(name: str, work: Callable[[], None], stderr: IO[str], *, failed: int) -> int:
-    """Run `work` and return 0; a failure is told in syslog and in one line on `stderr`, and returns `failed`."""
+    """Run `work` and return 0; a failure is reported in syslog and in one line on `stderr`, and returns `failed`."""
     try:
         work()
     except (VmdkSnapError, OSError, _DeadlinePassed) as error:
         line = " ".join(str(error).split()).replace("(--allow-dir)", "(trusted-dirs, in its policy)")
         reason = line if line.startswith("domain ") else f"domain {name}: {line}"
-    except Exception as error:  # a mistake of ours, or a broken installation: one line too, never a traceback
+    except Exception as error:  # a bug, or a broken installation: one line too, never a traceback
         reason = f"domain {name}: {type(error).__name__}: {' '.join(str(error).split())}"
     else:
         return 0
@@ -151,6 +151,10 @@ def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
         extend(policy.deadline)
         text = direct_view(_read_xml(stdin))
         _require_reason(path, text)
+        if served_disks(text):
+            from qemu_vmdk_snap.domain.hooks.serve import refuse_other_state
+
+            refuse_other_state(text, name)
         disks = vmdk_disks(text, name)
         serving = policy.serve and bool(served_disks(text))
         if serving:
@@ -160,7 +164,7 @@ def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
         named = {path.parent for disk in disks if disk.path is not None for path in (disk.path, *disk.backing)}
         with engine.allowing(*named, below=False):
             if policy.verify != "no":
-                check_disks(disks, policy, name)
+                verify_disks(disks, policy, name)
                 require_tops(disks, policy, name)
             if policy.revert:
                 _revert(disks, policy, name, text)
@@ -192,11 +196,13 @@ def _revert(disks: Sequence[Disk], policy: Policy, name: str, domain_xml: str) -
     if not isinstance(policy.revert, bool):
         missing = [target for target in policy.revert if target not in chosen]
         if missing:
-            raise DomainError(name, f"{policy.path} says revert-on-start of {missing[0]}, which is no such disk")
+            raise DomainError(
+                name, f"{policy.path}: revert-on-start names {missing[0]}, which is not a disk of the domain"
+            )
         chosen = {target: chosen[target] for target in policy.revert}
-    from qemu_vmdk_snap.domain.hooks.unneeded import require_unneeded
+    from qemu_vmdk_snap.domain.hooks.unneeded import require_tops_unneeded
 
-    require_unneeded([disk.path for disk in chosen.values() if disk.path is not None], domain_xml)
+    require_tops_unneeded([disk.path for disk in chosen.values() if disk.path is not None], domain_xml)
     for disk in chosen.values():
         if disk.path is not None:
             engine.renew_overlay(disk.path, trusted_dirs=_folders(disk, policy))
@@ -216,7 +222,7 @@ def _release(path: Path, name: str, stdin: IO[bytes]) -> None:
             return
         import re
 
-        # The id tells the run that has ended from a next one. Not worth a parser: libvirt writes it first of all.
+        # The id distinguishes the run that has ended from the next one. libvirt writes it first: no parser is needed.
         found = re.search(r"<domain\b[^>]*\bid='(\d+)'", text[:4096])
         run = found[1] if found else "-1"
     root = Path(__file__).resolve().parents[2]
@@ -225,7 +231,7 @@ def _release(path: Path, name: str, stdin: IO[bytes]) -> None:
 
 
 def spawn_detached(words: Sequence[str]) -> None:
-    """Start a process that outlives this one and holds none of its files, and do not wait for it."""
+    """Start a process that outlives this one and has none of its files open, and do not wait for it."""
     child = os.fork()
     if child:
         os.waitpid(child, 0)
@@ -246,14 +252,14 @@ def spawn_detached(words: Sequence[str]) -> None:
 
 
 class _DeadlinePassed(Exception):
-    """The hook's time is over."""
+    """The hook's deadline has passed."""
 
 
 @contextlib.contextmanager
 def _deadline(seconds: float) -> Iterator[Callable[[float], None]]:
-    """Raise _DeadlinePassed in the block when its time is over; what holds out against that ends the process.
+    """Raise _DeadlinePassed in the block at the deadline; if the block does not end, the process is ended.
 
-    The block gets a function that sets another time, counted from then on.
+    The block gets a function that sets a new deadline, counted from its call.
     """
     allowed = seconds
     called = False
@@ -284,7 +290,7 @@ def _read_xml(stdin: IO[bytes]) -> str:
 
 
 def _folders(disk: Disk, policy: Policy) -> list[Path]:
-    """Return where the domain's own XML, and its policy, say that parts of the chain lie."""
+    """Return the folders of the chain, from the domain's own XML and its policy."""
     return sorted({*(path.parent for path in disk.backing), *map(Path, policy.trusted)})
 
 

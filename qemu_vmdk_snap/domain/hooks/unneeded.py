@@ -1,6 +1,6 @@
-"""Who needs the overlays that a start empties? Without libvirt, which a hook must not call: by its drivers' files.
+"""Who needs the overlays that a start empties: read from the files of libvirt's drivers, as a hook must not call it.
 
-The XML on standard input tells what the domain itself has; what libvirt's drivers keep on disk tells of the others and
+The XML on standard input has the disks of the domain itself; files of libvirt's drivers have those of the others and
 of snapshots. It fails closed: an XML that cannot be read may name anything.
 """
 
@@ -19,7 +19,7 @@ from qemu_vmdk_snap.errors import DomainError
 
 
 class Drivers(NamedTuple):
-    """Where libvirt's drivers keep what they know; a folder that is not there has nothing."""
+    """Where libvirt's drivers keep their files; a missing folder has none."""
 
     domains: Path
     """Persistent XML: NAME.xml."""
@@ -41,8 +41,8 @@ def drivers() -> Drivers:
     return Drivers(home / "qemu", run / "qemu", home / "qemu" / "lib" / "snapshot", home / "storage")
 
 
-def require_unneeded(tops: Sequence[Path], domain_xml: str) -> None:
-    """Return if nothing needs the tops of the domain but the domain itself, as tops.
+def require_tops_unneeded(tops: Sequence[Path], domain_xml: str) -> None:
+    """Require that nothing needs the tops of the domain except the domain itself, as tops.
 
     Raises:
         StillNeeded: something else needs one, or may.
@@ -78,9 +78,9 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        return "<domain/>"  # it went this moment
+        return "<domain/>"  # it has just been removed
     except (OSError, ValueError) as error:
-        raise DomainError(path.stem, f"what it names cannot be told: {path}: {error}") from error
+        raise DomainError(path.stem, f"what it names cannot be determined: {path}: {error}") from error
 
 
 def _holders(text: str, owner: str, places: Drivers, snapshot: str | None) -> Iterator[Holder]:

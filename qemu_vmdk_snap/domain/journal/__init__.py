@@ -1,1 +1,1 @@
-"""Unfinished changes of a domain's snapshots: the record, and how it is settled."""
+"""Unfinished changes of a domain's snapshots: the record, and how it is finished or undone."""

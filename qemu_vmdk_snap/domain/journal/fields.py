@@ -1,4 +1,4 @@
-"""JSON to the dataclasses of a record: each field is read as its annotation says, and what does not fit is refused."""
+"""JSON to the dataclasses of a record: each field must have the type of its annotation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read(made: type[Made], record: object, *, parts: Mapping[str, type[Dataclass
         TypeError, ValueError: a field is missing, not known, or of another type; the message names it.
     """
     if not isinstance(record, dict):
-        raise TypeError("a part of it is no object")
+        raise TypeError("a part of it is not an object")
     known = {field.name: field for field in fields(made)}
     for name in record:
         if name not in known:
@@ -42,7 +42,7 @@ def check_xml(text: str) -> None:
     """Accept XML that can be parsed, and an empty text.
 
     Raises:
-        ValueError: it is no XML.
+        ValueError: it is not XML.
     """
     import xml.etree.ElementTree as ET
 
@@ -77,7 +77,7 @@ def _tuple(inner: str, value: object, parts: Mapping[str, type[DataclassInstance
 def _text(value: object) -> str:
     if not isinstance(value, str) or "\0" in value:
         raise TypeError("not a text")
-    value.encode()  # half of a surrogate pair is no text either: UnicodeEncodeError is a ValueError
+    value.encode()  # half of a surrogate pair is not text either: UnicodeEncodeError is a ValueError
     return value
 
 

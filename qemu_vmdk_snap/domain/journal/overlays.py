@@ -1,8 +1,9 @@
-"""The files of an unfinished operation: held, found empty, and unlinked only where nothing can be lost."""
+"""The files of an unfinished operation: locked, checked to be empty, and unlinked only if nothing can be lost."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,6 @@ import qemu_vmdk_snap as engine
 from qemu_vmdk_snap import HOLE, Link, confined, open_link, open_posix
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.journal.record import Intent, Overlay
-from qemu_vmdk_snap.domain.state import inactive_xml
-from qemu_vmdk_snap.domain.xml.served import direct_view
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -21,19 +20,17 @@ if TYPE_CHECKING:
 
 
 def unlink_overlays(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> tuple[Path, ...]:
-    """Unlink what the dead command made; return what had to stay."""
+    """Unlink what the killed command made; return what had to stay."""
     left = []
-    named: set[Path] | None = None
-    folders = folders_of(intent)
+    folders = chain_folders(intent)
     for overlay in intent.overlays:
         path = Path(overlay.path)
         if not os.path.lexists(path):
             continue
         ours = _identity(path) == overlay.identity
         if not ours and (overlay.identity is None or _identity(path)[1] == overlay.identity[1]):
-            # It died before it noted which files it made, or the machine started again, and devices have other numbers.
-            named = _all_named(conn) if named is None else named
-            ours = path not in named and _parent_of(path, folders) == Path(overlay.frozen)
+            # It died before it recorded which files it made, or the machine was restarted, and device numbers changed.
+            ours = _parent_of(path, folders) == Path(overlay.frozen) and not _is_named(conn, domain, path)
         if not ours:
             left.append(path)
             continue
@@ -47,14 +44,14 @@ def unlink_overlays(conn: libvirt.virConnect, domain: libvirt.virDomain, intent:
 
 
 def unlink_made(overlay: Overlay) -> None:
-    """Unlink the overlay that this process made, unless something else bears its name by now."""
+    """Unlink the overlay that this process made, unless another file has its name now."""
     path = Path(overlay.path)
     if os.path.lexists(path) and _identity(path) == overlay.identity:
         path.unlink()
 
 
-def folders_of(intent: Intent) -> list[Path]:
-    """Return where the chains of the snapshot lie: nothing else is opened, whatever the files say of their parents."""
+def chain_folders(intent: Intent) -> list[Path]:
+    """Return the folders of the snapshot's chains: nothing else is opened, whatever parents the files name."""
     return sorted({path.parent for path in xml.files_in(intent.new_xml)})
 
 
@@ -66,7 +63,7 @@ def hold_empty(overlay: Overlay, folders: Sequence[Path], held: contextlib.ExitS
         LockBusy: a guest, or another program, has it open.
     """
     if not hold_link(overlay, folders, held):
-        raise DomainError(overlay.target, f"overlay {overlay.path} holds data already: it stays")
+        raise DomainError(overlay.target, f"overlay {overlay.path} contains data: it was not deleted")
 
 
 def hold_link(overlay: Overlay, folders: Sequence[Path], held: contextlib.ExitStack) -> bool:
@@ -80,7 +77,7 @@ def all_empty(intent: Intent) -> bool:
     """Return whether nothing has been written to the overlays, which nobody has open."""
     for overlay in intent.overlays:
         with contextlib.ExitStack() as held:
-            if not hold_link(overlay, folders_of(intent), held):
+            if not hold_link(overlay, chain_folders(intent), held):
                 return False
     return True
 
@@ -90,22 +87,18 @@ def is_empty(link: Link) -> bool:
     return all(bool((table.kinds == HOLE).all()) for table in link.tables())
 
 
+def _is_named(conn: libvirt.virConnect, domain: libvirt.virDomain, path: Path) -> bool:
+    # Imported by name, as that module imports the records.
+    needed = importlib.import_module("qemu_vmdk_snap.domain.needs.needed")
+    return bool(needed.is_named(conn, domain, path))
+
+
 def _parent_of(path: Path, folders: Sequence[Path]) -> Path | None:
     try:
         with engine.open_chain(path, trusted_dirs=folders, lock=False, check_cids=False) as chain:
             return chain.links[1].path if chain.depth > 1 else None
     except (VmdkSnapError, OSError):
         return None
-
-
-def _all_named(conn: libvirt.virConnect) -> set[Path]:
-    """Return every file that any domain or snapshot of the connection names."""
-    named: set[Path] = set()
-    for domain in conn.listAllDomains():
-        named |= xml.files_in(direct_view(domain.XMLDesc(0))) | xml.files_in(inactive_xml(domain))
-        for snapshot in domain.listAllSnapshots():
-            named |= xml.files_in(snapshot.getXMLDesc(0))
-    return named
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What is unfinished, for commands that only read and for `recover --abandon`: looked at, never settled."""
+"""Unfinished operations, for commands that only read and for `recover --abandon`: shown, never finished."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Unfinished:
     intent: Intent | None
     """None where the record cannot be followed."""
     problem: str | None
-    """Why it cannot be, in one line."""
+    """Why not, in one line."""
     running: bool
-    """Whether its command is at work, so that there is nothing to settle."""
+    """Whether its command is running, so that nothing is to be finished."""
     uri: str
 
     @property
@@ -48,7 +48,7 @@ class Unfinished:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Return the files that it makes, changes or deletes."""
+        """Return the files that it creates, changes or deletes."""
         if self.intent is None:
             return ()
         named: set[object] = {*(overlay.path for overlay in self.intent.overlays), *self.intent.discard}
@@ -61,8 +61,19 @@ class Unfinished:
             named |= {merge.image, *merge.links}
         return tuple(sorted(Path(name) for name in named if isinstance(name, str)))
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types, as `recover --abandon --output=json` lists it."""
+        return {
+            "operation": self.operation,
+            "domain": self.domain,
+            "snapshot": self.snapshot,
+            "record": str(self.record),
+            "problem": self.problem,
+            "files": [str(path) for path in self.files],
+        }
+
     def line(self) -> str:
-        """Return what is pending and how to finish it or to give it up, in one line."""
+        """Return what is unfinished and how to finish or abandon it, in one line."""
         if self.running:
             return "another command is changing its snapshots now"
         if self.problem is not None:
@@ -72,17 +83,17 @@ class Unfinished:
 
 
 def ways_out(uri: str, domain: str) -> str:
-    """Return how an unfinished operation is finished or given up."""
-    return f"`{_recover(uri, domain)}` finishes it or takes it back, {abandoning(uri, domain)}"
+    """Return how an unfinished operation is finished or abandoned."""
+    return f"`{_recover(uri, domain)}` finishes or undoes it, {abandoning(uri, domain)}"
 
 
 def abandoning(uri: str, domain: str) -> str:
-    """Return how an unfinished operation is given up."""
+    """Return how an unfinished operation is abandoned."""
     return f"`{_recover(uri, domain, '--abandon ')}` gives it up"
 
 
 def unfinished_of(conn: libvirt.virConnect, domain: libvirt.virDomain) -> Unfinished | None:
-    """Return the unfinished operation of one domain, None where there is none. Nothing is changed, nothing is made.
+    """Return the unfinished operation of one domain, None where there is none. Nothing is changed or created.
 
     Raises:
         InvalidRequest: the folder of the records is another user's, or may be written by others.
@@ -91,7 +102,7 @@ def unfinished_of(conn: libvirt.virConnect, domain: libvirt.virDomain) -> Unfini
 
 
 def pending_line(conn: libvirt.virConnect, domain_name: str) -> str | None:
-    """Return what a command that only reads says of the domain's unfinished operation, None where there is none.
+    """Return the line about the domain's unfinished operation for commands that only read, None where there is none.
 
     Raises:
         DomainError: there is no such domain.
@@ -105,9 +116,9 @@ def pending_line(conn: libvirt.virConnect, domain_name: str) -> str | None:
 
 
 def delete_of_current(conn: libvirt.virConnect, domain_name: str) -> str | None:
-    """Return the snapshot that an interrupted delete of the current one is about; None where there is no such delete.
+    """Return the snapshot of an interrupted delete of the current one; None where there is no such delete.
 
-    Once it is half done another snapshot is the current one, and that is not what whoever runs it again means.
+    Once it is partly done another snapshot is the current one, and repeating the command must not delete that.
     """
     with contextlib.suppress(InvalidRequest):
         found = unfinished_of(conn, find_domain(conn, domain_name))
@@ -128,12 +139,12 @@ def all_unfinished(conn: libvirt.virConnect) -> list[Unfinished]:
 
 
 def abandon(conn: libvirt.virConnect, names: Sequence[str] = ()) -> list[Unfinished]:
-    """Give up the unfinished operations of these domains (of all, without names); return what they were.
+    """Abandon the unfinished operations of these domains (of all, without names); return what they were.
 
-    The records go, and nothing else changes: files and XML stay as they are, half done or not.
+    The records are removed, and nothing else changes: files and XML stay as they are, even if partly changed.
 
     Raises:
-        DomainError: there is no such domain, or its command is at work.
+        DomainError: there is no such domain, or its command is running.
         InvalidRequest: the folder of the records is another user's, or may be written by others.
     """
     store = IntentStore.of(conn)

@@ -1,12 +1,12 @@
 """The intent record: what a snapshot is about to change, durable before the first change.
 
-Where it lies, and why there. The record tells a later command which files to unlink and which XML to define, mostly as
-root. Beside the disk, whoever may write that folder (QEMU's user, often) could plant one; so it lies in a folder of the
-user who runs the commands, on the host whose libvirt it speaks about: `QEMU_VMDK_SNAP_STATE` if set, the root of an
-in-process libvirt, `/var/lib/qemu-vmdk-snap` for root, XDG_STATE_HOME for others. One file per domain, by UUID, because
-names change; a lock beside it tells a command at work from one that died.
+Where it is, and why. The record makes a later command unlink files and define XML, mostly as root. Beside the disk,
+anyone who may write that folder (often QEMU's user) could plant one; so it is in a folder of the user who runs the
+commands, on the host of the libvirt: `QEMU_VMDK_SNAP_STATE` if set, the root of an in-process libvirt,
+`/var/lib/qemu-vmdk-snap` for root, XDG_STATE_HOME for others. One file per domain, by UUID, because names change; a
+lock beside it distinguishes a running command from one that died.
 
-A folder or a record that another user owns, or may write, is refused. A record that cannot be followed holds up the
+A folder or a record that another user owns, or may write, is refused. A record that cannot be followed blocks the
 commands that change its own domain, and nothing else.
 """
 
@@ -52,19 +52,19 @@ OPERATIONS: Final = (
 _VERSION: Final = 1
 _MAX_BYTES: Final = 64 << 20
 _PATIENCE: Final = 0.3
-"""Seconds: whoever only looks whether the lock is held has it for a moment."""
+"""Seconds: a test whether the lock is held takes it for a moment."""
 
 
 @dataclass(frozen=True, slots=True)
 class Overlay:
-    """A file that the snapshot puts on a disk."""
+    """The overlay of a disk."""
 
     target: str
     path: str
     frozen: str
     """The top of the disk before."""
     identity: tuple[int, int] | None = None
-    """Device and inode once it is made: what else bears the name is not ours. None while it may not exist yet."""
+    """Device and inode once it is created: another file of that name is not ours. None while it may not exist yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +83,14 @@ class Merge:
     size: int
     """About so many bytes are copied."""
     doomed: tuple[tuple[str, str, int], ...]
-    """(link, file of it that goes, inode): what else bears the name by then stays."""
+    """(link, file of it that goes, inode): another file of that name stays."""
     inode: int | None = None
     """Of the image once it is made."""
 
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """Everything that is needed to finish a snapshot, or to take it back, without whoever began it."""
+    """Everything that another process needs to finish a snapshot, or to undo it."""
 
     uuid: str
     domain: str
@@ -102,11 +102,11 @@ class Intent:
     """The persistent XML with the overlays."""
     snapshot_xml: str
     live: bool = False
-    """Whether a running guest was to go over to the overlays: after the XML named them, QEMU had yet to be told."""
+    """Whether a running guest was to be switched to the overlays: a step after the change of the XML."""
     resume: bool = False
-    """Whether its vCPUs were running: stopped by us, they must be started again."""
+    """Whether its vCPUs were running, so that they must be started again."""
     thaw: bool = False
-    """Whether its file systems were to be frozen: left so, they must be thawed."""
+    """Whether its file systems were to be frozen, so that they must be thawed."""
     operation: str = "create"
     """One of `OPERATIONS`."""
     current: str | None = None
@@ -114,7 +114,7 @@ class Intent:
     discard: tuple[str, ...] = ()
     """Of a revert, a destroy and a move: the files that go once no XML names them."""
     discard_inodes: tuple[int, ...] = ()
-    """The inode of each: what else bears the name by then stays."""
+    """The inode of each: another file of that name stays."""
     work: tuple[dict[str, Any], ...] = ()
     """Of a delete: what happens to each disk (`delete.plan.Work`); of a clone and a move: to each file."""
     snapshots: tuple[tuple[str, str], ...] = ()
@@ -136,7 +136,7 @@ class Intent:
         return doing(self.operation, self.snapshot)
 
     def made(self, path: str, identity: tuple[int, int]) -> Intent:
-        """Return the record that knows the overlay at `path` by its identity."""
+        """Return the record with the identity of the overlay at `path`."""
         made = tuple(replace(o, identity=identity) if o.path == path else o for o in self.overlays)
         return replace(self, overlays=made)
 
@@ -171,7 +171,10 @@ class IntentStore:
             return cls(root / "qemu-vmdk-snap", prefix)
         if os.geteuid() == 0:
             return cls(Path("/var/lib/qemu-vmdk-snap"), prefix)
-        home = environ.get("XDG_STATE_HOME") or Path(environ.get("HOME") or Path.home(), ".local", "state")
+        try:
+            home = environ.get("XDG_STATE_HOME") or Path(environ.get("HOME") or Path.home(), ".local", "state")
+        except RuntimeError:
+            raise InvalidRequest("journal", f"this user has no home: set HOME, or {STATE_VARIABLE}") from None
         return cls(Path(home) / "qemu-vmdk-snap", prefix)
 
     def path(self, uuid: str) -> Path:
@@ -222,7 +225,7 @@ class IntentStore:
         _logger().info("domain %s: %s journaled", intent.domain, intent.what.removeprefix("the "))
 
     def remove(self, uuid: str) -> None:
-        """Forget the record; the order of the steps before it is safe without waiting for the disk."""
+        """Remove the record; the order of the steps before makes this safe without waiting for the disk."""
         self.path(uuid).unlink(missing_ok=True)
         _logger().info("domain %s: its record is removed", uuid)
 
@@ -242,10 +245,10 @@ class IntentStore:
 
     @contextlib.contextmanager
     def locked(self, uuid: str, domain: str) -> Iterator[None]:
-        """Be the only command that changes the domain's snapshots. The lock goes with the process, however it ends.
+        """Lock the domain's snapshots against other commands. The lock ends with the process.
 
         Raises:
-            DomainError: another command is at it.
+            DomainBusy: another command is changing them.
             InvalidRequest: the folder is another user's, or may be written by others.
         """
         self._make_folder()
@@ -259,7 +262,7 @@ class IntentStore:
             os.close(fd)  # the file stays: unlinking it would let two commands lock two files of one name
 
     def check_folder(self) -> None:
-        """Accept a folder that nobody but root and this user can plant records in.
+        """Accept a folder in which only root and this user can create records.
 
         Raises:
             InvalidRequest: another user owns it, or may write it.
@@ -291,14 +294,14 @@ def pending_overlays(store: IntentStore) -> set[Path]:
     """Return the overlays that unfinished snapshots of other domains are about to make."""
     paths = set()
     for uuid in store.uuids():
-        with contextlib.suppress(DomainError):  # a damaged record holds up its own domain alone
+        with contextlib.suppress(DomainError):  # a damaged record blocks only its own domain
             intent = store.read(uuid)
             paths |= {Path(overlay.path) for overlay in intent.overlays} if intent else set()
     return paths
 
 
 def _load(uuid: str, path: Path) -> object:
-    """Return what the file holds, whatever that is; a link, a pipe or a device is not followed."""
+    """Return the content of the file, valid or not; a link, a pipe or a device is refused."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         facts = os.fstat(fd)
@@ -315,7 +318,7 @@ def _load(uuid: str, path: Path) -> object:
 
 def _parse(uuid: str, path: Path, record: object) -> Intent:
     if not isinstance(record, dict):
-        raise TypeError("it is no object")
+        raise TypeError("it is not an object")
     version = record.pop("version", None)
     if version != _VERSION:
         text = str(version)[:20]
@@ -331,7 +334,7 @@ def _parse(uuid: str, path: Path, record: object) -> Intent:
 
 
 def _flocked(fd: int) -> bool:
-    """Lock the file against all others; return False where a command has it for longer than a look."""
+    """Lock the file against all others; return False if another command has it for longer than a test takes."""
     end = time.monotonic() + _PATIENCE
     while True:
         try:

@@ -1,16 +1,16 @@
-"""Finish an unfinished snapshot, or take it back: after a crash, and when a step fails.
+"""Finish an unfinished snapshot, or undo it: after a crash, and when a step fails.
 
-Each change goes into the XML of today, and is of the disks alone that the operation changed: what an administrator
+Each change is made to the current XML, and only to the disks that the operation changed: what an administrator
 edited since the command died stays.
 
 libvirt's persistent XML decides. It changes in one step for all disks, so it names every overlay or none:
 
     XML names the overlays   the guest may have run on them: finish (register the snapshot)
-    XML names the old disks  nothing uses the overlays: take back (unlink them)
+    XML names the old disks  nothing uses the overlays: undo (unlink them)
 
-A guest that runs was to go over to the overlays in the last step. QEMU tells whether it has; if not, the XML is put
-back too. A guest that has ended meanwhile counts as above: an overlay that it never used is empty and shows what its
-base has.
+A running guest was to be switched to the overlays in the last step. QEMU is asked whether it was; if not, the XML is
+restored too. For a guest that has ended meanwhile see above: an overlay that it never used is empty and reads as its
+base.
 
 A file is unlinked only when no XML names it, only if it is still empty (seen under the lock that keeps writers out),
 and only if it is the file that the snapshot made: nothing that was written can be lost.
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Finisher = Callable[["libvirt.virConnect", "libvirt.virDomain", Intent], "Recovery | None"]
-"""Does every step of a recorded operation that is not done yet; doing it twice does no harm. What it returns says what
+"""Does every step of a recorded operation that is not done yet; it can be called twice. What it returns says what
 became of the operation; None is for one that is finished."""
 
 FINISHERS: Final[dict[str, tuple[str, str]]] = {
@@ -67,22 +67,22 @@ FINISHERS: Final[dict[str, tuple[str, str]]] = {
     "move": ("qemu_vmdk_snap.domain.move.run", "settle"),
     "consolidate": ("qemu_vmdk_snap.domain.delete.run", "finish"),
 }
-"""Operation -> module and function of its `Finisher`. One that is not here is settled by what the XML names."""
+"""Operation -> module and function of its `Finisher`. For other operations the XML decides, as above."""
 
 _MALFORMED: Final = (TypeError, ValueError, KeyError, AttributeError, IndexError)
-"""What a step raises where a record that can be read does not hold what its operation writes."""
+"""What a step raises for a record that can be read but is incomplete."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What became of an unfinished snapshot."""
+    """How an unfinished operation was finished or undone."""
 
     domain: str
     snapshot: str
     finished: bool
-    """True: it is complete now. False: it was taken back."""
+    """True: it is complete now. False: it was undone."""
     left: tuple[Path, ...] = ()
-    """Overlays that were not removed, because they hold data or are not known to be ours."""
+    """Overlays that were not removed, because they contain data or are not known to be ours."""
     operation: str = "create"
     also: tuple[str, ...] = ()
     """Snapshots that were deleted, or are not, in the same step."""
@@ -99,10 +99,10 @@ class Recovery:
 
 
 def recover(conn: libvirt.virConnect, names: Sequence[str] = ()) -> list[Recovery]:
-    """Settle the unfinished operations of these domains (of all, without names), and return what became of each.
+    """Finish or undo the unfinished operations of these domains (of all, without names), and return the result of each.
 
     Raises:
-        DomainError: one could not be settled; its record stays, as does all that it names. The others are settled.
+        DomainError: one failed; its record stays, and its files are not changed. The others are finished or undone.
         InvalidRequest: the folder of the records is another user's, or may be written by others.
     """
     store = IntentStore.of(conn)
@@ -156,17 +156,16 @@ def _lookup(conn: libvirt.virConnect, store: IntentStore, uuid: str) -> libvirt.
     try:
         return conn.lookupByUUIDString(uuid)
     except libvirt.libvirtError as error:
-        reason = (
-            f"libvirt does not know it, but {store.path(uuid)} tells of its unfinished snapshot: define it first, or"
-        )
+        record = f"but {store.path(uuid)} records an operation on it that is not finished"
+        reason = f"libvirt does not know it, {record}: define it first, or"
         raise DomainError(uuid, f"{reason} {abandoning(conn.getURI(), uuid)}") from error
 
 
 def recover_by_name(conn: libvirt.virConnect, domain_name: str) -> Recovery | None:
-    """Settle the unfinished snapshot of one domain; None when there is none, or its command is still at work.
+    """Finish or undo the unfinished operation of one domain; None when there is none, or its command is running.
 
     Raises:
-        DomainError: there is no such domain, or it could not be settled.
+        DomainError: there is no such domain, or it failed.
     """
     domain = find_domain(conn, domain_name)
     store = IntentStore.of(conn)
@@ -178,10 +177,10 @@ def recover_by_name(conn: libvirt.virConnect, domain_name: str) -> Recovery | No
 
 
 def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore) -> Recovery | None:
-    """Settle the unfinished snapshot of `domain`, whose lock the caller holds; None when there is none.
+    """Finish or undo the unfinished operation of `domain`, whose lock the caller holds; None when there is none.
 
     Raises:
-        DomainError: it cannot be settled now; the error names what can be done. The record stays.
+        DomainError: this is not possible now; the error names what can be done. The record stays.
     """
     name, uri = domain.name(), conn.getURI()
     if not domain.isActive():
@@ -193,7 +192,7 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
     if intent is None:
         register_anew(domain)  # what an earlier version has registered
         return None
-    _log.info("domain %s: %s is not finished: settling it", name, intent.what)
+    _log.info("domain %s: %s is not finished: finishing or undoing it", name, intent.what)
     try:
         result = _settle(conn, domain, intent)
         store.remove(intent.uuid)
@@ -203,7 +202,7 @@ def recover_domain(conn: libvirt.virConnect, domain: libvirt.virDomain, store: I
         else:
             reason = error.reason if isinstance(error, DomainError) else str(error)
         raise DomainError(name, f"{reason}; {intent.what} is not finished: {ways_out(uri, name)}") from error
-    _log.info("domain %s: the %s is %s", name, intent.operation, "finished" if result.finished else "taken back")
+    _log.info("domain %s: the %s is %s", name, intent.operation, "finished" if result.finished else "undone")
     return result
 
 
@@ -255,7 +254,7 @@ def _register_late(domain: libvirt.virDomain, intent: Intent) -> None:
     """Register the snapshot although the domain's other snapshots may have been changed since it was planned."""
     there = {snapshot.getName() for snapshot in domain.listAllSnapshots()}
     if intent.snapshot in there:
-        raise DomainError(domain.name(), f"has another snapshot of the name {intent.snapshot!r} by now")
+        raise DomainError(domain.name(), f"has another snapshot named {intent.snapshot!r} now")
     parent = xml.parse_snapshot(intent.snapshot_xml).parent
     if parent is not None and parent not in there:
         parent = domain.snapshotCurrent().getName() if domain.hasCurrentSnapshot() else None
@@ -273,13 +272,13 @@ def _settle_revert(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: 
         restore_nvram(intent.snapshot_xml, intent.new_xml)
     if intent.memory is not None and not domain.isActive() and overlays.all_empty(intent):
         resume_from_memory(conn, domain, intent)
-    # By name, as the finishers: what it asks knows of the records.
+    # By name, as the finishers: it imports the records.
     importlib.import_module("qemu_vmdk_snap.domain.needs.discard").unlink_discarded(conn, domain, intent)
     return Recovery(domain.name(), intent.snapshot, finished=True, operation="revert")
 
 
 def make_current(domain: libvirt.virDomain, name: str) -> None:
-    """Let the snapshot be the current one, whose child the next one will be."""
+    """Make the snapshot the current one, whose child the next one will be."""
     import libvirt
 
     register_text(domain, find_snapshot(domain, name).getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE), current=True)
@@ -299,7 +298,7 @@ def _overlays(intent: Intent) -> dict[str, Path]:
 
 
 def _back_to_old(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
-    """Make libvirt and QEMU forget a snapshot that the running guest was never told of."""
+    """Remove a snapshot from libvirt and QEMU to which the running guest was never switched."""
     snapshot = _registered(domain, intent)
     if snapshot is not None:
         _forget(snapshot)
@@ -322,35 +321,35 @@ def _put_all_back(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: I
     """Define the XML from before a revert, which has changed more than the disks, unless somebody edited it since.
 
     Raises:
-        DomainError: somebody has: the revert is to be finished instead, so that the edit stays.
+        DomainError: it was edited: the revert is finished instead, so that the edit stays.
     """
     if not same_xml(inactive_xml(domain), intent.new_xml):
-        raise DomainError(domain.name(), "was edited since it went back to the snapshot")
+        raise DomainError(domain.name(), "was edited after it was reverted")
     define(conn, intent.old_xml)
 
 
 def _repair_cids(intent: Intent) -> None:
-    """Let an overlay that was never used fit its base, which the guest went on writing to."""
+    """Make an overlay that was never used fit its base, which the guest has written to."""
     if not intent.live:
         return
-    folders = overlays.folders_of(intent)
+    folders = overlays.chain_folders(intent)
     for overlay in intent.overlays:
-        with contextlib.suppress(LockBusy), contextlib.ExitStack() as held:  # in use: then it fitted
+        with contextlib.suppress(LockBusy), contextlib.ExitStack() as held:  # in use: then it fits
             if overlays.hold_link(overlay, folders, held):
                 held.close()
                 follow_cid(Path(overlay.path), Path(overlay.frozen))
 
 
 def _resume(domain: libvirt.virDomain) -> None:
-    """Start the vCPUs that the dead command may have left stopped."""
+    """Start the vCPUs that the killed command may have left stopped."""
     import libvirt
 
     if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
         domain.resume()
 
 
-def take_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, intent: Intent) -> None:
-    """Undo what has been done of `intent` by this process, which knows by identity the overlays it made.
+def roll_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, intent: Intent) -> None:
+    """Undo what this process has done of `intent`; it knows the overlays that it made by identity.
 
     Raises:
         VmdkSnapError, OSError: it cannot be undone now; the record stays for `recover`.
@@ -358,12 +357,13 @@ def take_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: Intent
     name = domain.name()
     if intent.live and domain.isActive() and _switched(domain, intent):
         raise DomainError(name, "QEMU writes to the overlays already")
-    with libvirt_errors(name, "take the snapshot back"), contextlib.ExitStack() as held:
+    with libvirt_errors(name, "undo the snapshot"), contextlib.ExitStack() as held:
         made = [overlay for overlay in intent.overlays if overlay.identity is not None]
         made = [overlay for overlay in made if os.path.lexists(overlay.path)]  # a server removes its own
         if _named(domain, intent):
             for overlay in made:
-                overlays.hold_empty(overlay, overlays.folders_of(intent), held)  # from here on no guest can start on it
+                # From here on no guest can start on it.
+                overlays.hold_empty(overlay, overlays.chain_folders(intent), held)
             snapshot = _registered(domain, intent)
             if snapshot is not None:
                 _forget(snapshot)
@@ -390,11 +390,11 @@ def take_back(conn: libvirt.virConnect, domain: libvirt.virDomain, store: Intent
 def undo(
     conn: libvirt.virConnect, domain: libvirt.virDomain, store: IntentStore, intent: Intent, cause: BaseException
 ) -> None:
-    """Take back what `cause` has stopped; raises DomainError, naming both, when that fails too."""
+    """Undo what `cause` has stopped; raises DomainError, naming both, if that fails too."""
     try:
-        take_back(conn, domain, store, intent)
+        roll_back(conn, domain, store, intent)
     except (VmdkSnapError, OSError) as error:
-        reason = f"{cause}; taking it back failed too ({error})"
+        reason = f"{cause}; undoing it failed too ({error})"
         raise DomainError(domain.name(), f"{reason}: {ways_out(conn.getURI(), domain.name())}") from cause
 
 
@@ -404,7 +404,7 @@ def _named(domain: libvirt.virDomain, intent: Intent) -> bool:
     A disk that was taken out of the domain meanwhile counts as the others do.
 
     Raises:
-        DomainError: it names some, and another disk is back on the file that the snapshot freezes.
+        DomainError: it names some, and another disk names the frozen file again.
     """
     text = inactive_xml(domain)
     files = xml.files_in(text)

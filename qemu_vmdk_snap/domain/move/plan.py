@@ -56,7 +56,7 @@ def make_plan(conn: libvirt.virConnect, domain: libvirt.virDomain, folder: Path,
     """Return the plan; nothing has changed.
 
     Raises:
-        InvalidRequest: the folder is none.
+        InvalidRequest: it is not a folder.
         DomainError: the domain runs, two files would have one name, something bears it, or there is no space.
         StillNeeded: something else needs one of the files where it is, or may.
         VmdkSnapError, OSError: a chain is broken or cannot be looked at.

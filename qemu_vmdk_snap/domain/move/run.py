@@ -91,7 +91,7 @@ def move(
     it is and are given up. When it fails nothing has changed, unless the error says that the rest is left to `recover`.
 
     Raises:
-        InvalidRequest: the folder is none.
+        InvalidRequest: it is not a folder.
         DomainError: the domain runs, something bears a name already, there is no space, or libvirt refuses.
         StillNeeded: something else needs a file where it is, or may; it names what.
         VmdkSnapError, OSError: a chain is broken or in use, or a file cannot be made.
@@ -161,7 +161,7 @@ def _settle_now(
             _take_back(intent)
             store.remove(intent.uuid)
     except (VmdkSnapError, OSError) as error:
-        raise DomainError(domain.name(), f"{cause}; taking it back failed too ({error}): `recover` does it") from cause
+        raise DomainError(domain.name(), f"{cause}; undoing it failed too ({error}): `recover` does it") from cause
 
 
 def _give_name(store: IntentStore, intent: Intent, one: Mapping[str, Any], on_progress: OnProgress) -> Intent:

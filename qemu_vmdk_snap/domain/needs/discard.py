@@ -1,4 +1,4 @@
-"""Unlinking the tops that a revert gives up: what no snapshot has, nobody uses, and nothing else needs."""
+"""Unlinking the tops that a revert discards, if they are in no snapshot, not in use, and not needed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def unlink_discarded(
     orphans: Sequence[Path] = (),
     notes: list[str] | None = None,
 ) -> tuple[Path, ...]:
-    """Unlink what the revert gives up; return what is gone. Why something is kept goes to `notes`.
+    """Unlink what the revert discards; return what is deleted. Why a file is kept goes to `notes`.
 
     `orphans` are files that the user gives up: they may lose what they need.
     """
@@ -38,7 +38,7 @@ def unlink_discarded(
     for path in map(Path, intent.discard):
         try:
             if path.stat().st_ino != inodes.get(str(path), path.stat().st_ino):
-                continue  # another file than was given up
+                continue  # another file than the one to discard
             _unlink_one(conn, domain, path, folders, Given(tuple(orphans)))
         except (VmdkSnapError, OSError) as error:
             if notes is not None and not isinstance(error, FileNotFoundError):
@@ -58,4 +58,4 @@ def _unlink_one(
         needed = Needed.read(conn, domain, folders=[path.parent])
         needed.require_unneeded(path, files, needed.in_use(domain.UUIDString()), orphans=orphans)
         for file in files:
-            real_file(file).unlink()  # a symbolic link to it is the user's, and stays
+            real_file(file).unlink()  # a symbolic link to it belongs to the user, and stays

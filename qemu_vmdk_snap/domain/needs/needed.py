@@ -1,10 +1,10 @@
-"""Who needs this file? The one authority of the plugin, asked before a file is merged into, copied up or unlinked.
+"""Who needs a file: looked up before a file is merged into, copied up or unlinked.
 
 Built once for a command, of two parts. What libvirt knows: every source in the XML of every domain (live, persistent,
 saved) and of every snapshot of the connection, and all that these files lead to. What the files say: a census of every
-folder that one of them is in. A file is its device and inode number, whatever a text calls it.
+folder that one of them is in. A file is identified by device and inode number, not by name.
 
-It fails closed: a chain with a file that cannot be looked at may need anything, unless the XML spells it out to its end
+It fails closed: a chain with a file that cannot be read may need anything, unless the XML spells out the whole chain
 and the file in question is not in it.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from qemu_vmdk_snap import Census, Followed, Identity, StillNeeded, follow, identity_of
+from qemu_vmdk_snap import Census, Followed, Identity, StillNeeded, follow, identity_if_known, identity_of
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
@@ -35,7 +35,7 @@ class Holder(NamedTuple):
     uuid: str
     """Of the domain."""
     owner: str
-    """As in a message: `domain b`, `snapshot s1 of domain a`."""
+    """As text for a message: `domain b`, `snapshot s1 of domain a`."""
     snapshot: str | None
     chain: NamedChain
 
@@ -46,23 +46,15 @@ class Walk(NamedTuple):
     spelled: tuple[Path, ...]
     files: tuple[Path, ...]
     unseen: tuple[Path, str] | None
-    """What could not be looked at, and why: there may be more files."""
-
-
-def identity(path: Path | str) -> Identity | None:
-    """Return which file the path leads to; None where there is none, or it cannot be told."""
-    try:
-        return identity_of(path)
-    except OSError:
-        return None
+    """What could not be read, and why: there may be more files."""
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Return whether both paths lead to one file; of files that are not there the names count."""
+    """Return whether both paths lead to one file; for files that do not exist the names count."""
     if one == other:
         return True
-    mine = identity(one)
-    return mine is not None and mine == identity(other)
+    mine = identity_if_known(one)
+    return mine is not None and mine == identity_if_known(other)
 
 
 def place_in(files: Iterable[Path], wanted: Path | str | None) -> int | None:
@@ -93,7 +85,7 @@ NOTHING: Final = Given()
 
 @dataclass(slots=True)
 class Needed:
-    """What every domain and snapshot of a connection names, and what the files around say."""
+    """What every domain and snapshot of a connection names, and the census of the folders around."""
 
     holders: list[Holder]
     census: Census
@@ -101,20 +93,20 @@ class Needed:
 
     @classmethod
     def read(cls, conn: libvirt.virConnect, domain: libvirt.virDomain, *, folders: Iterable[Path] = ()) -> Needed:
-        """Look at everything once, on behalf of a command on `domain`; `folders` are looked through as well.
+        """Read everything once, for a command on `domain`; `folders` are searched as well.
 
         Raises:
-            DomainError: libvirt cannot tell what is named.
-            StillNeeded: a folder cannot be looked through.
+            DomainError: libvirt cannot list what is named.
+            StillNeeded: a folder cannot be listed.
         """
         return cls.of([*_holders(conn, domain)], folders)
 
     @classmethod
     def of(cls, holders: Iterable[Holder], folders: Iterable[Path] = ()) -> Needed:
-        """Return the answer for what these name, and for what the files around say.
+        """Return the same for these holders, and the folders around.
 
         Raises:
-            StillNeeded: a folder cannot be looked through.
+            StillNeeded: a folder cannot be listed.
         """
         holders, walker = [*holders], Walker()
         return cls(holders, Census.of(walker.folders(holders, folders)), walker)
@@ -128,20 +120,20 @@ class Needed:
         return [holder for holder in self.holders if holder.uuid == uuid]
 
     def in_use(self, uuid: str) -> list[Holder]:
-        """Return every chain but those by which nobody reads: what the domain's own snapshots have put on top."""
+        """Return every chain except those that nobody reads: the overlays in the domain's own snapshots."""
         return [holder for holder in self.holders if holder.uuid != uuid or holder.chain.role != "overlay"]
 
     def files_of(self, holders: Iterable[Holder]) -> list[Path]:
-        """Return the files of their chains that are there, each once."""
+        """Return the existing files of their chains, each once."""
         found: dict[Identity, Path] = {}
         for holder in holders:
             for path in self.walker.walk(holder.chain).files:
-                if (known := identity(path)) is not None:
+                if (known := identity_if_known(path)) is not None:
                     found.setdefault(known, path)
         return sorted(found.values())
 
     def frozen(self, uuid: str) -> list[Path]:
-        """Return every file that a snapshot of the domain names as a disk of then, or below one."""
+        """Return every file that a snapshot of the domain names as a disk, or in its backing chain."""
         own = [one for one in self.of_domain(uuid) if one.snapshot is not None and one.chain.role == "disk"]
         return [file.path for holder in own for file in holder.chain.files]
 
@@ -156,14 +148,14 @@ class Needed:
     ) -> Iterator[tuple[Path | str, str]]:
         """Yield who of the holders needs one of the files, or may: (who, the end of the sentence).
 
-        `settled` says of a chain that has one of them whether the operation takes care of it. `apart` says of a chain
+        `settled` returns whether the operation handles a chain that has one of them. `apart` says of a chain
         whose files cannot all be looked at whether it can have nothing to do with them.
         """
-        wanted = {one for path in files if (one := identity(path)) is not None}
+        wanted = {one for path in files if (one := identity_if_known(path)) is not None}
         for holder in holders:
             walk = self.walker.walk(holder.chain)
             top = next(iter(walk.spelled), None)
-            at = next((n for n, path in enumerate(walk.files) if identity(path) in wanted), None)
+            at = next((n for n, one in enumerate(self.walker.identities(holder.chain)) if one in wanted), None)
             if at is not None:
                 if not any(map(orphans.has, walk.files[: at + 1])) and not settled(holder, walk):
                     yield holder.owner, _how(holder, top, walk.files[at])
@@ -182,7 +174,7 @@ class Needed:
         handled: Collection[Path] = (),
         orphans: Given = NOTHING,
     ) -> None:
-        """Return if nothing needs `files`, those of the image `subject`: no holder, and no file but the `handled`.
+        """Require that nothing needs `files`, those of the image `subject`, except the `handled`.
 
         Raises:
             StillNeeded: something needs one of them, or may; it names what.
@@ -193,7 +185,7 @@ class Needed:
         self, files: Collection[Path], handled: Collection[Path], orphans: Given
     ) -> Iterator[tuple[Path | str, str]]:
         """Yield the files that need one of `files`, or may, besides the `handled`."""
-        but = {one for path in handled if (one := identity(path)) is not None}
+        but = {one for path in handled if (one := identity_if_known(path)) is not None}
         for found in self.census.dependents(files, but=but):
             if not orphans.has(found.path):
                 yield found.path, found.reason
@@ -204,9 +196,24 @@ class Walker:
     """Follows chains, each file once."""
 
     _followed: dict[Identity, Followed] = field(default_factory=dict)
+    _walked: dict[int, tuple[NamedChain, Walk, list[Identity | None]]] = field(default_factory=dict)
+    """By the object: many snapshots of a long chain name it again and again."""
 
     def walk(self, chain: NamedChain) -> Walk:
         """Return the files of the chain."""
+        return self._known(chain)[1]
+
+    def identities(self, chain: NamedChain) -> list[Identity | None]:
+        """Return which file each of them was when they were walked over."""
+        return self._known(chain)[2]
+
+    def _known(self, chain: NamedChain) -> tuple[NamedChain, Walk, list[Identity | None]]:
+        if id(chain) not in self._walked:
+            walk = self._walk(chain)
+            self._walked[id(chain)] = chain, walk, [identity_if_known(path) for path in walk.files]
+        return self._walked[id(chain)]
+
+    def _walk(self, chain: NamedChain) -> Walk:
         spelled = tuple(file.path for file in chain.files)
         files: list[Path] = list(spelled)
         unseen = chain.problem
@@ -214,7 +221,7 @@ class Walker:
             found, problem = self._below(file)
             files += [path for path in found if path not in files]
             unseen = unseen or problem
-        # A missing file of a chain that is spelled out hides nothing. One that may not be looked at may be any file.
+        # A missing file of a chain that is spelled out hides nothing. One that cannot be read may be any file.
         hides = unseen is not None and (not chain.closed or chain.problem is not None or self._hidden(chain))
         return Walk(spelled, tuple(files), unseen if hides else None)
 
@@ -251,7 +258,7 @@ class Walker:
 
 
 def require_none(subject: Path, found: Collection[tuple[Path | str, str]]) -> None:
-    """Raise StillNeeded for `subject` where somebody was found who needs it."""
+    """Raise StillNeeded for `subject` if something that needs it was found."""
     if found:
         raise StillNeeded(subject, tuple(found))
 
@@ -263,7 +270,7 @@ def same_chain(one: Holder, other: Holder) -> bool:
 
 
 def _is_past(holder: Holder, top: Path | None) -> bool:
-    """Return whether this is a snapshot's overlay that is gone, as after a delete: nobody reads by that name."""
+    """Return whether this is a snapshot's overlay that is gone, as after a delete: nothing reads it."""
     if holder.chain.role != "overlay" or top is None:
         return False
     try:
@@ -294,6 +301,17 @@ def holders_in(text: str, uuid: str, owner: str, volume_path: VolumePath, snapsh
     return [Holder(uuid, owner, snapshot, chain) for chain in named_chains(text, volume_path)]
 
 
+def is_named(conn: libvirt.virConnect, asker: libvirt.virDomain, path: Path) -> bool:
+    """Return whether any domain or snapshot of the connection names the file, on behalf of a command on `asker`.
+
+    Raises:
+        DomainError: libvirt cannot list what is named.
+    """
+    return any(
+        place_in((file.path for file in holder.chain.files), path) is not None for holder in _holders(conn, asker)
+    )
+
+
 def _holders(conn: libvirt.virConnect, asker: libvirt.virDomain) -> Iterator[Holder]:
     import libvirt
 
@@ -306,7 +324,7 @@ def _holders(conn: libvirt.virConnect, asker: libvirt.virDomain) -> Iterator[Hol
             yield from _of_domain(domain, volume_path)
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
-                continue  # it went this moment
+                continue  # it has just been removed
             raise DomainError(asking, f"cannot see what domain {domain.name()} names: {error}") from error
     store = IntentStore.of(conn)
     for uuid in store.uuids():
@@ -340,7 +358,7 @@ def _pending(store: IntentStore, uuid: str, volume_path: VolumePath) -> Iterator
     try:
         intent = store.read(uuid)
     except VmdkSnapError:
-        return  # a damaged record: its own domain's commands refuse to go on
+        return  # a damaged record: the commands of its own domain refuse
     if intent is None:
         return
     for text in (intent.old_xml, intent.new_xml):

@@ -1,7 +1,7 @@
-"""Overlays on a domain's files that nobody names: found, and removed where that is safe.
+"""Overlays on a domain's files that no domain and no snapshot names: found, and removed where that is safe.
 
-A killed tool, a snapshot whose metadata was deleted alone, a copy made by hand: they leave images that are backed by a
-file of the domain, and are named by no domain and no snapshot. Such an image may hold the only copy of somebody's data.
+A killed tool, a snapshot whose metadata alone was deleted, a copy made by hand: they leave images that are backed by a
+file of the domain, and are named by no domain and no snapshot. Such an image may contain the only copy of data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain.journal.record import IntentStore
-from qemu_vmdk_snap.domain.needs.needed import Given, Needed, identity, real_file, same_file
+from qemu_vmdk_snap.domain.needs.needed import Given, Needed, real_file, same_file
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Orphan:
-    """An image that is backed by a file of the domain, and that nobody names."""
+    """An image that is backed by a file of the domain, and that no domain and no snapshot names."""
 
     path: Path
     parent: Path
     allocated: int
-    """Bytes that its files take up."""
+    """The size of its files on disk, in bytes."""
     empty: bool
-    """Whether it holds nothing: it shows what its parent shows."""
+    """Whether it is empty, so that it reads as its parent."""
     problem: str | None
     """Why it cannot be read, in one line."""
 
@@ -39,12 +39,12 @@ def find_orphans(conn: libvirt.virConnect, domain: libvirt.virDomain, needed: Ne
     """Return the orphans of the domain's files, wherever they are; parents come before what is backed by them.
 
     Raises:
-        DomainError: libvirt cannot tell what is named.
-        StillNeeded: a folder cannot be looked through.
+        DomainError: libvirt cannot list what is named.
+        StillNeeded: a folder cannot be listed.
     """
     needed = needed or Needed.read(conn, domain)
     mine = needed.files_of(needed.of_domain(domain.UUIDString()))
-    known = {identity(path) for path in [*needed.files_of(needed.holders), *_about_to_be_made(conn)]}
+    known = {engine.identity_if_known(path) for path in [*needed.files_of(needed.holders), *_about_to_be_made(conn)]}
     folders = {path.parent for path in mine}
     found: list[Orphan] = []
     level = mine
@@ -68,14 +68,14 @@ def remove_orphan(
     with_data: bool = False,
     orphans: Sequence[Path] = (),
 ) -> None:
-    """Delete an orphan that nothing needs and nobody uses; one that holds data only `with_data`.
+    """Delete an orphan that is not needed and not in use; one that contains data only `with_data`.
 
     `orphans` are files that need it and are given up.
 
     Raises:
-        DomainError: it is no orphan (any more), another one is backed by it, or it holds data.
+        DomainError: it is not an orphan (any more), another one is backed by it, or it contains data.
         StillNeeded: something else needs it, or may.
-        LockBusy: somebody uses it.
+        LockBusy: it is in use.
         VmdkSnapError, OSError: it cannot be read, or not be removed.
     """
     name, given_up = domain.name(), Given(tuple(orphans))
@@ -84,15 +84,15 @@ def remove_orphan(
         there = find_orphans(conn, domain, needed)
         found = [orphan for orphan in there if same_file(orphan.path, path)]
         if not found:
-            raise DomainError(name, f"{path} is no orphan of it")
+            raise DomainError(name, f"{path} is not an orphan of it")
         above = [orphan.path for orphan in there if same_file(orphan.parent, path) and not given_up.has(orphan.path)]
         if above:
             raise DomainError(name, f"{path} is the parent of {above[0]}: remove that first")
         folders = sorted({path.parent, real_file(path).parent, found[0].parent.parent})
         with engine.open_chain(path, writable=True, trusted_dirs=folders, check_cids=False) as chain:
-            # Looked at again under the lock: until now somebody may have written to it.
+            # Checked again under the lock: it may have been written to until now.
             if not with_data and not _is_empty(chain):
-                raise DomainError(name, f"{path} holds data: it is not removed unless it is named for that")
+                raise DomainError(name, f"{path} contains data: it is removed only if it is named (--discard)")
             files = engine.own_files(chain.links[0])
             needed.require_unneeded(path, files, needed.holders, orphans=given_up)
             for file in files:
@@ -100,7 +100,7 @@ def remove_orphan(
 
 
 def _about_to_be_made(conn: libvirt.virConnect) -> set[Path]:
-    """Return the overlays of snapshots that are under way, or wait to be settled."""
+    """Return the overlays of snapshots that are being created or are unfinished."""
     store = IntentStore.of(conn)
     paths: set[Path] = set()
     for uuid in store.uuids():

@@ -1,1 +1,1 @@
-"""The overlay that a disk is to continue in: which one, its name, and making it."""
+"""The next overlay of a disk: which one, its name, and creating it."""

@@ -1,4 +1,4 @@
-"""Names: of the overlay that goes on a disk, and of a snapshot that the user gave none."""
+"""The name of a disk's next overlay, and of a snapshot without a name."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _MAX_SNAPSHOT_NAME: Final = 250 - len(".xml")
 def next_overlay(disk: Path, taken: Collection[Path] = ()) -> Path:
     """Return the first free name after VMware's rule: `NAME-000001.vmdk` beside `NAME.vmdk`, and so on from there.
 
-    The number of a disk that is itself an overlay is counted up. Names in `taken` and names that exist are passed over.
-    The answer is a proposal: whoever creates the file must do so without overwriting.
+    The number of a disk that is itself an overlay is increased. Names in `taken` and names that exist are skipped.
+    The name is a proposal: it must be created without overwriting.
 
     Raises:
         InvalidRequest: every number is taken, or the name would be too long.
@@ -48,7 +48,7 @@ def default_snapshot_name(taken: Collection[str] = (), now: float | None = None)
 
 
 def check_snapshot_name(name: str) -> None:
-    """Accept what libvirt accepts as a name and keeps as a file name, one line long.
+    """Accept what libvirt accepts as a name and can use as a file name, in one line.
 
     Raises:
         InvalidRequest: it does not.
@@ -67,10 +67,10 @@ def check_snapshot_name(name: str) -> None:
 
 
 def check_description(text: str) -> None:
-    """Accept what XML can carry.
+    """Accept text that XML can contain.
 
     Raises:
-        InvalidRequest: it holds a control character.
+        InvalidRequest: it contains a control character.
     """
     if _NOT_XML.search(text):
         raise InvalidRequest("description", "must not contain control characters")

@@ -1,4 +1,4 @@
-"""New overlays for a domain: made durable, with whatever lets QEMU open their base, and shown in storage pools."""
+"""New overlays for a domain: durable, with the attributes that let QEMU open them, and shown in storage pools."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 
 _FOLLOWED: Final = ("system.posix_acl_access", "security.selinux")
-"""Extended attributes that decide who may open a file. libvirt's own (trusted.libvirt.*) tell of one file alone."""
+"""Extended attributes that decide who may open a file. libvirt's own (trusted.libvirt.*) belong to one file only."""
 
 
 def make_overlay(domain: str, disk: PlannedDisk) -> tuple[int, int]:
-    """Make the overlay, durable, with owner, mode, ACL and label of its base; return its device and inode.
+    """Make the empty overlay of a disk, durable, with owner, mode, ACL and label of its base; return (device, inode).
 
     Raises:
-        DomainError: it cannot be given the owner or the label; it is not left behind.
-        FileExistsError: something bears the name.
+        DomainError: it cannot be given the owner or the label; no file is left.
+        FileExistsError: the name exists.
     """
     engine.create_overlay(disk.overlay, disk.frozen, mode=0o600)
-    # An overlay exists to be written, also on a base that was made read-only to protect it.
+    # An overlay must be writable, also on a base that was made read-only to protect it.
     return follow_base(domain, disk.overlay, disk.frozen)
 
 
@@ -39,7 +39,7 @@ def follow_base(domain: str, path: Path, model: Path, mode: int = stat.S_IWUSR) 
     `mode` are bits that are set besides those of `model`.
 
     Raises:
-        DomainError: it cannot be given the owner or the label; it is not left behind.
+        DomainError: it cannot be given the owner or the label; no file is left.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -64,7 +64,7 @@ def _opened(path: Path, flags: int, stack: contextlib.ExitStack) -> int:
 
 
 def refresh_pools(conn: libvirt.virConnect, files: Iterable[Path]) -> None:
-    """Let the storage pools look again where files came or went; a pool that cannot is let alone."""
+    """Refresh the storage pools of folders in which files changed; a pool that cannot be refreshed is ignored."""
     import libvirt
 
     folders = {file.parent.resolve() for file in files}

@@ -13,11 +13,11 @@ class PlannedDisk:
     target: str
     overlay: Path
     chain: tuple[Path, ...]
-    """The files that are there now, the top first."""
+    """The current files, the top first."""
 
     @property
     def frozen(self) -> Path:
-        """The top of today, the parent of the overlay."""
+        """The current top, which becomes the parent of the overlay."""
         return self.chain[0]
 
     def as_dict(self) -> dict[str, object]:

@@ -1,9 +1,9 @@
-"""A guest's file systems, held still by its agent for the moment of a live snapshot.
+"""Freezing a guest's file systems with its agent during a live snapshot.
 
-libvirt waits for an agent without end unless its administrator said otherwise, and once it has spoken to one it no
-longer tries whether that still answers: virDomainFSFreeze on an agent that hangs never comes back, and nobody can
+libvirt waits for an agent without a limit by default, and once it has talked to one it no
+longer tests whether that still answers: virDomainFSFreeze on an agent that hangs never returns, and nothing can
 interrupt it. So each command here goes to the agent with a deadline of its own. A freeze that was not answered in time
-may still happen, when nobody waits for it any more: it is thawed before anything else is done.
+may still happen later: it is thawed before anything else is done.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _release(domain: libvirt.virDomain, notes: list[str]) -> None:
     if complaint:
         notes.append(f"its file systems could not be thawed: {complaint}: try `virsh domfsthaw`")
     elif not count:
-        notes.append("its file systems were thawed by somebody else too early: the snapshot may not be clean")
+        notes.append("its file systems were thawed too early, by something else: the snapshot may not be clean")
 
 
 def _thaw(domain: libvirt.virDomain) -> tuple[int, str | None]:

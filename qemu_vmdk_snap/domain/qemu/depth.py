@@ -21,12 +21,12 @@ restarted, and ends a guest about which it gets no answer."""
 
 
 def max_links(version: int) -> int:
-    """Return how many links the chain of a disk may have for libvirt of `version`, as virConnectGetLibVersion tells."""
+    """Return how many links the chain of a disk may have for libvirt of `version`, as from virConnectGetLibVersion."""
     return _MAX_LINKS_OF_JSON_C if 10_008_000 <= version < 12_000_000 else _MAX_LINKS
 
 
 def check_depth(conn: libvirt.virConnect, domain: str, target: str, links: Sized) -> None:
-    """Accept a disk that stands on `links` and is to get one more on top.
+    """Accept a disk whose chain is `links` and that gets one more overlay.
 
     Raises:
         DomainError: libvirt could not start the domain then.

@@ -3,7 +3,7 @@
 QEMU's `blockdev-reopen` gives an overlay another backing node while the guest writes; no block job has a part in it.
 
     overlay --> U --> L --> below         before: `upper` is the overlay, U and L go
-    overlay --> image --> below           after: `image` reads as U did, and bears the CID that U had
+    overlay --> image --> below           after: `image` reads as U did, and has the CID of U
 
 The steps, for all disks at once:
 
@@ -49,7 +49,7 @@ class Exchange(NamedTuple):
     below: Path | None
     """The link that stays and the last image is backed by; None where that is a base."""
     options: DriverOptions
-    """Those of the disk: what QEMU does not tell (discard, aio) has to come from outside."""
+    """Those of the disk: QEMU does not report discard and aio, so they are passed in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def check_exchanges(monitor: Monitor, exchanges: Sequence[Exchange], folders: Se
 
     Raises:
         DomainError: a disk or a link is not there, a block job works on the disk, or a write of the guest has failed.
-        CidMismatch: an image does not bear the CID that the link above it names, or the next one another.
+        CidMismatch: the CID of an image is not the one that the link above it names.
         CorruptChain: an image is backed by another file than it must be, or has another size.
         FormatError, Unsupported, LockBusy, OSError: an image cannot be read.
     """
@@ -109,7 +109,7 @@ def exchange(monitor: Monitor, exchanges: Sequence[Exchange], folders: Sequence[
 
     Raises:
         VmdkSnapError, OSError: see `check_exchanges`; or QEMU refuses. Every disk has its old chain, and QEMU knows
-            nothing of the images; only where QEMU or libvirt is gone, `is_exchanged` has to tell which one it has.
+            nothing of the images; only where QEMU or libvirt is gone, `is_exchanged` finds out which one it has.
     """
     with _checked(monitor, exchanges, folders) as (graph, steps):
         if not steps:
@@ -202,7 +202,7 @@ def _check_old(domain: str, graph: BlockGraph, step: _Step, trusted: Sequence[Pa
         reason = f"disk {step.exchange.target}: QEMU has another chain below {step.exchange.upper} than its files"
         raise DomainError(domain, f"{reason}: {named or 'no parent'}")
     replaced = links[1]
-    image = read_facts(step.exchange.images[0], confined(trusted))
+    image = read_facts(step.exchange.images[0], trusted_dirs=trusted)
     if image.capacity != replaced.capacity:
         reason = f"has {image.capacity} bytes, but {replaced.path}, whose place it takes, has {replaced.capacity}"
         raise CorruptChain(image.path, reason)
@@ -212,7 +212,7 @@ def _check_images(graph: BlockGraph, step: _Step, trusted: Sequence[Path]) -> No
     """Accept an overlay, images and a link below of which each is backed by the next."""
     one, find = step.exchange, confined(trusted)
     files = [one.upper, *one.images, *([] if one.below is None else [one.below])]
-    links = [read_facts(file, find) for file in files]
+    links = [read_facts(file, resolver=find) for file in files]
     for above, link in itertools.pairwise(links):
         if link.cid != above.parent_cid:
             raise CidMismatch(above.path, link.path, above.parent_cid, link.cid)

@@ -6,7 +6,7 @@
                             | file                            | file
                           file (file node)                  file
 
-A node is found by its file node. What QEMU displays as the file of a *format* node is no path any more (`json:{...}`)
+A node is found by its file node. What QEMU displays as the file of a *format* node is no longer a path (`json:{...}`)
 once its backing node was given explicitly. A file that we passed is known by the name that we gave its node.
 """
 
@@ -135,7 +135,7 @@ class BlockGraph:
 
 
 def node_name(path: Path) -> str:
-    """Return the name of the format node that we give the file at `path`: it tells device and inode, no path.
+    """Return the name of the format node that we give the file at `path`: it contains device and inode, not the path.
 
     A file that QEMU has open keeps its inode, whatever it is renamed to.
 

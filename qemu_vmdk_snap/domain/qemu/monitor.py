@@ -1,6 +1,6 @@
 """QEMU's monitor, reached through libvirt: commands, passed descriptors, and which node each disk of a guest uses.
 
-libvirt marks a domain as tainted (custom-monitor) when it is spoken to like this. What QEMU says counts, not libvirt's
+libvirt marks a domain as tainted (custom-monitor) when it is used like this. QEMU's answers count, not libvirt's
 live XML: after a live snapshot that still names the old top, until the guest is started again.
 """
 
@@ -41,7 +41,7 @@ class LiveTop:
     settled: bool
     """Whether QEMU has written the CID already: it does so once per open, with the first data."""
     failed: int = 0
-    """Writes of the guest that have failed, and that it was told of, since it was started."""
+    """Failed writes that were reported to the guest since it was started."""
     job: str | None = None
     """A block job that works on the disk."""
 
@@ -158,7 +158,7 @@ class Monitor:
         return node
 
     def drop_overlay(self, path: Path) -> None:
-        """Close the overlay in QEMU, as far as it is open there and nothing stands on it."""
+        """Close the overlay in QEMU, if it is open there and backs nothing."""
         node, present = node_name(path), self.nodes()
         for name in (node, f"{node}{FILE_SUFFIX}"):
             if name in present:

@@ -1,4 +1,4 @@
-"""The moment of a live snapshot: the guest's disks go over to their overlays, all in one step, or none does.
+"""A live snapshot: the guest's disks are switched to their overlays, all in one step, or none.
 
 What must hold is that each overlay's parentCID is the CID that its base has for good. QEMU writes a new CID once per
 open, after the first data; from the transaction on the base is read-only, and its CID final. So:
@@ -6,7 +6,7 @@ open, after the first data; from the transaction on the base is read-only, and i
     the base has been written since QEMU opened it    its CID is final already: no vCPU needs to stop
     it has not                                        vCPUs stop; the CID is compared once more; then the transaction
 
-If the CID has changed before the vCPUs stopped, the guest goes on, the overlay gets the new one, and the second try
+If the CID has changed before the vCPUs stopped, the guest continues, the overlay gets the new one, and the second try
 finds it final. The transaction itself drains all the disks and is atomic, as for libvirt's own snapshots.
 """
 
@@ -41,7 +41,7 @@ _FRESH: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """How the guest was held up, in milliseconds, as seen from outside: the ways to QEMU and back are included."""
+    """How long the guest was stopped, in milliseconds, measured from outside: communication with QEMU is included."""
 
     stalled: float
     """While the transaction held back the guest's disk requests."""
@@ -50,10 +50,10 @@ class Pause:
     frozen: float | None
     """While its file systems were frozen by the guest agent; None where they were not."""
     notes: tuple[str, ...] = ()
-    """What did not go as wished and stood in nobody's way."""
+    """Problems that did not prevent the operation."""
 
     def as_dict(self) -> dict[str, object]:
-        """Return it with JSON's own types."""
+        """Return the times with JSON's own types."""
         return {"disk-ms": self.stalled, "cpu-ms": self.stopped, "frozen-ms": self.frozen}
 
 
@@ -144,12 +144,12 @@ def _live_disks(domain: libvirt.virDomain, volume_path: xml.VolumePath | None) -
 
 
 def switch(domain: libvirt.virDomain, disks: Sequence[PlannedDisk], quiesce: str, tops: Tops) -> Pause:
-    """Let the running guest go on in the overlays, which are durable and named by the persistent XML.
+    """Switch the running guest to the overlays, which are durable and named by the persistent XML.
 
     `tops` is what `check_disks` returned.
 
     Raises:
-        DomainError: it cannot be done; the guest goes on as before, and QEMU knows nothing of the overlays.
+        DomainError: it cannot be done; the guest continues as before, and QEMU does not have the overlays.
     """
     run = _Run(domain, Monitor(domain), disks, _live_options(domain), quiesce)
     for _ in range(_TRIES):
@@ -175,7 +175,7 @@ def drop(monitor: Monitor, disks: Sequence[PlannedDisk]) -> None:
 
 
 def _switched(run: _Run) -> bool:
-    """Return whether QEMU writes to the overlays, whatever was heard of it."""
+    """Return whether QEMU writes to the overlays, whatever its answer was."""
     tops = run.monitor.tops()
     return any(tops[disk.target].is_file(disk.overlay) for disk in run.disks if disk.target in tops)
 

@@ -1,1 +1,1 @@
-"""Going back to a snapshot."""
+"""Reverting to a snapshot."""

@@ -1,6 +1,6 @@
-"""The disks that take no part in a revert: each keeps what it has today, and none becomes writable where it is frozen.
+"""The disks that take no part in a revert: each keeps its current element, and no frozen file becomes writable.
 
-And what of today's XML a revert replaces, to be reported.
+Also what a revert replaces of the current XML, for the report.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _IDENTITY = ("name", "uuid", "metadata", "devices")
 
 
 def with_disks_of_today(then: str, today: str, taking_part: Collection[str]) -> str:
-    """Return the XML `then` with today's element for each disk that takes no part and is there today, by target."""
+    """Return the XML `then` with the current element of each disk that takes no part and still exists, by target."""
     now = {target: text for target, text in _disks(today) if target not in taking_part}
     raw = then.encode()
     pieces, last = [], 0
@@ -29,7 +29,7 @@ def with_disks_of_today(then: str, today: str, taking_part: Collection[str]) -> 
 
 
 def replaced_by(then: str, today: str) -> list[str]:
-    """Return what of today's XML is not in `then`: names of elements, and disks by target; disks in both are equal."""
+    """Return what only the current XML has, not `then`: names of elements, and targets; disks in both are equal."""
     old, new = ET.fromstring(today), ET.fromstring(then)
     found = {tag for tag in _tags(old) | _tags(new) if tag not in _IDENTITY and _texts(old, tag) != _texts(new, tag)}
     devices_old, devices_new = old.find("devices"), new.find("devices")

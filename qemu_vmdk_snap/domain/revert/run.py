@@ -1,14 +1,14 @@
-"""Go back to a snapshot: the domain gets the XML of then, with new overlays on the files that the snapshot froze.
+"""Revert to a snapshot: the domain gets the XML of the snapshot, with new overlays on the frozen files.
 
-A disk that took no part in the snapshot keeps what it has today; where that is frozen too, it gets an overlay. What the
-domain had is kept, file by file, unless it is to be discarded. The steps, each durable before the next:
+A disk that is not in the snapshot keeps its current files; if its top is frozen, it gets an overlay. What the
+domain had is kept, file by file, unless it is discarded. The steps, each durable before the next:
 
     1  the intent record
-    2  the overlays, complete; then the record that knows them by inode
+    2  the overlays, complete; then the record with their inodes
     3  the guest ends, if it runs
     4  the persistent XML of the snapshot, which now names the overlays
     5  the snapshot becomes the current one
-    6  discarded tops are unlinked: nothing names them, and nothing stands on them
+    6  discarded tops are unlinked: nothing names them, and nothing is backed by them
     7  of a snapshot with memory: the disks are served, and the guest resumes from it
     8  the record goes; the guest starts, if it is to
 """
@@ -54,7 +54,7 @@ After = Literal["as-saved", "shutoff", "running", "paused"]
 _LIVE: Final = ("running", "paused", "blocked")
 _NO_PARENT: Final = 0xFFFFFFFF
 _NOT_WRITTEN: Final = ("is a cdrom", "is read-only", "is transient")
-"""Refusals of disks that no guest writes to."""
+"""Refusals of disks to which no guest writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,10 @@ class RevertReport:
     domain: str
     snapshot: str
     state: str
-    """What the domain is now: `shutoff`, `running` or `paused`."""
+    """The state of the domain now: `shutoff`, `running` or `paused`."""
     disks: tuple[PlannedDisk, ...]
     kept: tuple[Path, ...]
-    """Tops that the domain had, which no snapshot knows, and which are still there."""
+    """Previous tops of the domain that are in no snapshot and were kept."""
     discarded: tuple[Path, ...]
     recovered: Recovery | None
     notes: tuple[str, ...] = ()
@@ -99,12 +99,12 @@ class RevertReport:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A revert ready to be done."""
+    """A revert that is ready to be done."""
 
     disks: tuple[PlannedDisk, ...]
     old_tops: tuple[Path, ...]
     state: str
-    """What the domain is to be in the end."""
+    """The final state of the domain."""
     intent: Intent
     notes: tuple[str, ...]
 
@@ -118,16 +118,16 @@ def revert(
     discard: bool = False,
     orphans: Sequence[Path] = (),
 ) -> RevertReport:
-    """Let the domain be what it was when the snapshot was taken. A guest that runs is ended without being asked.
+    """Revert the domain to the snapshot. A running guest is stopped without a shutdown.
 
-    `after` is what the domain is to be then; as it was saved, a snapshot of disks alone leaves it shut off. `discard`
-    gives up what was written since its last snapshot, where nothing else needs it but `orphans`, files that are given
+    `after` is the final state; "as-saved" leaves the domain shut off, as the snapshot has no memory. `discard`
+    deletes what was written since its last snapshot, if nothing needs it except `orphans`, files that are given
     up too.
 
     Raises:
-        DomainError: there is no such snapshot, or it cannot be gone back to; nothing has changed.
+        DomainError: there is no such snapshot, or it cannot be reverted to; nothing has changed.
         CidMismatch: a frozen file was written since it was frozen.
-        CorruptChain, FormatError, LockBusy: a frozen chain is broken, or somebody writes to it.
+        CorruptChain, FormatError, LockBusy: a frozen chain is broken, or in use for writing.
         OSError: a file could not be made.
     """
     domain = find_domain(conn, domain_name)
@@ -153,7 +153,7 @@ def revert(
 
 @dataclass(frozen=True, slots=True)
 class _Now:
-    """What libvirt says of the domain."""
+    """The domain according to libvirt."""
 
     old_xml: str
     target: str
@@ -240,7 +240,7 @@ def _replaced(then: str, today: str) -> tuple[str, ...]:
 
 
 def _with_kept(today: str, then: str, kept: dict[Path, str]) -> str:
-    """Return the domain that knows of all that reverts have kept until now."""
+    """Return the XML with the list of all files that reverts have kept until now."""
     before = {path: snapshot for path, snapshot in kept_branches(today).items() if path.exists()}
     return with_kept_branches(then, before | kept)
 
@@ -269,7 +269,9 @@ def _frozen_apart(
         if place_in(frozen, disk.path) is None and not backed and not others:
             continue
         if disk.refusal is not None:
-            reason = f"disk {disk.target} took no part, and would write into {disk.path}, which others need"
+            reason = (
+                f"disk {disk.target} is not in the snapshot, and would write to {disk.path}, which something else needs"
+            )
             raise DomainError(domain.name(), f"{reason}; it can get no overlay, as it {disk.refusal}")
         found.append(xml.SnapshotDisk(disk.target, "external", None, disk.path, disk.backing))
     return found
@@ -281,7 +283,7 @@ def _frozen_disks(domain: str, saved: xml.SnapshotXml) -> list[xml.SnapshotDisk]
     modes = {disk.mode for disk in saved.disks} - {"no"}
     if modes != {"external"}:
         what = ", ".join(sorted(modes)) or "no"
-        raise DomainError(domain, f"snapshot {saved.name!r} has {what} disks: only external ones are gone back to here")
+        raise DomainError(domain, f"snapshot {saved.name!r} has {what} disks: only external ones can be reverted to")
     return [disk for disk in saved.disks if disk.mode == "external"]
 
 
@@ -313,7 +315,7 @@ def _plan_disk(
 
 
 def _require_unwritten(disk: xml.SnapshotDisk, link: engine.Link, needed: Needed) -> None:
-    """Compare the frozen file with what its overlays say of it: their parentCID is its CID when it was frozen."""
+    """Compare the CID of the frozen file with the parentCID of its overlays, which is its CID when it was frozen."""
     found = needed.census.dependents([file.path for file in link.files])
     overlays = [one for one in found if one.how == "parent" and one.parent_cid not in (None, _NO_PARENT)]
     own = [one for one in overlays if disk.overlay is not None and same_file(one.path, disk.overlay)]
@@ -324,14 +326,14 @@ def _require_unwritten(disk: xml.SnapshotDisk, link: engine.Link, needed: Needed
 def _unsaved_tops(
     domain: libvirt.virDomain, today: str, then: str, needed: Needed, volume_path: xml.VolumePath
 ) -> list[tuple[str, Path]]:
-    """Return (target, top) of today's tops that are in no snapshot and leave the XML: what was written since."""
+    """Return (target, top) of the current tops that are in no snapshot and not in the new XML."""
     stay = [*needed.frozen(domain.UUIDString()), *xml.files_in(then)]
     disks = [disk for disk in xml.list_disks(today, volume_path) if not disk.refusal]
     return [(disk.target, disk.path) for disk in disks if disk.path is not None and place_in(stay, disk.path) is None]
 
 
 def _overlays_of(tops: Collection[tuple[str, Path]], targets: Collection[str]) -> tuple[Path, ...]:
-    """Return the tops that may be discarded: overlays of disks that go back. A base was never in a snapshot."""
+    """Return the tops that may be discarded: overlays of disks that are reverted. A base was never in a snapshot."""
     found = []
     for target, path in tops:
         with contextlib.suppress(VmdkSnapError, OSError):
@@ -366,7 +368,7 @@ def _execute(
             _log.info("domain %s: disk %s: new overlay %s on %s", domain.name(), disk.target, disk.overlay, disk.frozen)
             intent = intent.made(str(disk.overlay), make_overlay(domain.name(), disk))
         store.write(intent)
-        with libvirt_errors(domain.name(), "go back to the snapshot"):
+        with libvirt_errors(domain.name(), "revert to the snapshot"):
             _refuse_edited(domain, intent)
             if domain.isActive():
                 domain.destroy()
@@ -400,5 +402,5 @@ def _refuse_edited(domain: libvirt.virDomain, intent: Intent) -> None:
 def _start(domain: libvirt.virDomain, *, paused: bool) -> None:
     import libvirt
 
-    with libvirt_errors(domain.name(), "start it on the snapshot that it is back at"):
+    with libvirt_errors(domain.name(), "start it after the revert"):
         domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)

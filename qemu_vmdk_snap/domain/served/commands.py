@@ -70,7 +70,7 @@ def served_status(conn: libvirt.virConnect, domain_name: str) -> list[ServedStat
     """Return the served disks of the domain, in the order of its XML.
 
     Raises:
-        DomainError: there is no such domain, or libvirt cannot tell.
+        DomainError: there is no such domain, or libvirt reports an error.
     """
     domain = find_domain(conn, domain_name)
     with libvirt_errors(domain.name(), "read its state"):

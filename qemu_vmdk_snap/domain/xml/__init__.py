@@ -83,7 +83,7 @@ def root_of(text: str) -> ET.Element:
     """Return the root element of an XML text.
 
     Raises:
-        DomainError: it is no XML.
+        DomainError: it is not XML.
     """
     try:
         return ET.fromstring(text)
@@ -99,7 +99,7 @@ def _seconds(text: str) -> int:
 
 
 def list_disks(domain_xml: str, volume_path: VolumePath | None = None) -> list[Disk]:
-    """Return every disk of the domain, in the order of the XML; those that can take no part say why."""
+    """Return every disk of the domain, in the order of the XML; those that can take no part have a `refusal`."""
     return [_read_disk(element, volume_path) for element in root_of(domain_xml).findall("./devices/disk")]
 
 
@@ -209,7 +209,7 @@ def _relinked(element: ET.Element, change: Callable[[Sequence[Path]], Sequence[P
 
 
 def _open_end(store: ET.Element) -> None:
-    """Take the empty `<backingStore/>` away that says that nothing is below."""
+    """Remove the empty `<backingStore/>` that ends the chain."""
     inner = store.find("backingStore")
     while inner is not None and len(inner):
         store, inner = inner, inner.find("backingStore")
@@ -219,7 +219,7 @@ def _open_end(store: ET.Element) -> None:
 
 def snapshot_xml(snapshot: SnapshotXml, domain_xml: str) -> str:
     """Return the XML that registers `snapshot`, with the domain as it was inside."""
-    from xml.sax.saxutils import escape, quoteattr  # with urllib: a hook at a guest's start cannot wait
+    from xml.sax.saxutils import escape, quoteattr  # imports urllib: too slow for a hook at a guest's start
 
     lines = ["<domainsnapshot>", f"  <name>{escape(snapshot.name)}</name>"]
     if snapshot.description is not None:
@@ -248,7 +248,7 @@ def _memory_file(snapshot: SnapshotXml, quoted: Callable[[str], str]) -> str:
 
 
 def parse_snapshot(text: str, volume_path: VolumePath | None = None) -> SnapshotXml:
-    """Return what the XML of a snapshot says, whoever made the snapshot."""
+    """Return the content of a snapshot's XML, whichever program made the snapshot."""
     root = root_of(text)
     domain = root.find("domain")
     disks = [] if domain is None else domain.findall("./devices/disk")
@@ -311,7 +311,7 @@ def _refusal(element: ET.Element, path: Path | None) -> str | None:
         (path is None, "has no file"),
         (element.find("readonly") is not None, "is read-only"),
         (element.find("shareable") is not None, "is shared with other domains"),
-        (element.find("transient") is not None, "is transient: its changes are thrown away at shutdown"),
+        (element.find("transient") is not None, "is transient: its changes are discarded at shutdown"),
         (path is not None and not path.is_absolute(), "has a relative path"),
         (element.find(".//encryption") is not None, "is encrypted"),
         (source is not None and source.find("slices") is not None, "is a slice of a file"),

@@ -1,4 +1,4 @@
-"""Undoing a change of the disks in an XML that somebody else has edited since: what the change did not touch stays."""
+"""Undoing a change of the disks in an XML that was edited since: what the change did not touch stays."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _CHANGED = ("source", "backingStore")
 
 
 def with_disks_back(today: str, before: str, after: str, tops: Mapping[Path, str]) -> str:
-    """Return the XML `today` with the disks on the files that they had `before`.
+    """Return the XML `today` with the files that the disks had `before`.
 
-    `tops` are the files that the change has put on top, and the target that each disk had then. A disk that is still
-    as it is in `after` gets its old element, byte for byte; of one that was edited only the files change.
+    `tops` are the new tops of the change, and the target that each disk had then. A disk that is still as it is in
+    `after` gets its old element, byte for byte; of one that was edited only the files change.
     """
     old, new = _by_target(before), _by_target(after)
     raw = today.encode()

@@ -1,10 +1,10 @@
-"""Which files a revert has kept: tops that the domain had and that no snapshot knows.
+"""Which files a revert has kept: previous tops of the domain that are in no snapshot.
 
-They are told in the domain's own metadata, so that they go where its XML goes and libvirt changes both in one step:
+They are listed in the domain's own metadata, so that they move with its XML and libvirt changes both in one step:
 
     <metadata><kept:branches xmlns:kept="..."><kept:branch snapshot="s1" file="/img/a-000002.vmdk"/></kept:branches>
 
-An entry lives for as long as its file does. It is only what `doctor` knows of the file: nothing is opened for it.
+An entry exists as long as its file. Only `doctor` uses it: nothing is opened for it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ NAMESPACE: Final = "urn:qemu-vmdk-snap:kept:1"
 
 
 def kept_branches(domain_xml: str) -> dict[Path, str]:
-    """Return each kept file, and the snapshot that the domain went back to then."""
+    """Return each kept file, and the snapshot that the domain was reverted to."""
     entries = root_of(domain_xml).iterfind(f"./metadata/{{{NAMESPACE}}}branches/{{{NAMESPACE}}}branch")
     return {Path(entry.get("file", "")): entry.get("snapshot", "") for entry in entries}
 
 
 def with_kept_branches(domain_xml: str, kept: Mapping[Path, str]) -> str:
-    """Return the XML that tells of these files and of no others; the rest of it stays byte for byte."""
+    """Return the XML with exactly these files listed; the rest of it stays byte for byte."""
     raw = domain_xml.encode()
     for start, end in reversed(_ours(raw)):
         raw = raw[:start] + raw[end:]
@@ -43,7 +43,7 @@ def with_kept_branches(domain_xml: str, kept: Mapping[Path, str]) -> str:
 
 
 def _ours(raw: bytes) -> list[tuple[int, int]]:
-    # libvirt keeps the prefix as we wrote it; a name is that of our element only with our namespace inside.
+    # libvirt keeps the prefix as it was written; the element is ours only if it has our namespace.
     found = spans(raw, ["domain", "metadata", "kept:branches"])
     return [(start, end) for start, end in found if NAMESPACE.encode() in raw[start:end]]
 

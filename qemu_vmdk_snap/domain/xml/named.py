@@ -16,7 +16,7 @@ class NamedFile(NamedTuple):
 
     path: Path
     raw: bool
-    """Whether the XML says that it is raw: it needs no other file, whatever it contains."""
+    """Whether its format is raw in the XML: then it needs no other file, whatever it contains."""
 
 
 class NamedChain(NamedTuple):

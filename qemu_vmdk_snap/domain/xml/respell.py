@@ -1,4 +1,4 @@
-"""Spelling the chain of a disk anew, in the XML of a domain or of a snapshot, where it is not that of its files."""
+"""Writing the chain of a disk again, in the XML of a domain or of a snapshot, where it differs from its files."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Content:
         """Return the content of a raw image.
 
         Raises:
-            OSError, LockBusy: it cannot be read, or somebody writes it.
+            OSError, LockBusy: it cannot be read, or is open for writing.
         """
         with RawDisk(path) as disk:
             content = cls(disk.capacity)
@@ -100,7 +100,7 @@ class Content:
         return b"".join(pieces)
 
     def stretches(self) -> Iterator[tuple[int, int]]:
-        """Yield (offset, length) of what was written, in whole chunks of 64 KiB, each as long as it goes on."""
+        """Yield (offset, length) of what was written, in whole chunks of 64 KiB, each as long as possible."""
         start = end = 0
         for number in sorted(self._chunks):
             if number * _CHUNK != end and end > start:

@@ -1,4 +1,4 @@
-"""A raw image as what should be read: known content that somebody else keeps."""
+"""A raw image as the expected content."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RawReference:
         """Open it, locked as QEMU locks it.
 
         Raises:
-            OSError, LockBusy: it cannot be read, or somebody writes it.
+            OSError, LockBusy: it cannot be read, or is open for writing.
         """
         self._disk = RawDisk(path)
         self.capacity = self._disk.capacity

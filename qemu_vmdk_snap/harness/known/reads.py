@@ -71,7 +71,7 @@ class WrongContent(AssertionError):
         self.stored = stored
         """Where it comes from, or why that is not known."""
         self.engine = engine
-        """Whether the engine reads what was written; None where it cannot tell."""
+        """Whether the engine reads what was written; None where this is unknown."""
 
     def __str__(self) -> str:
         """Return what is wrong and where."""

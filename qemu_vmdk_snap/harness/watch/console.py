@@ -1,4 +1,4 @@
-"""The serial line of a QEMU of our own, with an eye on all else that tells how the guest is.
+"""The serial line of a QEMU of our own, together with all other signs of the guest's state.
 
 `expect` is pexpect's. While it waits it also looks at the firmware's debug console, at the events of the monitor, at
 the process, and at the guest's own time: whatever shows first that the pattern will never come ends the wait with a
@@ -33,6 +33,7 @@ PANICS: Final = (
     re.compile(rb"Kernel panic - not syncing[^\r\n]*"),
     re.compile(rb"No bootable device\.?"),
     re.compile(rb"Boot failed: not a bootable disk"),
+    re.compile(rb"BdsDxe: No bootable option or device was found"),
 )
 """What on the serial line means that the system will not come up."""
 
@@ -298,7 +299,7 @@ class Console(SpawnBase):  # type: ignore[type-arg]
 
 
 def bad_news(event: dict[str, Any]) -> str | None:
-    """Return why the guest will not go on after this event of the monitor, or None."""
+    """Return why the guest will not continue after this event of the monitor, or None."""
     name, data = event["event"], event.get("data", {})
     if name == "GUEST_PANICKED":
         return "the guest panicked"

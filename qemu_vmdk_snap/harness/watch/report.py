@@ -1,4 +1,4 @@
-"""What is told of a guest that failed: its consoles, QEMU's words, the monitor, the chain, and how to run it again."""
+"""The report of a guest that failed: its consoles, QEMU's output, the monitor, the chain, and how to run it again."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ class FailureReport:
     command: str
     """The command that boots the same again, by hand; the image is only read."""
     logs: Path
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types."""
+        return {field.name.replace("_", "-"): str(getattr(self, field.name)) for field in fields(self)}
 
     def __str__(self) -> str:
         """Return the whole report."""

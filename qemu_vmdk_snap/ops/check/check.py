@@ -1,15 +1,15 @@
-"""Check an image and the chain below it, reading only: everything that can be wrong short of the guest's own data."""
+"""Check an image and its backing chain, reading only: everything but the guest's own data."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qemu_vmdk_snap.chain.parent import MAX_DEPTH, find_parent
+from qemu_vmdk_snap.chain.parent import MAX_DEPTH, Descent, find_parent
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CorruptChain, FormatError, Unsupported
+from qemu_vmdk_snap.light import dataclass, replace
 from qemu_vmdk_snap.ops.check.findings import Finding, Findings, Severity
 from qemu_vmdk_snap.ops.check.runs import audit_runs
 from qemu_vmdk_snap.ops.check.tables import GrainCounts, TableAudit, audit_tables
@@ -39,19 +39,43 @@ class CheckReport:
     corruptions: int
     leaks: int
     findings: tuple[Finding, ...]
-    """The first of each kind, worst first; the counts tell of all."""
+    """The first of each kind, worst first; the counts include all."""
     total: int
     allocated: int
     fragmented: int
     compressed: int
     end: int
-    """Byte past the last part of `path` that is in use."""
+    """The byte after the last part of `path` that is in use."""
     depth: int
-    """Links that were looked at."""
+    """Links that were checked."""
     check_errors: int = 0
     """What could not be checked: a file that cannot be opened or read, a parent that is missing or not allowed."""
     repairable: int = 0
-    """Notes on what a repair puts in order, though nothing is wrong with the data."""
+    """Notes on values that a repair corrects, though the data is right."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types: the keys of `qemu-img check`, and the findings.
+
+        As in qemu-img, `corruptions` and `leaks` are there only if they are not 0.
+        """
+        answer: dict[str, object] = {
+            "image-end-offset": self.end,
+            "total-clusters": self.total,
+            "check-errors": self.check_errors,
+        }
+        if self.corruptions:
+            answer["corruptions"] = self.corruptions
+        if self.leaks:
+            answer["leaks"] = self.leaks
+        return answer | {
+            "allocated-clusters": self.allocated,
+            "fragmented-clusters": self.fragmented,
+            "compressed-clusters": self.compressed,
+            "filename": str(self.path),
+            "format": "vmdk",
+            "chain-depth": self.depth,
+            "findings": [finding.as_dict() for finding in self.findings],
+        }
 
 
 @dataclass(slots=True)
@@ -75,13 +99,13 @@ def check_image(
     lock: bool = True,
     on_progress: OnProgress = ignore,
 ) -> CheckReport:
-    """Check the tables of the image and how the links of its chain fit; `whole_chain` checks every link's tables.
+    """Check the tables of the image and whether the links of its chain fit; `whole_chain` checks every link's tables.
 
-    What is broken becomes a finding; nothing is written. Parents and extents are opened beside the
-    file that names them and below `trusted_dirs`; `resolver` takes the place of that rule.
+    What is broken becomes a finding; nothing is written. Parents and extents are opened beside the file that names them
+    and below `trusted_dirs`; `resolver` replaces that rule.
 
     Raises:
-        FormatError: `path` is no VMDK at all, or its descriptor cannot be read.
+        FormatError: `path` is not a VMDK image, or its descriptor cannot be read.
         Unsupported: an incompatible feature hides what the tables mean.
         LockBusy: another process writes one of the images.
         OSError: `path` cannot be read.
@@ -102,7 +126,7 @@ class _Checker:
         try:
             return self._run(path, whole_chain)
         finally:
-            for file in self._open_files:  # what is closed already stays closed
+            for file in self._open_files:  # what was closed before stays closed
                 file.close()
 
     def _run(self, path: Path, whole_chain: bool) -> CheckReport:
@@ -127,7 +151,7 @@ class _Checker:
         )
 
     def _note_pending(self, path: Path) -> None:
-        with contextlib.suppress(CorruptChain):  # another user's record says nothing about this image
+        with contextlib.suppress(CorruptChain):  # another user's record does not apply to this image
             for pending in pending_in(path.parent):
                 if pending.involves(path):
                     rule = f"must be finished: run `recover {path.parent}`"
@@ -136,17 +160,16 @@ class _Checker:
 
     def _follow(self, image: _Image, whole_chain: bool) -> int:
         """Check each parent and how it fits the link above; return how many links there are."""
-        seen = {image.path.resolve()}
-        depth = 1
+        descent, depth = Descent(), 1
+        descent.step(image.path)
         while (parent := self._parent_of(image)) is not None:
-            real = parent.resolve()
-            if real in seen or depth == MAX_DEPTH:
-                if real in seen:
-                    self._bad_hint(image, "must not come back to a link of the chain")
-                else:
-                    self._bad_hint(image, f"must end within {MAX_DEPTH} links", Severity.ERROR)
+            obstacle = descent.obstacle(parent)
+            if obstacle == "loop":
+                self._bad_hint(image, "must not lead to a link of the chain again")
                 break
-            seen.add(real)
+            if obstacle == "depth":
+                self._bad_hint(image, f"must end within {MAX_DEPTH} links", Severity.ERROR)
+                break
             depth += 1
             try:
                 below = self._open(parent)
@@ -204,7 +227,7 @@ class _Checker:
             self._findings.add(severity, image.path, at, "capacity", mine.sectors, rule)
 
     def _open(self, path: Path) -> _Image:
-        """Read the descriptor of `path`; what a normal open refuses and a check can go on from becomes a finding."""
+        """Read the descriptor of `path`; faults that a check can work with become findings."""
         file = self._opened(path)
         try:
             return self._read_image(file)
@@ -241,7 +264,7 @@ class _Checker:
         return file
 
     def _read_header(self, file: BlockFile) -> SparseExtentHeader:
-        """Return the header; raises FormatError for what leaves no table to look at."""
+        """Return the header; raises FormatError if no table can be found."""
         path = file.path
         header = SparseExtentHeader.parse(file.read_at(0, SECTOR_SIZE), path=path)
         if header.flags & HeaderFlag.NEWLINE_TEST and header.newline_probe != NEWLINE_PROBE:
@@ -280,7 +303,7 @@ class _Checker:
         if not descriptor.sectors:
             rule = "must give the disk at least one sector"
             self._findings.corrupt(image.path, descriptor.base, "extents", len(descriptor.extents), rule)
-        # A ddb.longContentID out of step says nothing: QEMU changes the CID alone.
+        # A ddb.longContentID that differs is not a fault: QEMU changes only the CID.
 
     def _check_extents(self, image: _Image) -> int:
         if image.header is not None:
@@ -315,7 +338,7 @@ class _Checker:
             self._findings.corrupt(image.path, at, "createType", descriptor.get("createType"), rule)
 
     def _check_extent(self, image: _Image, line: ExtentLine, total: int) -> int | None:
-        """Check one extent; return where its file ends, if its tables tell."""
+        """Check one extent; return where its file ends, if its tables show it."""
         if line.file is None or line.access == "NOACCESS":
             self._advance(sector_bytes(line.sectors), total)
             return None
@@ -329,7 +352,7 @@ class _Checker:
                 self._findings.unchecked(image.path, line.at, "extent", line.file, rule)
                 return None
             image.files.append(file)
-            cowd = file.read_at(0, 4) == COWD_MAGIC  # which may go under the word SPARSE too
+            cowd = file.read_at(0, 4) == COWD_MAGIC  # which may have the type SPARSE too
             if cowd and line.type in ("SPARSE", "VMFSSPARSE"):
                 return self._check_cowd(line, file, total)
             header = self._read_header(file) if line.type == "SPARSE" else None
@@ -359,7 +382,7 @@ class _Checker:
         end = self._audit(file, header, total).end
         used = byte_sectors(end)
         if used - header.free_sector >= header.grain_size:
-            # QEMU appends grains and leaves it: every reader, QEMU and our writer take the end of the file.
+            # QEMU appends grains and does not update it: every reader, QEMU and our writer use the end of the file.
             rule = f"must be past everything in use, at sector {used}, before ESXi writes to the extent"
             items = [(header.offset_of("free_sector"), header.free_sector, rule)]
             self._findings.repairable_many(file.path, "free_sector", items, 1)
@@ -372,7 +395,7 @@ class _Checker:
         return audit
 
     def _resolve_all(self, line: ExtentLine, file: BlockFile, total: int) -> int | None:
-        """Check a kind without redundant tables by having its reader go through all of it."""
+        """Check a kind without redundant tables by reading all of it."""
         extent = open_extent(ExtentSpec(line, file.path, file, False))
         self._counts.add(audit_runs(extent, file, self._findings, lambda length: self._advance(length, total)))
         return None
@@ -383,7 +406,7 @@ class _Checker:
 
 
 def _reason(error: Exception) -> str:
-    """Return what to say of an error beside the name that the finding has already."""
+    """Return the reason of an error, without the name that the finding has already."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return error.reason if isinstance(error, CorruptChain) else str(error)

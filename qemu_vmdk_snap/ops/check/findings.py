@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.light import dataclass
 
 LISTED: Final = 50
 """Findings of one field in one file that are listed one by one; the rest is only counted."""
@@ -22,7 +22,7 @@ class Severity(StrEnum):
     CORRUPTION = "corruption"
     """What the guest reads is wrong or in doubt, or a later write may destroy data."""
     ERROR = "error"
-    """Something could not be checked: it says nothing about the data."""
+    """Something could not be checked; this says nothing about the data."""
     LEAK = "leak"
     """Space that nothing refers to: waste, no harm."""
     NOTE = "note"
@@ -46,7 +46,7 @@ class Finding:
     def __str__(self) -> str:
         return f"{self.path}: byte {self.offset:#x}: {self.field} = {self.value!r}: {self.rule}"
 
-    def as_json(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, object]:
         """Return the finding with JSON's own types."""
         value = self.value if isinstance(self.value, int | str | None) else repr(self.value)
         return {
@@ -68,7 +68,7 @@ class Findings:
         self._counts: Counter[Severity] = Counter()
         self._per_field: Counter[tuple[Path, str]] = Counter()
         self.repairable = 0
-        """How many notes tell of what a repair puts in order, though nothing is wrong with the data."""
+        """How many notes are on values that a repair corrects, though the data is right."""
 
     def add(
         self, severity: Severity, path: Path, offset: int, field: str, value: object, rule: str, count: int = 1
@@ -85,7 +85,7 @@ class Findings:
         self.add(Severity.CORRUPTION, path, offset, field, value, rule, count)
 
     def broken(self, error: FormatError) -> None:
-        """Note what the parser refused."""
+        """Add what the parser refused."""
         self.corrupt(error.path, error.offset, error.field, error.value, error.rule)
 
     def unchecked(self, path: Path, offset: int, field: str, value: object, rule: str) -> None:
@@ -97,7 +97,7 @@ class Findings:
         self._add_many(Severity.CORRUPTION, path, field, items, count)
 
     def repairable_many(self, path: Path, field: str, items: Iterable[tuple[int, object, str]], count: int) -> None:
-        """Note `count` values that are no damage, and that a repair or the next writer puts in order."""
+        """Note `count` values that are not damage, and that a repair or the next writer corrects."""
         self._add_many(Severity.NOTE, path, field, items, count)
         self.repairable += count
 

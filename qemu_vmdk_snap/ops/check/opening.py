@@ -1,4 +1,4 @@
-"""The one way in which a repair, and its taking back, open a file that they write, and read its descriptor."""
+"""How a repair, and undoing it, opens a file that it writes and reads its descriptor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, Descriptor
 from qemu_vmdk_snap.vmdk.sparse.header import MAGIC, SparseExtentHeader
 
 
-def open_for_change(path: Path, opener: FileOpener, *, writable: bool = True) -> BlockFile:
-    """Return the file, open and locked as QEMU locks it; read-only where `writable` says so.
+def open_file_for_change(path: Path, opener: FileOpener, *, writable: bool = True) -> BlockFile:
+    """Return the file, open and locked as QEMU locks it; read-only unless `writable` is set.
 
     Raises:
         LockBusy: another process has it open.
@@ -27,7 +27,7 @@ def descriptor_of(file: BlockFile) -> Descriptor:
     """Return the descriptor of an image, whatever else is wrong with its header.
 
     Raises:
-        FormatError: there is none: the file is an extent, or it is no descriptor at all.
+        FormatError: there is none: the file is an extent, or not a descriptor.
     """
     raw = file.read_at(0, SECTOR_SIZE)
     if raw[:4] == COWD_MAGIC:

@@ -1,4 +1,4 @@
-"""What has to be written so that the parentCID of every link of a chain is the CID of its parent."""
+"""The changes that make the parentCID of every link of a chain the CID of its parent."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import contextlib
 from pathlib import Path
 
 from qemu_vmdk_snap.chain.identity import fitting_parent
-from qemu_vmdk_snap.chain.parent import MAX_DEPTH, find_parent
+from qemu_vmdk_snap.chain.parent import Descent, find_parent
 from qemu_vmdk_snap.chain.resolver import Resolver, check_opened
 from qemu_vmdk_snap.errors import Unsupported
-from qemu_vmdk_snap.ops.check.opening import descriptor_of, open_for_change
+from qemu_vmdk_snap.ops.check.opening import descriptor_of, open_file_for_change
 from qemu_vmdk_snap.ops.check.repair_plan import ExtentPlan
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
@@ -26,16 +26,16 @@ def plan_relinks(
 
     Raises:
         CorruptChain: a parent is missing or may not be opened.
-        FormatError, Unsupported: a descriptor cannot be read, or does not hold a longer parentCID.
+        FormatError, Unsupported: a descriptor cannot be read, or has no room for a longer parentCID.
         LockBusy: another process has a link open.
     """
     changed: list[Path] = []
     link, plan = plans[0].file, plans[0]
-    seen = {link.path.resolve()}
-    while (parent := _parent_of(link, resolver)) is not None and len(seen) < MAX_DEPTH:
-        if parent.resolve() in seen:
-            break  # the check has found the loop
-        seen.add(parent.resolve())
+    descent = Descent()
+    descent.step(link.path)
+    while (parent := _parent_of(link, resolver)) is not None:
+        if descent.obstacle(parent) is not None:
+            break  # the check has found it
         below, fits = _opened(link, parent, resolver, opener)
         stack.callback(below.close)
         theirs, mine = descriptor_of(below), descriptor_of(link)
@@ -54,7 +54,7 @@ def _parent_of(link: BlockFile, resolver: Resolver) -> Path | None:
 
 def _opened(child: BlockFile, path: Path, resolver: Resolver, opener: FileOpener) -> tuple[BlockFile, bool]:
     """Return a parent, open, and whether its own parentCID fits: what does not change is opened for reading."""
-    file = open_for_change(path, opener, writable=False)
+    file = open_file_for_change(path, opener, writable=False)
     try:
         check_opened(resolver, child.path, file, "parent")
         fits = _fits(file, resolver, opener)
@@ -64,7 +64,7 @@ def _opened(child: BlockFile, path: Path, resolver: Resolver, opener: FileOpener
     if fits:
         return file, True
     file.close()
-    file = open_for_change(path, opener)
+    file = open_file_for_change(path, opener)
     try:
         check_opened(resolver, child.path, file, "parent")
     except BaseException:

@@ -1,8 +1,8 @@
-"""Repair what a check finds, after everything that it replaces is durable in an undo file.
+"""Repair what a check finds, once everything that is replaced is durable in an undo file.
 
-A repair that does not end is taken back from that file (`ops.check.undo` has its layout); the user can do the same
-later. A repair, and its taking back, is an operation with a record: killed at any point, `recover` takes it
-back, from the beginning, as often as it needs to.
+A repair that does not end is undone with that file (`ops.check.undo` has its layout); the user can do the same
+later. A repair, and undoing one, is an operation with a record: if it is killed at any point, `recover` undoes it,
+from the beginning, as often as needed.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CorruptChain, Unsupported
+from qemu_vmdk_snap.light import dataclass, replace
 from qemu_vmdk_snap.ops.check.check import CheckReport, check_image
-from qemu_vmdk_snap.ops.check.opening import open_for_change
+from qemu_vmdk_snap.ops.check.opening import open_file_for_change
 from qemu_vmdk_snap.ops.check.relink import plan_relinks
 from qemu_vmdk_snap.ops.check.repair_plan import Copied, ExtentPlan, ExtentRepair
 from qemu_vmdk_snap.ops.check.shape import shape_of
@@ -55,6 +55,25 @@ class RepairReport:
     relinked: tuple[Path, ...] = ()
     """The links whose parentCID was made the CID of their parent, the top first."""
 
+    @property
+    def corruptions_fixed(self) -> int:
+        """How many corruptions were repaired."""
+        return max(0, self.before.corruptions - self.after.corruptions)
+
+    @property
+    def leaks_fixed(self) -> int:
+        """How many leaked grains were freed."""
+        return max(0, self.before.leaks - self.after.leaks)
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the keys that `image check -r --output=json` adds to those of the check."""
+        answer: dict[str, object] = {"corruptions-fixed": self.corruptions_fixed, "leaks-fixed": self.leaks_fixed}
+        if self.undo is not None:
+            answer["undo-file"] = str(self.undo)
+        if self.relinked:
+            answer["relinked"] = [str(link) for link in self.relinked]
+        return answer
+
 
 def repair(
     path: Path | str,
@@ -69,9 +88,9 @@ def repair(
 ) -> RepairReport:
     """Repair the tables of the image, and return what a check says before and after.
 
-    `leaks_only` gives back leaked space and changes nothing else; it does nothing while there are corruptions. (Entries
+    `leaks_only` frees leaked space and changes nothing else; it does nothing while there are corruptions. (Entries
     that one copy of the tables lacks are added in any case.) `relink_cids` also makes the parentCID of each link of the
-    chain the CID of its parent: only the user can know that the parents hold what they did. `undo` is where the undo
+    chain the CID of its parent: only the user can know that the parents are unchanged. `undo` is where the undo
     file goes: by default beside the image, NAME.undo.
 
     Raises:
@@ -84,7 +103,7 @@ def repair(
     path, find = Path(path), resolver or confined(trusted_dirs)
     settle(path.parent, opener=opener)
     before = check_image(path, resolver=find, opener=opener, on_progress=on_progress)
-    # Space that one copy of the tables alone names is in use: where entries are missing, they are added first.
+    # Space that only one copy of the tables names is in use: missing entries are added first.
     repairing = before.repairable > 0 if leaks_only else before.corruptions + before.repairable > 0
     if (leaks_only and (before.corruptions or not before.leaks)) or not (repairing or before.leaks):
         return RepairReport(before, before, None)
@@ -108,7 +127,7 @@ def _carry_out(path: Path, plans: list[ExtentPlan], record: Path) -> None:
         try:
             operation.begin()
         except BaseException:
-            record.unlink()  # nothing has changed, and the next repair wants the name
+            record.unlink()  # nothing has changed, and the next repair needs the name
             raise
         for plan in plans:
             _apply(plan)
@@ -116,10 +135,10 @@ def _carry_out(path: Path, plans: list[ExtentPlan], record: Path) -> None:
 
 
 def take_back(undo: Path | str, *, trusted_dirs: Sequence[Path | str] = (), opener: FileOpener = open_posix) -> None:
-    """Put everything back that a repair replaced, from its undo file.
+    """Undo a repair: restore everything that it replaced from its undo file.
 
     Everything is checked, and every image locked, before the first write. Images outside the undo file's folder are
-    written in `trusted_dirs` alone. Killed at any point, it can be asked for again, and `recover` finishes it.
+    written only in `trusted_dirs`. If it is killed at any point, it can be called again, and `recover` finishes it.
 
     Raises:
         CorruptChain: the undo file is damaged or another user's, an image is not the one that was repaired or was
@@ -149,10 +168,10 @@ def take_back(undo: Path | str, *, trusted_dirs: Sequence[Path | str] = (), open
 def _begun(
     undo: UndoFile, images: Sequence[Path], allowed: Sequence[Path | str], stack: contextlib.ExitStack
 ) -> Operation | None:
-    """Return the repair with this undo file, or its taking back, that has begun and not ended; `stack` holds it.
+    """Return the unfinished repair with this undo file, or the unfinished undoing of it; `stack` holds its lock.
 
     Raises:
-        CorruptChain: another operation on one of the images has, or its record is not to be followed.
+        CorruptChain: another operation on one of the images is not finished, or the record cannot be followed.
         LockBusy: it is still running.
     """
     found: Operation | None = None
@@ -179,9 +198,9 @@ def _is_same(one: object, undo: Path) -> bool:
 
 
 def finish_repair(operation: Operation, opener: FileOpener) -> None:
-    """Take back a repair that somebody else began: it can then be asked for again.
+    """Undo a repair that another process began; it can then be repeated.
 
-    An undo file that is gone says that all was taken back: it is removed last, before the record.
+    If the undo file is gone, everything was undone: it is removed last, before the record.
 
     Raises:
         CorruptChain: the undo file does not fit the images of the record, or one of them was written since.
@@ -194,7 +213,7 @@ def finish_repair(operation: Operation, opener: FileOpener) -> None:
     with UndoFile.open(undo) as record, record.opened(opener, folders_of(operation)) as files:
         for file in files:
             if not operation.involves(file.path):
-                raise CorruptChain(operation.path, f"does not tell of {file.path}, which {undo} would change")
+                raise CorruptChain(operation.path, f"does not name {file.path}, which {undo} would change")
         record.check_cids(files)
         record.restore(files)
     undo.unlink()
@@ -202,7 +221,7 @@ def finish_repair(operation: Operation, opener: FileOpener) -> None:
 
 
 def _plan(file: BlockFile, *, repairing: bool) -> ExtentPlan:
-    """Return what is to be written into one file: a descriptor, or an extent."""
+    """Return the changes to one file: a descriptor, or an extent."""
     raw = file.read_at(0, SECTOR_SIZE)
     if raw[:4] == COWD_MAGIC:
         return _plan_cowd(file, repairing=repairing)
@@ -233,14 +252,14 @@ def _plan_cowd(file: BlockFile, *, repairing: bool) -> ExtentPlan:
 
 
 def _files(path: Path, resolver: Resolver, opener: FileOpener, stack: contextlib.ExitStack) -> Iterator[BlockFile]:
-    file = open_for_change(path, opener)
+    file = open_file_for_change(path, opener)
     stack.callback(file.close)
     yield file
     if not is_descriptor(file.read_at(0, SECTOR_SIZE)):
         return
     for line in Descriptor.parse(file.read_at(0, MAX_BYTES), path=path).extents:
         if line.file is not None and line.type in ("SPARSE", "VMFSSPARSE"):
-            extent = open_for_change(resolver(path, line.file, "extent"), opener)
+            extent = open_file_for_change(resolver(path, line.file, "extent"), opener)
             stack.callback(extent.close)
             yield extent
 

@@ -1,11 +1,11 @@
-"""What has to be written to repair the tables of one hosted sparse or COWD extent; nothing is written here.
+"""Plans the changes that repair the tables of one hosted sparse or COWD extent; nothing is written here.
 
-The good copy of a table entry wins; an entry that is good in neither copy becomes 0 (the parent, or zeros, answers). A
-directory that lies outside the file is rebuilt, with its tables, from the other one. Of grains that share a place,
-the first in guest order keeps it and the others get copies. Grains at the end of the file move into gaps that nothing
-names, so that the end can be cut.
+The valid copy of a table entry wins; an entry that is valid in neither copy becomes 0 (the parent, or zeros). A
+directory outside the file is rebuilt, with its tables, from the other one. Of grains that share a place, the first in
+guest order keeps it and the others get copies. Grains at the end of the file move into gaps that no table names, so
+that the end can be cut off.
 
-Memory: some 60 bytes for each allocated grain, and the tables that change. Tables that are holes of the file take
+Memory: about 60 bytes for each allocated grain, and the tables that change. Tables that are holes of the file take
 neither memory nor time, and new ones that contain only zeros stay holes.
 """
 
@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Final, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.light import dataclass, field, replace
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.ops.check.shape import TableShape
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import byte_sectors, round_up, sector_bytes
@@ -27,13 +25,16 @@ from qemu_vmdk_snap.vmdk.grain.extent import MAX_FILE_SECTORS
 from qemu_vmdk_snap.vmdk.grain.tables import Entries, read_directory, read_tables, used_entries
 from qemu_vmdk_snap.vmdk.runs import Int64s
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Bools = npt.NDArray[np.bool_]
+
 _TABLES_AT_ONCE: Final = 2048
 _MAX_MADE: Final = 1 << 20
-"""Tables that a repair rebuilds in any file; in a large file as many as it has room for."""
+"""How many tables a repair rebuilds in any file; in a large file as many as it has room for."""
 _MAX_SHARED: Final = 1 << 21
-"""Sectors that grains with a shared place may take in any file (1 GiB); in a large file as many as it has."""
-
-Bools = npt.NDArray[np.bool_]
+"""How many sectors grains with a shared place may need in any file (1 GiB); in a large file as many as it has."""
 
 
 class Copied(NamedTuple):
@@ -53,11 +54,11 @@ class ExtentPlan:
     blanks: list[tuple[int, int]] = field(default_factory=list)
     """(byte, length) of space that nothing names, and that becomes zeros: new tables go there."""
     fresh: list[tuple[int, bytes]] = field(default_factory=list)
-    """What new tables and directories contain but for zeros."""
+    """What new tables and directories contain besides zeros."""
     patches: list[tuple[int, bytes]] = field(default_factory=list)
-    """What replaces something in use: tables, directories."""
+    """Changes to what is in use: tables, directories."""
     kept: list[tuple[int, int]] = field(default_factory=list)
-    """(byte, length) of what is named by no patch, and is to be brought back by an undo all the same."""
+    """(byte, length) of what no patch changes, and an undo must restore nevertheless."""
     end: int = 0
     """The length of the file afterwards."""
     gd_offset: int = 0
@@ -120,7 +121,7 @@ class _Copy:
             self.usable &= ~self.over(start, length)
 
     def _refuse_too_many(self) -> None:
-        """Refuse a capacity that needs far more tables than there are: it is what is damaged."""
+        """Refuse a capacity that needs far more tables than there are: then the capacity is damaged."""
         shape, size = self.shape, self.file.size()
         limit = max(_MAX_MADE, byte_sectors(size) // shape.gt_sectors)
         if shape.on_demand or shape.gd_entries <= limit:
@@ -135,24 +136,24 @@ class _Copy:
             raise Unsupported(self.file.path, f"{feature}: the header cannot be repaired")
 
     def over(self, start: int, sectors: int) -> Bools:
-        """Return which tables lie over the stretch."""
+        """Return which tables overlap the range."""
         return (self.directory < start + sectors) & (self.directory + self.shape.gt_sectors > start)
 
     def tables_over(self, places: Int64s) -> Int64s:
-        """Return how many of the usable tables each table at `places` would lie over."""
+        """Return how many of the usable tables each table at `places` would overlap."""
         starts = np.sort(self.directory[self.usable])
         length = self.shape.gt_sectors
         return np.searchsorted(starts, places + length, "left") - np.searchsorted(starts, places - length, "right")
 
     def give_up(self) -> None:
-        """Take the directory for lost: what the header names is something else."""
+        """Treat the directory as lost: the header names something else."""
         self.lost = True
         self.directory[:] = 0
         self.usable[:] = False
 
     @property
     def wanting(self) -> Bools:
-        """Which tables are to be rebuilt: in a kind that makes them on demand, those alone that an entry names."""
+        """Which tables are rebuilt: in a kind that makes them on demand, only those that an entry names."""
         return ~self.usable & (self.directory > 0) if self.shape.on_demand else ~self.usable
 
     def read(self, first: int, last: int) -> Entries:
@@ -166,7 +167,7 @@ class ExtentRepair:
     """Works out the plan of one extent."""
 
     def __init__(self, file: BlockFile, shape: TableShape) -> None:
-        # Grains that begin past the end of the file: a damaged number, by which the file would grow to it.
+        # Grains that begin past the end of the file: the number is damaged, and the file would grow to it.
         start = min(shape.used.start, byte_sectors(file.size()))
         shape = replace(shape, used=range(start, shape.used.stop))
         self._file, self._shape = file, shape
@@ -191,7 +192,7 @@ class ExtentRepair:
         self._split_to: dict[int, int] = {}
 
     def plan(self, *, repairing: bool) -> ExtentPlan:
-        """Return what to write to give back leaked space, and, if `repairing`, before that to repair what is wrong.
+        """Return the changes that free leaked space and, if `repairing`, first repair the faults.
 
         Raises:
             Unsupported: what has to be copied would not fit into the file.
@@ -211,7 +212,7 @@ class ExtentRepair:
                     plan.patches.append((sector_bytes(int(copy.directory[table])), entries.astype("<u4").tobytes()))
         plan.blanks = [(sector_bytes(made.place), sector_bytes(made.length)) for made in self._made]
         plan.fresh = [piece for made in self._made for piece in made.content(self._tables, self._shape)]
-        # What leaks alone held is given up; of the grains that move the place may be cut off.
+        # Leaked space is freed; the old place of grains that move may be cut off.
         plan.kept = list(self._lost()) if repairing else [(copied.source, copied.length) for copied in plan.copies]
         plan.gd_offset = self._primary.gd_offset
         plan.rgd_offset = None if self._redundant is None else self._redundant.gd_offset
@@ -223,7 +224,7 @@ class ExtentRepair:
         return max(int(self._meta[1][-1]), self._shape.used.start, *made)
 
     def _doubt_directories(self) -> None:
-        """Find out whether the header names something else as a directory; of two the one with fewer tables is wrong.
+        """Find header fields that name something other than a directory; of two the one with fewer tables is wrong.
 
         Raises:
             FormatError: it does so for each copy.
@@ -235,9 +236,9 @@ class ExtentRepair:
         *worse, better = sorted(self._copies, key=lambda copy: int(np.count_nonzero(copy.usable)))
         for copy in worse:
             over = _overlap(copy.gd_offset, shape.gd_sectors, better.gd_offset, shape.gd_sectors)
-            if not copy.usable.all():  # else it is a directory, and what lies over it is none of its tables
+            if not copy.usable.all():  # else it is a directory, and what overlaps it is not one of its tables
                 over |= bool((better.over(copy.gd_offset, shape.gd_sectors) & better.usable).any())
-            # In front of the grains a directory is where it was laid out, however little of it is left.
+            # Before the grains a directory is at its original place, however little of it is left.
             few = 2 * np.count_nonzero(copy.usable) < np.count_nonzero(better.usable)
             if over or (few and copy.gd_offset >= shape.used.start):
                 copy.give_up()
@@ -246,10 +247,10 @@ class ExtentRepair:
             raise FormatError(self._file.path, shape.gd_field, "gd_offset", self._primary.gd_offset, rule)
 
     def _set_aside_overlapping(self) -> None:
-        """Let no table be used that lies over a directory or another table.
+        """Exclude tables that overlap a directory or another table.
 
-        Of tables that lie over one another those go that have a twin in the other copy; else the first one stays. Where
-        the two copies clash, and one of them has more wrong with it, nothing of the other goes.
+        Of tables that overlap, those with a twin in the other copy are excluded; else the first one stays. Where
+        the two copies overlap, and one of them has more faults, nothing of the other is excluded.
         """
         shape = self._shape
         for copy in self._copies:
@@ -274,7 +275,7 @@ class ExtentRepair:
                     kept.insert(after, sector)
 
     def _lost(self) -> Iterator[tuple[int, int]]:
-        """Yield what is overwritten or cut off, though nothing names it: it may be what a damaged entry has named."""
+        """Yield what is overwritten or cut off although nothing names it: a damaged entry may have named it."""
         plan, size = self._plan, self._file.size()
         yield from ((copied.target, copied.length) for copied in plan.copies)
         yield from plan.blanks
@@ -298,7 +299,7 @@ class ExtentRepair:
         return starts[order], np.maximum.accumulate(ends[order])
 
     def _good(self, entries: Entries) -> npt.NDArray[np.bool_]:
-        """Return which entries are 0, the mark of zeros, or a grain in the file that lies over no metadata."""
+        """Return which entries are 0, the mark of zeros, or a grain in the file, outside the metadata."""
         places = entries.astype(np.int64)
         starts, ends = self._meta
         before = np.searchsorted(starts, places + self._step, "left") - 1
@@ -335,8 +336,8 @@ class ExtentRepair:
     def _better(self, primary: Entries, redundant: Entries, first: int, named: Int64s) -> Entries:
         good = self._good(primary) & self._primary.usable[first : first + len(primary), None]
         other = np.where(self._good(redundant), redundant, 0)
-        # A primary 0 whose redundant twin names a grain that nobody else has: the writer died between the two.
-        # So it did between 0 and the mark of zeros, and between that mark and a grain.
+        # A primary 0 whose redundant twin names a grain that no other entry has: the writer died between the two.
+        # The same holds for 0 and the mark of zeros, and for that mark and a grain.
         near = np.searchsorted(named, other.astype(np.int64) - self._step, "right")
         alone = np.ones(other.shape, bool)
         if len(named):
@@ -357,7 +358,7 @@ class ExtentRepair:
         return np.sort(np.concatenate(found))
 
     def _remember(self, first: int, primary: Entries, redundant: Entries, chosen: Entries) -> None:
-        """Keep the tables that have to be written: in one of the copies they are not what they shall be."""
+        """Keep the tables that must be written: in one of the copies they differ from the result."""
         wrong = (primary != chosen).any(axis=1)
         if self._redundant is not None:
             wrong |= (redundant != chosen).any(axis=1)
@@ -365,7 +366,7 @@ class ExtentRepair:
             self._tables[first + row] = chosen[row].copy()
 
     def _split(self, grains: Int64s, sectors: Int64s) -> Int64s:
-        """Give every grain that lies over another one a copy of its own, past the end of the file."""
+        """Give every grain that overlaps another one a copy of its own, past the end of the file."""
         order = np.lexsort((grains, sectors))
         over = np.zeros(len(order) + 1, bool)
         over[1:-1] = np.diff(sectors[order]) < self._step
@@ -403,7 +404,7 @@ class ExtentRepair:
         return place
 
     def _free(self, sectors: Int64s) -> list[tuple[int, int]]:
-        """Return the stretches of the part in use that nothing names and that hold a grain; not the file's end."""
+        """Return the free ranges inside the part in use that have room for a grain; not the file's end."""
         made = np.array([(one.place, one.place + one.length) for one in self._made], np.int64).reshape(-1, 2)
         starts = np.concatenate([self._meta[0], sectors, made[:, 0]])
         ends = np.concatenate([self._meta[1], sectors + self._step, made[:, 1]])
@@ -414,7 +415,7 @@ class ExtentRepair:
         return list(zip(after[wide].tolist(), starts[1:][wide].tolist(), strict=True))
 
     def _replace_tables(self) -> None:
-        """Find room for tables that cannot be used, and for a directory that is lost, where nothing is."""
+        """Find free room for tables that cannot be used, and for a directory that is lost."""
         shape = self._shape
         for copy in self._copies:
             wanting = np.flatnonzero(copy.wanting)
@@ -433,7 +434,7 @@ class ExtentRepair:
                 self._plan.patches.append((at + 4 * int(tables[0]), sectors.tobytes()))
 
     def _reclaim(self, grains: Int64s, sectors: Int64s) -> None:
-        """Move grains from the end into gaps while that lets the file end sooner; then say where it ends."""
+        """Move grains from the end into gaps as long as this shortens the file; then set its length."""
         end = self._fixed_end()
         order = np.argsort(sectors)
         left = len(order)
@@ -452,7 +453,7 @@ class ExtentRepair:
 
     def _move(self, grain: int, sector: int, place: int) -> None:
         source, target = sector_bytes(sector), sector_bytes(place)
-        if source in self._split_to:  # it was to be a copy anyway: straight to its last place
+        if source in self._split_to:  # it is copied anyway: directly to its last place
             number = self._split_to.pop(source)
             self._plan.copies[number] = self._plan.copies[number]._replace(target=target)
         else:

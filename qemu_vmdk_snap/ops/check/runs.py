@@ -1,17 +1,16 @@
-"""Checks the kinds of extent that have one copy of their tables, by way of the runs that their reader finds.
+"""Checks the kinds of extent that have one copy of their tables, through the runs that their reader finds.
 
-Looked for: what the reader refuses, stored runs that share bytes of the file, and compressed grains that do not inflate
-or say that they belong elsewhere.
+Checked: what the reader refuses, stored runs that share bytes of the file, and compressed grains that do not inflate
+or have another sector in their record.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from qemu_vmdk_snap.chain.windows import extent_windows
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.ops.check.findings import Findings
 from qemu_vmdk_snap.ops.check.tables import GrainCounts
 from qemu_vmdk_snap.storage.blockfile import BlockFile
@@ -23,7 +22,7 @@ from qemu_vmdk_snap.vmdk.stream.footer import GRAIN_RECORD
 
 
 def audit_runs(extent: Extent, file: BlockFile, findings: Findings, on_bytes: Callable[[int], None]) -> GrainCounts:
-    """Add what is wrong with the extent to `findings`; `on_bytes` hears how many bytes of the disk each window had."""
+    """Add what is wrong with the extent to `findings`; `on_bytes` is called with the number of bytes of each window."""
     unit = extent.grain_bytes
     grains = unit < extent.capacity
     counts = GrainCounts(total=-(-extent.capacity // unit) if grains else 0)

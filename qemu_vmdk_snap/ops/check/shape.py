@@ -1,9 +1,8 @@
-"""What a check and a repair of tables must know of a header, the same for a hosted sparse extent and for COWD."""
+"""What a check and a repair of tables need from a header, the same for hosted sparse and COWD extents."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.units import byte_sectors
 from qemu_vmdk_snap.vmdk.cowd.header import HEADER_BYTES, CowdHeader
 from qemu_vmdk_snap.vmdk.runs import Int64s
@@ -25,13 +24,13 @@ class TableShape:
     rgd_offset: int | None
     """None where there is no second copy of the tables."""
     fixed: tuple[tuple[int, int], ...]
-    """(sector, sectors) of the metadata that are no directories and tables."""
+    """(sector, sectors) of the metadata besides directories and tables."""
     lowest: int
     """The smallest table entry that is a place."""
     on_demand: bool
     """Whether tables may be missing."""
     used: range
-    """Where what nothing names is lost, but for what `first_use` leaves out."""
+    """From which sector on unnamed space is leaked, except what `first_use` leaves out."""
 
     @property
     def gd_sectors(self) -> int:
@@ -39,21 +38,21 @@ class TableShape:
         return byte_sectors(self.gd_entries * 4)
 
     def first_use(self, tables: Int64s) -> int:
-        """Return the sector before which nothing is lost, though nothing names it; `tables` are the places of all."""
+        """Return the sector before which unnamed space is not leaked; `tables` are the places of all."""
         if not self.on_demand:
             return self.used.start
-        return int(tables.min(initial=self.used.stop))  # a directory that has moved leaves its place before them
+        return int(tables.min(initial=self.used.stop))  # a directory that was moved leaves free space before them
 
 
 def shape_of(header: SparseExtentHeader | CowdHeader) -> TableShape:
-    """Return the shape that a header, checked already, tells of."""
+    """Return the shape from a header that was checked before."""
     if isinstance(header, CowdHeader):
         fixed: tuple[tuple[int, int], ...] = ((0, byte_sectors(HEADER_BYTES)),)
         entries, redundant, lowest = header.tables, None, 1
-        # ESXi makes the file longer in large steps: past the sectors in use nothing is lost yet.
+        # ESXi extends the file in large steps: past the sectors in use nothing is leaked.
         used = range(0, header.free_sector)
     else:
-        # Without a descriptor its size says nothing, whatever it is.
+        # Without a descriptor its size has no meaning.
         text = header.descriptor_size if header.descriptor_offset else 0
         fixed = ((0, 1), (header.descriptor_offset, text))
         entries, redundant = header.gd_entries, header.rgd_offset if header.redundant else None

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Final
 
-import numpy as np
-
+from qemu_vmdk_snap.light import dataclass, field
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.vmdk.runs import Int64s
 
 _FOLD_AT: Final = 1 << 20
-"""Stretches that are held before those that share places become one: a damaged table may repeat one place."""
+"""How many stretches are collected before those that share places are joined: a damaged table may repeat one place."""
 _EXACT_GRAINS: Final = 1 << 22
-"""Grains up to which shared places are told one by one."""
+"""Up to how many grains shared places are reported one by one."""
 _NONE: Final = np.zeros(0, np.int64)
 
 
@@ -23,7 +22,7 @@ class Stretches:
     step: int
     """Sectors of a grain."""
     shared: list[Int64s] = field(default_factory=list)
-    """Sectors of grains that lie over another one; of very many the first of each stretch alone."""
+    """Sectors of grains that overlap another one; of very many only the first of each stretch."""
     shared_count: int = 0
     _parts: list[tuple[Int64s, Int64s]] = field(default_factory=list)
     _held: int = 0

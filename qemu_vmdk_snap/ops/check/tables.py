@@ -1,7 +1,7 @@
 """Checks the grain tables of one hosted sparse or COWD extent, as whole arrays.
 
-Looked for: a directory entry that is 0 (normal in COWD), outside the file or inside something else; a grain table entry
-that lies beyond the end of the file, inside the metadata, or shares its grain with another; primary and redundant
+Checked: a directory entry that is 0 (normal in COWD), outside the file or inside something else; a grain table entry
+that is past the end of the file, inside the metadata, or shares its grain with another; primary and redundant
 copies that differ; grains of the file that no entry names. Entries that one copy lacks, as a power cut between the two
 leaves it, are notes.
 
@@ -12,12 +12,10 @@ follow one another in the file. Tables that are holes of the file take no time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
-import numpy.typing as npt
-
+from qemu_vmdk_snap.light import dataclass, field
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.ops.check.findings import LISTED, Findings, Severity
 from qemu_vmdk_snap.ops.check.shape import TableShape, shape_of
 from qemu_vmdk_snap.ops.check.stretches import Stretches
@@ -29,6 +27,9 @@ from qemu_vmdk_snap.vmdk.runs import Int64s
 from qemu_vmdk_snap.vmdk.sparse.copies import Comparison
 from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 _TABLES_AT_ONCE: Final = 2048
 
 _NONE: Final = np.zeros(0, np.int64)
@@ -36,7 +37,7 @@ _NONE: Final = np.zeros(0, np.int64)
 
 @dataclass(slots=True)
 class GrainCounts:
-    """What the tables of an extent add up to, in grains."""
+    """Counts over the tables of an extent, in grains."""
 
     total: int = 0
     allocated: int = 0
@@ -54,11 +55,11 @@ class GrainCounts:
 
 @dataclass(frozen=True, slots=True)
 class TableAudit:
-    """What `audit_tables` read: what a repair needs again, so that nothing is worked out twice."""
+    """What `audit_tables` found and a repair needs again."""
 
     counts: GrainCounts
     end: int
-    """Byte past the last grain or table that is in use."""
+    """The byte after the last grain or table that is in use."""
     leaks: list[tuple[int, int]] = field(default_factory=list)
     """(first sector, sectors) of each stretch that nothing refers to."""
     shared: Int64s = field(default_factory=lambda: _NONE)
@@ -71,7 +72,7 @@ def audit_tables(
     findings: Findings,
     on_grains: Callable[[int], None],
 ) -> TableAudit:
-    """Add what is wrong with the tables to `findings`; `on_grains` hears how many grains each window had."""
+    """Add what is wrong with the tables to `findings`; `on_grains` gets the number of grains of each window."""
     copies = None if isinstance(header, CowdHeader) else header
     return _Audit(file, shape_of(header), findings, copies).run(on_grains)
 
@@ -128,7 +129,7 @@ class _Audit:
             places.add(*self._as_runs(sectors, counts))
 
     def _usable(self, first: int, stored: npt.NDArray[np.bool_], sectors: Entries) -> Entries:
-        """Return the sectors that lie in the file and over no metadata; the others are noted."""
+        """Return the sectors that are in the file and outside the metadata; the others are noted."""
         clear = len(self._meta_ends) == 1 and int(sectors.min()) >= self._meta_ends[0]
         if clear and (int(sectors.max()) + self._header.grain_size) * SECTOR_SIZE <= self._size:
             return sectors
@@ -141,7 +142,9 @@ class _Audit:
         if not len(sectors):
             return _NONE, _NONE
         step = self._header.grain_size
-        jumps = np.flatnonzero(sectors[1:] - sectors[:-1] != step)  # 32 bits: a step back wraps, and is a jump too
+        jumps = np.flatnonzero(
+            sectors[1:] - sectors[:-1] != step
+        )  # 32 bits: a step backwards wraps, and counts as a jump
         starts = sectors[np.concatenate([[0], jumps + 1])].astype(np.int64)
         ends = sectors[np.concatenate([jumps, [len(sectors) - 1]])].astype(np.int64) + step
         counts.fragmented += len(jumps) + (self._last >= 0 and int(starts[0]) != self._last)
@@ -163,7 +166,7 @@ class _Audit:
         return first, self._tables.entries(first, last), copy
 
     def _is_stored(self, tables: GrainTables, t0: int) -> bool:
-        """Return whether any of a window's tables is something else than a hole of the file."""
+        """Return whether any of a window's tables is not a hole of the file."""
         for table, count in tables.stretches(t0, min(tables.count, t0 + _TABLES_AT_ONCE)):
             start = sector_bytes(tables.table_sector(table))
             if self._file.next_data(start) < start + count * tables.table_bytes:
@@ -191,7 +194,7 @@ class _Audit:
         return GrainTables(self._file, self._path, directory, entries_per_table=header.gtes_per_gt)
 
     def _metadata(self) -> tuple[Int64s, Int64s]:
-        """Return the sorted stretches (sectors) that hold metadata; note those that lie over each other."""
+        """Return the sorted stretches (sectors) that hold metadata; note those that overlap."""
         header = self._header
         fixed = [*header.fixed, (header.gd_offset, header.gd_sectors)]
         tables = [self._tables.directory]
@@ -218,14 +221,14 @@ class _Audit:
         return starts[opens], reach[np.append(np.flatnonzero(opens)[1:] - 1, len(reach) - 1)]
 
     def _keep_first(self, directory: Entries) -> None:
-        """Take entries that name the table of an earlier one as absent: that was noted, and one table is read once."""
+        """Treat entries that name the table of an earlier one as absent: that was noted, and a table is read once."""
         used = used_entries(directory)
         kept = np.unique(directory[used], return_index=True)[1]
         if len(kept) < len(used):
             directory[np.delete(used, kept)] = 0
 
     def _decided(self, differing: list[int]) -> Iterator[tuple[int, Entries]]:
-        """Yield the windows whose copies differ, with what one copy alone has; the differences are noted."""
+        """Yield the windows whose copies differ, with what only one copy has; the differences are noted."""
         if not differing or self._two_copies is None:
             return
         comparison = Comparison(self._file, self._two_copies)
@@ -303,7 +306,7 @@ class _Audit:
         self._findings.corrupt_many(self._path, "grain table entry", items, len(indices))
 
     def _name_shared(self, shared: Entries, count: int) -> None:
-        """Find the entries whose grains overlap: a second pass over the tables, made only for a broken image."""
+        """Find the entries whose grains overlap: a second pass over the tables, only for a damaged image."""
         step = self._header.grain_size
         items: list[tuple[int, object, str]] = []
         for first, entries, _ in self._windows():
@@ -322,7 +325,7 @@ class _Audit:
         self._findings.corrupt_many(self._path, "shared grain table entry", items, count)
 
     def _find_leaks(self, grain_starts: Int64s, grain_ends: Int64s) -> list[tuple[int, int]]:
-        """Return the stretches of the part in use that nothing names; whole grains only."""
+        """Return the ranges inside the part in use that nothing names; whole grains only."""
         step = self._header.grain_size
         starts = np.concatenate([self._meta_starts, grain_starts])
         ends = np.concatenate([self._meta_ends, grain_ends])

@@ -1,4 +1,4 @@
-"""Undo files: what a repair replaces, durable before the first change, and the way back.
+"""Undo files: what a repair replaces, durable before the first change, and how it is restored.
 
     | one line of JSON: version, files | (byte, length) of each range, u64 | bytes of the ranges | SHA-256 of all that |
 
@@ -6,7 +6,7 @@ For each file the line says its name as seen from the undo file's folder, its in
 device, its length before and after the repair, the CID that the repair left, and how many ranges are its own.
 
 An undo file makes a later command, perhaps root's, write to images. So it is checked whole before the first write: its
-owner, its checksum, every name, and that nobody has written to an image since.
+owner, its checksum, every name, and that no image was written since.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import re
 import stat
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 from qemu_vmdk_snap.chain.resolver import Confined, check_opened
 from qemu_vmdk_snap.errors import CorruptChain, VmdkSnapError
-from qemu_vmdk_snap.ops.check.opening import descriptor_of, open_for_change
+from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.ops.check.opening import descriptor_of, open_file_for_change
 from qemu_vmdk_snap.ops.check.repair_plan import ExtentPlan
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener
 from qemu_vmdk_snap.storage.durable import new_file
@@ -45,7 +45,7 @@ _CID: Final = re.compile("[0-9a-f]{8}")
 _RANGE: Final = struct.Struct("<QQ")
 _RANGES_AT_ONCE: Final = 1 << 14
 _SHOWN: Final = 100
-"""Characters of what a damaged file contains that go into a message."""
+"""How many characters of a damaged file go into a message."""
 _DIGEST: Final = hashlib.sha256().digest_size
 
 
@@ -56,7 +56,7 @@ class UndoneFile(NamedTuple):
     """As seen from the undo file's folder."""
     inode: int | None
     same_device: bool
-    """Whether it is on the device of the undo file's folder: numbers of devices change when a machine starts."""
+    """Whether it is on the device of the undo file's folder: device numbers change when a machine is restarted."""
     size: int
     """Its length before the repair, bytes."""
     size_after: int
@@ -66,7 +66,7 @@ class UndoneFile(NamedTuple):
 
 
 def write_undo(path: Path, plans: Sequence[ExtentPlan]) -> None:
-    """Make `path` a new undo file of all that `plans` replace, durable.
+    """Write a new undo file `path` with everything that `plans` replace, durably.
 
     Raises:
         FileExistsError: it exists.
@@ -107,7 +107,7 @@ def _described(plan: ExtentPlan, ranges: int, folder: Path) -> UndoneFile:
 
 
 def _identity(file: BlockFile) -> tuple[int | None, int | None]:
-    """Return inode and device of an open file; None for one that is no file of the system."""
+    """Return inode and device of an open file; None for one that is not a file of the system."""
     descriptor = file.fileno()
     if descriptor is None:
         return None, None
@@ -116,7 +116,7 @@ def _identity(file: BlockFile) -> tuple[int | None, int | None]:
 
 
 def cid_of(file: BlockFile) -> str | None:
-    """Return the CID of an image as it stands; None for an extent, whose descriptor is elsewhere."""
+    """Return the CID of an image; None for an extent, whose descriptor is elsewhere."""
     with contextlib.suppress(VmdkSnapError):
         return f"{descriptor_of(file).cid:08x}"
     return None
@@ -124,7 +124,7 @@ def cid_of(file: BlockFile) -> str | None:
 
 @dataclass(slots=True)
 class UndoFile:
-    """An undo file that was checked whole."""
+    """An undo file that was checked completely."""
 
     path: Path
     files: tuple[UndoneFile, ...]
@@ -138,7 +138,7 @@ class UndoFile:
         """Open and check an undo file; nothing else is opened.
 
         Raises:
-            CorruptChain: it is no undo file, is damaged, or others than this user may have written it.
+            CorruptChain: it is not an undo file, is damaged, or may have been written by another user.
             OSError: it cannot be read.
         """
         fd = _open(path)
@@ -169,7 +169,7 @@ class UndoFile:
                 except RuntimeError as error:
                     raise CorruptChain(self.path, f"its image {one.name!r} is a loop of symbolic links") from error
                 resolver.check(self.path, real, "image")
-                file = open_for_change(path, opener)
+                file = open_file_for_change(path, opener)
                 stack.callback(file.close)
                 check_opened(resolver, self.path, file, "image")
                 self._check_same(one, file)
@@ -177,20 +177,20 @@ class UndoFile:
             yield found
 
     def check_unwritten(self, files: Sequence[BlockFile]) -> None:
-        """Return if the images are as the repair left them.
+        """Require that the images are as the repair left them.
 
         Raises:
-            CorruptChain: one was written since, or the repair was taken back already.
+            CorruptChain: one was written since, or the repair was undone already.
         """
         for one, file in zip(self.files, files, strict=True):
             if file.size() != one.size_after:
                 reason = f"has {file.size()} bytes, not the {one.size_after} that the repair left: written since"
-                raise CorruptChain(file.path, f"{reason}, {self.path} cannot be taken back")
+                raise CorruptChain(file.path, f"{reason}, {self.path} cannot be undone")
             if (cid := cid_of(file)) != one.cid:
                 raise self._written(file, cid, one)
 
     def check_cids(self, files: Sequence[BlockFile]) -> None:
-        """Return if no image was written since a repair, or its taking back, was interrupted: neither changes a CID.
+        """Require that no image was written since a repair, or undoing it, was interrupted: neither changes a CID.
 
         Raises:
             CorruptChain: one was.
@@ -201,10 +201,10 @@ class UndoFile:
 
     def _written(self, file: BlockFile, cid: str | None, one: UndoneFile) -> CorruptChain:
         reason = f"has the CID {cid}, not the {one.cid} that the repair left: written since"
-        return CorruptChain(file.path, f"{reason}, {self.path} cannot be taken back")
+        return CorruptChain(file.path, f"{reason}, {self.path} cannot be undone")
 
     def restore(self, files: Sequence[BlockFile]) -> None:
-        """Write everything back, durably. Killed at any point, it can be done again."""
+        """Restore everything, durably. If it is killed at any point, it can be repeated."""
         data = self._ranges_at + _RANGE.size * sum(one.ranges for one in self.files)
         ranges = self._ranges()
         for one, file in zip(self.files, files, strict=True):
@@ -229,7 +229,7 @@ class UndoFile:
                     raise self._damaged(f"{length} bytes at {at} are not inside the {one.size} of {one.name!r}")
                 end += length
         if end + _DIGEST != size:
-            raise self._damaged(f"it has {size} bytes, not the {end + _DIGEST} that it tells of")
+            raise self._damaged(f"it has {size} bytes, not the {end + _DIGEST} that it records")
         digest = hashlib.sha256()
         for at in range(0, end, _STEP):
             digest.update(self._read(at, min(_STEP, end - at)))
@@ -262,7 +262,7 @@ class UndoFile:
             raise CorruptChain(file.path, f"{reason}: {self.path} is not written to it")
         head = file.read_at(0, HEAD_BYTES)
         if head[:4] not in (MAGIC, COWD_MAGIC) and not is_descriptor(head):
-            raise CorruptChain(file.path, f"is no VMDK image: {self.path} is not written to it")
+            raise CorruptChain(file.path, f"is not a VMDK image: {self.path} is not written to it")
 
 
 def _open(path: Path) -> int:
@@ -277,7 +277,7 @@ def _open(path: Path) -> int:
 def _check_owner(fd: int, path: Path) -> None:
     facts = os.fstat(fd)
     if not stat.S_ISREG(facts.st_mode):
-        raise CorruptChain(path, "is no undo file: it is not a regular file")
+        raise CorruptChain(path, "is not an undo file: it is not a regular file")
     if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
         raise CorruptChain(path, "the undo file is another user's, or may be written by others: not followed")
 
@@ -286,17 +286,17 @@ def _read_head(fd: int, path: Path) -> tuple[tuple[UndoneFile, ...], int]:
     """Return the files, and the byte after the head."""
     line, newline, _ = os.pread(fd, _MAX_HEAD, 0).partition(b"\n")
     if not newline:
-        raise CorruptChain(path, "is no undo file: it does not begin with a line of JSON")
+        raise CorruptChain(path, "is not an undo file: it does not begin with a line of JSON")
     try:
         files = _parse_head(line)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {str(error)[:_SHOWN]!a}"
-        raise CorruptChain(path, f"is no undo file: {reason}") from error
+        raise CorruptChain(path, f"is not an undo file: {reason}") from error
     return files, len(line) + 1
 
 
 def _parse_head(line: bytes) -> tuple[UndoneFile, ...]:
-    """Return the files; raises ValueError, KeyError, TypeError or RecursionError for what is no head."""
+    """Return the files; raises ValueError, KeyError, TypeError or RecursionError for anything else."""
     record = json.loads(line)
     if record["version"] != VERSION:
         raise ValueError(f"version {record['version']!r} is not {VERSION}")
@@ -306,10 +306,10 @@ def _parse_head(line: bytes) -> tuple[UndoneFile, ...]:
 
 
 def _undone(one: dict[str, Any]) -> UndoneFile:
-    """Return the file that a record tells of; raises ValueError, KeyError or TypeError for what none can be."""
+    """Return the file of a record; raises ValueError, KeyError or TypeError if it is invalid."""
     found = UndoneFile(**one)
     if not isinstance(found.name, str) or not 0 < len(found.name) <= _MAX_NAME:
-        raise TypeError("a name of no length, or of too much")
+        raise TypeError("a name that is empty or too long")
     if "\0" in found.name or Path(found.name).is_absolute():
         raise ValueError(f"name {found.name!r:.{_SHOWN}}")
     found.name.encode("utf-8", "surrogateescape")

@@ -1,12 +1,12 @@
-"""Tell whether a guest would see the same bytes on two disks."""
+"""Compare what a guest sees on two disks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from qemu_vmdk_snap.chain.disk import Disk
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.storage.blocks import in_same_blocks
 from qemu_vmdk_snap.units import KIB, SECTOR_SIZE
@@ -27,6 +27,11 @@ class CompareReport:
     sizes: tuple[int, int] | None = None
     """Both sizes, where they differ."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image compare --output=json` shows it."""
+        sizes = None if self.sizes is None else list(self.sizes)
+        return {"identical": self.identical, "reason": self.reason, "offset": self.offset, "sizes": sizes}
+
 
 class _Pair(NamedTuple):
     """A stretch that is one run on either disk: the rows, and how far into each the stretch begins."""
@@ -42,10 +47,10 @@ class _Pair(NamedTuple):
 def compare(
     one: Disk, two: Disk, *, strict: bool = False, blocks: bool = False, on_progress: OnProgress = ignore
 ) -> CompareReport:
-    """Compare the disks byte by byte. What both leave out, and what both take from the same place, is not read.
+    """Compare the disks byte by byte. What neither stores, and what both store in the same place, is not read.
 
-    Where one is longer, its rest must be zeros; `strict` asks for equal sizes and equal allocation too, as qemu-img's
-    `-s`. With `blocks` files that share their blocks (reflinks) are not read there; what is not stored yet is, first.
+    Where one is longer, its rest must be zeros; `strict` requires equal sizes and equal allocation too, as qemu-img's
+    `-s`. With `blocks`, ranges whose blocks are shared (reflinks) are not read; pending writes are stored first.
     """
     sizes = None if one.capacity == two.capacity else (one.capacity, two.capacity)
     if strict and sizes:
@@ -84,7 +89,7 @@ def _pairs(one: Disk, two: Disk, end: int) -> Iterator[_Pair]:
 
 
 class _Reader:
-    """Reads both disks into the same two buffers again and again: new ones would cost more than the reading."""
+    """Reads both disks into the same two buffers: allocating new ones would take longer than reading."""
 
     def __init__(self, one: Disk, two: Disk, meter: Meter, blocks: bool) -> None:
         self._one, self._two, self._meter, self._blocks = one, two, meter, blocks
@@ -132,7 +137,7 @@ class _Reader:
         return None
 
     def _read(self, number: int, disk: Disk, row: Row, skip: int, length: int) -> bytes | bytearray:
-        """Return the bytes; a whole step comes in the buffer itself, as only whole bytearrays compare at full speed."""
+        """Return the bytes; a whole step is the buffer itself, as only whole bytearrays compare at full speed."""
         buffer = self._buffers[number]
         if length < _STEP:
             return disk.read_row(row, skip, length)
@@ -150,7 +155,7 @@ def _same_place(one: Disk, two: Disk, pair: _Pair) -> bool:
 
 
 def _differing_sector(left: bytes | bytearray, right: bytes | bytearray) -> int:
-    """Return the offset of the first sector in which the two differ; they do."""
+    """Return the offset of the first sector in which the two differ; they must differ."""
     for start in range(0, len(left), SECTOR_SIZE):
         if left[start : start + SECTOR_SIZE] != right[start : start + SECTOR_SIZE]:
             return start

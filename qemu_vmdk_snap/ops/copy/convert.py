@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from qemu_vmdk_snap.chain.chain import WritableChain, open_chain
 from qemu_vmdk_snap.chain.disk import Disk
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.ops.copy.limited import LimitedWriter, Pace
 from qemu_vmdk_snap.ops.copy.pipes import BulkPipe, rows_with_grains
 from qemu_vmdk_snap.ops.copy.zeros import may_share, nonzero_parts
 from qemu_vmdk_snap.ops.make.allocate import held_empty, preallocate, replace_empty
 from qemu_vmdk_snap.ops.make.create import ImageOptions, create_overlay, open_new_image, open_new_stream
-from qemu_vmdk_snap.ops.make.layout import extent_files, kind_of
+from qemu_vmdk_snap.ops.make.layout import extent_files, kind_for
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.storage.durable import NewFiles, publish, temporary_name, working_in
@@ -42,6 +42,10 @@ class ConvertReport:
     data: int
     """Guest bytes that were stored; the rest reads as zeros, or is the backing image's."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image convert --output=json` shows it."""
+        return {"filename": str(self.path), "virtual-size": self.capacity, "data-bytes": self.data}
+
 
 def convert(
     source: Disk,
@@ -57,17 +61,17 @@ def convert(
     over_empty: bool = False,
     on_progress: OnProgress = ignore,
 ) -> ConvertReport:
-    """Make `path` an image (`output_format` vmdk or raw) that shows a guest what `source` shows it.
+    """Make `path` an image (`output_format` vmdk or raw) in which a guest reads what it reads from `source`.
 
     Runs that the source does not store are not stored in the copy. `sparse_size` > 0 also looks into stored runs and
     leaves out what is zeros, in units of so many bytes; None does so in units of 4096 bytes, unless the file system
     lets the copy share the blocks of the source, and nothing has to be read. With `backing` the copy is an overlay that
     stores what differs from it. At most `rate_limit` bytes a second are stored; 0 is no limit. `preallocation` of a raw
-    image is off, falloc or full. The new image appears when it is complete; a failure or a callback that raises leaves
-    nothing behind. `over_empty` lets it take the place of an empty file that nothing needs.
+    image is off, falloc or full. The new image appears when it is complete; after a failure, or a callback that raises,
+    no file is left. `over_empty` lets it replace an empty file that nothing needs.
 
     Raises:
-        FileExistsError: something bears the name; it is untouched.
+        FileExistsError: the name exists; that file is not changed.
         InvalidRequest: the options do not fit together.
         StillNeeded: something needs the empty file.
     """
@@ -102,15 +106,15 @@ def convert_to_pipe(
     rate_limit: int = 0,
     on_progress: OnProgress = ignore,
 ) -> ConvertReport:
-    """Send what `source` shows a guest through a pipe: as a raw image, or as a streamOptimized one.
+    """Write what a guest reads from `source` to a pipe: as a raw image, or as a streamOptimized one.
 
     Raises:
         Unsupported: the options name another kind: its tables could only be written at the end.
-        BrokenPipeError: the reader went away.
+        BrokenPipeError: the reader closed the pipe.
     """
     if output_format == "raw":
         writer: BulkWriter = BulkPipe(pipe, source.capacity)
-    elif options is not None and kind_of(pipe.path, options).stream:
+    elif options is not None and kind_for(pipe.path, options).stream:
         writer = open_new_stream(pipe.write, pipe.path, source.capacity, options)
     else:
         raise Unsupported(pipe.path, "only raw and streamOptimized images can be written to a pipe")

@@ -1,4 +1,4 @@
-"""What changed between two links of a chain: as runs, or as an image of its own that holds the changes alone.
+"""What changed between two links of a chain: as runs, or as an image that contains only the changes.
 
     full backup of BASE, then  delta(BASE, TOP)  ->  apply(delta, copy of BASE)  =  TOP
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -19,6 +18,7 @@ from qemu_vmdk_snap.chain.chain import Chain, open_links
 from qemu_vmdk_snap.chain.identity import hint_to, with_cid
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.ops.copy.transfer import STEP, LinkWriter, View, upper_tables
 from qemu_vmdk_snap.ops.make.create import create_overlay
 from qemu_vmdk_snap.ops.make.layout import ImageOptions
@@ -35,22 +35,43 @@ _INHERITED: Final = ("adapterType", "geometry.cylinders", "geometry.heads", "geo
 
 
 class Change(NamedTuple):
-    """A stretch that some link above the base stores; it may still hold what the base holds. Bytes."""
+    """A range that some link above the base stores; its content may equal that of the base. Bytes."""
 
     offset: int
     length: int
     zero: bool
     """Whether it reads as zeros without being stored."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types, as `image diff --output=json` lists it."""
+        return {"start": self.offset, "length": self.length, "zero": self.zero, "data": not self.zero}
+
 
 @dataclass(frozen=True, slots=True)
 class DeltaReport:
-    """What a delta holds; sizes in bytes."""
+    """What a delta contains; sizes in bytes."""
 
     path: Path
     cid: int
+    """The CID of the top, which the delta has as well."""
     parent_cid: int
+    """The CID of the base."""
     changed: int
+    base: Path
+    top: Path
+    capacity: int
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image diff -d FILE --output=json` shows it."""
+        return {
+            "base": str(self.base),
+            "top": str(self.top),
+            "base-cid": self.parent_cid,
+            "top-cid": self.cid,
+            "virtual-size": self.capacity,
+            "delta": str(self.path),
+            "changed": self.changed,
+        }
 
 
 def depth_of(chain: Chain, base: Path | str) -> int:
@@ -95,21 +116,21 @@ def make_delta(
     durable: bool = True,
     on_progress: OnProgress = ignore,
 ) -> DeltaReport:
-    """Make `path` an image that holds what the links above the one at `depth` store, and stands on that one.
+    """Make `path` an overlay on the link at `depth` that contains what the links above it store.
 
-    It is streamOptimized, or with `stream` off monolithicSparse, which a guest can go on to write. It appears when it
-    is complete. Put beside the base under the name that it knows, it reads as the top of `chain`.
+    It is streamOptimized, or with `stream` off monolithicSparse, which a guest can write to. It appears when it
+    is complete. Beside the base, under the name in its hint, it reads as the top of `chain`.
 
     Raises:
-        FileExistsError: something bears the name; it is untouched.
-        OSError: the system refused; nothing is left behind.
+        FileExistsError: the name exists; that file is not changed.
+        OSError: the system refused; no file is left.
     """
     path = Path(path)
     base, top = chain.links[depth], chain.links[0]
     meter = Meter(OPERATION, chain.capacity, on_progress)
     make = _make_stream if stream else _make_sparse
     changed = make(chain, depth, path, durable, meter)
-    return DeltaReport(path, top.cid, base.cid, changed)
+    return DeltaReport(path, top.cid, base.cid, changed, base.path, top.path, chain.capacity)
 
 
 def _make_stream(chain: Chain, depth: int, path: Path, durable: bool, meter: Meter) -> int:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-
-import numpy as np
 
 from qemu_vmdk_snap.chain.chain import Chain
 from qemu_vmdk_snap.chain.disk import Disk
 from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.ops.make.create import plan_base
 from qemu_vmdk_snap.ops.make.layout import ImageOptions
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
@@ -26,9 +25,13 @@ class Measurement:
     """Sizes in bytes, as files have them; a sparse file may take less on the disk."""
 
     required: int
-    """For the data that there is now."""
+    """For the current data."""
     fully_allocated: int
     """For a disk whose every byte was written."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the sizes under the keys of `qemu-img measure`."""
+        return {"required": self.required, "fully-allocated": self.fully_allocated}
 
 
 def measure(
@@ -42,11 +45,11 @@ def measure(
     """Return what an image of `disk`, or with None of an empty disk of `size` bytes, would take: the lengths of files.
 
     Grains that are stored are counted whole: a copy that looks for zeros in them may turn out smaller. A raw image is
-    as long as its disk. The image is taken to be called as `disk` is.
+    as long as its disk. The image is assumed to have the name of `disk`.
 
     Raises:
         Unsupported: the image would be streamOptimized.
-        InvalidRequest: there is no such kind, or the size or an option cannot be.
+        InvalidRequest: there is no such kind, or the size or an option is invalid.
     """
     capacity = round_up(size if disk is None else disk.capacity, SECTOR_SIZE)
     if output_format == "raw":
@@ -68,7 +71,7 @@ def measure(
 
 
 def _stored(disk: Disk | None, unit: int, capacity: int, on_progress: OnProgress) -> int:
-    """Return the bytes of all units that hold stored data, in whole units."""
+    """Return the bytes of all units that contain stored data, in whole units."""
     meter = Meter(OPERATION, capacity, on_progress)
     if disk is None:
         meter.reach(capacity)

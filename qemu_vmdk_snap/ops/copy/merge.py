@@ -4,7 +4,7 @@
     beside:            image -> B          reads what U reads, and has U's CID, so that C fits it as it fits U
 
 For links that others have open and that therefore cannot be changed in place. Whoever put the image under U's name
-would find every overlay on U, and every reader of it, undisturbed. Killed at any point nothing bears the image's name.
+would find every overlay on U, and every reader of it, undisturbed. If it is killed, no file has the image's name.
 """
 
 from __future__ import annotations
@@ -48,6 +48,11 @@ class MergeReport:
     stored: int
     """Guest bytes that it stores."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types."""
+        parent = None if self.parent is None else str(self.parent)
+        return {"filename": str(self.path), "cid": self.cid, "parent": parent, "data-bytes": self.stored}
+
 
 def merge_links(
     path: Path | str,
@@ -64,11 +69,11 @@ def merge_links(
 
     It is backed by what `lowest` is backed by. The links may be open in a running guest, for reading: they are locked
     as readers lock them. The image is of the kind monolithicSparse; it is compared with `path` before it gets its name,
-    and durable when this returns. A failure, or a callback that raises, leaves nothing behind.
+    and durable when this returns. After a failure, or a callback that raises, no file is left.
 
     Raises:
         InvalidRequest: `lowest` is not in the chain of `path`.
-        FileExistsError: something bears the image's name; it is untouched.
+        FileExistsError: the image's name exists; that file is not changed.
         CorruptChain: the image would not read as `path` does; and all that `open_chain` raises.
         OSError: the system refused (no space, I/O error).
     """

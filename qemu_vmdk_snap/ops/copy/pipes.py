@@ -1,4 +1,4 @@
-"""Disks that come from a pipe, images that go to one, and inflating ahead of who needs the grains."""
+"""Disks read from a pipe, images written to one, and grains inflated in advance."""
 
 from __future__ import annotations
 
@@ -85,13 +85,13 @@ def _grain_job(chain: Chain, row: Row) -> Job | None:
 
 
 class StreamDisk:
-    """A streamOptimized image that comes through a pipe: a Disk whose rows can be gone through once, in order."""
+    """A streamOptimized image read from a pipe: a Disk whose rows can be read once, in order."""
 
     def __init__(self, pipe: PipeReader) -> None:
         """Read the stream's header.
 
         Raises:
-            FormatError, Unsupported: it is no streamOptimized image.
+            FormatError, Unsupported: it is not a streamOptimized image.
         """
         self._reader = StreamReader(pipe)
         refuse_encrypted(self._reader.descriptor)
@@ -155,12 +155,12 @@ class StreamDisk:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Leave the pipe to its owner; say what was found wrong with the stream (`chain.notes`)."""
+        """Leave the pipe open; report the notes on the stream (`look.notes`)."""
         notes.say(self._reader.notes)
 
 
 def spooled_raw(pipe: PipeReader, folder: Path) -> RawDisk:
-    """Return a raw disk with all that a pipe brings, in a nameless file in `folder`: its size must be known first."""
+    """Return a raw disk with everything read from a pipe, in an unnamed file in `folder`, as its size must be known."""
     import tempfile  # takes some ms, and most copies need no spool
 
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".spool-") as file:
@@ -174,7 +174,7 @@ def spooled_raw(pipe: PipeReader, folder: Path) -> RawDisk:
 
 
 class BulkPipe:
-    """Sends a raw image through a pipe; what is not put goes as zeros."""
+    """Writes a raw image to a pipe; ranges that are not written are zeros."""
 
     def __init__(self, pipe: PipeWriter, capacity: int) -> None:
         self._pipe = pipe

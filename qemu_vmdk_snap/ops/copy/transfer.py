@@ -1,7 +1,7 @@
-"""Filling stretches of an existing link from runs: grains in place where they are stored, else new ones in bulk.
+"""Filling ranges of an existing link from runs: stored grains in place, else new ones in bulk.
 
-The bytes go from file to file in the kernel wherever a run covers whole grains. Nothing is named by a table before
-`finish` (or a flush between) has made it durable, so whoever is killed leaves unnamed grains and nothing else.
+The kernel copies the bytes from file to file wherever a run covers whole grains. No table names a grain before
+`finish` (or a flush between) has made it durable, so a killed process leaves only unnamed grains.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, Protocol, Self, runtime_checkable
 
-import numpy as np
-
 from qemu_vmdk_snap.chain.chain import Chain
 from qemu_vmdk_snap.chain.disk import Disk
 from qemu_vmdk_snap.chain.link import Link
 from qemu_vmdk_snap.chain.windows import windows
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.storage.copying import Copier
 from qemu_vmdk_snap.units import MIB
@@ -35,7 +34,7 @@ class GrainStore(Protocol):
     """An extent that can place many new grains at once."""
 
     def reserve(self, offset: int, length: int) -> int:
-        """Give whole grains, none stored yet, one place in the file; return its byte offset."""
+        """Allocate one place in the file for whole grains that are not stored yet; return its byte offset."""
 
     def zero(self, offset: int, length: int) -> bool:
         """Mark whole grains, none stored, as zeros over any parent; return False where there is no such mark."""
@@ -43,14 +42,14 @@ class GrainStore(Protocol):
 
 @runtime_checkable
 class Clearable(Protocol):
-    """An extent that can forget all its grains."""
+    """An extent that can remove all its grains."""
 
     def clear(self) -> None:
-        """Forget every grain, durably, and give the space back."""
+        """Remove every grain, durably, and free the space."""
 
 
 class View:
-    """What is seen from the link at `depth` downwards: a Disk over an open chain that somebody else closes."""
+    """The chain from the link at `depth` downwards as a Disk; the caller closes the chain."""
 
     def __init__(self, chain: Chain, depth: int, capacity: int | None = None) -> None:
         self._chain, self._depth = chain, depth
@@ -112,7 +111,7 @@ def upper_tables(chain: Chain, count: int, offset: int, length: int) -> Iterator
 def restricted(table: RunTable, *masks: tuple[RunTable, bool]) -> list[Row]:
     """Return the parts of `table` where each (other table, wanted) has a hole exactly if wanted.
 
-    All tables cover the same stretch. Holes of `table` itself come out as zeros.
+    All tables cover the same stretch. Holes of `table` itself are returned as zeros.
     """
     starts = np.unique(np.concatenate([table.starts, *(other.starts for other, _ in masks)]))
     wanted = np.ones(len(starts), bool)
@@ -132,7 +131,7 @@ def restricted(table: RunTable, *masks: tuple[RunTable, bool]) -> list[Row]:
 class LinkWriter:
     """Writes into one link that is open for writing.
 
-    `below` is what the guest sees under it now, which fills up grains that are stored in part; `later` is what it will
+    `below` is what the guest sees below it now, which fills grains that are stored in part; `later` is what it will
     see there when the operation is done, if that differs: zeros are left out where it reads as zeros.
     """
 
@@ -194,7 +193,7 @@ class LinkWriter:
             yield from self._link.overlapping(start, stop)
 
     def _put_row(self, placed: PlacedExtent, row: Row, source: BlockFile, delta: int) -> None:
-        """Copy into one run of the target; `delta` leads from offsets in the extent to those in `source`."""
+        """Copy into one run of the target; `delta` is the distance from offsets in the extent to those in `source`."""
         extent = placed.extent
         if row.kind == DATA and extent.file is not None:
             if isinstance(extent, GrainStore):
@@ -261,7 +260,7 @@ class LinkWriter:
         return self._copiers.setdefault(id(file), Copier(file))
 
     def _count(self, placed: PlacedExtent, length: int) -> None:
-        """Store the tables now and then, so that those waiting in memory stay bounded."""
+        """Store the tables from time to time, so that those in memory stay bounded."""
         self._named += -(-length // placed.extent.grain_bytes)
         if self._named >= _FLUSH_GRAINS:
             self._named = 0

@@ -24,7 +24,7 @@ def copy_file(
     keeps writers from the source.
 
     Raises:
-        FileExistsError: something bears the name; it is untouched.
+        FileExistsError: the name exists; that file is not changed.
         OSError: the source is no regular file, or cannot be read, or the copy not be made; nothing is left of it.
     """
     source, path = Path(source), Path(path)

@@ -1,10 +1,9 @@
-"""Merge a delta into a copy of what it was made against: the copy then is what the delta was made of, CID included."""
+"""Merge a delta into a copy of its base: the copy then equals the top of the delta, CID included."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +21,7 @@ from qemu_vmdk_snap.chain.needs.dependents import (
 from qemu_vmdk_snap.chain.needs.own import require_own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CidMismatch, InvalidRequest
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.ops.copy.transfer import LinkWriter, View, upper_tables
 from qemu_vmdk_snap.ops.edit.trim import trim_link
 from qemu_vmdk_snap.ops.journal.guard import folders_of, guarded_operation
@@ -41,7 +41,11 @@ class ApplyReport:
     path: Path
     delta: Path
     cid: int
-    """The CID that the image now has: the delta's."""
+    """The new CID of the image: that of the delta."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image apply --output=json` shows it."""
+        return {"filename": str(self.path), "delta": str(self.delta), "cid": self.cid}
 
 
 def apply_delta(
@@ -57,16 +61,16 @@ def apply_delta(
 ) -> ApplyReport:
     """Merge `delta` into the image `path`, which must have the CID that the delta names as its parent's.
 
-    `force` merges it into an image with any other CID: for a copy that was made without keeping the CID. Ended before
-    its time, also by a callback that raises, the image is neither the one nor the other, has a CID of its own, and is
-    refused to every writer until `recover` has finished the work: the delta must be kept until then. `orphans` are
-    files that need the image and are given up.
+    `force` merges it into an image with any other CID: for a copy that was made without keeping the CID. If it is
+    interrupted, also by a callback that raises, the image is partly changed, has a CID of its own, and is refused to
+    every writer until `recover` has finished the work: the delta must be kept until then. `orphans` are files that need
+    the image and are given up.
 
     Raises:
-        CidMismatch: the image is not what the delta was made against, and `force` is not given.
-        InvalidRequest: its size is another than that of the delta's disk, or it has an extent that is not its own.
+        CidMismatch: the image is not the base of the delta, and `force` is not given.
+        InvalidRequest: its size differs from that of the delta's disk, or it has an extent that is not its own.
         StillNeeded: something else needs the image, or may need it.
-        Unsupported: the image is of a kind that takes no writes.
+        Unsupported: the kind of the image does not allow writing.
         LockBusy: another process has one of the two open.
     """
     delta, path = Path(delta), Path(path)
@@ -95,7 +99,7 @@ def apply_delta(
 
 
 def finish_apply(record: Operation, opener: FileOpener) -> None:
-    """Finish an apply that somebody else began."""
+    """Finish an apply that another process began."""
     details = record.details
     delta: Path = details["delta"]
     resolver = confined(folders_of(record))
@@ -129,7 +133,7 @@ def _require_unneeded(target: Link, source: Link, orphans: list[Path], resolver:
 
 
 def _cids(target: Link, source: Link) -> tuple[DescriptorChange, DescriptorChange]:
-    """Return the change to a CID that nobody trusts, and the one from there to the delta's."""
+    """Return the change to a new CID that fits nothing, and the one from there to the delta's."""
     begin = DescriptorChange.plan(target, with_fresh_cid(target.descriptor))
     finish = DescriptorChange.plan(target, with_cid(target.descriptor, source.cid))
     return begin, DescriptorChange(finish.path, finish.base, begin.new, finish.new)

@@ -1,12 +1,12 @@
-"""Merge a link, and those between, into a link below it; everything above keeps reading what it read.
+"""Merge a link, and those between, into a link below it; everything above reads the same as before.
 
     before:  C -> T -> M -> B <- S          commit(T, base=B, delete=True), S kept by copying
     after:   C -> B' <- S'                  B' reads what T read, S' what S read
 
-Order, so that T, and whatever is above it, reads the same whenever this stops:
-1. What others take from B and would lose is copied into them (`keep_siblings`), durably; they read what they read.
-2. The intent record is durable. B gets a new CID, and its children in the operation the matching parentCID.
-3. T's data goes into B: T hides every byte that changes. Data is durable before the tables that name it.
+Order, so that T, and everything above it, reads the same whenever this is interrupted:
+1. What others read from B and would lose is copied into them (`keep_siblings`), durably; they read the same.
+2. The operation record is durable. B gets a new CID, and its children in the operation the matching parentCID.
+3. T's data is copied to B: T hides every byte that changes. Data is durable before the tables that name it.
 4. The record says that the copy is done. The children of T move to B, one descriptor each; T is emptied or deleted.
 A torn descriptor is written again from the record.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +37,7 @@ from qemu_vmdk_snap.chain.needs.dependents import (
 from qemu_vmdk_snap.chain.needs.own import own_files, require_own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined, unconfined
 from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest, StillNeeded, Unsupported
+from qemu_vmdk_snap.light import dataclass, field
 from qemu_vmdk_snap.ops.copy.limited import paced
 from qemu_vmdk_snap.ops.copy.transfer import Clearable, LinkWriter, View, restricted, upper_tables
 from qemu_vmdk_snap.ops.edit.move import delete_files, holding
@@ -66,6 +66,15 @@ class CommitReport:
     deleted: tuple[Path, ...]
     """Images that are gone."""
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image commit --output=json` shows it."""
+        return {
+            "filename": str(self.path),
+            "base": str(self.base),
+            "relinked": [str(path) for path in self.relinked],
+            "deleted": [str(path) for path in self.deleted],
+        }
+
 
 @dataclass(slots=True)
 class _Plan:
@@ -73,7 +82,7 @@ class _Plan:
     depth: int
     delete: bool
     siblings: list[Link]
-    """Other children of the base, which must keep what they read."""
+    """Other children of the base, which must read the same afterwards."""
     children: list[Link]
     """Children of the top, which move to the base when the top goes."""
     doomed: list[Path]
@@ -106,21 +115,20 @@ def commit(
 ) -> CommitReport:
     """Merge the image `path`, and every link between, into `base` (by default its parent).
 
-    The image is emptied and stays an overlay on `base`, reading what it read; so do links between. With `delete` it and
+    The image is emptied and stays an overlay on `base` that reads the same; so do links between. With `delete` it and
     the links between are deleted, and its children become children of `base`. Children are those in `children`, and
     those in the folders of the chain and in those that `resolver` allows. Other children of a link that changes would
-    read something else: that is refused, or, with `keep_siblings`, what they would lose is first copied into them.
-    `orphans` are files that need a link that changes and are given up: they are not touched, and lose it. At most
-    `rate_limit` bytes a second are stored; 0 is no limit.
+    read other data: that is refused, or, with `keep_siblings`, what they would lose is first copied into them.
+    `orphans` are files that need a link that changes and are given up: they are not changed, and become invalid. At
+    most `rate_limit` bytes a second are stored; 0 is no limit.
 
-    Cancelled by a callback that raises, everything above the base reads what it read; the base is half merged, under a
-    new CID.
+    If a callback cancels it, everything above the base reads the same; the base is partly merged, under a new CID.
 
     Raises:
         InvalidRequest: there is no parent, `base` is not below `path`, is too small, or has an extent that is not its
             own.
         StillNeeded: something else needs a link that changes or is deleted, or may need it.
-        Unsupported: the base is of a kind that takes no writes, or the image of one that cannot be emptied.
+        Unsupported: the kind of the base does not allow writing, or that of the image does not allow emptying it.
         LockBusy: another process has one of the images open.
         CidMismatch, CorruptChain, FormatError, OSError: the chain cannot be opened.
     """
@@ -143,13 +151,13 @@ def commit(
             try:
                 _keep(plan, sibling, Meter("keep", chain.capacity, on_progress))
             except BaseException:
-                trim_link(sibling)  # it reads what it read: what was copied in vain goes
+                trim_link(sibling)  # it reads the same: what was copied in vain is removed
                 raise
         return _run(plan, needs, rate_limit, on_progress)
 
 
 class _Needs(NamedTuple):
-    """Who needs the links of a chain: asked once, of every folder in question."""
+    """Who needs the links of a chain: looked up once, in every folder in question."""
 
     chain: Chain
     census: Census
@@ -163,14 +171,14 @@ class _Needs(NamedTuple):
         return cls(chain, Census.of(search_folders([*paths, *children], resolver)), known, orphans)
 
     def children(self, number: int) -> list[Path]:
-        """Return the overlays on the link that can be moved; raises for whatever else needs it."""
+        """Return the overlays on the link that can be moved; raises StillNeeded for anything else that needs it."""
         link = self.chain.links[number]
         found = children_of(link.path, self._files(link), self.census, named=self.named, orphans=self.orphans)
         require_fit(link.path, link.cid, found)
         return [one.path for one in found]
 
     def others(self, number: int) -> list[Path]:
-        """Return the overlays on the link but the next one of the chain."""
+        """Return the overlays on the link except the next one of the chain."""
         above = self.chain.links[number - 1].path.resolve()
         return [path for path in self.children(number) if path.resolve() != above]
 
@@ -180,22 +188,22 @@ class _Needs(NamedTuple):
         require_unneeded(link.path, self._files(link), self.census, handled=[above.path], orphans=self.orphans)
 
     def require_nobody_new(self, depth: int) -> None:
-        """Refuse where something has come to need one of the links meanwhile."""
+        """Refuse if something new needs one of the links."""
         files = [file for link in self.chain.links[: depth + 1] for file in self._files(link)]
         require_nobody_new(self.chain.links[depth].path, files, self.census)
 
     def require_no_other_name(self, depth: int) -> None:
-        """Refuse to delete links whose files have other names: what lies below them, which they need, goes as well."""
+        """Refuse to delete links whose files have other names: what is below them is deleted as well."""
         for link in self.chain.links[: depth - 1]:
             require_one_name(link.path, self._files(link), self.census, orphans=self.orphans)
 
     def require_only_children(self, number: int) -> None:
-        """Refuse to empty a link whose extents somebody else uses too; overlays on it go on reading what they read."""
+        """Refuse to empty a link whose extents another image uses too; overlays on it read the same afterwards."""
         link = self.chain.links[number]
         require_unshared(link.path, self._files(link), self.census, orphans=self.orphans)
 
     def require_one_name(self, depth: int) -> None:
-        """Refuse to write into files of the base that have other names: whoever uses these would see it."""
+        """Refuse to write to files of the base that have other names: their users would see it."""
         base = self.chain.links[depth]
         require_one_name(base.path, self._files(base), self.census, orphans=self.orphans)
 
@@ -205,7 +213,7 @@ class _Needs(NamedTuple):
 
 
 def _home(child: Path, parent: Link) -> Path:
-    """Return the path by which a child is opened: what a symbolic link leads to, where its hint holds from there."""
+    """Return the path by which a child is opened: the target of a symbolic link, if its hint is valid from there."""
     if child.is_symlink():
         real = child.resolve()
         with contextlib.suppress(CorruptChain, OSError):
@@ -215,7 +223,7 @@ def _home(child: Path, parent: Link) -> Path:
 
 
 def _others(plan: _Plan) -> list[Link]:
-    """Return the siblings that are no links of the chain itself."""
+    """Return the siblings that are not links of the chain itself."""
     return [link for link in plan.siblings if link not in plan.chain.links]
 
 
@@ -277,7 +285,7 @@ def _make_plan(
     for number in range(1, depth) if delete else ():
         needs.require_none(number)
     if depth > 1 and not delete:
-        plan.siblings.append(chain.links[depth - 1])  # stays, with all that hangs on it, and must read what it read
+        plan.siblings.append(chain.links[depth - 1])  # stays, with everything above it, and must read the same
     if delete:
         plan.children = opened(needs.children(0), top)
         longer = [link.path for link in plan.children if link.capacity > top.capacity < base.capacity]
@@ -290,7 +298,7 @@ def _make_plan(
 
 
 def _check_takes(chain: Chain, depth: int) -> None:
-    """Refuse, before anything is written, data that would go where the base may not be written or has no storage."""
+    """Refuse, before anything is written, data for places where the base may not be written or has no storage."""
     base, capacity = chain.links[depth], chain.links[0].capacity
     for line, placed in zip(base.descriptor.extents, base.extents, strict=True):
         if (line.access == "RW" and placed.extent.file is not None) or placed.start >= capacity:
@@ -324,7 +332,7 @@ def _plan_descriptors(plan: _Plan) -> None:
 
 
 def _keep(plan: _Plan, sibling: Link, meter: Meter) -> None:
-    """Copy into a sibling what it takes from the base where the base is about to change."""
+    """Copy into a sibling what it reads from the base where the base is about to change."""
     chain, depth = plan.chain, plan.depth
     upper = depth - 1 if sibling in chain.links else depth
     seen = View(chain, depth)
@@ -362,7 +370,7 @@ def _run(plan: _Plan, needs: _Needs, rate_limit: int, on_progress: OnProgress) -
         try:
             _copy(chain, plan.depth, rate_limit, on_progress)
         except BaseException:
-            trim_link(base)  # all above reads what it read, and the CIDs fit: nothing is left to finish
+            trim_link(base)  # everything above reads the same, and the CIDs fit: nothing is left to finish
             record.end()
             raise
         record = record.update(stage="finish")
@@ -393,7 +401,7 @@ def _clear(link: Link) -> None:
 
 
 def finish_commit(record: Operation, opener: FileOpener) -> None:
-    """Finish a commit that somebody else began."""
+    """Finish a commit that another process began."""
     details = record.details
     depth = int(details["depth"])
     resolver = confined(folders_of(record))

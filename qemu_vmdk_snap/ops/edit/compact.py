@@ -1,8 +1,8 @@
-"""Make the file of an image as small as its data: without leaked grains, and without grains that contain only zeros.
+"""Make the file of an image as small as its data: without leaked grains and grains that contain only zeros.
 
-The extent is written again beside the old one and takes its name in one step; until then nothing has changed. The
-content, the CID and the parent stay, so that everything above keeps reading what it read. It needs space for the new
-file; on a file system with reflinks it needs nearly none.
+The extent is written again beside the old one and replaces it in one step; until then nothing has changed. The content,
+the CID and the parent stay, so that everything above reads the same. It needs space for the new file; on a file system
+with reflinks it needs nearly none.
 """
 
 from __future__ import annotations
@@ -10,11 +10,8 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-
-import numpy as np
 
 from qemu_vmdk_snap.chain.chain import Chain
 from qemu_vmdk_snap.chain.change import open_for_change
@@ -22,6 +19,8 @@ from qemu_vmdk_snap.chain.needs.dependents import Census, require_one_name, sear
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.chain.windows import ROW_GRAINS, extent_windows
 from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.ops.copy.transfer import STEP, View
 from qemu_vmdk_snap.ops.journal.recover import settle
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
@@ -52,6 +51,10 @@ class CompactReport:
     before: int
     after: int
 
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image compact --output=json` shows it."""
+        return {"filename": str(self.path), "before": self.before, "after": self.after}
+
 
 def compact(
     path: Path | str,
@@ -61,12 +64,12 @@ def compact(
     opener: FileOpener = open_posix,
     on_progress: OnProgress = ignore,
 ) -> CompactReport:
-    """Drop what the image stores for nothing. An extent that would not become smaller is left as it is.
+    """Drop unneeded grains of the image. An extent that would not become smaller is not changed.
 
-    A grain of zeros goes where the parent reads zeros too, or where the kind can mark it as zeros.
+    A grain of zeros is dropped where the parent reads zeros too, or where the kind can mark it as zeros.
 
     Raises:
-        Unsupported: the image is of a kind that has no grains to drop.
+        Unsupported: the kind of the image has no grains to drop.
         LockBusy: another process has the image open, or writes one of its parents.
         CidMismatch, CorruptChain, FormatError, OSError: the chain cannot be opened.
     """
@@ -97,7 +100,7 @@ def _compactable(path: Path, placed: PlacedExtent) -> Compactable:
 
 
 def _rewrite(chain: Chain, placed: PlacedExtent, extent: Compactable, meter: Meter) -> int:
-    """Write the extent again and let it take the old one's place, if it is smaller; return by how many bytes."""
+    """Write the extent again and replace the old one, if it is smaller; return by how many bytes."""
     old = extent.file
     path, descriptor = Path(os.path.realpath(old.path)), old.fileno()
     with replacing(path) as new:
@@ -108,8 +111,8 @@ def _rewrite(chain: Chain, placed: PlacedExtent, extent: Compactable, meter: Met
             return 0
         if descriptor is not None:
             copy_attributes(descriptor, new.fileno())
-    # Who has opened the old file and waits for its lock finds nothing in it: what is written to a file without a name
-    # would be lost, and QEMU does not look at the name again.
+    # A process that has opened the old file and waits for its lock finds it empty: what is written to a deleted file
+    # would be lost, and QEMU does not open the name again.
     if descriptor is not None and os.fstat(descriptor).st_nlink == 0:
         old.truncate(0)
     return saved
@@ -138,7 +141,7 @@ def _fill(chain: Chain, placed: PlacedExtent, extent: Compactable, new: BlockFil
 
 
 def _new_extent(extent: Compactable, new: BlockFile) -> tuple[BulkSparse, bool]:
-    """Write an extent like the old one without its grains; return what fills it, and whether it can mark zeros."""
+    """Write an extent like the old one without its grains; return its writer, and whether it can mark zeros."""
     if isinstance(extent, CowdExtent):
         cowd = lay_out_anew(extent.header, extent.file.path)
         cowd.create(new)
@@ -159,7 +162,7 @@ def _rows(extent: Compactable) -> Iterator[Row]:
 
 
 def _grains_of(extent: Compactable, row: Row) -> Iterator[tuple[Row, bool]]:
-    """Yield the stretches of whole grains of a stored run, and whether they hold zeros alone."""
+    """Yield the stretches of whole grains of a stored run, and whether they contain only zeros."""
     unit, file = extent.grain_bytes, extent.file
     pending: tuple[Row, bool] | None = None
     step = max(STEP, unit)

@@ -1,7 +1,7 @@
-"""Putting images on another parent without changing what they read: what rebase, flatten and remove have in common.
+"""Changing the parent of images without changing what they read: common to rebase, flatten and remove.
 
 For each image: what it would see differently through the new parent is copied into it, durably; then one change of its
-descriptor moves it. It reads the same before, after and between, so a crash needs nothing but to be gone on from.
+descriptor moves it. It reads the same before, after and between, so after a crash the operation simply continues.
 """
 
 from __future__ import annotations
@@ -9,12 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.chain.chain import Chain, open_chain, open_links
@@ -24,6 +20,8 @@ from qemu_vmdk_snap.chain.link import Link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.chain.windows import windows
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.ops.copy.transfer import STEP, LinkWriter, View
 from qemu_vmdk_snap.ops.edit.trim import trim_link
 from qemu_vmdk_snap.ops.journal.guard import check_unwritten, folders_of, guarded_operation
@@ -35,6 +33,9 @@ from qemu_vmdk_snap.storage.locks import keep_from_writers
 from qemu_vmdk_snap.storage.opening import open_locked
 from qemu_vmdk_snap.storage.record import Operation
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, NO_SOURCE, ZERO, Row, RunTable
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 _log = log.of(__name__)
 
@@ -63,10 +64,10 @@ def open_move(
     *,
     begun: bool = False,
 ) -> Move:
-    """Open what it takes to put `path` on `parent`; `begun` where a record of it lies beside the image already.
+    """Open what is needed to make `parent` the parent of `path`; `begun` if its operation record exists already.
 
     Raises:
-        InvalidRequest: `parent` itself stands on `path`.
+        InvalidRequest: `parent` itself is backed by `path`.
     """
     if path.is_symlink():
         path = path.resolve()
@@ -95,7 +96,7 @@ def run_moves(
 ) -> None:
     """Move every image, then delete the files; durable after each step, and recorded so that it can be finished.
 
-    `still` is asked when the record is there: what it raises ends the operation before anything has changed.
+    `still` is called when the record exists: if it raises, the operation ends before anything has changed.
     """
     unlinked = list(delete)
     details = {
@@ -111,7 +112,7 @@ def run_moves(
             try:
                 copy_differences(move.chain, move.target, on_progress)
             except BaseException:
-                trim_link(move.chain.links[0])  # nobody reads anything else than before: nothing is left to finish
+                trim_link(move.chain.links[0])  # everything reads the same as before: nothing is left to finish
                 record.end()
                 raise
             move.change.apply(move.chain.links[0])
@@ -150,11 +151,11 @@ def relink_copied(
 
 
 def finish_moves(record: Operation, opener: FileOpener) -> None:
-    """Finish moves that somebody else began."""
+    """Finish moves that another process began."""
     details = record.details
     resolver = confined(folders_of(record))
     with holding(details["delete"], opener):
-        check_unwritten(record)  # nobody can write them any more
+        check_unwritten(record)  # they cannot be written any more
         _finish_each(details, resolver, opener)
         delete_files(details["delete"])
 
@@ -172,10 +173,10 @@ def _finish_each(details: Mapping[str, Any], resolver: Resolver, opener: FileOpe
 
 @contextlib.contextmanager
 def holding(paths: Iterable[Path], opener: FileOpener) -> Iterator[None]:
-    """Keep everybody from writing the files that are about to be deleted; those that are gone already are passed over.
+    """Lock the files that are about to be deleted against writers; those that are gone already are ignored.
 
     Raises:
-        LockBusy: somebody has one of them open.
+        LockBusy: another process has one of them open.
     """
     with contextlib.ExitStack() as stack:
         for path in paths:
@@ -189,7 +190,7 @@ def holding(paths: Iterable[Path], opener: FileOpener) -> Iterator[None]:
 
 
 def delete_files(paths: Iterable[Path]) -> None:
-    """Delete files, durably; one that is gone already is no error. Symbolic links are not followed."""
+    """Delete files, durably; one that is gone already is not an error. Symbolic links are not followed."""
     folders = set()
     for path in paths:
         path.unlink(missing_ok=True)
@@ -227,13 +228,13 @@ def _whole(chain: Chain | None, depth: int, start: int, stop: int) -> RunTable:
 
 
 class _Places:
-    """Numbers the files of several chains, the same file always alike."""
+    """Numbers the files of several chains; a file always has the same number."""
 
     def __init__(self) -> None:
         self._numbers: dict[object, int] = {}
 
     def of(self, chain: Chain | None) -> npt.NDArray[np.int64]:
-        """Return the number of the file of each source; the last one (`NO_SOURCE`) is no file's."""
+        """Return the number of the file of each source; the last one (`NO_SOURCE`) is not a file's."""
         found = [] if chain is None else [self._number(source.placed.extent.file) for source in chain.sources]
         return np.array([*found, -1], np.int64)
 

@@ -1,18 +1,18 @@
-"""Put an image on another parent, or on none: it reads what it read (unless the user says that it need not)."""
+"""Change the parent of an image, or remove it; the image reads the same (unless it is done unsafely)."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_vmdk_snap.chain.change import open_link_for_change
 from qemu_vmdk_snap.chain.identity import on_parent
 from qemu_vmdk_snap.chain.link import open_link
-from qemu_vmdk_snap.chain.links import stands_on
+from qemu_vmdk_snap.chain.links import is_backed_by
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.ops.edit.move import open_move, run_moves
 from qemu_vmdk_snap.ops.journal.guard import guarded_operation
 from qemu_vmdk_snap.ops.journal.recover import settle
@@ -30,6 +30,12 @@ class RebaseReport:
 
     path: Path
     parent: Path | None
+    """None where it is a base now."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image rebase --output=json` shows it."""
+        parent = None if self.parent is None else str(self.parent)
+        return {"filename": str(self.path), "backing-filename": parent}
 
 
 def rebase(
@@ -44,15 +50,15 @@ def rebase(
 ) -> RebaseReport:
     """Make `parent` the parent of the image; with None the image becomes a base that needs no other file (flatten).
 
-    The image reads what it read: what the new parent would show differently is copied into it first. Its CID stays, so
+    The image reads the same: what would read differently from the new parent is copied into it first. Its CID stays, so
     its children stay too. `unsafe` only writes the new parent and its CID into the descriptor: for a parent that was
-    moved, or is known to hold the same; the old parent need not be there.
+    moved, or is known to have the same content; the old parent need not exist.
 
-    Cancelled by a callback that raises, the image is still on its old parent.
+    If a callback cancels it, the image still has its old parent.
 
     Raises:
         InvalidRequest: the new parent is backed by the image itself.
-        Unsupported: the image is of a kind that takes no writes, or the descriptor has no room for the parent's name.
+        Unsupported: the kind of the image does not allow writing, or the descriptor has no room for the parent's name.
         LockBusy: another process has the image open, or writes one of the parents.
         CidMismatch, CorruptChain, FormatError, OSError: one of the chains cannot be opened.
     """
@@ -75,10 +81,10 @@ def _relink(path: Path, parent: Path | None, resolver: Resolver, opener: FileOpe
         if parent is not None:
             if parent.resolve() == path.resolve():
                 raise InvalidRequest(path, "cannot be its own parent")
-            if stands_on(parent, path, resolver):
+            if is_backed_by(parent, path, resolver):
                 raise InvalidRequest(path, f"cannot have {parent} as its parent, which is backed by it")
             below = open_link(parent, opener=opener, writable=False, resolver=resolver)
-            stack.callback(below.close)  # nobody gives it another CID before it is written down
+            stack.callback(below.close)  # its CID cannot change before it is recorded
             known = below.descriptor
         link = open_link_for_change(path, resolver=resolver, opener=opener, stack=stack)
         change = DescriptorChange.plan(link, on_parent(link.descriptor, path, parent, known))
@@ -90,5 +96,5 @@ def _relink(path: Path, parent: Path | None, resolver: Resolver, opener: FileOpe
 
 
 def finish_relink(record: Operation, opener: FileOpener) -> None:
-    """Finish an unsafe rebase that somebody else began."""
+    """Finish an unsafe rebase that another process began."""
     DescriptorChange.from_detail(record.details["change"]).redo(opener)

@@ -1,9 +1,9 @@
-"""Make an overlay empty again, in place: its chain then shows what the parent holds.
+"""Make an overlay empty again, in place: its chain then reads as the parent.
 
-In place, since QEMU does not look at the name again when it has the lock of an image: another file under the name would
-let it write into one that nobody finds again. A new CID is durable first, so that whoever was backed by the overlay
-learns of it; an operation record lets `recover` finish what was interrupted. NumPy is not needed: a hook at a guest's
-start cannot wait for it.
+In place, since QEMU does not look at the name again when it has the lock of an image: with another file under the
+name it would write to a deleted one. A new CID is durable first, so that an image that was backed by the overlay
+no longer fits; an operation record lets `recover` finish what was interrupted. NumPy is not needed: a hook at a guest's
+start must be fast.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ class RenewReport(NamedTuple):
     path: Path
     parent: Path
     dropped_bytes: int
-    """What the overlay took up on its file system before."""
+    """Its size on its file system before."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types."""
+        return {"filename": str(self.path), "parent": str(self.parent), "dropped-bytes": self.dropped_bytes}
 
 
 def renew_overlay(
@@ -54,7 +58,7 @@ def renew_overlay(
     orphans: Sequence[Path | str] = (),
     opener: FileOpener = open_posix,
 ) -> RenewReport:
-    """Empty the overlay `path`: it stores nothing any more and reads as its parent does.
+    """Empty the overlay `path`: it stores nothing any more and reads as its parent.
 
     Its dependents are looked for beside the links of the chain and in `trusted_dirs` themselves (not below); `orphans`
     are given up.
@@ -64,18 +68,18 @@ def renew_overlay(
         StillNeeded: something else needs it, or may need it, and would lose its data.
         Unsupported: it does not consist of one file.
         LockBusy: a guest, or another program, has it open.
-        CorruptChain, CidMismatch, FormatError: its chain does not hold together.
+        CorruptChain, CidMismatch, FormatError: its chain is broken.
         OSError: a file cannot be read or written.
     """
     path = Path(os.path.realpath(path))  # a link at the path stays one
     find = confined([path.parent, *trusted_dirs])
     settle(path.parent, opener=opener, resolver=find)
-    file = open_locked(path, opener, writable=True)  # nobody else, from before the look to the end
+    file = open_locked(path, opener, writable=True)  # nobody else, from before the check to the end
     try:
         links = read_links(path, trusted_dirs=trusted_dirs)
         top = links[0]
         if len(links) == 1:
-            raise InvalidRequest(path, "has no parent to go back to: it is no overlay")
+            raise InvalidRequest(path, "has no parent: it is not an overlay")
         if top.create_type.lower() != _EMBEDDED or top.files != (path,):
             raise Unsupported(path, f"only an overlay in one file can be renewed, not one of type {top.create_type}")
         census = Census.of(search_folders([link.path for link in links], find))
@@ -90,7 +94,7 @@ def renew_overlay(
 
 
 def finish_renew(record: Operation, opener: FileOpener) -> None:
-    """Finish what somebody else began: the overlay is to be empty."""
+    """Finish what another process began: emptying the overlay."""
     change = DescriptorChange.from_detail(record.details["change"])
     file = open_locked(record.image, opener, writable=True)
     try:

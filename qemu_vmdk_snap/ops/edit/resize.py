@@ -1,6 +1,6 @@
-"""Make the disk of an image larger, or cut off an empty end, in place: nothing that is stored moves.
+"""Make the disk of an image larger, or cut off an empty end, in place: no data moves.
 
-A sparse extent that needs more tables gets new directories, with the new tables, behind the end of its file; the old
+A sparse extent that needs more tables gets new directories, with the new tables, after the end of its file; the old
 tables stay where they are and the new directories name them too. The first sector of the header switches over.
 """
 
@@ -10,7 +10,6 @@ import contextlib
 import re
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +28,7 @@ from qemu_vmdk_snap.chain.needs.own import own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.chain.windows import windows
 from qemu_vmdk_snap.errors import FormatError, InvalidRequest, Unsupported
+from qemu_vmdk_snap.light import dataclass, replace
 from qemu_vmdk_snap.ops.journal.guard import guarded_operation
 from qemu_vmdk_snap.ops.journal.recover import settle
 from qemu_vmdk_snap.ops.journal.relink import DescriptorChange
@@ -58,6 +58,10 @@ class ResizeReport:
     path: Path
     before: int
     after: int
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report with JSON's own types, as `image resize --output=json` shows it."""
+        return {"filename": str(self.path), "before": self.before, "virtual-size": self.after}
 
 
 def resize(
@@ -166,7 +170,7 @@ def _set_sectors(link: Link, sectors: int, still: Callable[[], None]) -> None:
 
 
 def finish_resize(record: Operation, opener: FileOpener) -> None:
-    """Finish a resize that somebody else began."""
+    """Finish a resize that another process began."""
     change = DescriptorChange.from_detail(record.details["change"])
     file = open_locked(record.details["file"], opener, writable=True)
     try:
@@ -177,7 +181,7 @@ def finish_resize(record: Operation, opener: FileOpener) -> None:
 
 
 def _grow_file(file: BlockFile, record: Operation) -> None:
-    """Make the extent's file fit; doing it again does no harm."""
+    """Make the extent's file fit; this can be repeated."""
     details = record.details
     if details["header"] is None:
         start = sector_bytes(details["offset"])
@@ -205,12 +209,12 @@ def _grow_file(file: BlockFile, record: Operation) -> None:
 class _TablesPlan:
     header: SparseExtentHeader | CowdHeader
     directories: list[tuple[int, bytes]]
-    """(sector, directory); the new tables lie behind each."""
+    """(sector, directory); the new tables follow each."""
     end: int
 
 
 def _plan_tables(old: SparseExtentHeader | CowdHeader, file: BlockFile, sectors: int, size: int) -> _TablesPlan:
-    """Return what makes an extent whose file had `size` bytes `sectors` large."""
+    """Return the change that makes an extent whose file had `size` bytes `sectors` large."""
     if isinstance(old, CowdHeader):
         return _plan_cowd(old, file, sectors, size)
     return _plan_sparse(old, file, sectors, size)
@@ -235,7 +239,7 @@ def _plan_cowd(old: CowdHeader, file: BlockFile, sectors: int, size: int) -> _Ta
 
 def _plan_sparse(old: SparseExtentHeader, file: BlockFile, sectors: int, size: int) -> _TablesPlan:
     header = replace(old, capacity=sectors)
-    check_header(replace(header, gd_offset=1, rgd_offset=0), file.path, 1 << 62)  # the limits of the counts alone
+    check_header(replace(header, gd_offset=1, rgd_offset=0), file.path, 1 << 62)  # only the limits of the counts
     added = header.gd_entries - old.gd_entries
     if added <= 0:
         return _TablesPlan(header, [], size)
@@ -257,7 +261,7 @@ def _plan_sparse(old: SparseExtentHeader, file: BlockFile, sectors: int, size: i
 
 
 def _zero_tail(file: BlockFile, header: SparseExtentHeader | CowdHeader, sectors: int) -> None:
-    """Clear what the last grain holds behind the old end of the disk: some writers leave rubbish there."""
+    """Clear the last grain past the old end of the disk: some writers leave garbage there."""
     inside = sectors % header.grain_size
     if not inside:
         return

@@ -1,4 +1,4 @@
-"""Giving back the space behind the last thing in use: what an operation that did not end has left."""
+"""Freeing the space after the last part in use, which an interrupted operation has left."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from qemu_vmdk_snap.vmdk.sparse.extent import SparseExtent
 
 
 def trim_link(link: Link) -> int:
-    """Cut the extents of a link open for writing behind their last grain in use; return the bytes given back.
+    """Cut the extents of a link open for writing after their last grain in use; return the bytes freed.
 
-    Tables that were changed in memory and not stored are not looked at: what only they name goes.
+    Tables that were changed in memory and not stored are ignored: what only they name is cut off.
     """
     given = 0
     for placed in link.extents:
@@ -23,7 +23,7 @@ def trim_link(link: Link) -> int:
         if not isinstance(extent, SparseExtent):
             continue
         if not extent.tables.dirty:
-            # What one copy of the tables alone names is in use: in both of them it is used, not written a second time.
+            # What only one copy of the tables names is in use, too.
             with contextlib.suppress(FormatError):
                 extent.settle_copies()
         header, file = extent.header, extent.file

@@ -1,1 +1,1 @@
-"""Interrupted operations: what their records hold, and how they are finished."""
+"""Interrupted operations: the content of their records, and how they are finished."""

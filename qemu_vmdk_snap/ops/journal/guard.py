@@ -1,8 +1,8 @@
-"""Has anybody written an image since the operation on it was interrupted?
+"""Finds images that were written since the operation on them was interrupted.
 
 QEMU and other tools know nothing of operation records: a guest may have run on an image before `recover` does.
-Finishing the operation then would take away what the guest wrote. Every writer renews the CID of what it opens, so the
-CIDs at the beginning are recorded, and one that is neither of these nor one that the operation itself sets stops the
+Finishing the operation then would lose what the guest wrote. Every writer renews the CID of what it opens, so the
+CIDs at the beginning are recorded, and a CID that is neither one of these nor one that the operation sets stops the
 recovery.
 """
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from qemu_vmdk_snap.chain.link import read_descriptor
 from qemu_vmdk_snap.errors import CorruptChain, VmdkSnapError
+from qemu_vmdk_snap.light import replace
 from qemu_vmdk_snap.storage.blockfile import PosixFile
 from qemu_vmdk_snap.storage.record import Operation, from_text, make_operation
 from qemu_vmdk_snap.vmdk.descriptor import Descriptor
@@ -24,7 +24,7 @@ _KEY: Final = "cids"
 
 
 class WrittenMeanwhile(CorruptChain):
-    """An image was written after the operation on it was interrupted: only its owner can say what is to be kept."""
+    """An image was written after the operation on it was interrupted: the user must decide what to keep."""
 
 
 def guarded_operation(name: str, image: Path, images: Iterable[Path], details: Mapping[str, Any]) -> Operation:
@@ -51,10 +51,10 @@ def _paths_in(value: object) -> Iterator[Path]:
 
 
 def check_unwritten(operation: Operation) -> None:
-    """Return if nobody else has written an image of the operation since it began.
+    """Require that nobody else has written an image of the operation since it began.
 
     Raises:
-        WrittenMeanwhile: somebody has; nothing was changed.
+        WrittenMeanwhile: one was written; nothing was changed.
     """
     own = list(_own_cids(operation.details))
     for path, cid in operation.details.get(_KEY, ()):
@@ -62,7 +62,7 @@ def check_unwritten(operation: Operation) -> None:
         if now is None or now == cid or (path, now) in own:
             continue
         reason = (
-            f"was written (CID {now:08x}, not {cid:08x}) after a {operation.name} was interrupted, and to finish "
+            f"was written (CID {now:08x}, not {cid:08x}) after a {operation.name} was interrupted, and finishing "
             f"that could lose what was written: `recover --abandon {path.parent}` keeps the images as they are"
         )
         raise WrittenMeanwhile(path, reason)
@@ -79,7 +79,7 @@ def _own_cids(details: Mapping[str, Any]) -> Iterator[tuple[Path, int]]:
 
 
 def _cid_of(path: Path) -> int | None:
-    """Return the CID of an image, None where there is none to read: a file that is gone, or an extent's."""
+    """Return the CID of an image, None if it has none: the file is gone, or an extent."""
     with contextlib.suppress(OSError, VmdkSnapError):
         file = PosixFile.open(path)
         try:

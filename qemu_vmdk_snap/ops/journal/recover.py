@@ -1,4 +1,4 @@
-"""Finish what a killed operation has left half done: found by the operation records beside the images."""
+"""Finish interrupted operations, which are found by the operation records beside the images."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import errno
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
 from qemu_vmdk_snap.chain.resolver import Confined, Resolver, confined
 from qemu_vmdk_snap.errors import CorruptChain, FormatError, LockBusy, VmdkSnapError
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.ops.journal.guard import check_unwritten
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
 from qemu_vmdk_snap.storage.durable import sweep_temporaries
@@ -29,42 +29,46 @@ FINISHERS: Final[dict[str, tuple[str, str]]] = {
     "relink": ("qemu_vmdk_snap.ops.edit.rebase", "finish_relink"),
     "renew": ("qemu_vmdk_snap.ops.edit.renew", "finish_renew"),
 }
-"""Operation -> module and function (operation, opener) that finishes it; running it twice does no harm."""
+"""Operation -> module and function (operation, opener) that finishes it; it can be run twice."""
 
 
 SWEEP: Final = "sweep"
-"""What removing a temporary file is called among the operations; the image is that file."""
+"""The name of the operation that removes a temporary file; its image is that file."""
 
 SERVE: Final = "serve"
 """What adopting the grains of a killed server is called among the operations."""
 
 _MALFORMED: Final = (KeyError, TypeError, ValueError, AttributeError, IndexError)
-"""What a finisher raises where a record that can be read does not hold what its operation writes."""
+"""What a finisher raises for a record that can be read but is incomplete."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """One operation that was finished or given up, or one temporary file that was removed."""
+    """One operation that was finished or abandoned, or one temporary file that was removed."""
 
     operation: str
     image: Path
     images: tuple[Path, ...] = ()
-    """Of an operation that was given up: every image that it was about to change."""
+    """Of an operation that was abandoned: every image that it was about to change."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return it with JSON's own types, as `recover --output=json` lists it."""
+        return {"operation": self.operation, "image": str(self.image)}
 
 
 def recover(
     folder: Path | str, *, trusted_dirs: Sequence[Path | str] = (), opener: FileOpener = open_posix
 ) -> list[Recovered]:
-    """Finish every interrupted operation on the images in `folder` (or on the one image that is named), and tell which.
+    """Finish every interrupted operation on the images in `folder` (or on the one image that is named); return which.
 
     Files in other folders are written only where these are among `trusted_dirs`. Temporary files that killed commands
-    have left there are removed, unless another process works in the folder. One operation that cannot be finished does
-    not keep the others from it; the first such error is raised in the end.
+    have left there are removed, unless another process works in the folder. An operation that cannot be finished does
+    not stop the others; the first such error is raised at the end.
 
     Raises:
         LockBusy: an operation is still running, or another process has one of its images open.
         CorruptChain: a record cannot be followed, or an image was written since.
-        OSError: the system refused; the record stays, and so may be tried again.
+        OSError: the system refused; the record stays, so this can be repeated.
     """
     home, image = _place(Path(folder))
     found = pending_in(home, allowed=trusted_dirs)
@@ -95,12 +99,12 @@ def recover(
 
 
 def give_up(folder: Path | str) -> list[Recovered]:
-    """Forget every interrupted operation on the images in `folder` (or on the one image), and tell which.
+    """Abandon every interrupted operation on the images in `folder` (or on the one image); return which.
 
-    The images stay as they are, half done or not: for one that cannot be finished.
+    The images are not changed, even if partly done: for operations that cannot be finished.
 
     Raises:
-        LockBusy: an operation is still running; those before it are forgotten.
+        LockBusy: an operation is running; those before it are abandoned.
     """
     home, image = _place(Path(folder))
     gone: list[Recovered] = []
@@ -114,9 +118,9 @@ def give_up(folder: Path | str) -> list[Recovered]:
 
 
 def settle(folder: Path, *, opener: FileOpener = open_posix, resolver: Resolver | None = None) -> None:
-    """Finish what was interrupted in `folder` before something new begins there.
+    """Finish interrupted operations in `folder` before a new one begins there.
 
-    What is still running, or cannot be finished, is let alone: its images stay refused to writers, others are free.
+    Operations that are running or cannot be finished are skipped: only their images stay refused to writers.
     """
     allowed = resolver.trusted if isinstance(resolver, Confined) else ()
     for image in waiting_in(folder):
@@ -143,7 +147,7 @@ def _place(folder: Path) -> tuple[Path, Path | None]:
 
 
 def _finish(pending: Pending, opener: FileOpener, allowed: Sequence[Path | str]) -> Operation | None:
-    """Finish one operation and return it; None where somebody else has, meanwhile."""
+    """Finish one operation and return it; None if another process has finished it."""
     with taking_over(pending, allowed=allowed) as operation:
         if operation is None:
             return None

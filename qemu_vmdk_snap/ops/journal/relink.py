@@ -1,15 +1,15 @@
-"""Changes of descriptors that an operation record can hold, so that one torn by a crash is written again."""
+"""Changes of descriptors in an operation record, so that one torn by a crash is written again."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from qemu_vmdk_snap.chain.link import Link
 from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener
 from qemu_vmdk_snap.storage.opening import open_locked
 from qemu_vmdk_snap.storage.record import from_text, to_text
@@ -45,7 +45,7 @@ class DescriptorChange:
         return cls(link.path.parent.resolve() / link.path.name, new.base, link.descriptor.raw, new.raw)
 
     def write(self, file: BlockFile) -> None:
-        """Store the new text, durably, whatever mixture of both is there."""
+        """Store the new text, durably, even over a mixture of both."""
         room = max(len(self.old), len(self.new)) if self.base else len(self.new)
         file.write_at(self.base, self.new + bytes(room - len(self.new)))
         if not self.base:
@@ -74,20 +74,20 @@ class DescriptorChange:
             file.close()
 
     def as_detail(self) -> dict[str, Any]:
-        """Return the change as an operation record holds it."""
+        """Return the change as an operation record stores it."""
         return {"path": self.path, "base": self.base, "old": to_text(self.old), "new": to_text(self.new)}
 
     @classmethod
     def from_detail(cls, detail: dict[str, Any]) -> Self:
-        """Return the change that `as_detail` gave."""
+        """Return the change from the result of `as_detail`."""
         return cls(Path(detail["path"]), int(detail["base"]), from_text(detail["old"]), from_text(detail["new"]))
 
 
 @contextlib.contextmanager
 def changing_child_of(parent: Path) -> Iterator[None]:
-    """Say of a child that cannot be changed in the block why it would have to be: a delta beside its base, say."""
+    """Add to an Unsupported error for a child, in the block, why the child must change."""
     try:
         yield
     except Unsupported as error:
-        why = f"it stands on {parent}, and would no longer read the same: move it to another folder, or delete it"
+        why = f"it is backed by {parent}, and would no longer read the same: move it to another folder, or delete it"
         raise Unsupported(error.path, f"{error.feature}; {why}") from error

@@ -39,7 +39,7 @@ def held_empty(path: Path, stack: contextlib.ExitStack) -> EmptyFile | None:
 
 
 def _require_unneeded(path: Path) -> None:
-    from qemu_vmdk_snap.chain.needs.dependents import Census, require_unneeded, search_folders  # seldom needed
+    from qemu_vmdk_snap.chain.needs.dependents import Census, require_unneeded, search_folders  # rarely needed
 
     require_unneeded(path, [path], Census.of(search_folders([path], None)))
 

@@ -1,11 +1,12 @@
-"""What to say of an image on which an overlay is made: that it cannot be read whole, though nothing of it is read now.
+"""Notes on the base of a new overlay: faults that prevent reading it, though it is not read now.
 
-Overlays are made often and in a hurry, of images of any size: heads of files and the tables of plain sparse extents are
-looked at, without NumPy; the rarer kinds are opened.
+Overlays must be created fast, on images of any size: heads of files and the tables of plain sparse extents are
+checked, without NumPy; the rarer kinds are opened.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from array import array
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from qemu_vmdk_snap.storage.blockfile import BlockFile, PosixFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk import shortfall
 from qemu_vmdk_snap.vmdk.descriptor import Descriptor, ExtentLine
+from qemu_vmdk_snap.vmdk.noted import Notes
 from qemu_vmdk_snap.vmdk.sparse.header import MAGIC, SparseExtentHeader, check_header
 
 _FLAT: Final = ("FLAT", "VMFS")
@@ -25,29 +27,29 @@ _MAX_TABLES: Final = 8192
 
 
 def base_notes(file: BlockFile, descriptor: Descriptor, embedded: bool, find: Resolver) -> list[str]:
-    """Return what is wrong with the extents of the image in `file`, one line each; `find` leads to them."""
-    notes: list[str] = []
+    """Return what is wrong with the extents of the image in `file`, of each kind one line; `find` leads to them."""
+    notes = Notes()
     for line in descriptor.extents:
         if not embedded and (line.file is None or line.access == "NOACCESS"):
             continue
         try:
             if embedded:
-                notes += _of_extent(line, file)
+                notes.merge(_of_extent(line, file))
                 continue
             extent = PosixFile.open(find(file.path, line.file or "", "extent"))
             try:
                 check_opened(find, file.path, extent, "extent")
-                notes += _of_extent(line, extent)
+                notes.merge(_of_extent(line, extent))
             finally:
                 extent.close()
         except VmdkSnapError as error:
-            notes.append(str(error))
+            notes.add(error.code, str(error))
         except OSError as error:
-            notes.append(f"{error.filename}: {error.strerror}")
-    return notes
+            notes.add("system", f"{error.filename}: {error.strerror}")
+    return list(notes)
 
 
-def _of_extent(line: ExtentLine, file: BlockFile) -> list[str]:
+def _of_extent(line: ExtentLine, file: BlockFile) -> Notes:
     if line.type in _FLAT:
         start = sector_bytes(line.offset) if line.type == "FLAT" else 0
         return shortfall.of_flat(file.path, file.size(), start, sector_bytes(line.sectors))
@@ -56,18 +58,21 @@ def _of_extent(line: ExtentLine, file: BlockFile) -> list[str]:
         header = SparseExtentHeader.parse(head, path=file.path)
         check_header(header, file.path, file.size(), tolerant=True)
         if not header.compressed:
-            size = shortfall.of_sparse(file.path, file.size(), header.overhead, header.offset_of("overhead"))
-            return size + list(_of_tables(file, header, sector_bytes(line.sectors)))[:1]
+            notes = shortfall.of_sparse(file.path, file.size(), header.overhead, header.offset_of("overhead"))
+            for note in itertools.islice(_of_tables(file, header, sector_bytes(line.sectors)), 1):
+                notes.add("entry", note)
+            return notes
     return _of_rare_extent(line, file)
 
 
-def _of_rare_extent(line: ExtentLine, file: BlockFile) -> list[str]:
+def _of_rare_extent(line: ExtentLine, file: BlockFile) -> Notes:
     from qemu_vmdk_snap.chain.look.over import look_over  # NumPy
     from qemu_vmdk_snap.vmdk.extent import ExtentSpec, open_extent
 
     extent = open_extent(ExtentSpec(line, file.path, file, writable=False))
-    refused = look_over(extent)
-    return [*extent.notes, *refused]
+    for refused in look_over(extent):
+        extent.notes.add("refused", refused)
+    return extent.notes
 
 
 def _of_tables(file: BlockFile, header: SparseExtentHeader, capacity: int) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +14,7 @@ from qemu_vmdk_snap.chain.look import notes
 from qemu_vmdk_snap.chain.look.opening import look_at
 from qemu_vmdk_snap.chain.resolver import check_opened, confined
 from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest
+from qemu_vmdk_snap.light import replace
 from qemu_vmdk_snap.ops.make.allocate import replace_empty
 from qemu_vmdk_snap.ops.make.base_notes import base_notes
 from qemu_vmdk_snap.ops.make.layout import (
@@ -22,7 +22,7 @@ from qemu_vmdk_snap.ops.make.layout import (
     ImageOptions,
     Plan,
     bulk_writer,
-    kind_of,
+    kind_for,
     plan_image,
     stream_writer,
     write_image,
@@ -67,14 +67,14 @@ def create_image(
 ) -> None:
     """Make `path` an empty image of `size` guest bytes (rounded up to a sector).
 
-    `kind` takes the place of `options.subformat`. Extents in files of their own are called after the image; all appear
-    together, or none. `durable=False` does not wait for the disk: for images that are thrown away anyway. `over_empty`
-    lets the image take the place of an empty file that nothing needs.
+    `kind` replaces `options.subformat`. Names of extent files are derived from the image's; all files appear
+    together, or none. `durable=False` does not wait for the disk: for images that are temporary. `over_empty`
+    lets the image replace an empty file that nothing needs.
 
     Raises:
-        FileExistsError: something bears the name, or that of an extent; it is untouched.
-        InvalidRequest: the size, the kind or an option cannot be.
-        Unsupported: the kind cannot hold so much.
+        FileExistsError: the name, or that of an extent, exists; that file is not changed.
+        InvalidRequest: the size, the kind or an option is invalid.
+        Unsupported: the size exceeds what the kind can store.
     """
     path, options = Path(path), _with_kind(options or ImageOptions(), kind)
     plan = plan_base(path, size, options)
@@ -101,16 +101,16 @@ def create_overlay(
 ) -> None:
     """Make `path` an empty overlay on `base`: same size, grain, adapter, geometry and hardware version.
 
-    `base` may be open in a running QEMU: it is read as `qemu-img -U` reads it. `hint` is what the overlay calls its
-    parent; by default the way to `base` from the overlay's folder. `options` replaces what would be inherited; begin
+    `base` may be open in a running QEMU: it is read as `qemu-img -U` reads it. `hint` is the overlay's name for its
+    parent; by default the path to `base` from the overlay's folder. `options` replaces what would be inherited; begin
     with `inherited_options` to change a part of it. `kind` replaces its `subformat`. The geometry is the base's
     unless the adapter is another. `name` is what the overlay will be called, where that is not `path` yet. `over_empty`
     lets it take the place of an empty file that nothing needs.
 
     Raises:
-        FileExistsError: something bears the name; it is untouched.
-        FormatError: `base` is no VMDK, or breaks the format.
-        InvalidRequest: `size` is smaller than the base, an option cannot be, or the kind cannot have a parent.
+        FileExistsError: the name exists; that file is not changed.
+        FormatError: `base` is not a VMDK image, or breaks the format.
+        InvalidRequest: `size` is smaller than the base, an option is invalid, or the kind cannot have a parent.
     """
     path, base = Path(path), Path(base)
     identity = identity_of(base)
@@ -148,12 +148,12 @@ def create_overlay(
 
 
 def _require_still(base: Path, identity: Identity | None, cid: int) -> None:
-    """Refuse a base that an operation removes or changes while an overlay on it gets its name.
+    """Refuse a base that an operation removes or changes while an overlay on it is created.
 
-    Looked at when the overlay has its name: an operation that begins later sees the overlay.
+    Checked when the overlay has its name: an operation that begins later sees the overlay.
     """
     if any(name.endswith(".intent") for name in os.listdir(base.parent)):  # noqa: PTH208 - names are all it takes
-        from qemu_vmdk_snap.storage.record import refuse_pending  # JSON and more: seldom needed
+        from qemu_vmdk_snap.storage.record import refuse_pending  # JSON and more: rarely needed
 
         refuse_pending(base)
     if identity_of(base) != identity:
@@ -169,7 +169,7 @@ def _give_cid(base: Path) -> None:
         StillNeeded: something is backed by it already.
         Unsupported, LockBusy, OSError: it cannot be written.
     """
-    # NumPy and more: seldom needed.
+    # NumPy and more: rarely needed.
     from qemu_vmdk_snap.chain.change import open_link_for_change
     from qemu_vmdk_snap.chain.needs.dependents import Census, require_unneeded, search_folders
 
@@ -190,32 +190,32 @@ def open_new_image(files: NewFiles, path: Path, size: int, options: ImageOptions
     """Return the writer that fills a new image, which appears as `path` with the other `files`.
 
     Raises:
-        FileExistsError: something bears the name; it is untouched.
-        InvalidRequest: the size or an option cannot be.
+        FileExistsError: the name exists; that file is not changed.
+        InvalidRequest: the size or an option is invalid.
     """
     plan = plan_base(path, size, options)
     return bulk_writer(plan, write_image(files, path, plan))
 
 
 def open_new_stream(write: Callable[[bytes], object], path: Path, size: int, options: ImageOptions) -> BulkWriter:
-    """Return the writer of a streamOptimized image whose bytes go, front to end, to `write`; `path` names it.
+    """Return the writer of a streamOptimized image that passes its bytes in order to `write`; `path` names it.
 
     Raises:
-        InvalidRequest: the size or an option cannot be.
+        InvalidRequest: the size or an option is invalid.
     """
     return stream_writer(plan_base(path, size, replace(options, subformat="streamOptimized")), write)
 
 
 def plan_base(path: Path, size: int, options: ImageOptions) -> Plan:
-    """Return what a new image of `size` bytes that stands on no other is made of.
+    """Return the plan of a new image of `size` bytes without a parent.
 
     Raises:
-        InvalidRequest: the size or an option cannot be.
+        InvalidRequest: the size or an option is invalid.
     """
     sectors = _checked_sectors(path, size)
     _check_options(path, options)
     ddb = _base_ddb(sectors, options)
-    for key, value in kind_of(path, options).ddb:
+    for key, value in kind_for(path, options).ddb:
         ddb.setdefault(key, value)
     cid = new_cid()
     ddb["longContentID"] = _long_id(cid)
@@ -231,13 +231,13 @@ def _with_kind(options: ImageOptions, kind: str | None) -> ImageOptions:
 
 
 def _read_base(base: Path, *, look: bool = False) -> tuple[Descriptor, ImageOptions, list[str]]:
-    """Return the descriptor of the base, what an overlay inherits from it, and with `look` what is wrong with it."""
+    """Return the descriptor of the base, what an overlay inherits from it, and with `look` its faults."""
     file = PosixFile.open(base)
     try:
         lock_image(file.fileno(), base, writable=False, share_writes=True)
         descriptor, embedded = read_descriptor(file)
         while (again := read_descriptor(file)[0]).raw != descriptor.raw:
-            descriptor = again  # a writer was just giving it another CID
+            descriptor = again  # a writer was changing its CID
         said = look_at(descriptor, writable=False)
         if look:
             said += base_notes(file, descriptor, embedded, confined())
@@ -261,7 +261,7 @@ def _inherited_options(file: BlockFile, descriptor: Descriptor, embedded: bool) 
 
 
 def _first_header(file: BlockFile, descriptor: Descriptor, embedded: bool) -> SparseExtentHeader | None:
-    """Return the header of the first hosted sparse extent, where there is one to be read."""
+    """Return the header of the first hosted sparse extent, if there is one that can be read."""
     head = file.read_at(0, SECTOR_SIZE)
     line = next((line for line in descriptor.extents if line.type == "SPARSE"), None)
     if not embedded and line is not None and line.file is not None:

@@ -1,4 +1,4 @@
-"""The kinds of image that can be made, and what files an image of each consists of.
+"""The kinds of image that can be created, and the files of each.
 
     monolithicSparse       one file with its descriptor inside
     streamOptimized        one file with its descriptor inside, written from start to end
@@ -14,12 +14,12 @@ The files of an image appear together, the descriptor last.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qemu_vmdk_snap.chain.link import read_descriptor
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import dataclass, field
 from qemu_vmdk_snap.storage.blockfile import PosixFile
 from qemu_vmdk_snap.storage.durable import NewFiles
 from qemu_vmdk_snap.storage.limits import allow_open_files
@@ -39,10 +39,10 @@ _MAX_PARTS: Final = 4096
 
 
 class Kind(NamedTuple):
-    """One kind of image that can be made."""
+    """One kind of image that can be created."""
 
     create_type: str
-    """What its descriptor says: QEMU 7.2 knows ESXi's flat disks by `vmfs` alone."""
+    """The `createType` of its descriptor: QEMU 7.2 knows ESXi's flat disks only as `vmfs`."""
     extent_type: str
     layout: str
     """The module of `vmdk` whose `plan_extent` plans its extents."""
@@ -51,14 +51,14 @@ class Kind(NamedTuple):
     may_have_parent: bool = False
     split: bool = False
     stream: bool = False
-    """Whether it is written front to end, and so may go through a pipe."""
+    """Whether it is written from start to end, and so may be written to a pipe."""
     reserve: bool = False
     ddb: tuple[tuple[str, str], ...] = ()
-    """Entries of its own, unless an option says otherwise."""
+    """Its `ddb.` entries, unless an option replaces them."""
 
 
 _TOOLS_UNKNOWN: Final = ("toolsVersion", "2147483647")
-"""ESXi's import wants to be told something."""
+"""ESXi's import requires these entries."""
 
 KINDS: Final[Mapping[str, Kind]] = {
     "monolithicSparse": Kind("monolithicSparse", "SPARSE", "sparse.layout", "", may_have_parent=True),
@@ -76,7 +76,7 @@ KINDS: Final[Mapping[str, Kind]] = {
 
 @dataclass(frozen=True, slots=True)
 class ImageOptions:
-    """What a new image is like; the names are those of qemu-img's `-o`."""
+    """The options of a new image; the names are those of qemu-img's `-o`."""
 
     grain_size: int = DEFAULT_GRAIN
     """Bytes that are allocated at once: a power of two from 4 KiB to 1 GiB. vmfsSparse always has 512."""
@@ -84,7 +84,7 @@ class ImageOptions:
     hwversion: str = "4"
     toolsversion: str | None = None
     zeroed_grain: bool = False
-    """Let a grain be marked as zeros (version 2): over a parent's data too, and without storing it."""
+    """Allow grains to be marked as zeros (version 2): over a parent's data too, without storing them."""
     extra: Mapping[str, str] = field(default_factory=dict)
     """Further `ddb.` entries, keys without the prefix."""
     subformat: str = "monolithicSparse"
@@ -102,11 +102,11 @@ class Plan:
     sectors: int
 
 
-def kind_of(path: Path, options: ImageOptions) -> Kind:
+def kind_for(path: Path, options: ImageOptions) -> Kind:
     """Return the kind that the options name.
 
     Raises:
-        InvalidRequest: there is none of that name that can be made.
+        InvalidRequest: there is no such kind that can be created.
     """
     kind = KINDS.get(options.subformat)
     if kind is None:
@@ -126,13 +126,13 @@ def plan_image(
     hint: str | None,
     ddb: Mapping[str, str],
 ) -> Plan:
-    """Return what a new image consists of; `name` is what its descriptor file will be called.
+    """Return the plan of a new image; `name` is the name that its descriptor file will have.
 
     Raises:
         InvalidRequest: the kind cannot have a parent, or the name cannot be written in a descriptor.
-        Unsupported: the kind cannot hold so much.
+        Unsupported: the size exceeds what the kind can store.
     """
-    kind = kind_of(path, options)
+    kind = kind_for(path, options)
     if parent_cid != NO_PARENT and not kind.may_have_parent:
         raise InvalidRequest(path, f"an image of kind {options.subformat} cannot have a parent")
     parts = [
@@ -154,10 +154,10 @@ def plan_image(
 
 
 def write_image(files: NewFiles, path: Path, plan: Plan, mode: int = 0o666) -> list[tuple[PosixFile, int]]:
-    """Add the files of an empty image to `files`; return those that hold the extents, with their sectors.
+    """Add the files of an empty image to `files`; return those of the extents, with their sectors.
 
     Raises:
-        FileExistsError: something bears the name of one of them; it is untouched.
+        FileExistsError: one of the names exists; that file is not changed.
     """
     made: list[tuple[PosixFile, int]] = []
     allow_open_files(len(plan.extents))
@@ -171,7 +171,7 @@ def write_image(files: NewFiles, path: Path, plan: Plan, mode: int = 0o666) -> l
 
 
 def extent_files(path: Path) -> list[Path]:
-    """Return the files that lie beside an image's descriptor and hold its extents; none where it is embedded."""
+    """Return the files of an image's extents besides its descriptor file; none where that is embedded."""
     file = PosixFile.open(path)
     try:
         descriptor, embedded = read_descriptor(file)
@@ -192,7 +192,7 @@ def bulk_writer(plan: Plan, files: list[tuple[PosixFile, int]]) -> BulkWriter:
 
 
 def stream_writer(plan: Plan, write: Callable[[bytes], object]) -> BulkWriter:
-    """Return the writer of a streamOptimized image that hands its bytes, front to end, to `write`."""
+    """Return the writer of a streamOptimized image that passes its bytes, from start to end, to `write`."""
     layout = plan.extents[0][2]
     assert isinstance(layout, StreamLayout)
     return layout.stream(write)

@@ -4,7 +4,7 @@
     sector 0               4
 
 One copy of the tables; they are made on demand, so a directory entry of 0 is normal. The header counts the sectors in
-use (`free_sector`): the next writer goes on there, so it is raised before a table names what lies behind it.
+use (`free_sector`): the next writer continues there, so it is raised before a table names a grain past it.
 
 Source: the COWDisk header of VMware's technote 1.0 and libvmdk's "COWD sparse extent"; QEMU 7.2 block/vmdk.c.
 """
@@ -49,7 +49,7 @@ class CowdExtent(GrainExtent):
         self._free_sector = header.free_sector
 
     def lookup(self, offset: int) -> Place:
-        """Return where the byte at `offset` is; the place may go on over many of the small grains."""
+        """Return where the byte at `offset` is; the place may span many of the small grains."""
         place = super().lookup(offset)
         grain, inside = divmod(offset, self._grain_bytes)
         if place.kind == DATA:
@@ -68,9 +68,9 @@ class CowdExtent(GrainExtent):
             self._free_sector = end
 
     def clear(self) -> None:
-        """Forget every grain, durably, and give their space back: the parent answers everywhere.
+        """Remove every grain, durably, and free its space: the parent is read everywhere.
 
-        Where every table exists they are kept, emptied: QEMU 7.2 cannot write through a directory entry of 0.
+        If every table exists, they are kept, empty: QEMU 7.2 cannot write through a directory entry of 0.
         """
         self.flush()
         at, length = sector_bytes(self.header.gd_offset), self.header.tables * 4

@@ -1,13 +1,13 @@
-"""The header of a COWD extent, and the descriptor of a disk from the time before there were any.
+"""The header of a COWD extent, and the descriptor of a disk from before descriptors existed.
 
 Source: the COWDisk header of VMware's technote 1.0; libvmdk's "COWD sparse extent".
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
 
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor, make_descriptor
@@ -19,7 +19,7 @@ HEADER_BYTES: Final = 2048
 GTES_PER_GT: Final = 4096
 FLAGS: Final = 3
 FLAG_ROOT: Final = 1
-"""The disk has no parent of its own accord (a delta's parent stands in its descriptor)."""
+"""The disk has no parent (the parent of a delta is named in its descriptor)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class CowdHeader(OnDisk):
 
     @property
     def overhead(self) -> int:
-        """Sector behind everything that is in use: where the grains of an empty extent begin."""
+        """The sector after everything that is in use: where the grains of an empty extent begin."""
         return self.free_sector
 
     @property
@@ -71,7 +71,7 @@ def read_cowd_header(file: BlockFile, path: Path) -> CowdHeader:
     """Return the checked header of the COWD extent in `file`.
 
     Raises:
-        FormatError: a field cannot be, or the directory does not fit.
+        FormatError: a field is invalid, or the directory does not fit.
     """
     header = CowdHeader.parse(file.read_at(0, HEADER_BYTES), path=path)
     if header.gd_entries < header.tables:
@@ -85,7 +85,7 @@ def read_cowd_header(file: BlockFile, path: Path) -> CowdHeader:
 
 
 def legacy_descriptor(header: CowdHeader, path: Path) -> Descriptor:
-    """Return a descriptor for a disk of the time before there were any: its generations take the place of CIDs."""
+    """Return a descriptor for a disk from before descriptors existed: its generations serve as CIDs."""
     root = bool(header.flags & FLAG_ROOT)
     hint = None if root else header.parent_or_geometry[:1024].split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
     parent = int.from_bytes(header.parent_or_geometry[1024:], "little")

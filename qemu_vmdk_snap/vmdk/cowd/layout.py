@@ -3,7 +3,7 @@
     | header | grain directory | grain tables | grains ...
     sector 0   4
 
-Every grain table is there from the start, though the format makes them on demand: QEMU 7.2 overwrites the header when
+Every grain table exists from the start, though the format makes them on demand: QEMU 7.2 overwrites the header when
 it writes through a directory entry of 0. The tables are a hole in the file until they are used. Grains are one sector,
 as ESXi has them.
 """
@@ -11,11 +11,11 @@ as ESXi has them.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.light import dataclass, replace
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, FLAGS, HEADER_BYTES, CowdHeader
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 GRAIN_SECTORS: Final = 1
 MAX_FILE_SECTORS: Final = (1 << 32) - 1
-"""All places are counted in 32 bits."""
+"""All sector numbers have 32 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +48,22 @@ class CowdLayout:
 
     @property
     def fixed_bytes(self) -> int:
-        """Everything in front of the grains."""
+        """Everything before the grains."""
         return sector_bytes(self.header.overhead)
 
     def create(self, file: BlockFile) -> None:
-        """Write the header and the directory, and give the file room for its tables."""
+        """Write the header and the directory, and extend the file to include its tables."""
         write_cowd(file, self)
 
     def writer(self, file: BlockFile) -> BulkWriter:
-        """Return what fills the file."""
+        """Return the writer that fills the file."""
         from qemu_vmdk_snap.vmdk.cowd.writer import BulkCowd  # NumPy: not needed to make an empty image
 
         return BulkCowd(file, self)
 
 
 def plan_extent(wanted: Wanted) -> CowdLayout:
-    """Return the layout of a COWD extent; raises Unsupported where the format cannot hold so much."""
+    """Return the layout of a COWD extent; raises Unsupported if the size exceeds what the format can store."""
     return plan_cowd(wanted.sectors, wanted.path, geometry=wanted.geometry)
 
 
@@ -71,7 +71,7 @@ def plan_cowd(sectors: int, path: Path, *, geometry: tuple[int, int, int]) -> Co
     """Return the layout of an empty extent of `sectors`; `geometry` is cylinders, heads, sectors.
 
     Raises:
-        Unsupported: the format's 32 bits cannot hold so many sectors and their tables.
+        Unsupported: the format's 32 bits are too few for so many sectors and their tables.
     """
     header = CowdHeader(
         magic=COWD_MAGIC,
@@ -95,10 +95,10 @@ def plan_cowd(sectors: int, path: Path, *, geometry: tuple[int, int, int]) -> Co
 
 
 def lay_out_anew(header: CowdHeader, path: Path) -> CowdLayout:
-    """Return the layout of an empty extent whose header says what `header` does of all but places in the file.
+    """Return the layout of an empty extent whose header equals `header` except for places in the file.
 
     Raises:
-        Unsupported: the format's 32 bits cannot hold so many sectors and their tables.
+        Unsupported: the format's 32 bits are too few for so many sectors and their tables.
     """
     gd = byte_sectors(HEADER_BYTES)
     gt = gd + byte_sectors(header.tables * 4)
@@ -110,7 +110,7 @@ def lay_out_anew(header: CowdHeader, path: Path) -> CowdLayout:
 
 
 def write_cowd(file: BlockFile, layout: CowdLayout) -> None:
-    """Write the header and the directory into an empty file and give it room for its tables."""
+    """Write the header and the directory into an empty file and extend it to include its tables."""
     header = layout.header
     file.truncate(sector_bytes(header.free_sector))
     file.write_at(0, header.serialise())

@@ -1,7 +1,7 @@
 """Raw device mappings of ESXi (VMFSRDM, VMFSRAW): a flat extent whose file is a block device.
 
-On ESXi the line names a mapping file that only its kernel can follow. What can be opened elsewhere is a line that
-names the device itself, and that only where the caller allows devices.
+On ESXi the line names a mapping file that only its kernel can follow. Elsewhere only a line that names the device
+itself can be opened, and only if the caller allows devices.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def open_extent(spec: ExtentSpec) -> FlatExtent:
     """Open a device extent.
 
     Raises:
-        Unsupported: the file is no block device: a mapping that only ESXi can follow.
+        Unsupported: the file is not a block device: a mapping that only ESXi can follow.
     """
     if spec.file is None:
         raise FormatError(spec.path, spec.line.at, "extent", spec.line.type, "must name a file")

@@ -1,19 +1,19 @@
 """The flat extent (FLAT, VMFS): byte n of the extent is byte n of a file, from the offset in its descriptor line on.
 
-It hides its parent everywhere, so holes of the file are zeros. Bytes behind the end of a file that is too short are
-zeros too, as QEMU reads them; the extent's notes tell of it.
+It hides its parent everywhere, so holes of the file are zeros. Bytes past the end of a file that is too short are
+zeros too, as QEMU reads them; the extent's notes say so.
 
 Source: VMware Virtual Disk Format 5.0, "Extent descriptions"; the offset counts for FLAT alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.units import KIB, sector_bytes
 from qemu_vmdk_snap.vmdk import shortfall
@@ -21,7 +21,7 @@ from qemu_vmdk_snap.vmdk.extent import Below, ExtentSpec, Place
 from qemu_vmdk_snap.vmdk.runs import DATA, NO_SOURCE, ZERO, RunTable
 
 UNIT: Final = 64 * KIB
-"""What it calls its grain: bounds the windows in which a chain with it is resolved."""
+"""Its nominal grain: bounds the windows in which a chain with it is resolved."""
 
 
 def open_extent(spec: ExtentSpec) -> FlatExtent:
@@ -41,7 +41,7 @@ class FlatExtent:
         self._start = start
         self._capacity = capacity
         self._writable = writable
-        self.notes: list[str] = shortfall.of_flat(path, file.size(), start, capacity)
+        self.notes = shortfall.of_flat(path, file.size(), start, capacity)
 
     @property
     def capacity(self) -> int:
@@ -70,10 +70,27 @@ class FlatExtent:
     def resolve(self, start: int, end: int) -> RunTable:
         """Return the runs of [start, end): data, and zeros where the file has holes.
 
-        All is data while the extent is open for writing, so that whoever fills it writes in place.
+        While the extent is open for writing everything is data, so that it is filled in place.
         """
         if self._writable:
             return RunTable.single(start, end, DATA, file_offset=self._start + start)
+        rows = self._begins(start, end)
+        begins, kinds = np.array(rows, np.int64).T
+        places = np.where(kinds == DATA, begins + self._start, 0)
+        return RunTable(begins, kinds.astype(np.uint8), np.full(len(rows), NO_SOURCE, np.int64), places, end)
+
+    def small_entries(self) -> int | None:
+        """Return 0: it has no tables; None while it is written."""
+        return None if self._writable else 0
+
+    def pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (offset, length, kind, file offset) of what is in [start, end), as `resolve` has it."""
+        rows = self._begins(start, end)
+        for (begin, kind), (stop, _) in zip(rows, [*rows[1:], (end, ZERO)], strict=True):
+            yield begin, stop - begin, kind, begin + self._start if kind == DATA else 0
+
+    def _begins(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Return where each run of [start, end) begins, and its kind."""
         rows: list[tuple[int, int]] = []
         offset = start
         limit = min(end, max(start, self._file.size() - self._start))
@@ -87,9 +104,7 @@ class FlatExtent:
             offset = data
         if offset < end and (not rows or rows[-1][1] != ZERO):
             rows.append((offset, ZERO))  # the file ends inside the extent
-        begins, kinds = np.array(rows, np.int64).T
-        places = np.where(kinds == DATA, begins + self._start, 0)
-        return RunTable(begins, kinds.astype(np.uint8), np.full(len(rows), NO_SOURCE, np.int64), places, end)
+        return rows
 
     def read_grain(self, file_offset: int) -> bytes:
         """Never called: this kind has no compressed grains."""
@@ -103,6 +118,6 @@ class FlatExtent:
 
     def flush(self) -> None:
         """Return when all writes are durable."""
-        # Also what was copied into the file by the kernel, of which no write here told.
+        # This includes what the kernel copied into the file, without a write here.
         if self._writable:
             self._file.flush()

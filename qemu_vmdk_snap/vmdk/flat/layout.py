@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import sector_bytes
 from qemu_vmdk_snap.vmdk.grain.new_extent import Wanted
@@ -32,14 +32,14 @@ class FlatLayout:
         return sector_bytes(self.sectors)
 
     def create(self, file: BlockFile) -> None:
-        """Give the file its length, and its space where that is to be reserved."""
+        """Set the length of the file, and reserve its space if wanted."""
         file.truncate(self.fixed_bytes)
         descriptor = file.fileno()
         if self.reserve and descriptor is not None:
             os.posix_fallocate(descriptor, 0, self.fixed_bytes)
 
     def writer(self, file: BlockFile) -> BulkWriter:
-        """Return what fills the file."""
+        """Return the writer that fills the file."""
         from qemu_vmdk_snap.vmdk.grain.bulk import BulkFlat  # NumPy: not needed to make an empty image
 
         return BulkFlat(file, self.fixed_bytes)

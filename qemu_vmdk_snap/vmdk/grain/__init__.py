@@ -1,1 +1,1 @@
-"""What all kinds of extents that are made of grains share: tables, reading, copy-on-write, filling a new one."""
+"""Shared by all kinds of extents with grains: tables, reading, copy-on-write, filling a new one."""

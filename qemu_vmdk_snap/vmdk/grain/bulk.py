@@ -1,4 +1,4 @@
-"""Filling a new image in one pass by ascending offsets: no reading back, and the kernel moves the bytes."""
+"""Filling a new image in one pass by ascending offsets: nothing is read back, and the kernel copies the bytes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
-import numpy as np
-
 from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.storage.copying import Copier
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
@@ -19,16 +18,16 @@ MAX_FILE_SECTORS: Final = 1 << 32
 
 
 class BulkWriter(Protocol):
-    """Takes the data of a new disk by ascending offsets (bytes); what is not put reads as zeros."""
+    """Takes the data of a new disk by ascending offsets (bytes); what is not written reads as zeros."""
 
     def put(self, offset: int, length: int, source: BlockFile, source_offset: int, on_step: OnStep) -> None:
-        """Copy `length` bytes of `source` to `offset`; `on_step` hears of them at least every 64 MiB."""
+        """Copy `length` bytes of `source` to `offset`; `on_step` is called at least every 64 MiB."""
 
     def put_bytes(self, offset: int, data: Buffer) -> None:
         """Write `data` to `offset`."""
 
     def finish(self) -> None:
-        """Complete the file: every table and its full length. It is durable when its creator says so."""
+        """Complete the file: every table and its full length. Its creator makes it durable."""
 
 
 class BulkFlat:
@@ -53,7 +52,7 @@ class BulkFlat:
 
 
 class GrainHeader(Protocol):
-    """What the writer needs of a header: the numbers of a hosted sparse extent's."""
+    """The fields of a header that the writer needs."""
 
     @property
     def grain_size(self) -> int:
@@ -81,15 +80,15 @@ class GrainLayout(Protocol):
 
     @property
     def rgt_sector(self) -> int:
-        """Where the redundant tables begin; the same as `gt_sector` where there are none."""
+        """The sector where the redundant tables begin; the same as `gt_sector` where there are none."""
 
     @property
     def gt_sector(self) -> int:
-        """Where the tables begin, one behind the other."""
+        """The sector where the tables begin, one after the other."""
 
 
 class BulkSparse:
-    """Fills a hosted sparse extent: grains in guest order behind the overhead, so that long runs stay long."""
+    """Fills a hosted sparse extent: grains in guest order after the overhead, so that long runs stay long."""
 
     def __init__(self, file: BlockFile, layout: GrainLayout) -> None:
         self._file = file
@@ -117,17 +116,17 @@ class BulkSparse:
         self._enter(first, -(-length // self._unit), 1, 0)
 
     def finish(self) -> None:
-        """Store the last tables and give the file the whole of its last grain."""
+        """Store the last tables and extend the file to the end of its last grain."""
         self._store_tables()
         self._file.truncate(self._end)
 
     @property
     def end(self) -> int:
-        """Byte behind the last grain so far."""
+        """The byte after the last grain so far."""
         return self._end
 
     def _allocate(self, offset: int, length: int) -> int:
-        """Return the file offset for the range; grains that it is the first to touch follow the last one's."""
+        """Return the file offset for the range; new grains follow the last one."""
         first, inside = divmod(offset, self._unit)
         last = (offset + length - 1) // self._unit
         if first == self._last_grain:
@@ -180,7 +179,7 @@ class BulkSparse:
 
 
 class BulkParts:
-    """Fills a disk of several extents: each piece goes to the writers of the extents that it lies in."""
+    """Fills a disk of several extents: each piece is passed to the writers of its extents."""
 
     def __init__(self, parts: Sequence[tuple[int, BulkWriter]]) -> None:
         """`parts` are the extents in order: length in bytes, writer."""

@@ -1,12 +1,12 @@
-"""Extents made of grains behind a directory and tables: reading and copy-on-write, whatever the header looks like.
+"""Extents with grains, a directory and tables: reading and copy-on-write, independent of the header.
 
     | header ... | directory | tables ... | grain | grain | ...
 
-A table entry is 0 (the parent answers), 1 where the kind allows it (zeros over any parent), or the sector of the
+A table entry is 0 (read from the parent), 1 where the kind allows it (zeros over any parent), or the sector of the
 grain.
 
 Invariants of writing:
-- A grain is durable before any table names it: tables change in memory first, and `flush` stores them behind a barrier.
+- A grain is durable before any table names it: tables change in memory first, and `flush` stores them after a barrier.
 - Every copy of a table is stored; a table that is new is durable in its zeros before a directory names it.
 - Grains are only ever added past the end of the file; what a table names is never moved or reused.
 """
@@ -17,22 +17,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import numpy as np
-
 from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, byte_sectors, round_up, sector_bytes
 from qemu_vmdk_snap.vmdk import shortfall
 from qemu_vmdk_snap.vmdk.extent import Below, Place
 from qemu_vmdk_snap.vmdk.grain.tables import MAX_DIRTY_TABLES, Entries, GrainTables
+from qemu_vmdk_snap.vmdk.noted import Notes
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, ZERO, Int64s, Kinds, RunTable, from_entries
 
 GTE_UNALLOCATED: Final = 0
 GTE_ZEROED: Final = 1
 MAX_FILE_SECTORS: Final = 1 << 32
-"""A GTE is 32 bits wide: no grain can begin at or behind this sector."""
+"""A GTE is 32 bits wide: no grain can begin at or after this sector."""
 
-_MAX_SHORT: Final = 64
 _WRITE_BATCH: Final = 4 * MIB
 
 
@@ -67,8 +66,7 @@ class GrainExtent:
         self._file_size = file.size()
         self._unsynced = False
         self._on_entry: Callable[[int, int], None] | None = None
-        self.notes: list[str] = []
-        self._short: set[int] = set()  # places of grains that `notes` tells of already
+        self.notes = Notes()
 
     @property
     def capacity(self) -> int:
@@ -132,16 +130,16 @@ class GrainExtent:
         return kinds, file_offsets
 
     def _note_short(self, first: int, kinds: Kinds, file_offsets: Int64s) -> None:
-        """Note the stored grains, of those from `first` on, whose end the file lacks."""
+        """Note the stored grains, from `first` on, whose end is past the end of the file."""
         past = file_offsets + self._grain_bytes - self._file_size
         for index in np.flatnonzero((past > 0) & (kinds == DATA)).tolist():
             place = int(file_offsets[index])
             # Of the last grain the disk may need a part only, and some writers store no more.
             unused = max(0, (first + index + 1) * self._grain_bytes - self._capacity)
             missing = int(past[index]) - unused
-            if missing > 0 and place not in self._short and len(self._short) < _MAX_SHORT:
-                self._short.add(place)
-                self.notes.append(shortfall.of_grain(self._path, self._file_size, place, first + index, missing))
+            if missing > 0:
+                line = shortfall.of_grain(self._path, self._file_size, place, first + index, missing)
+                self.notes.add("grain past the end", line, case=place)
 
     def read_grain(self, file_offset: int) -> bytes:
         """Never called: this kind has no compressed grains."""
@@ -182,7 +180,7 @@ class GrainExtent:
         self._unsynced = True
 
     def flush(self) -> None:
-        """Return when all is durable: grains first, then every copy of the tables that name them."""
+        """Return when everything is durable: grains first, then every copy of the tables that name them."""
         if self._unsynced:
             self._note_end()
             self._file.flush()  # barrier: grain data is durable before a table entry points at it
@@ -197,7 +195,7 @@ class GrainExtent:
         self.tables.stored()
 
     def reserve(self, offset: int, length: int) -> int:
-        """Give the grains of a range, none of them stored yet, one place in the file and return its byte offset.
+        """Allocate one place in the file for the grains of a range, none of them stored yet; return its byte offset.
 
         Both ends are on grains, or at the end of the disk. The caller fills the whole place before the next flush,
         and before it asks for another.
@@ -306,7 +304,7 @@ class GrainExtent:
         return position
 
     def _make_table(self, table: int) -> None:
-        """Give a directory entry that is 0 a table of its own, as the format asks and some writers left out."""
+        """Create the table for a directory entry of 0; the format requires all, but some writers leave them out."""
         for tables, directory_offset in reversed(self._copies):
             if tables.table_sector(table):
                 continue
@@ -317,10 +315,10 @@ class GrainExtent:
             tables.place_table(table, sector)
 
     def _note_end(self) -> None:
-        """Write, before the coming barrier, how far the file is in use, where a kind's header says so."""
+        """Write, before the next barrier, how far the file is in use, if the kind's header has that field."""
 
     def _instead_of(self, grain: int, entry: int) -> int:
-        """Return the sector to read where `entry` lies outside the file; refuses it unless a kind knows better."""
+        """Return the sector to read where `entry` is outside the file; raise FormatError if there is no copy."""
         table, index = divmod(grain, self.tables.entries_per_table)
         at = sector_bytes(self.tables.table_sector(table)) + index * 4
         rule = f"must place grain {grain} inside the file of {self._file_size} bytes"

@@ -1,15 +1,15 @@
-"""Making a new extent: what every kind that can be made offers.
+"""Making a new extent: the interface of every kind that can be created.
 
-To let a kind be made: write one module with `plan_extent`, and name it in a line of `ops.make.layout.KINDS`.
+To let a kind be created: write one module with `plan_extent`, and name it in a line of `ops.make.layout.KINDS`.
 """
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a new extent is planned from; a kind takes of it what means something to it."""
+    """The arguments for planning a new extent; a kind uses those that apply to it."""
 
     path: Path
     """For messages."""
@@ -28,9 +28,9 @@ class Wanted:
     geometry: tuple[int, int, int]
     """Cylinders, heads, sectors."""
     descriptor: bytes | None
-    """To be embedded; None where it is a file of its own."""
+    """The descriptor to embed; None if it is a file of its own."""
     reserve: bool
-    """Whether its space is to be there from the start."""
+    """Whether its space is reserved from the start."""
 
 
 class ExtentLayout(Protocol):
@@ -42,7 +42,7 @@ class ExtentLayout(Protocol):
 
     @property
     def fixed_bytes(self) -> int:
-        """What the file holds before any grain is stored."""
+        """The length of the file before any grain is stored."""
 
     def create(self, file: BlockFile) -> None:
         """Write all but the grains into the empty `file`."""
@@ -52,10 +52,10 @@ class ExtentLayout(Protocol):
 
 
 class LayoutModule(Protocol):
-    """What the module of a kind that can be made has."""
+    """The interface of the module of a kind that can be created."""
 
     def plan_extent(self, wanted: Wanted) -> ExtentLayout:
-        """Return the layout; raises Unsupported where the kind cannot hold so much."""
+        """Return the layout; raises Unsupported if the size exceeds what the kind can store."""
 
 
 def plan_extent(module: str, wanted: Wanted) -> ExtentLayout:

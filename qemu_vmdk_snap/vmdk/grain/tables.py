@@ -1,4 +1,4 @@
-"""Grain tables behind a grain directory: single entries for served requests, whole stretches as arrays for the rest.
+"""Grain tables and their directory: single entries for served requests, whole ranges as arrays for the rest.
 
     grain directory            grain tables (entries_per_table entries each)
     +------+                   +-----+-----+-----+
@@ -16,25 +16,28 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Final
 
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Entries = npt.NDArray[Any]
+else:
+    Entries = object  # for annotations alone
 
 _CACHED_BYTES: Final = 8 << 20
 MAX_DIRTY_TABLES: Final = 2048
 _ENTRIES_AT_ONCE: Final = 1 << 18
 _CLEARED_BYTES: Final = 1 << 20
 
-Entries = npt.NDArray[Any]
-
 
 def read_directory(file: BlockFile, offset: int, count: int) -> Entries:
-    """Return the `count` entries (32 bits) of a grain directory; what the file lacks of them is 0.
+    """Return the `count` entries (32 bits) of a grain directory; entries past the end of the file are 0.
 
     Only what is stored is read: a directory of 128 MiB that is a hole of its file takes no memory.
     """
@@ -89,13 +92,13 @@ def read_tables(file: BlockFile, sectors: Entries, per_table: int) -> Entries | 
 
 
 def clear_tables(file: BlockFile, tables: GrainTables) -> None:
-    """Make every entry of every table 0; what can be a hole of the file afterwards is one. Not durable by itself."""
+    """Make every entry of every table 0; where possible as a hole of the file. Not durable by itself."""
     for table, count in tables.stretches(0, tables.count):
         zero_range(file, sector_bytes(tables.table_sector(table)), count * tables.table_bytes)
 
 
 def zero_range(file: BlockFile, offset: int, length: int) -> None:
-    """Make the range read as zeros; what can be a hole of the file afterwards is one. Not durable by itself."""
+    """Make the range read as zeros; where possible as a hole of the file. Not durable by itself."""
     at, end = offset, offset + length
     while (at := file.next_data(at)) < end:
         hole = min(end, file.next_hole(at))
@@ -111,7 +114,7 @@ def _discard(file: BlockFile, offset: int, length: int) -> None:
         return
     for at in range(offset, offset + length, _CLEARED_BYTES):
         size = min(_CLEARED_BYTES, offset + length - at)
-        if file.read_at(at, size).strip(b"\0"):  # what reads as zeros may be a hole that nobody tells of
+        if file.read_at(at, size).strip(b"\0"):  # what reads as zeros may be a hole that is not reported
             file.write_at(at, bytes(size))
 
 
@@ -161,7 +164,7 @@ class GrainTables:
         self._cache.pop(table, None)
 
     def place_tables(self, tables: npt.NDArray[np.intp], sectors: Entries) -> None:
-        """Note where tables now are that were nowhere before."""
+        """Note where tables are that did not exist before."""
         self._directory[tables] = sectors
 
     def entry(self, grain: int) -> int:
@@ -191,7 +194,7 @@ class GrainTables:
         raw[at : at + self._entry_size] = value.to_bytes(self._entry_size, "little")
 
     def stored(self) -> None:
-        """Note that every dirty table is in the file now."""
+        """Note that every dirty table has been stored."""
         for table, raw in self._dirty.items():
             self._remember(table, raw)
         self._dirty = {}

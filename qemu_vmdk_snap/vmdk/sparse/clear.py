@@ -1,6 +1,6 @@
-"""Emptying a hosted sparse extent in place, without NumPy: a hook at a guest's start cannot wait for it.
+"""Emptying a hosted sparse extent in place, without NumPy, as a hook at a guest's start must be fast.
 
-The tables become holes of the file, in both copies; when that is durable, the space of the grains is given back.
+The tables become holes of the file, in both copies; when that is durable, the space of the grains is freed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _STEP: Final = 1 << 20
 
 
 def clear_extent(file: BlockFile, header: SparseExtentHeader) -> int:
-    """Forget every grain of the extent in `file`, durably, and return the length that the file has then.
+    """Remove every grain of the extent in `file`, durably, and return the new length of the file.
 
-    Interrupted at any point, each entry of the tables is what it was or 0; doing it again finishes it.
+    Interrupted at any point, each entry of the tables is what it was or 0; repeating it finishes it.
     """
     end: int = sector_bytes(header.overhead)
     for start, length in _tables(file, header):
@@ -49,7 +49,7 @@ def _tables(file: BlockFile, header: SparseExtentHeader) -> Iterator[tuple[int, 
 
 
 def _zero(file: BlockFile, start: int, length: int) -> None:
-    """Let the stretch read as zeros: a hole where the file system has such, else zeros where there is data."""
+    """Make the range read as zeros: a hole where the file system has holes, else zeros where there is data."""
     if file.discard_range(start, length):
         return
     at, end = start, min(file.size(), start + length)

@@ -1,10 +1,10 @@
-"""Do the two copies of the grain tables of a hosted sparse extent agree, and which one is right where they do not?
+"""Compares the two copies of the grain tables of a hosted sparse extent, and finds which one is right.
 
     grain directory  -> table -> entry       A power cut between the two copies leaves an entry in one of them alone:
     redundant GD     -> table -> entry       our engine writes the redundant copy first, QEMU the primary one.
 
 An entry is *missing* where one copy has 0 (or the zero mark, where the other has a place) and the other names a grain
-that lies whole in the file, over no metadata, and that no other entry names: the entry that names it is right. Every
+that is completely in the file, outside the metadata, and that no other entry names: that entry is right. Every
 other difference is a *conflict*: only a repair decides it.
 
 Memory: one window of tables, the directories, and, only where copies differ, 4 bytes for each stored grain. Holes of
@@ -14,24 +14,25 @@ the file are not read.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.grain.tables import Entries, read_directory, read_tables, used_entries
 from qemu_vmdk_snap.vmdk.runs import Int64s
 from qemu_vmdk_snap.vmdk.sparse.header import HeaderFlag, SparseExtentHeader
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Bools = npt.NDArray[np.bool_]
+
 LISTED: Final = 1 << 16
 """Entries that a report lists one by one; the rest is only counted."""
 _TABLES_AT_ONCE: Final = 2048
-
-Bools = npt.NDArray[np.bool_]
 
 
 class MissingEntry(NamedTuple):
@@ -76,7 +77,7 @@ def settle_copies(file: BlockFile, header: SparseExtentHeader) -> int:
 
     Raises:
         FormatError: the copies conflict: the first difference is named; or neither has a table, so that what it named
-            cannot be told from what was never written. Nothing was written.
+            cannot be distinguished from what was never written. Nothing was written.
     """
     if not _has_two(header):
         return 0
@@ -149,7 +150,9 @@ class Comparison:
         both = self._usable[0] & self._usable[1]
         for window in map(self._read, self._differing):
             lacking, contrary = self.sort_out(*window)
-            contrary &= both[np.searchsorted(self._tables, window.tables), None]  # else the directory entry is it
+            contrary &= both[
+                np.searchsorted(self._tables, window.tables), None
+            ]  # else the directory entry is the difference
             missing_count += int(np.count_nonzero(lacking))
             count += int(np.count_nonzero(contrary))
             missing += self._list_missing(window, lacking, LISTED - len(missing))
@@ -214,7 +217,7 @@ class Comparison:
         return starts[order], np.maximum.accumulate(ends[order])
 
     def _undisputed(self, copy: int) -> Bools:
-        """Return which tables of a copy lie over nothing else: to write into them changes nothing but them."""
+        """Return which tables of a copy overlap nothing else, so that writing into them changes nothing else."""
         header, at = self._header, self._places[copy]
         clean: Bools = self._usable[copy].copy()
         for start, length in self._fixed():
@@ -227,7 +230,7 @@ class Comparison:
         return clean
 
     def _in_order(self, tables: Int64s) -> Bools:
-        """Return which of the tables exist, in both copies, and lie over nothing else."""
+        """Return which of the tables exist in both copies and overlap nothing else."""
         if not len(self._tables):
             return np.zeros(len(tables), np.bool_)
         index = np.minimum(np.searchsorted(self._tables, tables), len(self._tables) - 1)
@@ -260,14 +263,14 @@ class Comparison:
 
     def _read(self, first: int) -> _Window:
         window = self._stored(first)
-        if window is None:  # it was there a moment ago: the image is not locked
+        if window is None:  # it existed just before: the image is not locked
             tables = self._tables[first : first + _TABLES_AT_ONCE]
             none = np.zeros((len(tables), self._header.gtes_per_gt), "<u4")
             return _Window(tables, none, none)
         return window
 
     def _good(self, places: Int64s, grains: Int64s) -> Bools:
-        """Return which grains lie whole in the file, over no metadata, and are named by one entry alone."""
+        """Return which grains are completely in the file, outside the metadata, and named by only one entry."""
         step = self._header.grain_size
         left = np.minimum(step, self._header.capacity - grains * step)  # the disk may end within its last one
         starts, reach = self._meta
@@ -292,7 +295,7 @@ class Comparison:
         return self._named
 
     def _each_names(self) -> Iterator[Entries]:
-        # A damaged directory may name one table a thousand times: none of them is ever written, and once is enough.
+        # A damaged directory may name one table a thousand times; it is never written, so looking at it once is enough.
         first_named = np.zeros((2, len(self._tables)), np.bool_)
         for copy, places in enumerate(self._places):
             first_named[copy, np.unique(places, return_index=True)[1]] = True
@@ -304,7 +307,7 @@ class Comparison:
                 yield window.redundant[alone & once[1]]
 
     def _bad_directories(self) -> tuple[list[Conflict], int]:
-        """Return the directory entries that lead nowhere while the other copy's lead to grains, or are not 0."""
+        """Return the directory entries that lead to no table while those of the other copy do."""
         found: list[Conflict] = []
         count = 0
         header = self._header

@@ -1,23 +1,22 @@
-"""The hosted sparse extent (`KDMV`): grains behind a directory and tables, each of the two kept twice.
+"""The hosted sparse extent (`KDMV`): grains, with a directory and tables that are both kept twice.
 
     | header | descriptor | RGD | redundant GTs | GD | GTs | pad | grain | grain | ...
     sector 0   1..20        21                               overhead
 
-Where the primary directory or an entry cannot be followed and the redundant copy can, an extent that is only read is
-read by way of the copy, and `notes` tells of it. An extent that is written must be sound.
+Where the primary directory or an entry is invalid and the redundant copy is valid, an extent that is only read is
+read through the copy, with a note. An extent that is written must be valid.
 
 Source: VMware Virtual Disk Format 5.0, "Hosted Sparse Extents".
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec
@@ -25,11 +24,14 @@ from qemu_vmdk_snap.vmdk.grain.extent import GTE_UNALLOCATED, GTE_ZEROED, MAX_FI
 from qemu_vmdk_snap.vmdk.grain.tables import Entries, GrainTables, clear_tables, read_directory
 from qemu_vmdk_snap.vmdk.sparse.copies import settle_copies
 from qemu_vmdk_snap.vmdk.sparse.header import HeaderFlag, SparseExtentHeader, check_header, refuse_moved
+from qemu_vmdk_snap.vmdk.sparse.small import Piece, small_tables
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 __all__ = ["GTE_UNALLOCATED", "GTE_ZEROED", "MAX_FILE_SECTORS", "SparseExtent", "open_sparse", "read_header"]
 
 
-_MAX_NOTES: Final = 64
 _ENTRIES_AT_ONCE: Final = 1 << 18
 
 
@@ -44,12 +46,12 @@ def open_sparse(spec: ExtentSpec, file: BlockFile, header: SparseExtentHeader) -
     """Open the plain hosted sparse extent in `file`.
 
     Raises:
-        FormatError: the header, or what it names, cannot be.
+        FormatError: the header, or what it names, is invalid.
         Unsupported: write access to version 3.
     """
     if spec.writable and header.version > 2:
         raise Unsupported(
-            spec.path, f"version {header.version} extents are read-only: who else tracks their changes is unknown"
+            spec.path, f"version {header.version} extents are read-only: something unknown may track their changes"
         )
     if header.capacity < spec.line.sectors:
         rule = f"must be at least the {spec.line.sectors} sectors that the descriptor gives the extent"
@@ -61,30 +63,54 @@ def open_sparse(spec: ExtentSpec, file: BlockFile, header: SparseExtentHeader) -
 class SparseExtent(GrainExtent):
     """One open hosted sparse extent."""
 
+    _known_copies: list[Copy]
+
     def __init__(
         self, file: BlockFile, path: Path, header: SparseExtentHeader, capacity: int, *, writable: bool
     ) -> None:
         self.header = header
         self._file, self._path, self._file_size, self._writable = file, path, file.size(), writable
+        self._small = None if writable else small_tables(file, header)
         super().__init__(
             file,
             path,
-            self._read_copies(),
+            [] if self._small is not None else self._read_copies(),
             capacity=capacity,
             grain_bytes=sector_bytes(header.grain_size),
             has_zeroed=bool(header.flags & HeaderFlag.ZEROED_GRAINS),
             writable=writable,
         )
-        self._prefer_good_tables()
+        if self._small is None:
+            self._prefer_good_tables()
+
+    @property
+    def _copies(self) -> list[Copy]:
+        """Both copies of the tables; of a small extent they are read when something asks for arrays."""
+        if not self._known_copies:
+            self._known_copies = self._read_copies()
+        return self._known_copies
+
+    @_copies.setter
+    def _copies(self, copies: list[Copy]) -> None:
+        self._known_copies = copies
+
+    def small_entries(self) -> int | None:
+        """Return how many entries `pieces` goes through; None where the extent is large, written, or needs a word."""
+        return None if self._small is None else self._small.entries
+
+    def pieces(self, start: int, end: int) -> Iterator[Piece]:
+        """Yield what is where in [start, end) of a small extent."""
+        assert self._small is not None
+        return self._small.pieces(start, end)
 
     def cut(self, end: int) -> None:
-        """Give back, durably, what is past byte `end` of the file; the caller knows that nothing in use is there."""
+        """Free, durably, what is past byte `end` of the file; the caller knows that nothing in use is there."""
         self._file.truncate(end)
         self._file.flush()
         self._file_size = end
 
     def clear(self) -> None:
-        """Forget every grain, durably, and give their space back: the parent answers everywhere."""
+        """Remove every grain, durably, and free its space: the parent is read everywhere."""
         self.flush()
         ends = [self.header.overhead]
         for tables, _ in reversed(self._copies):
@@ -95,7 +121,7 @@ class SparseExtent(GrainExtent):
         self._copies = self._read_copies()
 
     def settle_copies(self) -> int:
-        """Write what one copy of the tables lacks and the other has into it, durably; return how many entries it was.
+        """Copy entries that only one copy of the tables has to the other, durably; return how many there were.
 
         Raises:
             FormatError: the copies differ in a way that only a repair can decide. Nothing was written.
@@ -110,7 +136,7 @@ class SparseExtent(GrainExtent):
         return settled
 
     def _read_copies(self) -> list[Copy]:
-        """Return both copies of the tables for those who write; who only reads needs one, and the other seldom."""
+        """Return both copies of the tables for writing; reading needs one, and rarely the other."""
         header = self.header
         offsets = [("gd_offset", header.gd_offset)]
         if header.redundant:
@@ -136,13 +162,12 @@ class SparseExtent(GrainExtent):
         return copies
 
     def _prefer_good_tables(self) -> None:
-        """Read by way of the redundant copy what the primary directory cannot lead to."""
+        """Use the tables of the redundant copy where the primary directory names none."""
         if self._broken_directory is not None:
-            self.notes.append(f"{self._broken_directory}; the other copy of the directory is used")
+            self.notes.add("directory", f"{self._broken_directory}; the other copy of the directory is used")
         if not self._redundant_at:
             return
         primary, at = self._copies[0]
-        replaced = 0
         for first in range(0, primary.count, _ENTRIES_AT_ONCE):
             last = min(primary.count, first + _ENTRIES_AT_ONCE)
             redundant = read_directory(self._file, self._redundant_at + 4 * first, last - first)
@@ -150,26 +175,22 @@ class SparseExtent(GrainExtent):
             wrong = np.flatnonzero((~self._inside(mine) | (mine == 0)) & self._inside(redundant) & (redundant != 0))
             nowhere = mine[wrong] == 0
             wrong = wrong[~nowhere | self._hold_entries(redundant[wrong], nowhere)]
-            for index in wrong[: max(0, _MAX_NOTES - replaced)].tolist():
-                self._note_wrong(first + index, int(mine[index]), at)
-            replaced += len(wrong)
+            for index in wrong[:1].tolist():
+                self._note_wrong(first + index, int(mine[index]), at, len(wrong))
             primary.place_tables(first + wrong, redundant[wrong])
-        if replaced > _MAX_NOTES:
-            self.notes.append(f"{self._path}: and {replaced - _MAX_NOTES} more such grain directory entries")
 
-    def _note_wrong(self, table: int, sector: int, directory_at: int) -> None:
+    def _note_wrong(self, table: int, sector: int, directory_at: int, count: int) -> None:
+        """Note that `count` entries of the directory, of which this one is the first, lead to no table."""
         rule = "names no grain table" if not sector else f"lies outside the file of {self._file_size} bytes"
         where = directory_at + 4 * table
         if self._writable:  # a new table would be stored over the good copy
             rule += ", while the redundant directory leads to one: repair the image (check -r all) before it is written"
             raise FormatError(self._path, where, f"grain directory entry {table}", sector, rule)
-        self.notes.append(
-            f"{self._path}: byte {where:#x}: grain directory entry {table} = {sector}: {rule}; "
-            "the redundant table is used"
-        )
+        line = f"{self._path}: byte {where:#x}: grain directory entry {table} = {sector}: {rule}"
+        self.notes.add("directory entry", f"{line}; the redundant table is used", count=count)
 
     def _hold_entries(self, sectors: Entries, wanted: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """Return which of the tables at `sectors`, of those that are wanted, name any grain at all."""
+        """Return which of the wanted tables at `sectors` name any grain."""
         found = np.zeros(len(sectors), bool)
         places, which = np.unique(sectors[wanted], return_inverse=True)  # hostile directories name one table often
         found[wanted] = np.array([self._is_used(int(sector)) for sector in places], bool)[which]
@@ -185,14 +206,13 @@ class SparseExtent(GrainExtent):
     def _instead_of(self, grain: int, entry: int) -> int:
         other = self._redundant_entry(grain)
         if other > GTE_ZEROED and sector_bytes(other) < self._file_size:
-            if len(self.notes) < _MAX_NOTES:
-                note = f"{self._path}: grain table entry {entry} of grain {grain}: lies outside the file"
-                self.notes.append(f"{note}; the redundant entry {other} is used")
+            line = f"{self._path}: grain table entry {entry} of grain {grain}: lies outside the file"
+            self.notes.add("table entry", f"{line}; the redundant entry {other} is used", case=grain)
             return other
         return super()._instead_of(grain, entry)
 
     def _redundant_entry(self, grain: int) -> int:
-        """Return the entry in the other copy, 0 where there is none; for those who write there is but one truth."""
+        """Return the entry in the other copy, 0 where there is none or where the extent is open for writing."""
         if self._writable or not self._redundant_at:
             return 0
         table, index = divmod(grain, self.header.gtes_per_gt)

@@ -4,12 +4,12 @@ Source: VMware Virtual Disk Format 5.0, "Hosted Sparse Extents"; limits as QEMU 
 """
 
 import struct
-from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path
 from typing import Annotated, Final
 
 from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.ondisk import U8, U16, U32, U64, Must, OnDisk, Wire, power_of_two
@@ -17,7 +17,7 @@ from qemu_vmdk_snap.vmdk.ondisk import U8, U16, U32, U64, Must, OnDisk, Wire, po
 MAGIC: Final = b"KDMV"
 NEWLINE_PROBE: Final = b"\n \r\n"
 GD_AT_END: Final = 0xFFFF_FFFF_FFFF_FFFF
-"""gdOffset of a stream whose real header is the footer at the end of the file."""
+"""The The The The The The gdOffset of a stream whose real header is the footer at the end of the file."""
 
 GTES_PER_GT: Final = 512
 MAX_GRAIN_SECTORS: Final = 0x200000  # QEMU's limit: 1 GiB
@@ -26,7 +26,7 @@ COMPRESS_NONE: Final = 0
 COMPRESS_DEFLATE: Final = 1
 
 _MOVED_SECTORS: Final = (0, -1, 1, -2, 2)
-"""By how many sectors more than the odd bytes an edit of the descriptor may have moved the rest."""
+"""How many whole sectors an edit of the descriptor may have moved the rest, besides the odd bytes."""
 _LOOKED_AT: Final = 128
 
 
@@ -40,7 +40,7 @@ class HeaderFlag(IntFlag):
     MARKERS = 1 << 17
 
 
-# As a plain int: ~ of a flag class would keep to the bits that the class knows.
+# As a plain int: ~ of a flag class has only the bits that the class knows.
 _KNOWN_FLAGS: Final = int(
     HeaderFlag.NEWLINE_TEST
     | HeaderFlag.REDUNDANT_GD
@@ -96,7 +96,7 @@ class SparseExtentHeader(OnDisk):
 
     @property
     def is_extent(self) -> bool:
-        """Whether the file holds an extent: with a capacity of 0 it is the envelope of a descriptor, as in QEMU."""
+        """Whether the file contains an extent: with a capacity of 0 it only contains a descriptor, as in QEMU."""
         return bool(self.capacity) or not self.descriptor_offset
 
     @property
@@ -106,12 +106,12 @@ class SparseExtentHeader(OnDisk):
 
 
 def check_header(header: SparseExtentHeader, path: Path, file_size: int, *, tolerant: bool = False) -> None:
-    """Check what no single field can tell: that the parts named by the header can lie in a file of `file_size` bytes.
+    """Check the fields against each other: the parts named by the header must fit into a file of `file_size` bytes.
 
-    `tolerant` lets one of the two copies of the directory lie outside the file, for those who only read.
+    `tolerant` lets one of the two copies of the directory be outside the file, for reading only.
 
     Raises:
-        FormatError: a count or an offset is absurd; nothing has been allocated by it.
+        FormatError: a count or an offset is out of range; nothing has been allocated for it.
         Unsupported: an incompatible flag, or a compression, that this package does not know.
     """
     _check_flags(header, path)
@@ -119,7 +119,7 @@ def check_header(header: SparseExtentHeader, path: Path, file_size: int, *, tole
         rule = f"must need at most {MAX_GD_ENTRIES} grain directory entries, not {header.gd_entries}"
         raise FormatError(path, header.offset_of("capacity"), "capacity", header.capacity, rule)
     if header.descriptor_offset:
-        # An envelope may end with the text: there is nothing after it.
+        # A file with only a descriptor may end with the text.
         _check_inside(header, "descriptor_offset", header.descriptor_size if header.is_extent else 1, path, file_size)
     if not header.is_extent:
         return
@@ -133,12 +133,12 @@ def check_header(header: SparseExtentHeader, path: Path, file_size: int, *, tole
 
 
 def refuse_moved(header: SparseExtentHeader, file: BlockFile) -> None:
-    """Refuse a file whose embedded descriptor was changed in length, so that no place after it holds any more.
+    """Refuse a file whose embedded descriptor was changed in length, so that all places after it are wrong.
 
     An editor of text (`sed -i`) does that: the tables then lie some bytes from where the header says.
 
     Raises:
-        FormatError: it was; nothing can be read by way of the tables.
+        FormatError: it was; nothing can be read through the tables.
     """
     extra = file.size() % SECTOR_SIZE
     if not extra or not header.descriptor_offset or not header.is_extent or header.compressed:
@@ -154,12 +154,12 @@ def refuse_moved(header: SparseExtentHeader, file: BlockFile) -> None:
 
 
 def _leads_to_tables(header: SparseExtentHeader, file: BlockFile, moved: int) -> bool:
-    """Return whether each directory, taken `moved` bytes from its place, names tables in the file alone."""
+    """Return whether each directory, read `moved` bytes from its place, names only tables in the file."""
     last = file.size() // SECTOR_SIZE - header.gt_sectors
     places = [header.gd_offset, header.rgd_offset] if header.redundant else [header.gd_offset]
     for place in places:
         at = sector_bytes(place) + moved
-        inside = 0 <= at < file.size()  # a place that no file reaches is no number that the system takes
+        inside = 0 <= at < file.size()  # the system rejects offsets beyond the largest file
         raw = file.read_at(at, 4 * min(header.gd_entries, _LOOKED_AT)) if inside else b""
         entries = [entry for (entry,) in struct.iter_unpack("<I", raw[: len(raw) // 4 * 4])]
         if not entries or not all(0 < entry <= last for entry in entries):

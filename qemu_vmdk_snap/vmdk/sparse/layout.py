@@ -3,16 +3,16 @@
     | header | descriptor | RGD | redundant GTs | GD | GTs | pad to a grain | grains ...
     sector 0   1..20        21
 
-Every grain table is there from the start, as the format asks: QEMU 7.2 overwrites the header when it writes through a
+Every grain table exists from the start, as the format requires: QEMU 7.2 overwrites the header when it writes through a
 directory entry of 0. The tables are a hole in the file until they are used. Same places as QEMU's own images.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, round_up, sector_bytes
 from qemu_vmdk_snap.vmdk.grain.new_extent import Wanted
@@ -47,7 +47,7 @@ class SparseLayout:
 
     @property
     def fixed_bytes(self) -> int:
-        """Everything in front of the grains."""
+        """Everything before the grains."""
         return sector_bytes(self.header.overhead)
 
     def create(self, file: BlockFile) -> None:
@@ -55,7 +55,7 @@ class SparseLayout:
         write_sparse(file, self, self.descriptor)
 
     def writer(self, file: BlockFile) -> BulkWriter:
-        """Return what fills the file."""
+        """Return the writer that fills the file."""
         from qemu_vmdk_snap.vmdk.grain.bulk import BulkSparse  # NumPy: not needed to make an empty image
 
         return BulkSparse(file, self)

@@ -1,1 +1,1 @@
-"""streamOptimized extents: compressed grains behind markers."""
+"""streamOptimized extents: compressed grains between markers."""

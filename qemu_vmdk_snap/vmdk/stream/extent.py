@@ -1,10 +1,10 @@
-"""The compressed extent (streamOptimized): deflated grains between markers, written in one go and then only read.
+"""The compressed extent (streamOptimized): deflated grains between markers, written once and then only read.
 
     | header | descriptor | grain record | pad | ... | GT marker | GT | ... | GD marker | GD | footer marker | footer |
     end-of-stream marker |
 
 A grain record is its sector on the guest's disk (u64), the length of its data (u32) and a zlib stream, which may be
-longer than the grain. A header whose gdOffset is all ones was written before the tables: the footer has the last word.
+longer than the grain. A header whose gdOffset is all ones was written before the tables: the footer counts.
 
 Source: VMware Virtual Disk Format 5.0, "Stream-Optimized Compressed Sparse Extents".
 """
@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, Place
@@ -44,7 +43,8 @@ def open_stream(spec: ExtentSpec, file: BlockFile, header: SparseExtentHeader) -
         rule = f"must be at least the {spec.line.sectors} sectors that the descriptor gives the extent"
         raise FormatError(spec.path, header.offset_of("capacity"), "capacity", header.capacity, rule)
     extent = StreamExtent(file, spec.path, header, sector_bytes(spec.line.sectors))
-    extent.notes += notes
+    for line in notes:
+        extent.notes.add(line, line)
     return extent
 
 
@@ -67,7 +67,7 @@ class StreamExtent(GrainExtent):
 
     @property
     def has_markers(self) -> bool:
-        """Whether each grain's record tells the sector of the disk that it belongs to."""
+        """Whether each grain's record has the sector of the disk that it belongs to."""
         return self._markers
 
     def lookup(self, offset: int) -> Place:
@@ -86,18 +86,19 @@ class StreamExtent(GrainExtent):
         """Do nothing: a record is as long as it says, not as long as a grain."""
 
     def _note_cut_record(self, places: Int64s) -> None:
-        """Note it where the last of these records goes on past the end of the file; reading it is refused."""
-        if not self._markers or not len(places) or (place := int(places.max())) in self._short:
+        """Note if the last of these records extends past the end of the file; reading it is refused."""
+        if not self._markers or not len(places):
             return
+        place = int(places.max())
         head = self._file.read_at(place, GRAIN_RECORD.size)
         length = GRAIN_RECORD.unpack(head.ljust(GRAIN_RECORD.size, b"\0"))[1]
         missing = place + GRAIN_RECORD.size + length - self._file_size
         if missing > 0:
-            self._short.add(place)
-            self.notes.append(
+            line = (
                 f"{self._path}: byte {place:#x}: grain record of {length} bytes: {missing} bytes of it are past the "
                 f"end of the file of {self._file_size} bytes: it was cut short, and the grain cannot be read"
             )
+            self.notes.add("record", line, case=place)
 
     def read_grain(self, file_offset: int) -> bytes:
         """Return the inflated grain whose record is at `file_offset`, filled up with zeros. Safe from any thread.

@@ -1,9 +1,9 @@
-"""Finding the footer of a stream in a file: the header that its writer could only complete at the end.
+"""Finding the footer of a stream in a file: the header that its writer completes at the end.
 
     ... | GD marker | GD | footer marker | footer | end-of-stream marker | what a transfer or a store has added
 
 Its place is 1024 bytes before the end. Where something follows, or where another stream has been appended, whose footer
-is at the end and tells of tables that are not in this one, the markers are followed from the front.
+is at the end and names tables that are not in this one, the markers are followed from the start.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qemu_vmdk_snap.units import KIB, MIB, SECTOR_SIZE, byte_sectors, round_up, 
 from qemu_vmdk_snap.vmdk.sparse.header import GD_AT_END, MAGIC, SparseExtentHeader, check_header
 
 MARKER: Final = struct.Struct("<QII")
-"""value, size, type; size != 0 makes it a grain record, whose data takes the place of the type."""
+"""value, size, type; size != 0 makes it a grain record, whose data begins where the type is."""
 
 GRAIN_RECORD: Final = struct.Struct("<QI")
 MARKER_EOS, MARKER_GT, MARKER_GD, MARKER_FOOTER = range(4)
@@ -45,7 +45,7 @@ def check_footer(footer: SparseExtentHeader, path: Path, at: int, file_size: int
     """Check the footer at byte `at` of a stream.
 
     Raises:
-        FormatError: it names no grain directory, or one that cannot be.
+        FormatError: it names no grain directory, or an invalid one.
         Unsupported: its grains are too large.
     """
     check_header(footer, path, file_size)
@@ -58,10 +58,10 @@ def check_footer(footer: SparseExtentHeader, path: Path, at: int, file_size: int
 def read_footer(file: BlockFile, path: Path, header: SparseExtentHeader, notes: list[str]) -> SparseExtentHeader:
     """Return the header in the footer of a stream.
 
-    What it says otherwise than `header`, and what else is not as it should be, is added to `notes`.
+    Differences from `header`, and other faults, are added to `notes`.
 
     Raises:
-        FormatError: there is none that fits: the stream was cut short, or is none.
+        FormatError: there is none that fits: the stream was cut short, or is not a stream.
         Unsupported: its grains are too large.
     """
     size = file.size()
@@ -88,10 +88,10 @@ def _last_footer(file: BlockFile, path: Path, header: SparseExtentHeader, size: 
 
 
 def _ends_here(footer: SparseExtentHeader, header: SparseExtentHeader, at: int) -> bool:
-    """Return whether a footer at byte `at` tells of a directory just before itself.
+    """Return whether a footer at byte `at` names a directory just before itself.
 
     One of another stream, appended to this one, gives a place that is off by the length of this one: by more than its
-    overhead. Whatever else is wrong with the place is for `check_footer`.
+    overhead. Other faults of the place are found by `check_footer`.
     """
     if footer.gd_offset == GD_AT_END or footer.gd_entries * 4 > at:
         return True
@@ -114,7 +114,7 @@ def walk(file: BlockFile, at: int, size: int) -> Iterator[tuple[int, int, int, i
     while at + SECTOR_SIZE <= size:
         value, length, kind = MARKER.unpack(file.read_at(at, MARKER.size))
         if not (value or length or kind):
-            # Of a damaged sector the rest may hold something, and it is where the zeros end.
+            # The rest of a damaged sector may contain data: it is where the zeros end.
             at = max(at + SECTOR_SIZE, _after_zeros(file, at, size))
             continue
         yield at, value, length, kind
@@ -143,5 +143,5 @@ def _note_end(file: BlockFile, path: Path, at: int, size: int, notes: list[str])
 
 
 def after_end(path: Path, at: int, length: int) -> str:
-    """Return what to say of `length` bytes that follow the end of the stream at byte `at`."""
+    """Return the note on `length` bytes that follow the end of the stream at byte `at`."""
     return f"{path}: byte {at:#x}: {length} bytes that follow the end of the stream are ignored"

@@ -1,11 +1,11 @@
-"""Making a new streamOptimized extent: nothing is there before its writer has run, front to end."""
+"""Making a new streamOptimized extent: it is empty until its writer has run, from start to end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import sector_bytes
 from qemu_vmdk_snap.vmdk.grain.new_extent import Wanted
@@ -27,14 +27,14 @@ class StreamLayout:
 
     @property
     def fixed_bytes(self) -> int:
-        """0: how much it will be depends on the data."""
+        """0: the size depends on the data."""
         return 0
 
     def create(self, file: BlockFile) -> None:
         """Do nothing: the writer begins with the header."""
 
     def writer(self, file: BlockFile) -> BulkWriter:
-        """Return what writes the stream into the empty file."""
+        """Return the writer of the stream into the empty file."""
         position = 0
 
         def append(data: bytes) -> None:
@@ -45,7 +45,7 @@ class StreamLayout:
         return self.stream(append)
 
     def stream(self, write: Callable[[bytes], object]) -> BulkWriter:
-        """Return what hands the bytes of the stream, front to end, to `write`."""
+        """Return a writer that passes the bytes of the stream, in order, to `write`."""
         from qemu_vmdk_snap.vmdk.stream.writer import BulkStream, StreamWriter  # NumPy and libdeflate: only to fill it
 
         wanted = self.wanted

@@ -1,4 +1,4 @@
-"""What the tables of a stream say about its records, for a reader that cannot go back.
+"""What the tables of a stream say about its records, for a reader that cannot seek.
 
 Tables in front are read before the first grain, and only what they name is kept: twelve bytes a stored grain. Tables
 that come after the grains are compared with the records that came, which are kept in as many bytes each.
@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.pipes import PipeReader
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.grain.extent import GTE_ZEROED
@@ -72,7 +71,7 @@ class FrontTables:
         self._grains.frombytes(numbers[inside].astype(np.uint64).tobytes())
 
     def _go_to(self, sector: int, field: str, at: int) -> int:
-        """Pass over what lies before `sector`, which `field`, at byte `at`, names; return its byte."""
+        """Skip to `sector`, which `field`, at byte `at`, names; return its byte."""
         position, overhead = sector_bytes(sector), sector_bytes(self._header.overhead)
         if not self._pipe.position <= position < overhead:
             rule = f"must be from byte {self._pipe.position:#x} to the grains at {overhead:#x}, for a pipe to be read"
@@ -104,7 +103,7 @@ class TablesBehind:
 
     @property
     def complete(self) -> bool:
-        """Whether all has come that the header promises: the footer, or the directory whose place it gives."""
+        """Whether everything that the header names has been read: the footer, or the directory."""
         if self._footer_seen or self._header.gd_offset == GD_AT_END:
             return self._footer_seen
         return self._directory is not None and self._directory[0] == sector_bytes(self._header.gd_offset)

@@ -1,6 +1,6 @@
 """Reading a streamOptimized image from a pipe: grain records in their order, checked against the tables.
 
-A stream with a footer, or with its tables at the end, is read by its markers. What they give is whole only if the
+A stream with a footer, or with its tables at the end, is read by its markers. The data is complete only if the
 tables, which come last, name the very records that came before; so that is compared before the stream has ended well.
 Markers of any kind but a grain's give the sectors that follow them, so that unknown ones are ignored, and sectors of
 zeros between records are padding.
@@ -56,18 +56,18 @@ class GrainRecord(NamedTuple):
 
 
 class StreamReader:
-    """Takes a stream apart: the header and the descriptor at once, then the grains by `records`."""
+    """Parses a stream: the header and the descriptor at once, then the grains by `records`."""
 
     def __init__(self, pipe: PipeReader) -> None:
         """Read the header and the descriptor.
 
         Raises:
-            FormatError: they cannot be.
-            Unsupported: it is a sparse extent, but no compressed stream with markers.
+            FormatError: they are invalid.
+            Unsupported: it is a sparse extent, but not a compressed stream with markers.
         """
         self._pipe = pipe
         self.notes: list[str] = []
-        """What was found wrong, one line each, and could be read all the same; complete when `records` has ended."""
+        """Faults that do not prevent reading, one line each; complete when `records` has ended."""
         path = pipe.path
         self.header = _read_header(pipe)
         base, size = sector_bytes(self.header.descriptor_offset), sector_bytes(self.header.descriptor_size)
@@ -89,7 +89,7 @@ class StreamReader:
         """Yield the grains, whose offsets ascend.
 
         Raises:
-            FormatError: a record cannot be, the grains are not in order, the stream ends too early, or its tables and
+            FormatError: a record is invalid, the grains are not in order, the stream ends too early, or its tables and
                 its records differ.
         """
         overhead = sector_bytes(self.header.overhead)
@@ -155,7 +155,7 @@ class StreamReader:
             yield GrainRecord(offset, data, start + GRAIN_RECORD.size)
 
     def _take_metadata(self, behind: TablesBehind, kind: int, value: int, start: int) -> None:
-        """Read what follows a marker that is no grain's."""
+        """Read what follows a marker that is not a grain's."""
         pipe, at = self._pipe, self._pipe.position
         if kind == MARKER_GT and value == self.header.gt_sectors:
             behind.take_table(at, pipe.read(sector_bytes(value)))
@@ -197,7 +197,7 @@ class StreamReader:
     def _data(self, begun: bytes, size: int, start: int) -> bytes:
         """Return the data of the record at byte `start`, of which `begun` was read with its head.
 
-        What was read by sectors goes on by sectors.
+        What was begun in whole sectors is read in whole sectors.
         """
         if not 0 < size <= max_record(self.grain_bytes):
             rule = f"must be from 1 to {max_record(self.grain_bytes)} bytes"
@@ -213,14 +213,14 @@ class StreamReader:
         return data[:size]
 
     def _end(self, behind: TablesBehind, position: int) -> None:
-        """Judge a pipe that has ended without an end-of-stream marker."""
+        """Handle a pipe that has ended without an end-of-stream marker."""
         if not behind.complete or self.header.gd_offset == GD_AT_END:
             raise FormatError(self._pipe.path, position, "marker", None, "must be there: the stream ends early")
         behind.compare()
         self.notes.append(f"{self._pipe.path}: byte {position:#x}: no end-of-stream marker follows the tables")
 
     def _drain(self, position: int) -> None:
-        """Read on to the end of the pipe, so that who writes it is not disturbed; note what is not zeros."""
+        """Read to the end of the pipe, so that its writer gets no error; note what is not zeros."""
         zeros = True
         while data := self._pipe.read(MIB):
             zeros = zeros and data.count(0) == len(data)

@@ -1,4 +1,4 @@
-"""Writing a streamOptimized image from start to end, never going back: a file or a pipe takes it alike.
+"""Writing a streamOptimized image from start to end, without seeking: to a file or a pipe.
 
     | header | descriptor | pad | grain records of one table | GT marker | GT | grain records ... | GD marker | GD |
     footer marker | footer | end-of-stream marker |
@@ -15,13 +15,12 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.light import numpy as np
+from qemu_vmdk_snap.light import replace
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, byte_sectors, round_up, sector_bytes
 from qemu_vmdk_snap.vmdk.sparse.header import (
@@ -43,7 +42,7 @@ _AHEAD_BYTES: Final = 64 * MIB
 
 
 class StreamWriter:
-    """Takes the data of a disk by ascending offsets (bytes) and hands the image, piece after piece, to `write`."""
+    """Takes the data of a disk by ascending offsets (bytes) and passes the image, piece by piece, to `write`."""
 
     def __init__(
         self,
@@ -56,7 +55,7 @@ class StreamWriter:
         threads: int | None = None,
         store_zeros: bool = False,
     ) -> None:
-        """Write the header and the descriptor; `path` is for messages, `threads` by default one for each core.
+        """Write the header and the descriptor; `path` is for messages, `threads` defaults to one for each core.
 
         `store_zeros` keeps grains of zeros, which matter over a parent.
         """
@@ -87,7 +86,7 @@ class StreamWriter:
         """Add `data` at `guest_offset`, which must not lie before the end of what was added.
 
         Raises:
-            InvalidRequest: it does, or it lies behind the end of the disk.
+            InvalidRequest: it does, or it is past the end of the disk.
             Unsupported: the image would need more than 2^32 sectors.
         """
         view = memoryview(data).cast("B")
@@ -121,7 +120,7 @@ class StreamWriter:
         self.close()
 
     def close(self) -> None:
-        """Let go of the threads; what was not finished stays unfinished."""
+        """End the threads; what was not finished stays unfinished."""
         self._pool.shutdown(cancel_futures=True)
 
     def _close_grain(self) -> None:
@@ -196,7 +195,7 @@ class BulkStream:
     def put(
         self, offset: int, length: int, source: BlockFile, source_offset: int, on_step: Callable[[int], None]
     ) -> None:
-        """Compress `length` bytes of `source` to `offset`; zeros where the source ends before."""
+        """Compress `length` bytes of `source` to `offset`; zeros past the end of the source."""
         for done in range(0, length, _STEP):
             step = min(_STEP, length - done)
             data = source.read_at(source_offset + done, step)
@@ -212,5 +211,5 @@ class BulkStream:
         self._writer.finish()
 
     def close(self) -> None:
-        """Let go of the threads."""
+        """End the threads."""
         self._writer.close()

@@ -93,7 +93,7 @@ def test_a_conversion(source: Path, folder: Path, subformat: str, capsys: pytest
     assert names(folder) == at_work
     assert main(["recover", str(folder)]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert sorted(told) == sorted(f"{folder / name}: removed, a killed command has left it" for name in at_work)
+    assert sorted(told) == sorted(f"{folder / name}: removed (left by a killed command)" for name in at_work)
     assert not names(folder)
     with open_chain(source) as chain:
         convert(chain, target)

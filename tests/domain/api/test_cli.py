@@ -31,8 +31,8 @@ def test_create_says_what_it_did(lab: Lab, domain: str, capsys: pytest.CaptureFi
     printed = capsys.readouterr()
     assert printed.out.splitlines() == [
         "Domain snapshot s1 created",
-        f"  vda: {lab.folder}/a-000001.vmdk on {lab.folder}/a.vmdk (chain of 2)",
-        "  vdb: not part of it: was left out",
+        f"  vda: {lab.folder}/a-000001.vmdk, backed by {lab.folder}/a.vmdk (chain of 2)",
+        "  vdb: not in the snapshot: was left out",
     ]
     assert printed.err == ""
 
@@ -74,10 +74,10 @@ def test_a_name_is_made_from_the_clock(lab: Lab, domain: str, capsys: pytest.Cap
     ("words", "status", "line"),
     [
         (["create", "nobody"], 69, "domain nobody: there is no domain of that name"),
-        (["create", "{d}", "s1", "--name", "s2"], 64, "snapshot names 's1' and 's2': give one"),
+        (["create", "{d}", "s1", "--name", "s2"], 64, "the snapshot has two names: 's1' and 's2': give one"),
         (["create", "{d}", "--name", ""], 64, "snapshot name '': must not be empty"),
         (["create", "{d}", "--diskspec", "vdz"], 69, "domain {d}: has no disk 'vdz'"),
-        (["info", "{d}"], 64, "domain {d}: name a snapshot, or say --current, one of them"),
+        (["info", "{d}"], 64, "domain {d}: needs either a snapshot or --current"),
         (["info", "{d}", "--current"], 69, "domain {d}: has no current snapshot"),
         (["info", "{d}", "s9"], 69, "domain {d}: has no snapshot 's9'"),
         (["list", "nobody"], 69, "domain nobody: there is no domain of that name"),
@@ -145,7 +145,7 @@ def test_an_interrupted_snapshot_is_reported_and_settled_by_a_command_that_write
     here = f"-c '{lab.uri}' --domain {domain}`"
     pending = (
         f"qemu-vmdk-snap: warning: domain {domain}: the create of snapshot 's1' is not finished: "
-        f"`recover {here} finishes it or takes it back, `recover --abandon {here} gives it up\n"
+        f"`recover {here} finishes or undoes it, `recover --abandon {here} gives it up\n"
     )
     before = contents(lab.folder)
     for _ in range(2):

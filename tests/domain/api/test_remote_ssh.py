@@ -33,7 +33,7 @@ def test_a_live_snapshot_and_back(host: Host, daemon_lab: Lab, capfd: pytest.Cap
     assert main(["snapshot", "create", "-c", uri, name, "s1", "--description", "it's far"]) == 0
     out = capfd.readouterr().out.splitlines()
     assert out[0] == "Domain snapshot s1 created"
-    assert "the guest ran on: disk requests waited" in out[2]
+    assert "the guest kept running: disk requests waited" in out[2]
     assert main(["snapshot", "list", "-c", uri, name, "--name"]) == 0
     assert capfd.readouterr().out.split() == ["s1"]
     assert domain.snapshotLookupByName("s1").getXMLDesc(0).count("it&apos;s far") == 1
@@ -77,4 +77,4 @@ def test_who_cannot_log_in_is_told_by_ssh(
     assert main(["snapshot", "list", "-c", uri, "d1"]) == 70
     told = capfd.readouterr().err
     assert says in told
-    assert told.splitlines()[-1] == f"qemu-vmdk-snap: {uri}: ssh has failed: see above"
+    assert told.splitlines()[-1] == f"qemu-vmdk-snap: {uri}: ssh failed: see above"

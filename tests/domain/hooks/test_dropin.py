@@ -110,8 +110,8 @@ def test_a_failing_after_is_only_told(drop: Folder) -> None:
     bad = drop.add("10-a", '[ "$1" = before ] || kill -9 $$')
     drop.add("20-b", '[ "$1" = before ] || exit 1')
     assert drop.run() == [
-        f"{drop.path}/20-b: after create: exit status 1: it said nothing",
-        f"{bad}: after create: killed by SIGKILL: it said nothing",
+        f"{drop.path}/20-b: after create: exit status 1: no output",
+        f"{bad}: after create: killed by SIGKILL: no output",
     ]
 
 

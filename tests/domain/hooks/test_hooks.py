@@ -166,7 +166,7 @@ def use_volume(host: Host) -> None:
     [
         (remove_base, "its parent 'a.vmdk' does not exist"),
         (write_base, "the parent was modified after the overlay was made"),
-        (break_xml, "domain d1: disk vda: the chain in its XML is not that of its files: other.vmdk"),
+        (break_xml, "domain d1: disk vda: the chain in its XML differs from that of its files: other.vmdk"),
         (use_volume, "domain d1: disk vda is a volume, and a hook cannot ask libvirt for its file"),
     ],
 )
@@ -210,11 +210,11 @@ def test_the_overlay_is_renewed_at_a_start(host: Host, words: str) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("verify = ", "is no TOML: "),
+        ("verify = ", "is not TOML: "),
         ('verify = "depp"', "verify = 'depp' must be one of no, chain, deep"),
         ("verifi = true", "'verifi' is not known"),
         ("deadline = 0", "deadline = 0 must be seconds"),
-        ("keep-last = 3", "keep-last is of no use without snapshot-after-stop"),
+        ("keep-last = 3", "keep-last needs snapshot-after-stop"),
         ("snapshot-after-stop = true\nkeep-last = -1", "keep-last = -1 must be a number from 1 on"),
         ("snapshot-after-stop = true\nrevert-on-start = true", "exclude each other"),
         ('trusted-dirs = ["images"]', "must be a list of absolute paths"),
@@ -330,7 +330,7 @@ def test_what_is_not_ours_stays(tmp_path: Path) -> None:
     theirs = folder / hooks.NAME
     theirs.write_text("#!/bin/sh\nexit 0\n")
     for call in (lambda: hooks.install(folder, tmp_path / "p", {}), lambda: hooks.uninstall(folder)):
-        with pytest.raises(InvalidRequest, match="is not of this program"):
+        with pytest.raises(InvalidRequest, match="was not installed by this program"):
             call()
     assert theirs.read_text() == "#!/bin/sh\nexit 0\n"
     theirs.unlink()
@@ -362,7 +362,7 @@ def test_status_tells_what_is_wrong(host: Host, capsys: pytest.CaptureFixture[st
     (host.policies / "good.toml").chmod(0o666)
     assert "may be written by others" in str(hooks.status(host.hooks).policies[0].problem)
     host.script.chmod(0o644)
-    assert hooks.status(host.hooks).problem == "is not executable: libvirt passes it over"
+    assert hooks.status(host.hooks).problem == "is not executable: libvirt ignores it"
     host.script.chmod(0o775)
     assert "may be written by others" in str(hooks.status(host.hooks).problem)
     assert main(["hook", "uninstall", "--dir", str(host.hooks)]) == 0

@@ -180,7 +180,7 @@ def test_without_a_snapshot_there_is_nothing_to_go_back_to(hooked: HookedDaemon)
     domain = hooked.domain()
     hooked.policy(domain, "revert-on-start = true")
     before = top_of(domain).read_bytes()
-    with pytest.raises(libvirt.libvirtError, match="has no parent to go back to: it is no overlay"):
+    with pytest.raises(libvirt.libvirtError, match="has no parent: it is not an overlay"):
         domain.create()
     assert top_of(domain).read_bytes() == before
 

@@ -159,7 +159,7 @@ def test_a_revert_that_fails_is_not_undone_over_an_edit(daemon_lab: Lab, monkeyp
 
     with monkeypatch.context() as failing:
         failing.setattr(revert_run, "make_current", edits)
-        with pytest.raises(DomainError, match="was edited since it went back to the snapshot"):
+        with pytest.raises(DomainError, match="was edited after it was reverted"):
             revert_run.revert(daemon_lab.conn, domain.name(), "s1")
     check_edit(domain)
     assert [one.finished for one in recover(daemon_lab.conn)] == [True]

@@ -145,7 +145,7 @@ def test_a_bad_record_holds_up_its_own_writers_alone(patient: Patient, kind: str
     create_snapshot(patient.lab.conn, other.name(), "s1")  # another domain's go on
     status, answer, _ = patient.run(["recover", "--abandon"])
     assert status == 0
-    assert answer.startswith(f"domain {patient.name}: gave up the record {patient.record} (the record ")
+    assert answer.startswith(f"domain {patient.name}: abandoned the record {patient.record} (the record ")
     assert patient.run(WRITING["create"])[0] == 0
 
 
@@ -315,7 +315,7 @@ def test_abandon_shows_what_is_pending_and_changes_nothing_else(
     status, answer, errors = patient.run(["recover", "--abandon"])
     assert (status, errors) == (0, "")
     first, *files = answer.splitlines()
-    assert first == f"domain {patient.name}: gave up the delete of snapshot s1"
+    assert first == f"domain {patient.name}: abandoned the delete of snapshot s1"
     for disk in "ab":
         for name in (f"{disk}.vmdk", f"{disk}-000001.vmdk"):
             assert f"  left as it is: {patient.lab.folder / name}" in files
@@ -346,7 +346,7 @@ def test_the_record_of_a_domain_that_is_gone_can_be_given_up(
     line = capsys.readouterr().err
     assert f"`recover --abandon -c '{patient.lab.uri}' --domain {uuid}` gives it up" in line
     assert main(["recover", "--abandon", "-c", patient.lab.uri, "--domain", uuid]) == 0
-    assert f"domain {uuid}: gave up the create of snapshot s3" in capsys.readouterr().out
+    assert f"domain {uuid}: abandoned the create of snapshot s3" in capsys.readouterr().out
     assert main(["recover", "-c", patient.lab.uri]) == 0
 
 

@@ -85,7 +85,7 @@ SOURCE = "<source file='/a.vmdk'/>"
         (VMDK, "type='file'", "has no file"),
         (VMDK + SOURCE + "<readonly/>", "type='file'", "is read-only"),
         (VMDK + SOURCE + "<shareable/>", "type='file'", "is shared with other domains"),
-        (VMDK + SOURCE + "<transient/>", "type='file'", "is transient: its changes are thrown away at shutdown"),
+        (VMDK + SOURCE + "<transient/>", "type='file'", "is transient: its changes are discarded at shutdown"),
         (VMDK + "<source file='a.vmdk'/>", "type='file'", "has a relative path"),
         (VMDK + "<source file='/a'><encryption/></source>", "type='file'", "is encrypted"),
         (VMDK + "<source file='/a'><slices/></source>", "type='file'", "is a slice of a file"),

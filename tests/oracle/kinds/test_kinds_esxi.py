@@ -170,7 +170,7 @@ def test_a_journal_that_waits_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     path = se_image(tmp_path, replay=1)
     assert main(["image", "map", str(path)]) == 63
     extent = tmp_path / "a-sesparse.vmdk"
-    message = f"{extent}: byte 0x218: its journal waits to be replayed: let ESXi open the disk once"
+    message = f"{extent}: byte 0x218: its journal has not been replayed: let ESXi open the disk once"
     assert capsys.readouterr().err == f"qemu-vmdk-snap: {message}\n"
 
 

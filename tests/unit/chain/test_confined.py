@@ -150,7 +150,7 @@ def test_an_image_in_use_can_be_read_all_the_same(tmp_path: Path, capsys: pytest
     told = f"qemu-vmdk-snap: {path}: failed to get the 'exclusive write' lock: is another process using the image?"
     with open_chain(path, writable=True):
         assert main(["image", "map", str(path)]) == 75
-        assert capsys.readouterr().err == f"{told} (-U, --force-share, reads it all the same)\n"
+        assert capsys.readouterr().err == f"{told} (-U, --force-share, reads it anyway)\n"
         assert main(["image", "map", "-U", str(path)]) == 0
         for words in (["check", "-r", "all"], ["resize"]):  # nobody writes to it meanwhile
             assert main(["image", *words, str(path), *(["2M"] if words == ["resize"] else [])]) != 0

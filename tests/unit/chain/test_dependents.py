@@ -216,7 +216,7 @@ def test_a_folder_that_cannot_be_looked_through(base: Path, monkeypatch: pytest.
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr(os, "scandir", broken)
-    with pytest.raises(StillNeeded, match="cannot be looked through"):
+    with pytest.raises(StillNeeded, match="cannot be listed"):
         Census.of([base.parent])
 
 

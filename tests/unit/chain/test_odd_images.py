@@ -211,7 +211,7 @@ def test_a_base_that_is_being_written_is_taken_only_where_that_is_asked_for(
     with open_chain(image, writable=True):
         assert main(["image", "create", "-q", "-b", image.name, str(image.with_name("t.vmdk"))]) == 75
         assert not image.with_name("t.vmdk").exists()
-        assert "(-U, --force-share, reads it all the same)" in capsys.readouterr().err
+        assert "(-U, --force-share, reads it anyway)" in capsys.readouterr().err
         assert main(["image", "create", "-qU", "-b", image.name, str(image.with_name("t.vmdk"))]) == 0
     assert "is being written" in capsys.readouterr().err
     assert main(["image", "create", "-q", "-b", image.name, str(image.with_name("u.vmdk"))]) == 0

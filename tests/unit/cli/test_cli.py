@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import __version__, create_image, errors
+from qemu_vmdk_snap import __version__, create_image, errors, image_info
 from qemu_vmdk_snap.cli import exit_status
 from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL, Command
 from qemu_vmdk_snap.cli.demo import demo
@@ -78,11 +78,20 @@ def test_each_error_class_has_a_status_of_its_own() -> None:
     assert exit_status.status_of(FileNotFoundError()) == exit_status.SYSTEM
 
 
+def test_a_base_with_a_colon_in_its_name_is_no_protocol(tmp_path: Path) -> None:
+    create_image(tmp_path / "r:b.vmdk", 1 << 20, durable=False)
+    assert main(["image", "create", "-q", "-b", "r:b.vmdk", str(tmp_path / "top.vmdk")]) == 0
+    assert image_info(tmp_path / "top.vmdk").hint == "./r:b.vmdk"  # QEMU reads "r:b.vmdk" as protocol "r"
+
+
 def test_help_and_creating_start_without_the_heavy_modules(tmp_path: Path) -> None:
     create_image(tmp_path / "base.vmdk", 1 << 20, durable=False)
-    for words in (["--help"], ["image", "create", "-b", "base.vmdk", str(tmp_path / "top.vmdk")]):
-        code = f"import sys; from qemu_vmdk_snap.cli.main import main; main({words!r}); print(sorted(sys.modules))"
+    create = ["image", "create", "-b", "base.vmdk", str(tmp_path / "top.vmdk")]
+    for words, most in ((["--help"], 14), (["snapshot", "list", "--help"], 24), (create, 60)):
+        code = f"from qemu_vmdk_snap.cli.main import main; main({words!r})"
+        code = f"import atexit, sys; atexit.register(lambda: print(sorted(sys.modules))); {code}"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.count("'qemu_vmdk_snap") <= most, f"{words}: the start imports more modules than it did"
         for heavy in ("numpy", "libvirt", "pexpect", "logging.config", "asyncio"):
             assert f"'{heavy}'" not in done.stdout, f"{words} imports {heavy}"
 

@@ -59,7 +59,7 @@ def test_what_must_be_installed_there_is_said(ssh: Path, capfd: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("uri", "status", "text"),
     [
-        ("qemu+ssh://host/system?command={ssh}", 70, "ssh has failed: see above"),
+        ("qemu+ssh://host/system?command={ssh}", 70, "ssh failed: see above"),
         ("qemu+ssh://host/system?command=/nowhere/ssh", 70, "/nowhere/ssh: cannot be run: No such file or directory"),
         ("qemu+ssh://-oProxyCommand=x/system?command={ssh}", 64, "must not begin with a dash"),
         ("qemu+ssh://host/system?command={ssh}&colour=red", 64, "'colour' cannot be given to ssh"),

@@ -12,6 +12,9 @@ from qemu_vmdk_snap import create_image, create_overlay, errors, open_chain
 from qemu_vmdk_snap.cli import exit_status
 from qemu_vmdk_snap.cli.commands import COMMANDS, TOP_LEVEL
 from qemu_vmdk_snap.cli.main import main
+from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.domain.delete.prune import Decision, PruneReport
+from qemu_vmdk_snap.domain.delete.run import DeleteReport
 from tests.support.schemas import DOCUMENT, check, document
 
 MIB = 1 << 20
@@ -93,6 +96,19 @@ def keys(schema: object) -> set[str]:
     if not isinstance(schema, dict):
         return set()
     return set(schema.get("properties", {})) | set().union(*map(keys, schema.values()))
+
+
+def test_what_failed_of_several_is_in_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    error = errors.DomainError("web", "its snapshot 's1' has memory")
+    failed = (("s1", error),)
+    check("snapshot delete", json.dumps(DeleteReport("web", (), None, failed=failed).as_dict()))
+    report = PruneReport("web", (Decision("s1", 1, ()),), (), None, failed=failed)
+    ui = Ui(json_output=True)
+    ui.json(report.as_dict())
+    ui.error(error, error, 69)  # the status of the command; its answer stays one JSON value
+    printed = capsys.readouterr()
+    assert check("snapshot prune", printed.out)["failed"] == [{"snapshot": "s1", "reason": str(error)}]
+    assert printed.err == f"qemu-vmdk-snap: {error}\n"
 
 
 def test_keys_are_lower_case_with_dashes() -> None:

@@ -254,6 +254,22 @@ def test_an_overlay_on_any_kind_that_was_cut(tmp_path: Path, capsys: pytest.Capt
     assert any(extent.name in line for line in lines), lines
 
 
+def test_a_fault_of_many_extents_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.vmdk"
+    create_image(path, 20 << 30, kind="twoGbMaxExtentSparse", durable=False)
+    with open_chain(path, writable=True) as chain:
+        for gib in range(0, 20, 2):
+            chain.write_at(gib << 30, b"x" * 512)
+    cut = [extent for extent in tmp_path.glob("a-s*.vmdk") if extent.stat().st_size > 64 << 10]
+    for extent in cut:
+        os.truncate(extent, extent.stat().st_size - 1000)
+    commands: list[list[str | Path]] = [["info", path], ["create", "-b", path, tmp_path / "top.vmdk"]]
+    for command in commands:
+        status, _, lines = said(capsys, *command)
+        assert (status, len(lines)) == (0, 2)
+        assert all(line.endswith(f" (and {len(cut) - 1} more like it)") for line in lines), lines
+
+
 def test_an_overlay_on_a_base_without_its_extent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     create_image(tmp_path / "a.vmdk", SIZE, kind="vmfs", durable=False)
     (tmp_path / "a-flat.vmdk").unlink()

@@ -174,7 +174,7 @@ def test_too_late_to_be_undone_it_says_how_to_go_on(
     assert told.startswith(
         f"qemu-vmdk-snap: {'cancelled' if isinstance(error, KeyboardInterrupt) else error.args[1]} ("
     )
-    assert f"(the commit has begun: `recover {tree.folder}`, or the next command there, finishes it" in told
+    assert f"(the commit is not finished: `recover {tree.folder}`, or the next command there, finishes" in told
     assert main(["recover", "-q", str(tree.folder)]) == 0
     tree.model["image-3"] = tree.model["image-4"]
     tree.forget("image-4")

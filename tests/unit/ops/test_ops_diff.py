@@ -114,7 +114,7 @@ def test_beside_its_base_it_stands_in_the_way_and_says_so(tree: Tree, capsys: py
         told = capsys.readouterr().err
         assert told.startswith(f"qemu-vmdk-snap: {path}: streamOptimized images are written once")
         assert told.endswith(
-            f"; it stands on {tree.path('image-2')}, and would no longer read the same: move it to "
+            f"; it is backed by {tree.path('image-2')}, and would no longer read the same: move it to "
             "another folder, or delete it\n"
         )
     path.unlink()

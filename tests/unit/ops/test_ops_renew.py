@@ -154,7 +154,7 @@ def test_a_symbolic_link_stays_one(overlay: Path) -> None:
 def test_what_others_need_or_use_is_not_renewed(overlay: Path) -> None:
     base, middle = overlay.with_name("a.vmdk"), overlay.with_name("b.vmdk")
     before = {path: path.read_bytes() for path in (base, middle, overlay)}
-    with pytest.raises(InvalidRequest, match=r"a\.vmdk: has no parent to go back to"):
+    with pytest.raises(InvalidRequest, match=r"a\.vmdk: has no parent: it is not an overlay"):
         renew_overlay(base)
     with pytest.raises(StillNeeded, match=r"b\.vmdk: is still needed: .*c\.vmdk names it as its parent"):
         renew_overlay(middle)

@@ -166,7 +166,7 @@ def test_a_name_that_leads_elsewhere(repaired: Repaired, tmp_path: Path) -> None
     repaired.change_head(climb)
     repaired.refused("its image .*victim.vmdk is outside its folder", opener=lambda *_: pytest.fail("opened"))
     repaired.change_head(lambda head, one: one.update(name=str(victim)))
-    repaired.refused("is no undo file: ValueError")
+    repaired.refused("is not an undo file: ValueError")
     repaired.change_head(lambda head, one: one.update(name="link.vmdk"))
     repaired.path.with_name("link.vmdk").symlink_to(victim)
     repaired.refused("is outside its folder", opener=lambda *_: pytest.fail("opened"))
@@ -181,14 +181,14 @@ def test_what_is_no_image(repaired: Repaired) -> None:
         one |= {"name": other.name, "inode": other.stat().st_ino}
 
     repaired.change_head(rename)
-    repaired.refused("is no VMDK image")
+    repaired.refused("is not a VMDK image")
     assert other.read_bytes() == b"text" * 100_000
 
 
 def test_an_undo_file_of_the_first_version(repaired: Repaired) -> None:
     head = {"version": 1, "files": [{"path": str(repaired.path), "size": 4, "ranges": [[0, 4]]}]}
     repaired.store(json.dumps(head).encode() + b"\nKDMV")
-    repaired.refused("is no undo file: ValueError: 'version 1 is not 2'")
+    repaired.refused("is not an undo file: ValueError: 'version 1 is not 2'")
 
 
 def test_while_the_image_is_in_use(repaired: Repaired) -> None:
@@ -244,7 +244,7 @@ def test_a_record_of_other_images_is_not_followed(repaired: Repaired) -> None:
     other = repaired.path.with_name("other.vmdk")
     create_image(other, SIZE, durable=False)
     operation = make_operation("repair", other, [other], {"undo": repaired.undo})
-    with pytest.raises(CorruptChain, match=r"does not tell of .*disk.vmdk"):
+    with pytest.raises(CorruptChain, match=r"does not name .*disk.vmdk"):
         finish_repair(operation, open_posix)
     assert repaired.path.read_bytes() == repaired.after
     assert repaired.undo.exists()

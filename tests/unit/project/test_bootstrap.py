@@ -26,6 +26,7 @@ TOOLS = (
     "sh",
     "sha256sum",
     "sleep",
+    "tail",
     "tr",
 )
 
@@ -91,6 +92,11 @@ class Machine:
         assert "\nPYTHON=/usr/bin/python3 " in text
         text = text.replace("\nPYTHON=/usr/bin/python3 ", f"\nPYTHON={self.bin}/python3 ")
         text = text.replace("\nOS_RELEASE=/etc/os-release", f"\nOS_RELEASE={folder}/os-release")
+        text = text.replace("\nSYSTEMD=/run/systemd/system ", f"\nSYSTEMD={folder}/systemd ")
+        self.script(
+            "systemctl",
+            'echo "systemctl $*" >>"$CALLS"\ncase $1 in list-unit-files) cat "$MACHINE/enabled" ;; esac\n',
+        )
         (self.checkout / "bootstrap").write_text(text.replace(":/usr/sbin:/sbin", ""))
         (self.checkout / "bootstrap").chmod(0o755)
         (self.checkout / "pyproject.toml").write_text("[project]\n")
@@ -254,7 +260,45 @@ def test_test_runs_the_gates_then_pytest_requiring_every_tool(debian: Machine) -
     lines = debian.calls_file.read_text().splitlines()
     assert lines[-2] == "gates"
     assert lines[-1].startswith("python tests/support/reaper.py ")
-    assert lines[-1].endswith("/bin/python -m pytest --require=all -k chain")
+    assert lines[-1].endswith("/bin/python -m pytest --require=all -n auto --maxprocesses=4 --dist=loadfile -k chain")
+
+
+def test_the_demo_installs_what_it_needs_alone(debian: Machine) -> None:
+    assert debian.run("demo").returncode == 0
+    (installed,) = [call for call in debian.calls("apt-get") if " install " in call]
+    assert "qemu-system-x86" in installed.split()
+    assert not {"openssh-server", "libvirt-daemon-system", "shellcheck", "qemu-utils"} & set(installed.split())
+    debian.run("test")
+    assert any(".[all,dev]" in call for call in debian.calls("python"))  # the rest comes with the first test run
+    debian.run("demo")
+    assert not any("pip install" in call for call in debian.calls("python"))
+
+
+def test_services_that_come_with_packages_are_left_disabled(debian: Machine) -> None:
+    (debian.folder / "systemd").mkdir()
+    enabled = debian.folder / "enabled"
+    enabled.write_text("cron.service enabled enabled\n")
+    script = (debian.bin / "apt-get").read_text()
+    debian.script("apt-get", f'{script}\necho "ssh.service enabled enabled" >>"$MACHINE/enabled"\n')
+    done = debian.run("setup")
+    assert done.returncode == 0, done.stderr
+    changed = {call for call in debian.calls("systemctl") if not call.startswith("list")}
+    assert changed == {"disable --now ssh.service"}
+    assert "left disabled: ssh.service" in done.stderr
+
+
+def test_what_packages_print_goes_to_a_log(debian: Machine) -> None:
+    script = (debian.bin / "apt-get").read_text()
+    debian.script("apt-get", f"{script}\necho 'Unpacking a thousand things'\n")
+    done = debian.run("setup")
+    assert "Unpacking" not in done.stderr + done.stdout
+    assert "Unpacking" in (debian.checkout / ".cache/bootstrap.log").read_text()
+    (debian.folder / "installed").write_text("")
+    (debian.folder / "broken").touch()
+    debian.script("apt-get", "echo 'E: no space left'; exit 100\n")
+    done = debian.run("setup")
+    assert done.returncode == 1
+    assert "E: no space left" in done.stderr  # its end, where it failed
 
 
 def test_what_runs_a_service_is_unpacked_and_not_installed(debian: Machine) -> None:
@@ -282,8 +326,7 @@ def test_no_system_demo_gives_up_naming_what_it_cannot_do_without(debian: Machin
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("bootstrap: demo cannot work without: qemu-system-x86 ")
-    assert "xfsprogs" not in last  # of use to the tests alone
-    assert "xfsprogs" in done.stderr
+    assert "xfsprogs" not in done.stderr  # of use to the tests alone
     assert not (debian.checkout / ".venv").exists()
     assert debian.calls("apt-get") == []
 
@@ -293,7 +336,7 @@ def test_no_system_test_goes_on_without_requiring_the_missing_tools(debian: Mach
     (debian.folder / "no-libvirt").touch()
     assert debian.run("--no-system", "test").returncode == 0
     calls = debian.calls("python")
-    assert calls[-1].endswith(" -m pytest --require=none")
+    assert calls[-1].endswith(" -m pytest --require=none -n auto --maxprocesses=4 --dist=loadfile")
     assert any(call.endswith("-e .[harness,dev]") for call in calls)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pydoc
+import re
 import subprocess
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,6 +83,67 @@ def test_what_functions_return_is_public() -> None:
             assert not ours or part in public, f"{name} returns {part}"
 
 
+REPORTS = [
+    (package, name)
+    for package in PACKAGES
+    for name in importlib.import_module(package).__all__
+    if name.endswith(("Report", "Info", "State"))
+    or name in {"Adopted", "Change", "Check", "Decision", "Deleted", "Finding", "Measurement", "Mismatch", "Pause"}
+    or name in {"PlannedDisk", "Recovered", "Recovery", "Work"}
+]
+
+
+@pytest.mark.parametrize(("package", "name"), REPORTS)
+def test_a_report_has_the_json_of_its_command(package: str, name: str) -> None:
+    value = getattr(importlib.import_module(package), name)
+    signature = inspect.signature(value.as_dict)
+    assert list(signature.parameters) == ["self"]
+    assert signature.return_annotation == "dict[str, object]"
+
+
+NO_REPORTS = {"Census", "Dependent", "Descriptor", "Followed", "Identity", "LinkFacts", "DomainHardware"}
+"""What functions return besides reports: values to work with."""
+
+
+def test_what_a_function_returns_is_json_or_open() -> None:
+    for package in ("qemu_vmdk_snap", "qemu_vmdk_snap.domain"):
+        module = importlib.import_module(package)
+        public = {name: getattr(module, name) for name in module.__all__}
+        for name, function in public.items():
+            if not inspect.isfunction(function):
+                continue
+            returned = str(inspect.signature(function).return_annotation)
+            for part in re.findall(r"\w+", returned):
+                value = public.get(part)
+                if inspect.isclass(value) and part not in NO_REPORTS:
+                    assert hasattr(value, "as_dict") or hasattr(value, "close"), f"{name} returns {part}"
+
+
+def test_the_threads_of_what_is_open_are_documented() -> None:
+    threads = (Path(__file__).parents[3] / "docs" / "api.md").read_text().partition("## Threads")[2]
+    for package in PACKAGES:
+        module = importlib.import_module(package)
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isclass(value) and not getattr(value, "_is_protocol", False):
+                is_open = hasattr(value, "close") or hasattr(value, "__exit__")
+                assert not is_open or f"`{name}`" in threads, name
+
+
+def test_what_a_report_says_is_json(tmp_path: Path) -> None:
+    base, top = tmp_path / "base.vmdk", tmp_path / "top.vmdk"
+    create_image(base, 1 << 20, durable=False)
+    create_overlay(top, base, durable=False)
+    renewed = qemu_vmdk_snap.renew_overlay(top)
+    assert json.loads(json.dumps(renewed.as_dict())) == {
+        "filename": str(top),
+        "parent": str(base),
+        "dropped-bytes": renewed.dropped_bytes,
+    }
+    checked = qemu_vmdk_snap.check_image(top).as_dict()
+    assert json.loads(json.dumps(checked)) == checked
+
+
 def test_paths_may_be_text_and_folders_are_named_alike() -> None:
     for name in functions():
         parameters = inspect.signature(getattr(qemu_vmdk_snap, name)).parameters
@@ -89,7 +153,34 @@ def test_paths_may_be_text_and_folders_are_named_alike() -> None:
                 assert "str" in text, f"{name}({parameter.name}: {text})"
         if "resolver" in parameters:
             assert parameters["resolver"].default is None, name
-            assert "trusted_dirs" in parameters or name == "read_facts", name
+            assert "trusted_dirs" in parameters, name
+
+
+def test_paths_of_methods_may_be_text() -> None:
+    openers: list[Callable[..., object]] = [
+        qemu_vmdk_snap.PosixFile.open,
+        qemu_vmdk_snap.RawDisk,
+        qemu_vmdk_snap.Census.of,
+    ]
+    openers += [qemu_vmdk_snap.Census.dependents, qemu_vmdk_snap.Census.other_names]
+    for call in openers:
+        for parameter in inspect.signature(call).parameters.values():
+            assert "Path" not in str(parameter.annotation) or "str" in str(parameter.annotation), call
+
+
+def test_no_signature_shows_the_environment() -> None:
+    for package in PACKAGES:
+        module = importlib.import_module(package)
+        for name in module.__all__:
+            if inspect.isfunction(getattr(module, name)):
+                assert "environ(" not in str(inspect.signature(getattr(module, name))), name
+
+
+def test_a_domain_is_called_alike_by_every_function() -> None:
+    for name in importlib.import_module("qemu_vmdk_snap.domain").__all__:
+        value = getattr(importlib.import_module("qemu_vmdk_snap.domain"), name)
+        if inspect.isfunction(value):
+            assert "domain_name" not in inspect.signature(value).parameters, name
 
 
 def test_a_folder_is_trusted_by_every_function(tmp_path: Path) -> None:

@@ -95,9 +95,9 @@ def test_a_copied_record_fits_nothing(folders: tuple[Path, Path], tmp_path: Path
     operation.hold.close()
     before = (folders[0] / "disk.vmdk").read_bytes()
     shutil.copytree(folders[0], tmp_path / "copy")
-    with pytest.raises(CorruptChain, match=r"does not fit .*copy/disk\.vmdk.*--abandon"):
+    with pytest.raises(CorruptChain, match=r"names .*copy/disk\.vmdk.*--abandon"):
         recover(tmp_path / "copy")
-    with pytest.raises(CorruptChain, match="does not fit"):
+    with pytest.raises(CorruptChain, match="is another file now"):
         refuse_pending(tmp_path / "copy" / "disk.vmdk")
     create_image(tmp_path / "copy" / "other.vmdk", 1 << 20, durable=False)
     open_chain(tmp_path / "copy" / "other.vmdk", writable=True).close()
@@ -137,7 +137,7 @@ def test_a_planted_record_deletes_nothing_outside(folders: tuple[Path, Path], tm
     (folders[0] / "link").symlink_to(victim)
     files = [told(folders[0]), told(folders[0], "link")]
     planted(folders[0], files, details={"changes": [], "targets": [], "delete": [{"$file": 1}], "cids": []})
-    with pytest.raises(CorruptChain, match="does not fit"):
+    with pytest.raises(CorruptChain, match="is another file now"):
         recover(folders[0])
     assert victim.read_text() == "precious"
 
@@ -146,7 +146,7 @@ def test_what_is_there_only_now_is_not_the_recorded_file(folders: tuple[Path, Pa
     (folders[0] / "new").write_text("mine")
     files: list[dict[str, object]] = [told(folders[0]), {"name": "new", "inode": None, "same-device": True}]
     planted(folders[0], files, details={"changes": [], "targets": [], "delete": [{"$file": 1}], "cids": []})
-    with pytest.raises(CorruptChain, match="does not fit"):
+    with pytest.raises(CorruptChain, match="is another file now"):
         recover(folders[0])
     assert (folders[0] / "new").exists()
 

@@ -16,8 +16,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_progress(parser)
     add_allow_dir(parser)
     add_orphan(parser)
-    parser.add_argument("delta", type=image_file)
-    parser.add_argument("filename", type=image_file)
+    parser.add_argument("delta", type=image_file, help="a delta of image diff")
+    parser.add_argument("filename", type=image_file, help="the copy of the base, which is changed")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -30,6 +30,6 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         args.delta, args.filename, force=args.force, orphans=args.orphan, resolver=find, on_progress=ui.progress
     )
     if ui.json_output:
-        ui.json({"filename": str(report.path), "delta": str(report.delta), "cid": report.cid})
+        ui.json(report.as_dict())
         return
     ui.text("Delta applied.")

@@ -53,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_progress(parser)
     add_allow_dir(parser)
     add_orphan(parser)
-    parser.add_argument("filename", type=image_file)
+    parser.add_argument("filename", type=image_file, help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -74,14 +74,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         on_progress=ui.progress,
     )
     if ui.json_output:
-        ui.json(
-            {
-                "filename": str(report.path),
-                "base": str(report.base),
-                "relinked": [str(path) for path in report.relinked],
-                "deleted": [str(path) for path in report.deleted],
-            }
-        )
+        ui.json(report.as_dict())
         return
     for path in report.relinked:
         ui.text(f"{path}: its parent is now {report.base}")

@@ -1,4 +1,4 @@
-"""`image compact`: give back the space of leaked grains and of zeros."""
+"""`image compact`: free the space of leaked grains and of zeros."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
     add_progress(parser)
     add_allow_dir(parser)
-    parser.add_argument("filename", type=image_file)
+    parser.add_argument("filename", type=image_file, help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
-    """Compact and tell how much that gave."""
+    """Compact and show how much was freed."""
     from qemu_vmdk_snap.chain.resolver import confined
     from qemu_vmdk_snap.ops.edit.compact import compact
 
     need_vmdk(args.filename, args.format)
     report = compact(args.filename, resolver=confined(args.allow_dir), on_progress=ui.progress)
     if ui.json_output:
-        ui.json({"filename": str(report.path), "before": report.before, "after": report.after})
+        ui.json(report.as_dict())
         return
     saved = report.before - report.after
     ui.text(f"Image compacted: {format_size(saved)} freed." if saved else "Nothing to free.")

@@ -1,4 +1,4 @@
-"""`image rebase`: put an image on another parent, or with `-b ""` on none."""
+"""`image rebase`: change the parent of an image, or with `-b ""` remove it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_quiet(parser)
     add_progress(parser)
     add_allow_dir(parser)
-    parser.add_argument("filename", type=image_file)
+    parser.add_argument("filename", type=image_file, help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -47,4 +47,4 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     trusted = [*args.allow_dir, *([] if parent is None else [parent.parent])]
     report = rebase(args.filename, parent, unsafe=args.unsafe, resolver=confined(trusted), on_progress=ui.progress)
     if ui.json_output:
-        ui.json({"filename": str(report.path), "backing-filename": report.parent and str(report.parent)})
+        ui.json(report.as_dict())

@@ -1,4 +1,4 @@
-"""`image remove`: delete an image on which others stand; they keep what they read."""
+"""`image remove`: delete an image; the images that it backs keep their contents."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_progress(parser)
     add_allow_dir(parser)
     add_orphan(parser)
-    parser.add_argument("filename", type=image_file)
+    parser.add_argument("filename", type=image_file, help="the image")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
-    """Remove and tell where the children stand."""
+    """Remove and show the new parent of the children."""
     from qemu_vmdk_snap.chain.resolver import confined
     from qemu_vmdk_snap.ops.edit.remove import remove
 
@@ -40,8 +40,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         on_progress=ui.progress,
     )
     if ui.json_output:
-        parent = report.parent and str(report.parent)
-        ui.json({"filename": str(report.path), "parent": parent, "moved": [str(path) for path in report.moved]})
+        ui.json(report.as_dict())
         return
     for path in report.moved:
         ui.text(f"{path}: " + (f"its parent is now {report.parent}" if report.parent else "has no parent any more"))

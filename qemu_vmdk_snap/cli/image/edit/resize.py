@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_progress(parser)
     add_allow_dir(parser)
     add_orphan(parser)
-    parser.add_argument("filename", type=image_file)
+    parser.add_argument("filename", type=image_file, help="the image")
     parser.add_argument("size", metavar="[+|-]SIZE", help="the new size, or with + or - the bytes to add or cut off")
 
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         on_progress=ui.progress,
     )
     if ui.json_output:
-        ui.json({"filename": str(report.path), "before": report.before, "virtual-size": report.after})
+        ui.json(report.as_dict())
         return
     ui.text("Image resized.")
 

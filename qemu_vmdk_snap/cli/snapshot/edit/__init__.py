@@ -1,1 +1,1 @@
-"""The commands that change what libvirt has registered of a snapshot."""
+"""The commands that change libvirt's metadata of a snapshot."""

@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
-    """Adopt, and say what."""
+    """Adopt, and show what was adopted."""
     from qemu_vmdk_snap.domain.adopt.run import adopt
     from qemu_vmdk_snap.domain.connect import connection
 

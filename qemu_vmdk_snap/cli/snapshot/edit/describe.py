@@ -26,4 +26,4 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if ui.json_output:
         ui.json({"domain": args.domain, "snapshot": args.snapshotname, "description": args.description})
         return
-    ui.text(f"Domain snapshot {args.snapshotname} has {'another' if args.description else 'no'} description now")
+    ui.text(f"Description of domain snapshot {args.snapshotname} {'changed' if args.description else 'removed'}")

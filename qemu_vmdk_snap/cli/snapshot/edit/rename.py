@@ -26,4 +26,4 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if ui.json_output:
         ui.json({"domain": args.domain, "snapshot": args.newname, "old-name": args.snapshotname})
         return
-    ui.text(f"Domain snapshot {args.snapshotname} is called {args.newname} now")
+    ui.text(f"Domain snapshot {args.snapshotname} renamed to {args.newname}")

@@ -1,4 +1,4 @@
-"""`snapshot current`: which snapshot the next one will be a child of."""
+"""`snapshot current`: the snapshot of which the next one will be a child."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
-    """Tell, or change, it."""
+    """Show or change it."""
     from qemu_vmdk_snap.domain.connect import connection
     from qemu_vmdk_snap.domain.edit import set_current
     from qemu_vmdk_snap.domain.journal.pending import pending_line

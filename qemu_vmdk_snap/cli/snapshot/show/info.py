@@ -28,7 +28,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.domain.registry import snapshot_info
 
     if (args.snapshotname is None) is not args.current:
-        raise InvalidRequest(f"domain {args.domain}", "name a snapshot, or say --current, one of them")
+        raise InvalidRequest(f"domain {args.domain}", "needs either a snapshot or --current")
     with connection(args.connect) as conn:
         warn_pending(pending_line(conn, args.domain), ui)
         snapshot = snapshot_info(conn, args.domain, args.snapshotname)
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _fields(snapshot: SnapshotInfo) -> dict[str, object]:
-    """Return what virsh's snapshot-info tells, in its order; our own lines follow."""
+    """Return what virsh's snapshot-info shows, in its order; our own lines follow."""
     fields: dict[str, object] = {
         "Name": snapshot.name,
         "Domain": snapshot.domain,

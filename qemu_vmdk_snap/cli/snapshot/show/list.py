@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     from qemu_vmdk_snap.domain.registry import list_snapshots
 
     if (args.domain is None) is not args.all:
-        raise InvalidRequest("snapshot list", "give a domain or --all, one of them")
+        raise InvalidRequest("snapshot list", "needs either a domain or --all")
     if args.all:
         return _list_all(args, ui)
     with connection(args.connect) as conn:

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.domain.registry import snapshot_info
 
     if (args.snapshotname is None) is not args.current:
-        raise InvalidRequest(f"domain {args.domain}", "name a snapshot, or say --current, one of them")
+        raise InvalidRequest(f"domain {args.domain}", "needs either a snapshot or --current")
     with connection(args.connect) as conn:
         warn_pending(pending_line(conn, args.domain), ui)
         child = snapshot_info(conn, args.domain, args.snapshotname)

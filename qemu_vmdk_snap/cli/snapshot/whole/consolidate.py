@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         action="append",
         default=[],
-        help="merge this link too, whose overlay is not called after it (may be repeated)",
+        help="merge this link too, whose overlay's name is not derived from it (may be repeated)",
     )
     add_orphans(parser)
     add_dry_run(parser)

@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage",
         action="store_true",
-        help="delete the files that are the domain's alone (without it: virsh undefine --snapshots-metadata)",
+        help="delete the files that belong to the domain only (without it: virsh undefine --snapshots-metadata)",
     )
     add_orphans(parser)
     add_dry_run(parser)
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     from qemu_vmdk_snap.domain.destroy.run import destroy
 
     if not args.storage:
-        reason = "say --storage to delete its files; `virsh undefine --snapshots-metadata` undefines it and keeps them"
+        reason = "give --storage to delete its files; `virsh undefine --snapshots-metadata` undefines it and keeps them"
         raise InvalidRequest(f"domain {args.domain}", reason)
     with connection(args.connect) as conn:
         orphans = [path.absolute() for path in args.orphan]
