@@ -215,7 +215,7 @@ def server(which: str, image: Path, folder: Path) -> Iterator[tuple[str, int]]:
         words = [sys.executable, "-m", "qemu_vmdk_snap", "serve", "-k", str(path), str(image)]
     else:
         words = ["qemu-nbd", "-f", "vmdk", "-t", "-e", "16", "-k", str(path), str(image)]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not path.exists():
             if process.poll() is not None:

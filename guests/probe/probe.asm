@@ -4,7 +4,8 @@
 ;   build: nasm -f bin -o probe.bin probe.asm
 ;
 ; Memory   0x07c00  this program (boot sector and the rest, loaded by the boot sector), stack below it
-;          0x0a400  the line that goes out         0x0b000  CRC-32 tables, four of 1 KiB
+;          0x09800  an AHCI command                0x0a400  the line that goes out
+;          0x0b000  CRC-32 tables, four of 1 KiB
 ;          0x0c000  the line that came in          0x20000  the buffer: sectors read or to be written
 
 bits 16
@@ -22,6 +23,10 @@ OUT_LINE        equ 0xa400
 TABLES          equ 0xb000
 BUFFER_SEGMENT  equ 0x2000
 BATCH           equ 127                 ; sectors a BIOS call may move
+ATA_TABLE       equ 0x9800              ; command table of an AHCI port, below the line that goes out
+ATA_FLUSH       equ 0xe7
+ATA_TRIM        equ 0x06                ; DATA SET MANAGEMENT, with feature 1
+TRIM_ENTRIES    equ 64                  ; of 8 bytes: LBA (48 bits), sectors (16 bits)
 
 start:
         cli
@@ -323,6 +328,168 @@ do_fetch:                               ; read COUNT sectors into the buffer, in
         call    put_long
         call    send
         jmp     next_line
+
+do_flush:                               ; let the disk write its cache out; on AHCI, past the BIOS, which has no word for it
+        call    check_end
+        jc      fail_usage
+        mov     byte [ata.command], ATA_FLUSH
+        mov     word [ata.header], 5    ; a command of five dwords, no data
+        mov     word [ata.entries], 0
+        mov     byte [ata.feature], 0
+        mov     byte [ata.count], 0
+        jmp     ata_answer
+
+do_discard:                             ; tell the disk that COUNT sectors from LBA on are not needed; on AHCI
+        call    get_range
+        jc      fail_usage
+        mov     ax, BUFFER_SEGMENT
+        mov     es, ax
+        xor     di, di
+        xor     ax, ax
+        mov     cx, 256
+        rep     stosw
+        xor     di, di
+        mov     cx, TRIM_ENTRIES
+.entry:
+        mov     eax, 0xffff
+        cmp     dword [left + 4], 0
+        jne     .set
+        cmp     [left], eax
+        jae     .set
+        mov     eax, [left]
+.set:
+        mov     [packet.count], ax
+        mov     ebx, [packet.lba]
+        mov     [es:di], ebx
+        mov     bx, [packet.lba + 4]
+        mov     [es:di + 4], bx
+        mov     [es:di + 6], ax
+        add     di, 8
+        call    advance
+        mov     eax, [left]
+        or      eax, [left + 4]
+        loopnz  .entry
+        push    word 0
+        pop     es
+        jnz     fail_usage              ; more than a command has room for
+        mov     byte [ata.command], ATA_TRIM
+        mov     word [ata.header], 5 | 0x40     ; which the disk is to read 512 bytes for
+        mov     word [ata.entries], 1
+        mov     byte [ata.feature], 1
+        mov     byte [ata.count], 1
+ata_answer:
+        call    ata_run
+        jc      .failed
+        call    begin_ok
+        call    send
+        jmp     next_line
+.failed:
+        mov     [status], al
+        mov     bx, text_err
+        call    begin
+        mov     bx, text_ata
+        call    put_text
+        mov     al, [status]
+        call    put_byte
+        call    send
+        jmp     next_line
+
+ata_run:                                ; give [ata] to the disk; carry and AL: its error register, or ff when it is not on AHCI
+        mov     al, [disk]
+        call    find_port
+        mov     al, 0xff
+        jc      .end
+        push    word 0
+        pop     es
+        push    edi
+        mov     di, ATA_TABLE
+        mov     cx, 0x90 / 2
+        xor     ax, ax
+        rep     stosw
+        pop     edi
+        mov     word [ATA_TABLE], 0x8027        ; a register FIS that is a command
+        mov     al, [ata.command]
+        mov     ah, [ata.feature]
+        mov     [ATA_TABLE + 2], ax
+        mov     byte [ATA_TABLE + 7], 0x40      ; LBA
+        mov     al, [ata.count]
+        mov     [ATA_TABLE + 12], al
+        mov     dword [ATA_TABLE + 0x80], BUFFER_SEGMENT * 16
+        mov     dword [ATA_TABLE + 0x8c], 511   ; bytes less one
+        mov     esi, [fs:edi]                   ; PxCLB: the BIOS's list, whose first slot it fills anew for each command
+        mov     eax, [ata.header]
+        mov     [fs:esi], eax
+        mov     dword [fs:esi + 4], 0
+        mov     dword [fs:esi + 8], ATA_TABLE
+        mov     dword [fs:esi + 12], 0
+        mov     dword [fs:edi + 0x30], -1       ; PxSERR
+        mov     dword [fs:edi + 0x10], -1       ; PxIS
+        mov     dword [fs:edi + 0x38], 1        ; PxCI: slot 0
+.wait:
+        test    dword [fs:edi + 0x10], 1 << 30  ; a task file error stops the port with the slot set
+        jnz     .done
+        test    dword [fs:edi + 0x38], 1
+        jnz     .wait
+.done:
+        mov     eax, [fs:edi + 0x20]            ; PxTFD: status, error
+        mov     dword [fs:edi + 0x10], -1
+        test    al, 1
+        mov     al, ah
+        jz      .end                            ; TEST has cleared the carry
+        stc
+.end:
+        sti
+        ret
+
+find_port:                              ; FS:EDI = the registers of the AHCI port of BIOS drive AL; carry when there is none
+        movzx   ebp, al
+        and     bp, 0x7f
+        mov     ebx, 0x80000008                 ; class and revision of bus 0, device 0, function 0
+.device:
+        mov     eax, ebx
+        call    read_pci
+        shr     eax, 8
+        cmp     eax, 0x010601                   ; SATA, AHCI
+        je      .found
+        add     ebx, 0x100
+        cmp     ebx, 0x80010008
+        jb      .device
+.none:
+        stc
+        ret
+.found:
+        lea     eax, [ebx + 0x24 - 8]           ; BAR 5
+        call    read_pci
+        and     al, 0xf0
+        mov     edi, eax
+        shl     ebp, 7
+        lea     edi, [edi + ebp + 0x100]
+        cli                                     ; on with a limit of 4 GiB in FS, which the BIOS takes away again
+        lgdt    [gdt]
+        mov     eax, cr0
+        or      al, 1
+        mov     cr0, eax
+        mov     bx, 8
+        mov     fs, bx
+        and     al, 0xfe
+        mov     cr0, eax
+        xor     bx, bx
+        mov     fs, bx
+        mov     eax, [fs:edi + 0x28]            ; PxSSTS: is a device there, and talking?
+        and     al, 0x0f
+        cmp     al, 3
+        jne     .none
+        cmp     dword [fs:edi + 0x24], 0x101    ; PxSIG: a disk
+        jne     .none
+        clc
+        ret
+
+read_pci:                               ; EAX = the configuration register at address EAX
+        mov     dx, 0xcf8
+        out     dx, eax
+        mov     dx, 0xcfc
+        in      eax, dx
+        ret
 
 do_off:                                 ; answer, then leave by the debug port, else by ACPI, else stand still
         call    get_number
@@ -773,6 +940,10 @@ commands:                               ; where each is handled, and its word
         db      'write', 0
         dw      do_fetch
         db      'fetch', 0
+        dw      do_flush
+        db      'flush', 0
+        dw      do_discard
+        db      'discard', 0
         dw      do_off
         db      'off', 0
         dw      0
@@ -786,7 +957,18 @@ text_unknown    db 'unknown', 0
 text_usage      db 'usage', 0
 text_sum        db 'sum', 0
 text_bios       db 'bios ', 0
+text_ata        db 'ata ', 0
 
+        align 8
+gdt:                                    ; its first entry is not used: the register's value has its place
+        dw      15, gdt, 0, 0
+        dw      0xffff, 0, 0x9200, 0x00cf       ; data, from 0, of 4 GiB
+ata:                                    ; the command for the disk
+.header dw      0
+.entries dw     0
+.command db     0
+.feature db     0
+.count  db      0
         align 4
 crc             dd 0
 left            dd 0, 0

@@ -58,7 +58,7 @@ EXAMPLES: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     ),
     "snapshot delete": (
         ("snapshot delete web before-upgrade --dry-run", "every operation on files, and nothing is changed"),
-        ("snapshot delete web before-upgrade", "all other snapshots, and the domain, read what they read"),
+        ("snapshot delete web before-upgrade", "all other snapshots, and the domain, keep their contents"),
     ),
     "snapshot prune": (
         ("snapshot prune web --keep-hourly 24 --keep-daily 7 --explain --dry-run", "what stays, and why"),
@@ -83,6 +83,12 @@ EXAMPLES: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     "snapshot consolidate": (("snapshot consolidate web --dry-run", "does the domain need it?"),),
     "guest boot": (("guest boot top.vmdk crc 0 4096", "what a guest reads in the first 4096 bytes"),),
     "guest verify": (("guest verify top.vmdk", "does a guest read what the engine reads?"),),
+    "guest linux": (("guest linux", "for tests that boot a Linux; made once, from the distribution's packages"),),
+    "serve attach": (("serve attach web vda", "from the next start of web on"),),
+    "serve detach": (("serve detach web vda", "QEMU opens the files of the disk itself again"),),
+    "serve start": (("serve start web", "before the domain is started without the hook"),),
+    "serve stop": (("serve stop web", "once the domain is shut off"),),
+    "serve status": (("serve status web", "which disks are served, and by which process"),),
     "hook install": (("hook install", "as root: policies are in /etc/qemu-vmdk-snap/domains"),),
     "hook uninstall": (("hook uninstall", "policies stay"),),
     "hook status": (("hook status", "is it installed, and is every policy valid?"),),

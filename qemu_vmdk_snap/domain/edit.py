@@ -90,10 +90,8 @@ def rename(conn: libvirt.virConnect, domain_name: str, snapshot: str, name: str)
     return recovered
 
 
-def finish_rename(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> bool:
+def finish_rename(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) -> None:
     """Do every step of a rename, also if some are done already; what was edited or deleted meanwhile stays so.
-
-    Returns True: it is never undone.
 
     Raises:
         DomainError: another snapshot has the new name now, or libvirt refuses; the record must stay.
@@ -110,7 +108,6 @@ def finish_rename(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: I
     for other, text in below:  # forgetting the old name has changed their XML
         if other in there:
             _redefine(domain, keeping_description(text, there[other]), current=current == other)
-    return True
 
 
 def _same_snapshot(one: str, other: str) -> bool:

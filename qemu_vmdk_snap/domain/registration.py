@@ -29,8 +29,8 @@ def register_text(domain: libvirt.virDomain, text: str, *, current: bool = False
     domain.snapshotCreateXML(in_form(text, volume_resolver(domain.connect(), domain.name())), flags)
 
 
-def out_of_form(domain: libvirt.virDomain) -> dict[str, str]:
-    """Return name -> XML of the snapshots of ours that libvirt's own commands would harm, secrets included.
+def lacking_form(domain: libvirt.virDomain) -> dict[str, str]:
+    """Return name -> XML of the snapshots of ours that libvirt's own commands would harm: those without the form.
 
     Raises:
         libvirtError: libvirt reports an error.
@@ -51,7 +51,7 @@ def register_anew(domain: libvirt.virDomain) -> list[str]:
 
     changed = []
     try:
-        wanting = out_of_form(domain)
+        wanting = lacking_form(domain)
         current = domain.snapshotCurrent().getName() if wanting and domain.hasCurrentSnapshot() else None
         for name, text in wanting.items():
             try:

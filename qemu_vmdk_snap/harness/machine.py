@@ -96,8 +96,15 @@ class Machine:
             self.command_by_hand = shlex.join([executable, *by_hand(setup, folder)])
             (folder / "command").write_text(f"{self.command_by_hand}\n")
             self._log = (folder / "serial.log").open("wb", buffering=0)
+            # A session of its own: Ctrl-C is for the caller, who then ends QEMU, and the kernel's scheduler gives each
+            # session its share, however many guests one caller has.
             self._process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, pass_fds=fds
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                pass_fds=fds,
+                start_new_session=True,
             )
             self.qmp = Qmp(monitor, setup.image.name, folder / "qmp.log")
             main = port.detach() if setup.kernel else serial.detach()

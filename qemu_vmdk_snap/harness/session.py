@@ -32,6 +32,7 @@ _FIRST_PATIENCE: Final = 0.2
 _LONGEST_PATIENCE: Final = 1.0
 _TRIES: Final = 3
 _BATCH: Final = 127  # sectors that the probe moves at once
+_DISCARDED: Final = 64 * 0xFFFF  # sectors that a command discards
 _LOADED: Final = 7  # sectors that a line to it has room for
 _BUFFER: Final = 0x20000  # where they are in its memory
 _LINE: Final = rb"([^\r\n]*)\r\n"
@@ -150,6 +151,24 @@ class ProbeSession:
                 piece = data[start : start + min(_LOADED, size - i) * SECTOR_SIZE]
                 self.command(f"load {i:x} {piece.hex()}")
             self.command(f"write {lba + at:x} {size:x}")
+
+    def flush(self) -> None:
+        """Let the guest flush its disk, which must be on AHCI.
+
+        Raises:
+            ProbeError: the disk is not on AHCI (`ata ff`), or cannot.
+        """
+        self.command("flush")
+
+    def discard(self, offset: int, length: int) -> None:
+        """Let the guest discard the range of its disk, which must be on AHCI.
+
+        Raises:
+            ProbeError: the disk is not on AHCI (`ata ff`), or cannot.
+        """
+        lba, count = _sectors(offset), _sectors(length)
+        for at in range(0, count, _DISCARDED):
+            self.command(f"discard {lba + at:x} {min(_DISCARDED, count - at):x}")
 
     def assert_reads(self, content: Content, *, image: Path | str | None = None, samples: int = 8) -> int:
         """Let the guest read all of `content` that was written, all that `image` stores, and samples of the rest.

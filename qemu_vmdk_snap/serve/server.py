@@ -44,6 +44,7 @@ class Server:
         self.trusted_dirs = tuple(trusted_dirs)
         self.read_only = read_only
         self._note = note
+        self._merging: Path | None = None
         self.statistics = Statistics()
         self.stop_asked = threading.Event()
         self.hidden: frozenset[Link] = frozenset()
@@ -52,7 +53,9 @@ class Server:
         self._clients: dict[socket.socket, str] = {}
         self._threads: set[threading.Thread] = set()
         self._guard = threading.Lock()
-        self.stack = Stack(open_served(image, read_only=read_only, trusted_dirs=trusted_dirs), read_only=read_only)
+        written = note.written() if note is not None else []
+        links = open_served(image, read_only=read_only, trusted_dirs=trusted_dirs, written=written)
+        self.stack = Stack(links, read_only=read_only)
         try:
             for name, path in (exports or {}).items():
                 self._require_new(name)
@@ -94,7 +97,12 @@ class Server:
     def remember_top(self, top: Path) -> None:
         """Note, durably, that `top` is served from now on, once it exists: for the server that follows this one."""
         if self._note is not None:
-            self._note.store(top, Path(self.stack.top.path))
+            self._note.store(top, Path(self.stack.top.path), self._merging)
+
+    def remember_merge(self, written: Path | None) -> None:
+        """Note, durably, which link a merge writes: should the server be killed, it may be left with leaks."""
+        self._merging = written
+        self.remember_top(Path(self.stack.top.path))
 
     # --- clients ------------------------------------------------------------------------------------------------------
 

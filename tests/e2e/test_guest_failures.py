@@ -105,6 +105,16 @@ def test_a_system_of_the_disks_own_is_awaited(tmp_path: Path, text: bytes, wrong
             boot(image, expect="login:", failures=[re.compile(b"Kernel panic[^\r]*"), b"oops"]).__enter__()
 
 
+def test_uefi_boots_the_disks_own_system_too(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """There is none: the firmware says of the disk that it cannot be booted, which is what is awaited here."""
+    if not list(Path("/usr/share").glob("*/**/OVMF_CODE*.fd")) and pytestconfig.getoption("--require") == "none":
+        pytest.skip("OVMF is not installed")
+    image = bootable(tmp_path / "bad.vmdk", LOOP)
+    with boot(image, uefi=True, expect=r'BdsDxe: failed to load Boot\d+ "[^"]+"', memory_mib=128) as guest:
+        assert guest.found is not None
+        assert b"HARDDISK" in guest.found[0]
+
+
 def test_qemu_that_dies_while_it_boots(tmp_path: Path) -> None:
     image = bootable(tmp_path / "bad.vmdk", LOOP)
     killer = "import os, sys, time; time.sleep(0.3); os.kill(int(sys.argv[1]), 9)"

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from qemu_vmdk_snap import CidMismatch, InvalidRequest, create_image, open_chain
-from qemu_vmdk_snap.harness import ChainMaker, Content, Disk, KnownChain, WrongContent, WrongSize, boot, verify_image
+from qemu_vmdk_snap.harness import (
+    ChainMaker,
+    Content,
+    Disk,
+    KnownChain,
+    Machine,
+    WrongContent,
+    WrongSize,
+    boot,
+    verify_image,
+)
 from qemu_vmdk_snap.harness.probe import ProbeError
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64")
@@ -170,3 +180,41 @@ def test_given_bytes_many_sectors_a_call(tmp_path: Path) -> None:
         guest.power_off()
     with open_chain(chain.top) as opened:
         assert opened.read_at(0, MIB) == bytes(1536) + data + bytes(MIB - 1536 - len(data) - 512) + b"\xff" * 512
+
+
+def flushes(guest: Machine) -> tuple[int, int]:
+    """Return how many flushes and discards QEMU has had of the first disk."""
+    stats = guest.qmp("query-blockstats")[0]["stats"]
+    return stats["flush_operations"], stats["unmap_operations"]
+
+
+@pytest.mark.parametrize("machine", ["pc", "q35"])
+def test_the_guest_flushes_and_discards(tmp_path: Path, machine: str) -> None:
+    raw = tmp_path / "a.raw"
+    raw.write_bytes(b"x" * (4 * MIB))
+    allocated = raw.stat().st_blocks
+    with boot(raw, image_format="raw", drive=f"file={raw},discard=unmap", writable=True, machine=machine) as guest:
+        before = flushes(guest)
+        guest.probe.flush()
+        assert flushes(guest)[0] == before[0] + 1
+        guest.probe.discard(MIB, 2 * MIB)
+        assert flushes(guest)[1] > before[1]
+        guest.probe.write(0, b"y" * 512)  # the BIOS finds its port as it was
+        assert guest.probe.read(0, 1024) == b"y" * 512 + b"x" * 512
+        guest.probe.flush()
+        for words in ("discard 0", "flush 1", f"discard 0 {64 * 0xFFFF + 1:x}"):
+            with pytest.raises(ProbeError, match="usage"):
+                guest.probe.command(words)
+        guest.power_off()
+    assert raw.stat().st_blocks * 512 <= (allocated * 512) - 2 * MIB + 65536
+    assert raw.read_bytes()[512:MIB] == b"x" * (MIB - 512)
+    assert raw.read_bytes()[3 * MIB :] == b"x" * MIB
+
+
+def test_a_flush_that_the_disk_has_no_port_for(tmp_path: Path) -> None:
+    chain = KnownChain(tmp_path, "1M")
+    with boot(chain, controller="virtio-blk") as guest:
+        with pytest.raises(ProbeError, match="'flush': ata ff"):
+            guest.probe.flush()
+        assert guest.probe.size() == MIB
+        guest.power_off()

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -39,13 +39,22 @@ def parser_of(words: list[str]) -> argparse.ArgumentParser:
     groups = parser.add_subparsers()
     for group, table in COMMANDS.items():
         names = groups.add_parser(group, help=GROUPS[group], allow_abbrev=False)
-        if words[:1] == [group]:
+        if words[:1] == [group] and group in TOP_LEVEL and not _is_of_group(words[1:2], table):
+            _add(names, TOP_LEVEL[group], True)
+        elif words[:1] == [group]:
             inner = names.add_subparsers()
             for name, command in table.items():
                 _add(inner.add_parser(name, help=command.help, allow_abbrev=False), command, words[1:2] == [name])
     for name, command in TOP_LEVEL.items():
+        if name in COMMANDS:
+            continue  # a command and a group
         _add(groups.add_parser(name, help=command.help, allow_abbrev=False), command, words[:1] == [name])
     return parser
+
+
+def _is_of_group(second: list[str], table: Mapping[str, Command]) -> bool:
+    """Return whether the second word is, or may become, that of a command in the group: no file is called so."""
+    return not second or any(name.startswith(second[0]) for name in table)
 
 
 def _add(parser: argparse.ArgumentParser, command: Command, wanted: bool) -> None:

@@ -13,6 +13,7 @@ from uuid import uuid4
 from qemu_vmdk_snap.domain.xml import relink, root_of, with_domain_name
 from qemu_vmdk_snap.domain.xml.elements import each_element
 from qemu_vmdk_snap.domain.xml.kept import with_kept_branches
+from qemu_vmdk_snap.domain.xml.served import served_disks, without_served
 
 _OUI: Final = "52:54:00"
 """What QEMU and libvirt begin the addresses with that they make up."""
@@ -39,6 +40,7 @@ def new_identity(domain_xml: str, name: str, nvram: Path | None) -> Identity:
 def with_identity(domain_xml: str, new: Identity) -> str:
     """Return the XML of the domain under the new identity."""
     text = with_kept_branches(with_domain_name(domain_xml, new.name), {})
+    text = without_served(text, served_disks(text))  # the sockets are those of the original
     text = each_element(text, ["domain", "uuid"], lambda element: _say(element, new.uuid))
     entry = ["domain", "sysinfo", "system", "entry"]
     text = each_element(text, entry, lambda element: element.get("name") == "uuid" and _say(element, new.uuid))

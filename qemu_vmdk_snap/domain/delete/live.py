@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from qemu_vmdk_snap import own_files, read_links
+from qemu_vmdk_snap import identity_if_known, own_files, read_links
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.delete.plan import Planner, State, files_of, intent_of, memory_of, open_one
 from qemu_vmdk_snap.domain.delete.work import Deleted, Work
@@ -30,12 +30,15 @@ from qemu_vmdk_snap.domain.journal.record import Intent, Merge
 from qemu_vmdk_snap.domain.needs.needed import Holder, Walk, place_in, real_file, require_none, same_file
 from qemu_vmdk_snap.domain.overlay.naming import next_overlay
 from qemu_vmdk_snap.domain.xml.origin import refuse_foreign
-from qemu_vmdk_snap.errors import NoSnapshot, VmdkSnapError
+from qemu_vmdk_snap.errors import VmdkSnapError
 
 _CHEAP: Final = 256 << 20
 """Bytes that are copied without asking whether it is worth it: less than a second or two."""
 _WORTH: Final = 2
 """A link that is larger than so many times what would be merged with it waits."""
+Failed = list[tuple[str, "VmdkSnapError | OSError"]]
+"""Snapshots that stay, and why."""
+
 _FICLONE: Final = 0x40049409  # _IOW(0x94, 9, int)
 
 
@@ -82,21 +85,43 @@ def chains_of(state: State) -> dict[str, tuple[Path, ...]]:
     return found
 
 
-def is_live(state: State, name: str) -> bool:
-    """Return whether a file that the snapshot froze is below a disk of the running guest.
+def live_ones(state: State, names: Sequence[str]) -> tuple[list[str], Failed]:
+    """Return the snapshots of which a file is below a disk of the running guest, and those of them that have to stay.
 
-    Raises:
-        DomainError: there is no such snapshot.
+    What is wrong with one of them holds up no other.
     """
-    if name not in state.snapshots:
-        raise NoSnapshot(state.name, f"has no snapshot {name!r}", snapshot=name)
-    saved = xml.parse_snapshot(state.snapshots[name], state.volume_path)
-    mine = {disk.frozen for disk in saved.disks if disk.mode == "external" and disk.frozen is not None}
+    if not state.running:
+        return [], []
     used = [path for files in chains_of(state).values() for path in files[1:]]
     used += [path for path in xml.files_in(state.domain_xml) if path not in used]
-    if any(place_in(chain, frozen) is not None for chain in state.served.values() for frozen in mine):
-        return False  # its server merges it, and QEMU knows nothing of that
-    return state.running and any(place_in(used, frozen) is not None for frozen in mine)
+    files = {one for path in used if (one := identity_if_known(path)) is not None}
+    found: list[str] = []
+    failed: Failed = []
+    for name in names:
+        try:
+            saved = xml.parse_snapshot(state.snapshots[name], state.volume_path)
+        except VmdkSnapError as error:
+            failed.append((name, error))
+            continue
+        mine = [disk.frozen for disk in saved.disks if disk.mode == "external" and disk.frozen is not None]
+        if any(place_in(chain, frozen) is not None for chain in state.served.values() for frozen in mine):
+            continue  # its server merges it, and QEMU knows nothing of that
+        found += [name] if any(identity_if_known(frozen) in files for frozen in mine) else []
+    try:
+        if found:
+            make_live_plan(state, found)
+    except (VmdkSnapError, OSError):
+        bad = {name: why for name in found if (why := _obstacle_to(state, name)) is not None}
+        return [name for name in found if name not in bad], [*failed, *bad.items()]
+    return found, failed
+
+
+def _obstacle_to(state: State, name: str) -> VmdkSnapError | OSError | None:
+    try:
+        make_live_plan(state, [name])
+    except (VmdkSnapError, OSError) as error:
+        return error
+    return None
 
 
 def make_live_plan(state: State, names: Sequence[str]) -> LivePlan:

@@ -65,6 +65,7 @@ class State:
     gone: tuple[Path, ...] = ()
     grown: tuple[tuple[Path, int], ...] = ()
     """Bytes that images would have got."""
+    _named: list[Path] | None = field(default=None, init=False)
 
     @classmethod
     def read(cls, conn: libvirt.virConnect, domain: libvirt.virDomain, orphans: Collection[Path] = ()) -> State:
@@ -131,7 +132,9 @@ class State:
 
     def named(self) -> list[Path]:
         """Return every file that the domain and its snapshots name."""
-        return sorted(set().union(*map(xml.files_in, (self.domain_xml, *self.snapshots.values()))))
+        if self._named is None:  # many questions, and long XML
+            self._named = sorted(set().union(*map(xml.files_in, (self.domain_xml, *self.snapshots.values()))))
+        return self._named
 
     def by_its_name(self, path: Path) -> Path:
         """Return the path as the XML has it."""
@@ -213,6 +216,18 @@ def chosen(domain: libvirt.virDomain, names: Sequence[str], scope: Scope) -> lis
         return steps
 
     return sorted(wanted, key=lambda name: (-depth(name), name))
+
+
+def require_ours(domain: libvirt.virDomain, names: Sequence[str]) -> None:
+    """Accept snapshots that were all made here: none is deleted where another one of them cannot be.
+
+    Raises:
+        DomainError: one was not.
+    """
+    with libvirt_errors(domain.name(), "read its snapshots"):
+        texts = {one.getName(): one.getXMLDesc(0) for one in domain.listAllSnapshots()}
+    for name in names:
+        refuse_foreign(domain.name(), xml.parse_snapshot(texts[name]))
 
 
 def make_intent(state: State, name: str, *, metadata: bool) -> Intent:

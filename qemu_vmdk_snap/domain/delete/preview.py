@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qemu_vmdk_snap.domain.delete.live import is_live, make_live_plan
+from qemu_vmdk_snap.domain.delete.live import live_ones, make_live_plan
 from qemu_vmdk_snap.domain.delete.plan import State, folders_of, make_intent
 from qemu_vmdk_snap.domain.delete.preflight import check_live, check_work
 from qemu_vmdk_snap.domain.delete.work import Deleted, deleted_by, work_of
@@ -14,23 +14,13 @@ from qemu_vmdk_snap.errors import VmdkSnapError
 if TYPE_CHECKING:
     import libvirt
 
-Failed = tuple[tuple[str, VmdkSnapError | OSError], ...]
-
 
 def preview(
     state: State, domain: libvirt.virDomain, names: Sequence[str], *, metadata: bool = False
-) -> tuple[tuple[Deleted, ...], Failed]:
+) -> tuple[tuple[Deleted, ...], tuple[tuple[str, VmdkSnapError | OSError], ...]]:
     """Return what deleting the snapshots would do, in the order of the run, and which would be left, and why."""
     deleted: list[Deleted] = []
-    failed: list[tuple[str, VmdkSnapError | OSError]] = []
-    live: list[str] = []
-    for name in () if metadata or not state.running else names:
-        try:
-            if is_live(state, name):
-                make_live_plan(state, [name])
-                live.append(name)
-        except (VmdkSnapError, OSError) as error:
-            failed.append((name, error))
+    live, failed = ([], []) if metadata else live_ones(state, names)
     if live:
         try:
             plan = make_live_plan(state, live)

@@ -36,8 +36,8 @@ from qemu_vmdk_snap.domain import dropin, xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.create.run import freeze_tops
 from qemu_vmdk_snap.domain.delete import steps, waiting
-from qemu_vmdk_snap.domain.delete.live import LivePlan, is_live, make_live_plan
-from qemu_vmdk_snap.domain.delete.plan import Scope, State, chosen, folders_of, make_intent, open_one
+from qemu_vmdk_snap.domain.delete.live import Failed, LivePlan, live_ones, make_live_plan
+from qemu_vmdk_snap.domain.delete.plan import Scope, State, chosen, folders_of, make_intent, open_one, require_ours
 from qemu_vmdk_snap.domain.delete.preflight import check_live, check_work
 from qemu_vmdk_snap.domain.delete.served import is_begun_by_server, merge_served
 from qemu_vmdk_snap.domain.delete.work import Deleted, Work, change_of, deleted_by, work_of
@@ -91,9 +91,6 @@ class DeleteReport:
         if self.failed:
             answer["failed"] = failed_as_dicts(self.failed)
         return answer | ({"dry-run": True} if self.dry_run else {})
-
-
-Failed = list[tuple[str, "VmdkSnapError | OSError"]]
 
 
 def failed_as_dicts(failed: Sequence[tuple[str, VmdkSnapError | OSError]]) -> list[dict[str, str]]:
@@ -174,6 +171,8 @@ def delete(
         wanted = chosen(domain, wanted, scope)
         if not metadata and not domain.isActive():
             wanted = chosen(domain, [*wanted, *waiting.waiting(domain)], "one")
+        if not metadata and not keep_going:
+            require_ours(domain, wanted)
         live = [] if metadata or not domain.isActive() else _live_ones(run, wanted)
         if live:
             _delete_live(run, live)
@@ -200,15 +199,9 @@ def delete(
 
 def _live_ones(run: _Run, names: Sequence[str]) -> list[str]:
     """Return those that the running guest's disks are backed by, and that can be deleted beneath it."""
-    state = State.read(run.conn, run.domain, run.orphans)
-    found = []
-    for name in names:
-        try:
-            if is_live(state, name):
-                make_live_plan(state, [name])  # by itself: what is wrong with it holds up no other
-                found.append(name)
-        except (VmdkSnapError, OSError) as error:
-            run.fail(name, error)
+    found, failed = live_ones(State.read(run.conn, run.domain, run.orphans), names)
+    for name, error in failed:
+        run.fail(name, error)
     return found
 
 

@@ -29,6 +29,7 @@ from qemu_vmdk_snap.domain.needs.alone import Alone, all_locked, images_alone, r
 from qemu_vmdk_snap.domain.needs.needed import Given, Needed, real_file
 from qemu_vmdk_snap.domain.overlay.newfile import refresh_pools
 from qemu_vmdk_snap.domain.registration import register_text
+from qemu_vmdk_snap.domain.served.memory import memory_files
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.nvram import frozen_nvram
 from qemu_vmdk_snap.errors import DomainError, StillNeeded, VmdkSnapError
@@ -175,6 +176,7 @@ def _plan(conn: libvirt.virConnect, domain: libvirt.virDomain, orphans: Sequence
         if not os.access(real_file(file).parent, os.W_OK | os.X_OK):
             raise DomainError(name, f"{real_file(file).parent} may not be written, so {file} cannot be deleted")
     files = [real_file(file) for file in alone.files]  # a symbolic link to it belongs to the user, and stays
+    files += [real_file(file) for file in memory_files(name, uuid, snapshots.values())]
     copies = [frozen_nvram(one) for one in snapshots.values()]
     files += [copy for copy in copies if copy is not None and copy.is_file()]
     intent = Intent(

@@ -18,7 +18,7 @@ from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.journal.recover import recover_domain
 from qemu_vmdk_snap.domain.needs.needed import NOTHING, Needed, place_in
 from qemu_vmdk_snap.domain.needs.orphans import Orphan, find_orphans
-from qemu_vmdk_snap.domain.registration import out_of_form
+from qemu_vmdk_snap.domain.registration import lacking_form
 from qemu_vmdk_snap.domain.xml.kept import kept_branches
 from qemu_vmdk_snap.domain.xml.served import served_disks
 from qemu_vmdk_snap.errors import InvalidRequest, StillNeeded
@@ -56,10 +56,10 @@ def repair_domain(conn: libvirt.virConnect, domain: str) -> list[str]:
     done: list[str] = []
     with store.locked(found.UUIDString(), found.name()):
         with libvirt_errors(found.name(), "read its snapshots"):
-            before = out_of_form(found)
+            before = lacking_form(found)
         recover_domain(conn, found, store)
         with libvirt_errors(found.name(), "read its snapshots"):
-            after = out_of_form(found)
+            after = lacking_form(found)
         done += [f"snapshot {name} is registered again, in the current form" for name in before if name not in after]
         for _ in range(_MOST_ROUNDS):
             repairs = [check.repair for check in _check(conn, found) if check.repair is not None]

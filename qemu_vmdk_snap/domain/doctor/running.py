@@ -9,7 +9,7 @@ from pathlib import Path
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.doctor.check import Check, Repair
 from qemu_vmdk_snap.domain.doctor.view import View
-from qemu_vmdk_snap.domain.needs.needed import same_file
+from qemu_vmdk_snap.domain.needs.needed import place_in, same_file
 from qemu_vmdk_snap.domain.qemu.monitor import LiveTop, Monitor
 from qemu_vmdk_snap.domain.qemu.unused import release_unused, unused_nodes
 from qemu_vmdk_snap.domain.state import define
@@ -97,23 +97,31 @@ def _check_disk(view: View, live: Live, disk: xml.Disk) -> Iterator[Check]:
 
 
 def _stale(view: View, disk: xml.Disk, written: Path) -> Check:
-    found = f"the persistent XML names {disk.path}, but QEMU writes to {written}, and the next start would lose that"
+    subject, top = f"disk {disk.target}", disk.path
     links, problem, _ = view.links(written)
+    above, _, _ = view.links(top) if top is not None else (None, "", None)
+    if above is not None and place_in([link.path for link in above[1:]], written) is not None:
+        found = f"the running guest writes to {written}, which backs {top}, the top by the persistent XML"
+        return Check(subject, "bad", found, "what that reads changes: shut the guest down")
+    if links is not None and place_in([link.path for link in links], top) is None:
+        found = f"the running guest writes to {written}, and the next start takes {top}, which is another disk"
+        return Check(subject, "note", found)
+    found = f"the persistent XML names {top}, but QEMU writes to {written}, and the next start would lose that"
     if links is None:
-        return Check(f"disk {disk.target}", "bad", f"{found}; {problem}")
+        return Check(subject, "bad", f"{found}; {problem}")
     chain = [link.path for link in links]
     done = Repair(
         f"disk {disk.target}: the XML names {written} again",
         lambda: define(view.conn, with_chains(view.text, {disk.target: chain})),
     )
-    return Check(f"disk {disk.target}", "bad", found, f"`doctor {view.name} --repair` lets the XML name it", done)
+    return Check(subject, "bad", found, f"`doctor {view.name} --repair` lets the XML name it", done)
 
 
 def _written(top: LiveTop | None, named: Path | None, candidates: list[Path]) -> Path | None:
     if top is None:
         return None
     if top.by_libvirt:  # opened as the live XML says
-        return next((path for path in candidates if named is not None and same_file(path, named)), None)
+        return next((path for path in candidates if named is not None and same_file(path, named)), named)
     return next((path for path in candidates if top.is_file(path)), None)
 
 

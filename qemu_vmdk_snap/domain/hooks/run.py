@@ -133,7 +133,7 @@ def _guarded(name: str, work: Callable[[], None], stderr: IO[str], *, failed: in
     try:
         work()
     except (VmdkSnapError, OSError, _DeadlinePassed) as error:
-        line = " ".join(str(error).split())
+        line = " ".join(str(error).split()).replace("(--allow-dir)", "(trusted-dirs, in its policy)")
         reason = line if line.startswith("domain ") else f"domain {name}: {line}"
     except Exception as error:  # a bug, or a broken installation: one line too, never a traceback
         reason = f"domain {name}: {type(error).__name__}: {' '.join(str(error).split())}"
@@ -151,6 +151,10 @@ def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
         extend(policy.deadline)
         text = direct_view(_read_xml(stdin))
         _require_reason(path, text)
+        if served_disks(text):
+            from qemu_vmdk_snap.domain.hooks.serve import refuse_other_state
+
+            refuse_other_state(text, name)
         disks = vmdk_disks(text, name)
         named = {path.parent for disk in disks if disk.path is not None for path in (disk.path, *disk.backing)}
         with engine.allowing(*named, below=False):

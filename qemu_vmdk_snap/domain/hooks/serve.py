@@ -20,9 +20,8 @@ def start_servers(domain_xml: str, policy: Policy, name: str) -> None:
     """Start what is not served yet; returns once the guest can be started.
 
     Raises:
-        DomainError: a disk cannot be served, or the XML is of saved memory that belongs to another state of it.
+        DomainError: a disk cannot be served.
     """
-    _refuse_other_state(domain_xml, name)
     server.start(name, domain_xml, policy.connect)
 
 
@@ -35,10 +34,13 @@ def stop_servers(domain_xml: str, name: str) -> None:
     server.stop(name, domain_xml, leaving=1.0)
 
 
-def _refuse_other_state(domain_xml: str, name: str) -> None:
+def refuse_other_state(domain_xml: str, name: str) -> None:
     """Compare with the persistent XML: memory that was saved earlier must not meet a disk that is another by now.
 
     Nor must what was frozen since be written again.
+
+    Raises:
+        DomainError: the XML is of saved memory that belongs to another state of a disk.
     """
     path = drivers().domains / f"{name}.xml"
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from qemu_vmdk_snap import confined, open_chain, open_link, open_posix, own_files
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.needs.needed import Given, Needed, place_in, real_file, require_none
+from qemu_vmdk_snap.domain.xml.form import out_of_form
 from qemu_vmdk_snap.domain.xml.kept import kept_branches
 from qemu_vmdk_snap.domain.xml.named import source_path
 
@@ -111,10 +112,9 @@ def all_locked(alone: Alone) -> Iterator[None]:
 
 def _tops(text: str, volume_path: xml.VolumePath) -> Iterator[tuple[Path, bool]]:
     """Yield the file of each disk that the guest could write, and whether it is a VMDK."""
-    root = xml.root_of(text)
-    # Inside a snapshot the disks that took part are registered as devices: `domain_of` has them as files again.
-    home = root if root.tag == "domain" else xml.root_of(xml.domain_of(text))
-    for element in home.findall("./devices/disk"):
+    root = xml.root_of(out_of_form(text))
+    homes = [root] if root.tag == "domain" else [root.find("domain"), root.find("inactiveDomain")]
+    for element in [disk for home in homes if home is not None for disk in home.findall("./devices/disk")]:
         if element.get("device", "disk") != "disk" or element.get("type") not in ("file", "volume"):
             continue
         if element.find("readonly") is not None or element.find("shareable") is not None:

@@ -155,7 +155,7 @@ class Needed:
         for holder in holders:
             walk = self.walker.walk(holder.chain)
             top = next(iter(walk.spelled), None)
-            at = next((n for n, path in enumerate(walk.files) if identity_if_known(path) in wanted), None)
+            at = next((n for n, one in enumerate(self.walker.identities(holder.chain)) if one in wanted), None)
             if at is not None:
                 if not any(map(orphans.has, walk.files[: at + 1])) and not settled(holder, walk):
                     yield holder.owner, _how(holder, top, walk.files[at])
@@ -196,9 +196,24 @@ class Walker:
     """Follows chains, each file once."""
 
     _followed: dict[Identity, Followed] = field(default_factory=dict)
+    _walked: dict[int, tuple[NamedChain, Walk, list[Identity | None]]] = field(default_factory=dict)
+    """By the object: many snapshots of a long chain name it again and again."""
 
     def walk(self, chain: NamedChain) -> Walk:
         """Return the files of the chain."""
+        return self._known(chain)[1]
+
+    def identities(self, chain: NamedChain) -> list[Identity | None]:
+        """Return which file each of them was when they were walked over."""
+        return self._known(chain)[2]
+
+    def _known(self, chain: NamedChain) -> tuple[NamedChain, Walk, list[Identity | None]]:
+        if id(chain) not in self._walked:
+            walk = self._walk(chain)
+            self._walked[id(chain)] = chain, walk, [identity_if_known(path) for path in walk.files]
+        return self._walked[id(chain)]
+
+    def _walk(self, chain: NamedChain) -> Walk:
         spelled = tuple(file.path for file in chain.files)
         files: list[Path] = list(spelled)
         unseen = chain.problem

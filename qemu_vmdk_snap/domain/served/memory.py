@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from xml.sax.saxutils import quoteattr
@@ -158,6 +158,17 @@ def restore_memory(conn: libvirt.virConnect, domain: libvirt.virDomain, file: Pa
         then = conn.saveImageGetXMLDesc(str(file), libvirt.VIR_DOMAIN_SAVE_IMAGE_XML_SECURE)
         conn.restoreFlags(str(file), with_notes_of(served_view(then), served_view(now)), flags)
     _log.info("domain %s: its memory is restored from %s", domain.name(), file)
+
+
+def memory_files(domain: str, uuid: str, snapshots: Iterable[str]) -> list[Path]:
+    """Return the files with the memory of a domain that these snapshots name, by their XML, and that are there."""
+    found = []
+    for text in snapshots:
+        file = xml.parse_snapshot(text).memory_file
+        with contextlib.suppress(DomainError, OSError):
+            if file is not None and saved_xml(file, domain, uuid, complete=False):
+                found.append(file)
+    return list(dict.fromkeys(found))
 
 
 def unlink_memory(file: str | None, domain: str, uuid: str) -> bool:

@@ -39,6 +39,15 @@ def in_form(text: str, volume_path: VolumePath | None = None) -> str:
     return raw.decode()
 
 
+def out_of_form(text: str) -> str:
+    """Return the XML of a snapshot whose domains have files again for disks that took part; any other as it is."""
+    raw = text.encode()
+    ours = _ours(raw)
+    for name in _DOMAINS if ours else ():
+        raw = spliced(raw, spans(raw, ["domainsnapshot", name, "devices", "disk"]), lambda disk: _as_file(disk, ours))
+    return raw.decode()
+
+
 def domain_out_of_form(domain_xml: bytes, snapshot_xml: bytes) -> bytes:
     """Return the domain inside a snapshot as it is defined: the disks that took part are files again."""
     ours = _ours(snapshot_xml)

@@ -60,9 +60,9 @@ class Control:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def end(self) -> None:
-        """Take back what is prepared or held, and stop a merge: the server ends."""
-        self._merger.end()
+        """Take back what is prepared or held, then stop a merge: the server ends."""
         self._switcher.end()
+        self._merger.end()
 
     def _serve(self, client: socket.socket) -> None:
         holder = Holder()

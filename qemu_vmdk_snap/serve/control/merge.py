@@ -51,9 +51,7 @@ class _Job:
     link: Link
     """What is deleted."""
     child: Link
-    """The link above it, as it is served."""
-    target: Link
-    """The same, open for writing."""
+    """The link above it, open for writing."""
     doomed: list[Path]
     census: Census
     done: int = 0
@@ -101,10 +99,15 @@ class Merger:
         with self._switcher.alone():
             if self._job is not None and self._job.state == "running":
                 raise InvalidRequest(path, f"{self._job.link.path} is being merged: one at a time")
+            self._set_limit(arguments)
             self._count += 1
             job = self._prepared(path, f"merge-{self._count}")
+            try:
+                self._server.remember_merge(Path(job.child.path))
+            except BaseException:
+                self._take_back(job)
+                raise
             self._stopped.clear()
-            self._set_limit(arguments)
             self._job = job
             self._switcher.keep_locked = job.child
             self._server.hidden = frozenset([job.link, job.child])
@@ -151,14 +154,15 @@ class Merger:
         census = self._move_others(link, child, parent, doomed)
         self._lock(link)
         try:
-            target = child if depth == 1 else self._for_writing(child)
+            if depth > 1:
+                child = self._for_writing(child)
+            else:
+                with stack.pause():
+                    stack.begin_writing()  # its CID changes no more
         except BaseException:
             self._unlock(link)
             raise
-        if depth == 1:
-            with stack.pause():
-                stack.begin_writing()  # its CID changes no more
-        return _Job(name, link, child, target, doomed, census)
+        return _Job(name, link, child, doomed, census)
 
     def _move_others(self, link: Link, child: Link, parent: Link | None, doomed: list[Path]) -> Census:
         """Put the overlays of other branches on the parent; return who needs the files of the link then."""
@@ -196,7 +200,11 @@ class Merger:
                 keep_from_writers(descriptor)
 
     def _for_writing(self, child: Link) -> Link:
-        """Return a frozen link open for writing; its locks pass to the new descriptors, and are never let go of."""
+        """Return a frozen link open for writing, which is served from now on.
+
+        Its locks pass to the new descriptors, and are never let go of. The old opening would not do any more: it has
+        tables, and the length of the file, in memory.
+        """
         resolver = confined([*self._server.trusted_dirs, Path(child.path).parent])
         target = open_link(child.path, writable=True, resolver=resolver, lock=False)
         try:
@@ -214,41 +222,45 @@ class Merger:
                 if isinstance(placed.extent, TwoCopies):
                     placed.extent.settle_copies()
         except BaseException:
-            self._give_back(child, target)
+            self._unlock(target)
+            for file in child.files:
+                descriptor = file.fileno()
+                assert descriptor is not None
+                lock_image(descriptor, file.path, writable=False)
+            target.close()
             raise
+        with self._stack.pause():
+            links = [target if one is child else one for one in self._stack.links]
+            self._stack.set_links(links, keep_places=False)
+        child.close()
         return target
-
-    def _give_back(self, child: Link, target: Link) -> None:
-        """Let the link that is served hold the locks again, as a reader."""
-        self._unlock(target)
-        for file in child.files:
-            descriptor = file.fileno()
-            assert descriptor is not None
-            lock_image(descriptor, file.path, writable=False)
-        target.close()
 
     # --- the work -----------------------------------------------------------------------------------------------------
 
     def _run(self, job: _Job) -> None:
+        state: State = "failed"
         try:
             self._copy(job)
             self._finish(job)
-            job.state = "done"
+            state = "done"
         except _Cancelled:
-            job.state = "cancelled"
+            state = "cancelled"
         except (VmdkSnapError, OSError) as error:
-            job.error, job.state = str(error), "failed"
+            job.error = str(error)
             _log.info("%s: the merge failed: %s", job.link.path, error)
         finally:
-            if job.state != "done":
+            if state != "done":
                 self._take_back(job)
             self._switcher.keep_locked = None
             self._server.hidden = frozenset()
+            with contextlib.suppress(OSError):
+                self._server.remember_merge(None)
+            job.state = state  # last: whoever sees it may begin the next one
 
     def _copy(self, job: _Job) -> None:
         pieces = list(stored_pieces(self._stack, job.link))
         job.total = sum(end - start for start, end in pieces)
-        puller = Puller(self._stack, job.target, job.child, job.link)
+        puller = Puller(self._stack, job.child, job.link)
         began, allowed = time.monotonic(), 0.0
         for start, end in pieces:
             self._check_stopped()
@@ -283,32 +295,23 @@ class Merger:
         parent = stack.links[at + 1] if at + 1 < len(stack.links) else None
         path = None if parent is None else Path(parent.path)
         below = None if parent is None else parent.descriptor
-        new = on_parent(job.target.descriptor, Path(child.path), path, below)
-        change = DescriptorChange.plan(job.target, new)
+        new = on_parent(child.descriptor, Path(child.path), path, below)
+        change = DescriptorChange.plan(child, new)
 
         def still() -> None:
             require_nobody_new(Path(link.path), job.doomed, job.census)
 
-        relink_copied(_OPERATION, change, job.target, path, link, job.doomed, still)
+        relink_copied(_OPERATION, change, child, path, link, job.doomed, still)
         with stack.pause():
-            links = [job.target if one is child else one for one in stack.links if one is not link]
-            if child is stack.top:
-                stack.flush()
-            stack.set_links(links, keep_places=False)
-        if job.target is not child:
-            child.close()
-        if links[0] is not job.target:
-            job.target.share()
+            stack.set_links([one for one in stack.links if one is not link], keep_places=False)
+        if child is not stack.top:
+            child.share()
         link.close()
 
     def _take_back(self, job: _Job) -> None:
         """Leave everything as it reads: what was copied stays where it is, and does no harm."""
         with contextlib.suppress(OSError, VmdkSnapError):
-            if job.target is not job.child:
-                with self._stack.turn:
-                    job.target.flush()
-                self._give_back(job.child, job.target)
-            elif self._stack.top is not job.child:
+            if self._stack.top is not job.child:
                 with self._stack.turn:
                     job.child.flush()
                 job.child.share()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qemu_vmdk_snap import Link, copy_attributes, create_overlay, log, open_link
+from qemu_vmdk_snap.chain.parent import MAX_DEPTH
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
 from qemu_vmdk_snap.serve.control.arguments import Arguments, path_argument
@@ -178,6 +179,8 @@ class Switcher:
         if self._prepared:
             other = next(iter(self._prepared.values()))
             raise InvalidRequest(other.overlay, "another snapshot is prepared: switch to it or abort it first")
+        if len(stack.links) >= MAX_DEPTH:
+            raise InvalidRequest(overlay, f"would make the chain deeper than {MAX_DEPTH} links: merge some first")
         with stack.pause():
             stack.begin_writing()  # the CID that the overlay is going to name changes no more
         with stack.turn:

@@ -35,10 +35,10 @@ def stored_pieces(stack: Stack, lower: Link) -> Iterator[tuple[int, int]]:
 
 
 class Puller:
-    """Copies into one link. `target` is the link that is served, or another opening of the same file for writing."""
+    """Copies into one link of the stack that is open for writing: nobody else may have its tables in memory."""
 
-    def __init__(self, stack: Stack, target: Link, seen_as: Link, lower: Link) -> None:
-        self._stack, self._target, self._seen_as, self._lower = stack, target, seen_as, lower
+    def __init__(self, stack: Stack, target: Link, lower: Link) -> None:
+        self._stack, self._target, self._lower = stack, target, lower
         self._unflushed = 0
 
     def pull(self, start: int, end: int) -> int:
@@ -71,7 +71,7 @@ class Puller:
         wanted = restricted(chain.resolve(start, end, depth), (mine, True), (held, False))
         if not wanted:
             return 0
-        above = stack.links.index(self._seen_as)
+        above = stack.links.index(self._target)
         writer = LinkWriter(self._target, View(chain, above + 1), lambda _: None, later=View(chain, depth + 1))
         live = self._target is stack.top
         with stack.noting_late() if live else contextlib.nullcontext():

@@ -45,6 +45,8 @@ def test_an_external_one_on_a_vmdk_disk(daemon: Daemon, daemon_lab: Lab, capsys:
         status, _, error = ours("snapshot", *words)
         assert status == 69
         assert "snapshot 'v1' was not made here (qcow2 overlays): `virsh snapshot-delete` deletes it" in error
+    status, _, error = ours("snapshot", "delete", name, "s1", "--children")
+    assert (status, "snapshot 'v1' was not made here" in error) == (69, True)
     status, said, _ = ours("snapshot", "prune", name, "--keep-last=1", "--output=json")
     kept = {one["name"]: one["kept-by"] for one in json.loads(said)["snapshots"]}
     assert (status, kept) == (0, {"s1": ["last"], "v1": ["was not made here (qcow2 overlays)"]})

@@ -138,6 +138,24 @@ def test_the_live_xml_defined_after_a_live_snapshot(case: Case, stopped: bool) -
     assert xml.list_disks(xml_of(case.domain)) == xml.list_disks(right)
 
 
+def test_a_disk_that_was_exchanged_in_the_xml_alone_is_left_so(case: Case) -> None:
+    """An administrator gave the domain another disk from the next start on; or an overlay, which is another matter."""
+    case.domain.create()
+    other = case.lab.disk("other")
+    before = xml_of(case.domain)
+    case.lab.conn.defineXML(with_chains(before, {"vda": [other]}))
+    found = [one for one in case.doctor("--repair")[1]["checks"] if "the next start takes" in one["text"]]
+    assert [one["verdict"] for one in found] == ["note"]
+    assert case.top().path == other
+    above = case.lab.folder / "above.vmdk"
+    case.lab.conn.defineXML(before)
+    case.domain.destroy()
+    create_overlay(above, case.file(3))
+    case.domain.create()
+    case.lab.conn.defineXML(with_chains(before, {"vda": [above, *(case.file(number) for number in (3, 2, 1, 0))]}))
+    assert f"the running guest writes to {case.file(3)}, which backs {above}" in case.bad()["disk vda"]["text"]
+
+
 def test_a_top_that_cannot_be_told_is_left_to_the_user(case: Case) -> None:
     """Two branches on the file: which of them the disk has continued in is not known."""
     create_snapshot(case.lab.conn, case.name, "s4")
@@ -215,6 +233,25 @@ def test_a_qcow2_top_that_libvirts_own_revert_has_left(case: Case) -> None:
     expected = bytearray(case.states[1])
     expected[70000:73000] = bytes([7]) * 3000
     assert case.read(disk.path) == bytes(expected)
+    create_snapshot(case.lab.conn, case.name, "next")
+    case.domain.create()
+
+
+@pytest.mark.needs("qemu-img")
+def test_a_revert_by_virsh(daemon_lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a snapshot in the form of before: libvirt refuses it until 9.9, and later deletes the active overlays."""
+    case = Case(daemon_lab, capsys)
+    for name in ("s1", "s2", "s3"):
+        unform(case.domain, name)
+    refused = virsh(case.lab, "snapshot-revert", case.name, "s2")
+    assert bool(refused) is (daemon_lab.conn.getLibVersion() < 9_009_000)
+    if not refused:
+        assert "is what snapshot 's2' froze, so libvirt may have reverted to that" in case.bad()["disk vda"]["text"]
+    case.doctor("--repair")
+    disk = case.top()
+    assert disk.refusal is None
+    assert disk.path is not None
+    assert case.read(disk.path) == case.states[3 if refused else 1]
     create_snapshot(case.lab.conn, case.name, "next")
     case.domain.create()
 

@@ -126,6 +126,23 @@ def test_a_top_with_an_overlay_on_it_is_not_started(host: Host, kind: str) -> No
     assert host.call("d1", *START).returncode == 0
 
 
+def test_a_parent_in_a_folder_of_its_own_needs_the_policy(host: Host) -> None:
+    other = host.images.parent / "bases"
+    other.mkdir()
+    base, top = other / "b.vmdk", host.images / "b-000001.vmdk"
+    create_image(base, MIB, durable=False)
+    create_overlay(top, base, durable=False)
+    text = host.xml(source=f"<source file='{top}'/>")
+    start, end = text.index("<backingStore"), text.index("<target")
+    text = text[:start] + text[end:]  # the XML does not name the folder either
+    host.policy('verify = "chain"')
+    done = host.call("d1", *START, xml=text)
+    assert done.returncode == 1
+    assert f"allow {other} (trusted-dirs, in its policy) to follow it" in done.stderr
+    host.policy(f'verify = "chain"\ntrusted-dirs = ["{other}"]')
+    assert host.call("d1", *START, xml=text).returncode == 0
+
+
 def remove_base(host: Host) -> None:
     host.base.unlink()
 
