@@ -189,8 +189,8 @@ def inode_version(image: Path) -> int:
 def waiting(image: Path) -> GrainLog | None:
     """Return the log that a dead process left for the image, with entries in it; None where there is none.
 
-    The log of an earlier boot, an empty one, and one of a deleted file whose inode number the image has now are removed.
-    That of a living process is none.
+    The log of an earlier boot, an empty one, and one of a deleted file whose inode number the image has now, are
+    removed. That of a living process is none.
     """
     identity = identity_of(image)
     opened = None if identity is None else _first(identity)
