@@ -2,8 +2,8 @@
 
 A disk's chain, the link that the guest writes to first: T, c1, c2, ... A link but T may go when no snapshot that stays
 has it as its disk, and only the link above is backed by it. Neighbouring links that may go become one, together with
-the link above them, whose name, CID and content the new image has. Links that earlier deletes have left go along. T itself takes part only after a new overlay has
-frozen it.
+the link above them, whose name, CID and content the new image has. Links that earlier deletes have left go along. T
+itself takes part only after a new overlay has frozen it.
 
     delete s2      T -> c1 (s3) -> c2 (s2) -> c3 (s1)      becomes      T -> new c1 -> c3
     delete s3      T -> c1 (s3) -> c2 (s2)                 becomes      new top -> new T -> c2
