@@ -382,7 +382,7 @@ def open_chain(
     try:
         _open_links(Path(path), links, find, opener, frozenset([0] if writable else []), lock, check_cids)
         if writable:
-            from qemu_vmdk_snap.storage.record import refuse_pending  # JSON and digests: readers need none
+            from qemu_vmdk_snap.storage.journal.record import refuse_pending  # JSON and digests: readers need none
 
             refuse_pending(links[0].path)
         _log.debug("%s: chain of %d opened for %s", path, len(links), "writing" if writable else "reading")

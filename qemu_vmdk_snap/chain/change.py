@@ -19,7 +19,7 @@ from qemu_vmdk_snap.chain.link import Link, open_link
 from qemu_vmdk_snap.chain.resolver import Resolver
 from qemu_vmdk_snap.errors import FormatError
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
-from qemu_vmdk_snap.storage.record import refuse_pending
+from qemu_vmdk_snap.storage.journal.record import refuse_pending
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 
 _FLAT: Final = ("FLAT", "VMFS")

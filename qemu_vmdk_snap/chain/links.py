@@ -132,6 +132,6 @@ def _refuse_pending(image: Path) -> None:
         with os.scandir(image.parent) as entries:
             pending = any(entry.name.endswith(".intent") for entry in entries)
         if pending:
-            from qemu_vmdk_snap.storage.record import refuse_pending  # JSON and more: rarely needed
+            from qemu_vmdk_snap.storage.journal.record import refuse_pending  # JSON and more: rarely needed
 
             refuse_pending(image)

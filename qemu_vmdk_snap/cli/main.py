@@ -272,7 +272,7 @@ def _half_done(args: argparse.Namespace) -> str:
     image = getattr(args, "filename", None)
     if not isinstance(image, Path):
         return ""
-    from qemu_vmdk_snap.storage.record import pending_in
+    from qemu_vmdk_snap.storage.journal.record import pending_in
 
     with contextlib.suppress(OSError, VmdkSnapError):
         for pending in pending_in(image.parent):

@@ -8,7 +8,7 @@ from pathlib import Path
 from qemu_vmdk_snap.chain.links import read_facts
 from qemu_vmdk_snap.chain.needs.dependents import Census, require_one_name, require_unneeded, search_folders
 from qemu_vmdk_snap.chain.resolver import confined
-from qemu_vmdk_snap.storage.record import refuse_pending
+from qemu_vmdk_snap.storage.journal.record import refuse_pending
 
 
 def require_writable(

@@ -34,9 +34,9 @@ NOTICED: Final[dict[str, tuple[str, str]]] = {
     "storage/durable:publish: the extents have their names before the": ("convert_onto_same", "cowd"),
     "storage/durable:replacing: the file is complete on disk before it t": ("compact", "sparse"),
     "storage/durable:replacing: sync_folder(path.parent)": ("compact", "sparse"),
-    "storage/record:Operation.end: sync_folder(path.parent)": ("commit_and_write", "sparse"),
-    "storage/record:_store: os.fsync(fd)": ("commit_delete", "sparse"),
-    "storage/record:_store: sync_folder(path.parent)": ("commit_delete", "sparse"),
+    "storage/journal/record:Operation.end: sync_folder(path.parent)": ("commit_and_write", "sparse"),
+    "storage/journal/record:_store: os.fsync(fd)": ("commit_delete", "sparse"),
+    "storage/journal/record:_store: sync_folder(path.parent)": ("commit_delete", "sparse"),
     "vmdk/flat/extent:FlatExtent.flush: self._file.flush()": ("write_base", "flat"),
     "vmdk/grain/extent:GrainExtent._make_table: the table is durable in its zeros before": (
         "write_empty_table",

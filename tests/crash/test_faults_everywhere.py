@@ -28,7 +28,7 @@ from qemu_vmdk_snap.ops.edit.commit import commit
 from qemu_vmdk_snap.ops.edit.remove import remove
 from qemu_vmdk_snap.ops.edit.renew import renew_overlay
 from qemu_vmdk_snap.ops.journal.recover import recover
-from qemu_vmdk_snap.storage.record import Operation
+from qemu_vmdk_snap.storage.journal.record import Operation
 from tests.crash.killed.test_killed_operations import CASES, SIZE, copy_of, killed_at, unclean_with_leaks
 from tests.support.crash.faults import FAULTS, SHORT, Fault, calls
 from tests.support.tree import Tree

@@ -15,7 +15,7 @@ import pytest
 from qemu_vmdk_snap import CidMismatch, ImageOptions, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.ops.edit.commit import commit
 from qemu_vmdk_snap.ops.journal.recover import recover
-from qemu_vmdk_snap.storage.record import Operation
+from qemu_vmdk_snap.storage.journal.record import Operation
 from tests.support.crash.recording import RecordingFile
 
 CAPACITY = 96 << 10

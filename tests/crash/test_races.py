@@ -163,7 +163,7 @@ def test_remove_against_create(origin: Tree, tmp_path: Path) -> None:
 
 def test_an_overlay_that_comes_too_late_is_withdrawn(origin: Tree, tmp_path: Path) -> None:
     """The window itself: the operation has looked around, and the overlay gets its name before or after its record."""
-    from qemu_vmdk_snap.storage.record import Operation
+    from qemu_vmdk_snap.storage.journal.record import Operation
 
     begin = Operation.begin
     for before in (True, False):

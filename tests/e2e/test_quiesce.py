@@ -27,9 +27,9 @@ import pytest
 from guests.linux import build
 from qemu_vmdk_snap import create_image, open_chain
 from qemu_vmdk_snap.cli.main import main
-from qemu_vmdk_snap.domain import dropin
 from qemu_vmdk_snap.domain.connect import open_connection
 from qemu_vmdk_snap.domain.create.run import create_snapshot
+from qemu_vmdk_snap.domain.dropins import dropin
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.journal.recover import recover
 from qemu_vmdk_snap.domain.qemu.agent import _is_silence

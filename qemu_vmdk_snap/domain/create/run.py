@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap import log
-from qemu_vmdk_snap.domain import dropin, xml
+from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.create.plan import Plan, Request, make_plan
 from qemu_vmdk_snap.domain.create.switch import switch_all
+from qemu_vmdk_snap.domain.dropins import dropin
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain, register
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap import Census, Link, OnProgress, confined, ignore, log, open_chain, own_files, read_facts
-from qemu_vmdk_snap.domain import dropin, xml
+from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.create.run import freeze_tops
 from qemu_vmdk_snap.domain.delete import steps, waiting
@@ -41,6 +41,7 @@ from qemu_vmdk_snap.domain.delete.plan import Scope, State, chosen, folders_of, 
 from qemu_vmdk_snap.domain.delete.preflight import check_live, check_work
 from qemu_vmdk_snap.domain.delete.served import is_begun_by_server, merge_served
 from qemu_vmdk_snap.domain.delete.work import Deleted, Work, change_of, deleted_by, work_of
+from qemu_vmdk_snap.domain.dropins import dropin
 from qemu_vmdk_snap.domain.journal.overlays import is_empty
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qemu_vmdk_snap.domain import dropin
 from qemu_vmdk_snap.domain.connect import import_libvirt, libvirt_errors, open_connection
 from qemu_vmdk_snap.domain.doctor.check import Check
+from qemu_vmdk_snap.domain.dropins import dropin
 from qemu_vmdk_snap.domain.hooks import install as hooks
 from qemu_vmdk_snap.domain.hooks.owners import without_domain
 from qemu_vmdk_snap.domain.journal.pending import all_unfinished

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Final
 
 import qemu_vmdk_snap as engine
+from qemu_vmdk_snap.domain.dropins.trust import Distrust, distrust, distrust_tree
 from qemu_vmdk_snap.domain.hooks import policy as policies
-from qemu_vmdk_snap.domain.trust import Distrust, distrust, distrust_tree
 from qemu_vmdk_snap.domain.xml.served import NAMESPACE
 from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
 

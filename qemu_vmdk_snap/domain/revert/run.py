@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap import log
-from qemu_vmdk_snap.domain import dropin, xml
+from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
+from qemu_vmdk_snap.domain.dropins import dropin
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, Overlay, pending_overlays
 from qemu_vmdk_snap.domain.journal.recover import Recovery, make_current, recover_domain
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo

@@ -15,8 +15,8 @@ from qemu_vmdk_snap.ops.check.runs import audit_runs
 from qemu_vmdk_snap.ops.check.tables import GrainCounts, TableAudit, audit_tables
 from qemu_vmdk_snap.ops.progress import OnProgress, Progress, ignore
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
+from qemu_vmdk_snap.storage.journal.record import pending_in
 from qemu_vmdk_snap.storage.locks import lock_image
-from qemu_vmdk_snap.storage.record import pending_in
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, CowdHeader, legacy_descriptor, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, Descriptor, ExtentLine, is_descriptor

@@ -26,7 +26,7 @@ from qemu_vmdk_snap.ops.journal.guard import check_unwritten, folders_of, guarde
 from qemu_vmdk_snap.ops.progress import OnProgress, ignore
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
 from qemu_vmdk_snap.storage.durable import sync_folder
-from qemu_vmdk_snap.storage.record import Operation, pending_in, taking_over
+from qemu_vmdk_snap.storage.journal.record import Operation, pending_in, taking_over
 from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, byte_sectors
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, Descriptor, is_descriptor

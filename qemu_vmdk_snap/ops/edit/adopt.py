@@ -1,4 +1,4 @@
-"""Name the grains that a killed server stored and acknowledged, and did not live to name (`storage.grainlog`)."""
+"""Name the grains that a killed server stored and acknowledged, and did not live to name (`storage.journal.grainlog`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qemu_vmdk_snap.chain.link import Link, open_link
 from qemu_vmdk_snap.chain.resolver import Resolver
 from qemu_vmdk_snap.errors import CorruptChain
 from qemu_vmdk_snap.ops.edit.trim import trim_link
-from qemu_vmdk_snap.storage.grainlog import GrainLog, Noted, waiting
+from qemu_vmdk_snap.storage.journal.grainlog import GrainLog, Noted, waiting
 from qemu_vmdk_snap.units import sector_bytes
 from qemu_vmdk_snap.vmdk.grain.extent import GTE_ZEROED, GrainExtent
 

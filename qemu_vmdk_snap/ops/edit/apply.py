@@ -29,7 +29,7 @@ from qemu_vmdk_snap.ops.journal.recover import settle
 from qemu_vmdk_snap.ops.journal.relink import DescriptorChange
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
-from qemu_vmdk_snap.storage.record import Operation
+from qemu_vmdk_snap.storage.journal.record import Operation
 
 OPERATION: Final = "apply"
 

@@ -29,9 +29,9 @@ from qemu_vmdk_snap.ops.journal.relink import DescriptorChange
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.storage.blockfile import FileOpener
 from qemu_vmdk_snap.storage.durable import sync_folder
+from qemu_vmdk_snap.storage.journal.record import Operation
 from qemu_vmdk_snap.storage.locks import keep_from_writers
 from qemu_vmdk_snap.storage.opening import open_locked
-from qemu_vmdk_snap.storage.record import Operation
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, NO_SOURCE, ZERO, Row, RunTable
 
 if TYPE_CHECKING:

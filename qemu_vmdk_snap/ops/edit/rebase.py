@@ -19,7 +19,7 @@ from qemu_vmdk_snap.ops.journal.recover import settle
 from qemu_vmdk_snap.ops.journal.relink import DescriptorChange
 from qemu_vmdk_snap.ops.progress import OnProgress, ignore
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
-from qemu_vmdk_snap.storage.record import Operation
+from qemu_vmdk_snap.storage.journal.record import Operation
 
 OPERATION = "rebase"
 

@@ -28,8 +28,8 @@ from qemu_vmdk_snap.ops.journal.guard import guarded_operation
 from qemu_vmdk_snap.ops.journal.recover import settle
 from qemu_vmdk_snap.ops.journal.relink import DescriptorChange
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
+from qemu_vmdk_snap.storage.journal.record import Operation
 from qemu_vmdk_snap.storage.opening import open_locked
-from qemu_vmdk_snap.storage.record import Operation
 from qemu_vmdk_snap.units import SECTOR_SIZE
 from qemu_vmdk_snap.vmdk.sparse.clear import clear_extent
 from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader, check_header

@@ -34,8 +34,8 @@ from qemu_vmdk_snap.ops.journal.recover import settle
 from qemu_vmdk_snap.ops.journal.relink import DescriptorChange
 from qemu_vmdk_snap.ops.progress import OnProgress, Progress, ignore
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
+from qemu_vmdk_snap.storage.journal.record import Operation, from_text, to_text
 from qemu_vmdk_snap.storage.opening import open_locked
-from qemu_vmdk_snap.storage.record import Operation, from_text, to_text
 from qemu_vmdk_snap.units import SECTOR_SIZE, Sector, byte_sectors, round_up, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.extent import CowdExtent
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, HEADER_BYTES, CowdHeader

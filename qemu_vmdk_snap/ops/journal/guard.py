@@ -17,7 +17,7 @@ from qemu_vmdk_snap.chain.link import read_descriptor
 from qemu_vmdk_snap.errors import CorruptChain, VmdkSnapError
 from qemu_vmdk_snap.light import replace
 from qemu_vmdk_snap.storage.blockfile import PosixFile
-from qemu_vmdk_snap.storage.record import Operation, from_text, make_operation
+from qemu_vmdk_snap.storage.journal.record import Operation, from_text, make_operation
 from qemu_vmdk_snap.vmdk.descriptor import Descriptor
 
 _KEY: Final = "cids"

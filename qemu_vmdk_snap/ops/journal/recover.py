@@ -16,8 +16,8 @@ from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.ops.journal.guard import check_unwritten
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
 from qemu_vmdk_snap.storage.durable import sweep_temporaries
-from qemu_vmdk_snap.storage.grainlog import waiting, waiting_in
-from qemu_vmdk_snap.storage.record import Operation, Pending, abandon, pending_in, sweep, taking_over
+from qemu_vmdk_snap.storage.journal.grainlog import waiting, waiting_in
+from qemu_vmdk_snap.storage.journal.record import Operation, Pending, abandon, pending_in, sweep, taking_over
 
 FINISHERS: Final[dict[str, tuple[str, str]]] = {
     "commit": ("qemu_vmdk_snap.ops.edit.commit", "finish_commit"),

@@ -11,8 +11,8 @@ from qemu_vmdk_snap.chain.link import Link
 from qemu_vmdk_snap.errors import Unsupported
 from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener
+from qemu_vmdk_snap.storage.journal.record import from_text, to_text
 from qemu_vmdk_snap.storage.opening import open_locked
-from qemu_vmdk_snap.storage.record import from_text, to_text
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.descriptor import Descriptor
 from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader

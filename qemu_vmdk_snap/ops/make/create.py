@@ -153,7 +153,7 @@ def _require_still(base: Path, identity: Identity | None, cid: int) -> None:
     Checked when the overlay has its name: an operation that begins later sees the overlay.
     """
     if any(name.endswith(".intent") for name in os.listdir(base.parent)):  # noqa: PTH208 - names are all it takes
-        from qemu_vmdk_snap.storage.record import refuse_pending  # JSON and more: rarely needed
+        from qemu_vmdk_snap.storage.journal.record import refuse_pending  # JSON and more: rarely needed
 
         refuse_pending(base)
     if identity_of(base) != identity:

@@ -27,7 +27,7 @@ from qemu_vmdk_snap.serve.control.arguments import Arguments, path_argument
 from qemu_vmdk_snap.serve.disk.opening import open_served
 from qemu_vmdk_snap.serve.disk.stack import log_for
 from qemu_vmdk_snap.serve.server import Server
-from qemu_vmdk_snap.storage.grainlog import GrainLog
+from qemu_vmdk_snap.storage.journal.grainlog import GrainLog
 from qemu_vmdk_snap.storage.locks import lock_image
 
 _log = log.of(__name__)

@@ -18,8 +18,8 @@ from qemu_vmdk_snap.errors import CorruptChain, VmdkSnapError
 from qemu_vmdk_snap.ops.edit.adopt import adopt
 from qemu_vmdk_snap.ops.edit.trim import trim_link
 from qemu_vmdk_snap.ops.journal.recover import settle
-from qemu_vmdk_snap.storage.grainlog import waiting_in
-from qemu_vmdk_snap.storage.record import refuse_pending
+from qemu_vmdk_snap.storage.journal.grainlog import waiting_in
+from qemu_vmdk_snap.storage.journal.record import refuse_pending
 
 
 class TopNote:

@@ -16,8 +16,8 @@ from typing import Final
 import numpy as np
 
 from qemu_vmdk_snap import BlockFile, Chain, Link, WritableChain, log
-from qemu_vmdk_snap.storage.grainlog import GrainLog
 from qemu_vmdk_snap.storage.identity import identity_of_open
+from qemu_vmdk_snap.storage.journal.grainlog import GrainLog
 from qemu_vmdk_snap.vmdk.grain.extent import GrainExtent
 from qemu_vmdk_snap.vmdk.runs import Int64s
 

@@ -30,7 +30,7 @@ from qemu_vmdk_snap.ops.edit.rebase import rebase
 from qemu_vmdk_snap.ops.edit.remove import remove
 from qemu_vmdk_snap.ops.edit.resize import resize
 from qemu_vmdk_snap.ops.journal.recover import recover
-from qemu_vmdk_snap.storage.record import Operation
+from qemu_vmdk_snap.storage.journal.record import Operation
 from tests.support.esxi import cowd
 from tests.support.tree import Tree, line
 

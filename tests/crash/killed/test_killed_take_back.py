@@ -17,7 +17,7 @@ from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.ops.check.check import check_image
 from qemu_vmdk_snap.ops.check.repair import repair, take_back
 from qemu_vmdk_snap.ops.journal.recover import recover
-from qemu_vmdk_snap.storage.record import Operation, pending_in
+from qemu_vmdk_snap.storage.journal.record import Operation, pending_in
 from tests.crash.killed.test_killed_operations import SIZE, killed_at, lost_directory, unclean_with_leaks
 from tests.support.tree import Tree, line
 

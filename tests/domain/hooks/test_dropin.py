@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from qemu_vmdk_snap import InvalidRequest, PluginError
-from qemu_vmdk_snap.domain import dropin
 from qemu_vmdk_snap.domain.create.run import create_snapshot
+from qemu_vmdk_snap.domain.dropins import dropin
 from tests.domain.lab import Lab, xml_of
 from tests.domain.libvirtd import Daemon
 

@@ -12,9 +12,9 @@ import pytest
 
 from qemu_vmdk_snap import InvalidRequest
 from qemu_vmdk_snap.cli.main import main
-from qemu_vmdk_snap.domain import dropin
+from qemu_vmdk_snap.domain.dropins import dropin
+from qemu_vmdk_snap.domain.dropins.trust import Distrust, distrust, distrust_tree
 from qemu_vmdk_snap.domain.hooks import install as hooks
-from qemu_vmdk_snap.domain.trust import Distrust, distrust, distrust_tree
 from qemu_vmdk_snap.errors import PluginError
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")

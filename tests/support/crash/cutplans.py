@@ -36,7 +36,7 @@ from qemu_vmdk_snap import (
     resize,
 )
 from qemu_vmdk_snap.ops.check.repair import take_back
-from qemu_vmdk_snap.storage.record import pending_in
+from qemu_vmdk_snap.storage.journal.record import pending_in
 from tests.support.crash.powercut import Recorder, State
 
 SIZE: Final = 96 << 10

@@ -69,7 +69,7 @@ def test_a_program_gets_the_log(top: Path, caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.INFO, logger="qemu_vmdk_snap"):
         commit(top)
     names = {record.name for record in caplog.records}
-    assert {"qemu_vmdk_snap.storage.record", "qemu_vmdk_snap.ops.edit.commit"} <= names
+    assert {"qemu_vmdk_snap.storage.journal.record", "qemu_vmdk_snap.ops.edit.commit"} <= names
     assert {Path(record.pathname).name for record in caplog.records} >= {"record.py", "commit.py"}
 
 

@@ -81,7 +81,7 @@ def cut_base(folder: Path) -> None:
 
 
 def leave_an_operation(folder: Path) -> None:
-    from qemu_vmdk_snap.storage.record import Operation
+    from qemu_vmdk_snap.storage.journal.record import Operation
 
     operation = Operation("commit", folder / "b.vmdk", (folder / "b.vmdk", folder / "a.vmdk"), {})
     operation.begin()

@@ -19,8 +19,8 @@ from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.ops.check.repair import finish_repair, repair, take_back
 from qemu_vmdk_snap.ops.journal.recover import recover
 from qemu_vmdk_snap.storage.blockfile import open_posix
+from qemu_vmdk_snap.storage.journal.record import Operation, make_operation, pending_in
 from qemu_vmdk_snap.storage.locks import lock_image
-from qemu_vmdk_snap.storage.record import Operation, make_operation, pending_in
 
 SIZE = 4 << 20
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from qemu_vmdk_snap import CorruptChain, check_image, create_image, open_chain, open_link, recover
-from qemu_vmdk_snap.storage import grainlog
-from qemu_vmdk_snap.storage.grainlog import GrainLog, Noted, waiting, waiting_in
 from qemu_vmdk_snap.storage.identity import Identity, identity_of
+from qemu_vmdk_snap.storage.journal import grainlog
+from qemu_vmdk_snap.storage.journal.grainlog import GrainLog, Noted, waiting, waiting_in
 from qemu_vmdk_snap.units import MIB
 from qemu_vmdk_snap.vmdk.grain.extent import GrainExtent
 

@@ -13,7 +13,7 @@ import pytest
 
 from qemu_vmdk_snap import CorruptChain, LockBusy, create_image, open_chain
 from qemu_vmdk_snap.ops.journal.recover import give_up, recover
-from qemu_vmdk_snap.storage.record import (
+from qemu_vmdk_snap.storage.journal.record import (
     Operation,
     make_operation,
     pending_in,

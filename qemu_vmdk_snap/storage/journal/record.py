@@ -35,8 +35,8 @@ from qemu_vmdk_snap.errors import CorruptChain, LockBusy
 from qemu_vmdk_snap.light import dataclass, field, replace
 from qemu_vmdk_snap.storage.blockfile import naming
 from qemu_vmdk_snap.storage.durable import alone_in, sync_folder, working_in
-from qemu_vmdk_snap.storage.grainlog import waiting
 from qemu_vmdk_snap.storage.identity import identity_of, identity_of_open
+from qemu_vmdk_snap.storage.journal.grainlog import waiting
 
 _log = log.of(__name__)
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from qemu_vmdk_snap.domain.trust import distrust
+from qemu_vmdk_snap.domain.dropins.trust import distrust
 from qemu_vmdk_snap.errors import InvalidRequest, PluginError
 
 FOLDER: Final = Path("/etc/qemu-vmdk-snap/hooks.d")

@@ -1,0 +1,1 @@
+"""What an interrupted operation, and a killed server, leave to whoever comes next."""
