@@ -352,6 +352,39 @@ def check_small(place: Place, folder: Path) -> Result:
     return Result("check-small", title, None, None, ours.seconds, theirs.seconds, *peaks, "both find no error")
 
 
+def start(name: str, title: str, place: Place, folder: Path, ours: list[object], theirs: list[object]) -> Result:
+    """Run a short command on a small chain of two images, as a process: `TOP` stands for the overlay."""
+    top = images.half_full_chain(folder, place.size(64 * MIB), 2)
+    named = [[top if word == "TOP" else word for word in words] for words in (ours, theirs)]
+    taken = both(lambda: timed([OURS, *named[0]]), lambda: timed(["qemu-img", *named[1]]), times=15)
+    return result(name, f"{title} of a small chain, as a process", 5.0, None, taken, "both succeed")
+
+
+@row("start-info")
+def start_info(place: Place, folder: Path) -> Result:
+    """Show what a small image is."""
+    return start("start-info", "info", place, folder, ["image", "info", "TOP"], ["info", "-f", "vmdk", "TOP"])
+
+
+@row("start-map")
+def start_map(place: Place, folder: Path) -> Result:
+    """Map a small chain."""
+    return start("start-map", "map", place, folder, ["image", "map", "TOP"], ["map", "-f", "vmdk", "TOP"])
+
+
+@row("start-check")
+def start_check(place: Place, folder: Path) -> Result:
+    """Check a small image."""
+    return start("start-check", "check", place, folder, ["image", "check", "TOP"], ["check", "-f", "vmdk", "TOP"])
+
+
+@row("start-measure")
+def start_measure(place: Place, folder: Path) -> Result:
+    """Measure a small chain as a raw image."""
+    tail: list[object] = ["-O", "raw", "-f", "vmdk", "TOP"]
+    return start("start-measure", "measure -O raw", place, folder, ["image", "measure", *tail], ["measure", *tail])
+
+
 @row("create")
 def create(place: Place, folder: Path) -> Result:
     """Make an overlay, as a process."""

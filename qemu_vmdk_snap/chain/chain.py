@@ -19,14 +19,14 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Literal, NamedTuple, Self, overload
 
-import numpy as np
-
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.chain.link import Link, open_link
 from qemu_vmdk_snap.chain.parent import Descent, find_parent
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
+from qemu_vmdk_snap.chain.small import continues, is_small, small_rows
 from qemu_vmdk_snap.chain.windows import ROW_GRAINS, TABLE_GRAINS, windows
 from qemu_vmdk_snap.errors import CidMismatch, InvalidRequest, VmdkSnapError
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer, FileOpener, open_posix, open_posix_or_device
 from qemu_vmdk_snap.vmdk.extent import Below, PlacedExtent
 from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, HOLE, NO_SOURCE, Row, RunTable
@@ -118,11 +118,16 @@ class Chain:
 
     def rows(self, offset: int = 0, length: int | None = None) -> Iterator[Row]:
         """Yield the same as `map` as plain integers, joined across windows too."""
+        length = self.capacity - offset if length is None else length
+        self._check_range(offset, length)
+        if is_small(self.links):
+            yield from small_rows(self.links, offset, offset + length)
+            return
         last: Row | None = None
         for table in self.tables(offset, length):
             rows = table.rows()
             if last is not None:  # neighbours within a table are joined already
-                if _continues(last, rows[0]):
+                if continues(last, rows[0]):
                     rows[0] = last._replace(length=last.length + rows[0].length)
                 else:
                     yield last
@@ -447,11 +452,3 @@ def _open_one(
     write = len(above) in writable
     owner = above[-1].path if above else None
     return open_link(path, opener=opener, writable=write, resolver=find, first_source=sources, lock=lock, owner=owner)
-
-
-def _continues(last: Row, row: Row) -> bool:
-    if (last.kind, last.source) != (row.kind, row.source):
-        return False
-    if row.kind == DATA:
-        return row.file_offset == last.file_offset + last.length
-    return row.kind != COMPRESSED or row.file_offset == last.file_offset

@@ -11,7 +11,6 @@ import itertools
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol, cast
@@ -257,14 +256,15 @@ def _allowed(args: argparse.Namespace) -> contextlib.AbstractContextManager[None
 @contextlib.contextmanager
 def _telling_progress(ui: Ui) -> Iterator[None]:
     """Show the progress on SIGUSR1, as qemu-img does, unless that signal is used otherwise."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGUSR1, lambda *_: ui.tell_progress())
+    before = signal.getsignal(signal.SIGUSR1)
+    if before == signal.SIG_DFL:
+        with contextlib.suppress(ValueError):  # a thread that is not the main one
+            signal.signal(signal.SIGUSR1, lambda *_: ui.tell_progress())
     try:
         yield
     finally:
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGUSR1, before)
 
 
 def _half_done(args: argparse.Namespace) -> str:

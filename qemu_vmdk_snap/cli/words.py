@@ -7,8 +7,9 @@ getopt_long sorts them, and what is unknown or incomplete is named.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Final, NoReturn, Protocol
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, NoReturn, Protocol
 
 _ENDS: Final = "--"
 
@@ -18,7 +19,11 @@ class Option(Protocol):
 
     @property
     def nargs(self) -> int | str | None:
-        """How many words follow it: 0 for a flag, None for one value."""
+        """How many words follow it: 0 for a flag, None for one value, "?" for one that may be left out."""
+
+    @property
+    def choices(self) -> Iterable[Any] | None:
+        """The values that it takes, where only some can be."""
 
 
 def sorted_words(
@@ -31,10 +36,12 @@ def sorted_words(
     """
     first: list[str] = []
     rest: list[str] = []
-    left = iter(words)
-    for word in left:
+    left = deque(words)
+    while left:
+        word = left.popleft()
         if word == _ENDS:
             rest += left
+            left.clear()
         elif len(word) < 2 or word[0] != "-" or any(word.startswith(start) for start in plain):
             rest.append(word)
         elif word.startswith(_ENDS):
@@ -44,7 +51,7 @@ def sorted_words(
     return [*first, _ENDS, *rest] if rest else first
 
 
-def _long(word: str, left: Iterator[str], options: Mapping[str, Option], wrong: Callable[[str], NoReturn]) -> list[str]:
+def _long(word: str, left: deque[str], options: Mapping[str, Option], wrong: Callable[[str], NoReturn]) -> list[str]:
     name, equals, value = word.partition("=")
     option = options.get(name)
     if option is None:
@@ -53,12 +60,13 @@ def _long(word: str, left: Iterator[str], options: Mapping[str, Option], wrong: 
         if equals:
             wrong(f"option {name!r} takes no value")
         return [name]
+    # A value that may be left out is taken where it can be one: what follows may as well be the next argument.
+    if option.nargs == "?" and not equals and not (left and left[0] in (option.choices or ())):
+        return [name]
     return [f"{name}={value if equals else _value(name, left, wrong)}"]
 
 
-def _short(
-    word: str, left: Iterator[str], options: Mapping[str, Option], wrong: Callable[[str], NoReturn]
-) -> list[str]:
+def _short(word: str, left: deque[str], options: Mapping[str, Option], wrong: Callable[[str], NoReturn]) -> list[str]:
     found: list[str] = []
     for at in range(1, len(word)):
         name = f"-{word[at]}"
@@ -73,8 +81,7 @@ def _short(
     return found
 
 
-def _value(name: str, left: Iterator[str], wrong: Callable[[str], NoReturn]) -> str:
-    word = next(left, None)
-    if word is None:
+def _value(name: str, left: deque[str], wrong: Callable[[str], NoReturn]) -> str:
+    if not left:
         wrong(f"option {name!r} needs a value")
-    return word
+    return left.popleft()

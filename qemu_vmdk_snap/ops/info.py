@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from qemu_vmdk_snap.chain.link import Link, open_link, read_descriptor
 from qemu_vmdk_snap.chain.look.over import look_over
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, VmdkSnapError
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.storage.blockfile import PosixFile, open_posix, open_posix_or_device
 from qemu_vmdk_snap.vmdk.grain.extent import GrainExtent
 from qemu_vmdk_snap.vmdk.noted import Notes

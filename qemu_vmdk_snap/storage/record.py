@@ -27,12 +27,12 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.errors import CorruptChain, LockBusy
+from qemu_vmdk_snap.light import dataclass, field, replace
 from qemu_vmdk_snap.storage.blockfile import naming
 from qemu_vmdk_snap.storage.durable import alone_in, sync_folder, working_in
 from qemu_vmdk_snap.storage.grainlog import waiting

@@ -13,11 +13,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from qemu_vmdk_snap.errors import FormatError, InvalidRequest
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.vmdk.registry import MODULES
 
 NO_PARENT: Final = 0xFFFF_FFFF

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.vmdk.descriptor import ExtentLine
 from qemu_vmdk_snap.vmdk.noted import Notes

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self, get_type_hints
 
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.light import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,18 @@ extent, a link or the whole disk).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
-import numpy as np
-import numpy.typing as npt
+from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Int64s = npt.NDArray[np.int64]
+    Kinds = npt.NDArray[np.uint8]
+else:
+    Int64s = Kinds = object  # for annotations alone
 
 HOLE: Final = 0
 """Not in this link: read from the parent, or zeros where there is none."""
@@ -22,8 +29,6 @@ DATA: Final = 2
 COMPRESSED: Final = 3
 """Stored deflated; one run is (part of) one grain, `file_offset` is where the grain's record begins."""
 
-Int64s = npt.NDArray[np.int64]
-Kinds = npt.NDArray[np.uint8]
 NO_SOURCE: Final = -1
 
 

@@ -8,14 +8,12 @@ Top nibble of a directory entry: 0 no table, 1 table (number in the low 32 bits)
 Source: QEMU 7.2 block/vmdk.c (Sam Eiderman's reading of real images); libvmdk.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Annotated, Final
 
 from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, Place
@@ -23,6 +21,9 @@ from qemu_vmdk_snap.vmdk.grain.extent import Copy, GrainExtent
 from qemu_vmdk_snap.vmdk.grain.tables import Entries, GrainTables
 from qemu_vmdk_snap.vmdk.ondisk import U64, Must, OnDisk, Wire
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, ZERO, Int64s, Kinds
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 CONST_MAGIC: Final = 0xCAFEBABE
 VOLATILE_MAGIC: Final = 0xCAFECAFE
@@ -170,7 +171,7 @@ class SeSparseExtent(GrainExtent):
         raise FormatError(self._path, at, "grain table entry", hex(entry), rule)
 
 
-def _table_sectors(entries: npt.NDArray[np.uint64], header: ConstHeader, path: Path) -> Int64s:
+def _table_sectors(entries: "npt.NDArray[np.uint64]", header: ConstHeader, path: Path) -> Int64s:
     """Return the sector of each table, 0 where there is none."""
     number = entries & np.uint64(0xFFFF_FFFF)
     room = header.tables_size // TABLE_SECTORS

@@ -6,6 +6,7 @@ NOACCESS. Here both read as zeros, and the rest of the disk stays in its place.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from qemu_vmdk_snap.errors import Unsupported
@@ -61,6 +62,14 @@ class ZeroExtent:
     def resolve(self, start: int, end: int) -> RunTable:
         """Return one run of zeros."""
         return RunTable.single(start, end, ZERO)
+
+    def small_entries(self) -> int:
+        """Return 0: it has no tables."""
+        return 0
+
+    def pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield one piece of zeros."""
+        yield start, end - start, ZERO, 0
 
     def read_grain(self, file_offset: int) -> bytes:
         """Never called: nothing is stored."""

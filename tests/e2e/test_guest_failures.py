@@ -105,13 +105,23 @@ def test_a_system_of_the_disks_own_is_awaited(tmp_path: Path, text: bytes, wrong
             boot(image, expect="login:", failures=[re.compile(b"Kernel panic[^\r]*"), b"oops"]).__enter__()
 
 
+def test_uefi_boots_the_disks_own_system_too(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """There is none: the firmware says of the disk that it cannot be booted, which is what is awaited here."""
+    if not list(Path("/usr/share").glob("*/**/OVMF_CODE*.fd")) and pytestconfig.getoption("--require") == "none":
+        pytest.skip("OVMF is not installed")
+    image = bootable(tmp_path / "bad.vmdk", LOOP)
+    with boot(image, uefi=True, expect=r'BdsDxe: failed to load Boot\d+ "[^"]+"', memory_mib=128) as guest:
+        assert guest.found is not None
+        assert b"HARDDISK" in guest.found[0]
+
+
 def test_qemu_that_dies_while_it_boots(tmp_path: Path) -> None:
     image = bootable(tmp_path / "bad.vmdk", LOOP)
     killer = "import os, sys, time; time.sleep(0.3); os.kill(int(sys.argv[1]), 9)"
     machine = boot(image, expect="never", log_dir=tmp_path / "logs", qemu_args=["-pidfile", str(tmp_path / "pid")])
     code = f"import time\nwhile not open({str(tmp_path / 'pid')!r}, 'a+').seek(0, 2): time.sleep(0.01)\n"
     code += f"import sys; sys.argv.append(open({str(tmp_path / 'pid')!r}).read())\n{killer}"
-    words = "waiting for 'never': QEMU ended with -9: it said nothing"
+    words = "waiting for 'never': QEMU ended with -9: no output"
     with subprocess.Popen([sys.executable, "-c", code]), in_time(), pytest.raises(GuestError, match=words):
         machine.__enter__()
 

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from qemu_vmdk_snap.chain.needs.claims import NOTHING, Claims, Reference, read_claims
 from qemu_vmdk_snap.chain.resolver import Confined
 from qemu_vmdk_snap.errors import CidMismatch, StillNeeded
+from qemu_vmdk_snap.light import dataclass, field
 from qemu_vmdk_snap.storage.identity import Identity, identity_if_known, identity_of
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT
 

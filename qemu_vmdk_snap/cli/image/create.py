@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +11,7 @@ from qemu_vmdk_snap.cli.image.common import add_quiet, as_bool, as_seen_from, ne
 from qemu_vmdk_snap.cli.image.names import file_name, image_file
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.light import replace
 from qemu_vmdk_snap.ops.make.create import ImageOptions, create_image, create_overlay, inherited_options
 from qemu_vmdk_snap.ops.make.layout import KINDS
 from qemu_vmdk_snap.units import parse_size

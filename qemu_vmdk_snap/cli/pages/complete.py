@@ -40,11 +40,16 @@ def parser_of(words: list[str]) -> argparse.ArgumentParser:
     for group, table in COMMANDS.items():
         names = groups.add_parser(group, help=GROUPS[group], allow_abbrev=False)
         if words[:1] == [group]:
+            second, alone = "".join(words[1:2]), TOP_LEVEL.get(group)
+            if alone is not None and not any(name.startswith(second) for name in table):
+                _add(names, alone, wanted=True)  # `serve IMAGE`, not `serve start`
+                continue
             inner = names.add_subparsers()
             for name, command in table.items():
                 _add(inner.add_parser(name, help=command.help, allow_abbrev=False), command, words[1:2] == [name])
     for name, command in TOP_LEVEL.items():
-        _add(groups.add_parser(name, help=command.help, allow_abbrev=False), command, words[:1] == [name])
+        if name not in COMMANDS:
+            _add(groups.add_parser(name, help=command.help, allow_abbrev=False), command, words[:1] == [name])
     return parser
 
 

@@ -25,12 +25,14 @@ STATUSES: Final = (
 ABOUT: Final = {
     "image": "Images are locked as QEMU locks them: one that a guest is writing is refused. Parents and extents are "
     "opened beside the file that names them, and in the folders that --allow-dir names. What is interrupted is "
-    "finished or taken back by the next command on the same images, and by qemu-vmdk-snap recover.",
+    "finished or undone by the next command on the same images, and by qemu-vmdk-snap recover.",
     "snapshot": "The domain is named by name, id or UUID. Options may be before, between and after the names; --domain "
     "and --snapshotname name the two as virsh has them. What is interrupted is finished or taken back by the next "
     "command on the same domain, and by qemu-vmdk-snap recover.",
     "guest": "The guest is a program of a few kilobytes that QEMU boots in a tenth of a second; it reads and writes "
     "sectors of the disk and answers on a serial line. KVM is used where it is there, and is not needed.",
+    "serve": "A server gives the guest a raw NBD disk on a Unix socket and writes the VMDK chain itself. "
+    "libvirt's hook starts the servers of a domain before its guest and stops them after it.",
     "hook": "libvirt runs the hook when a guest starts and stops; a policy for each domain says what is done then.",
     "": "",
 }
@@ -48,6 +50,7 @@ _POLICIES: Final = (
 FILES: Final = {
     "image": ((".NAME.*.qemu-vmdk-snap*", "Beside an image: what an operation on it has not finished yet."),),
     "snapshot": _RECORDS,
+    "serve": _RECORDS,
     "hook": (*_POLICIES, *_RECORDS),
     "guest": (),
     "": (*_POLICIES, *_RECORDS),
@@ -64,6 +67,7 @@ _LIBVIRT: Final = (
 ENVIRONMENT: Final = {
     "image": _LOG,
     "snapshot": (*_LIBVIRT, *_LOG),
+    "serve": (*_LIBVIRT, *_LOG),
     "hook": (*_LIBVIRT, *_LOG),
     "guest": (("QEMU_VMDK_SNAP_TIMEOUT_SCALE", "How many times longer a guest is waited for."), *_LOG),
     "": (*_LIBVIRT, *_LOG),

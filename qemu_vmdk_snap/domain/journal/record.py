@@ -171,7 +171,10 @@ class IntentStore:
             return cls(root / "qemu-vmdk-snap", prefix)
         if os.geteuid() == 0:
             return cls(Path("/var/lib/qemu-vmdk-snap"), prefix)
-        home = environ.get("XDG_STATE_HOME") or Path(environ.get("HOME") or Path.home(), ".local", "state")
+        try:
+            home = environ.get("XDG_STATE_HOME") or Path(environ.get("HOME") or Path.home(), ".local", "state")
+        except RuntimeError:
+            raise InvalidRequest("journal", f"this user has no home: set HOME, or {STATE_VARIABLE}") from None
         return cls(Path(home) / "qemu-vmdk-snap", prefix)
 
     def path(self, uuid: str) -> Path:

@@ -33,6 +33,7 @@ PANICS: Final = (
     re.compile(rb"Kernel panic - not syncing[^\r\n]*"),
     re.compile(rb"No bootable device\.?"),
     re.compile(rb"Boot failed: not a bootable disk"),
+    re.compile(rb"BdsDxe: No bootable option or device was found"),
 )
 """What on the serial line means that the system will not come up."""
 

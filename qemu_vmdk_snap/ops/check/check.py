@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qemu_vmdk_snap.chain.parent import MAX_DEPTH, Descent, find_parent
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CorruptChain, FormatError, Unsupported
+from qemu_vmdk_snap.light import dataclass, replace
 from qemu_vmdk_snap.ops.check.findings import Finding, Findings, Severity
 from qemu_vmdk_snap.ops.check.runs import audit_runs
 from qemu_vmdk_snap.ops.check.tables import GrainCounts, TableAudit, audit_tables

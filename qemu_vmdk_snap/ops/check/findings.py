@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.light import dataclass
 
 LISTED: Final = 50
 """Findings of one field in one file that are listed one by one; the rest is only counted."""

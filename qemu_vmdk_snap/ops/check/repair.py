@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CorruptChain, Unsupported
+from qemu_vmdk_snap.light import dataclass, replace
 from qemu_vmdk_snap.ops.check.check import CheckReport, check_image
 from qemu_vmdk_snap.ops.check.opening import open_file_for_change
 from qemu_vmdk_snap.ops.check.relink import plan_relinks

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Final, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.light import dataclass, field, replace
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.ops.check.shape import TableShape
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import byte_sectors, round_up, sector_bytes
@@ -27,13 +25,16 @@ from qemu_vmdk_snap.vmdk.grain.extent import MAX_FILE_SECTORS
 from qemu_vmdk_snap.vmdk.grain.tables import Entries, read_directory, read_tables, used_entries
 from qemu_vmdk_snap.vmdk.runs import Int64s
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Bools = npt.NDArray[np.bool_]
+
 _TABLES_AT_ONCE: Final = 2048
 _MAX_MADE: Final = 1 << 20
 """How many tables a repair rebuilds in any file; in a large file as many as it has room for."""
 _MAX_SHARED: Final = 1 << 21
 """How many sectors grains with a shared place may need in any file (1 GiB); in a large file as many as it has."""
-
-Bools = npt.NDArray[np.bool_]
 
 
 class Copied(NamedTuple):

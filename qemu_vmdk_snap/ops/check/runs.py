@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from qemu_vmdk_snap.chain.windows import extent_windows
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.ops.check.findings import Findings
 from qemu_vmdk_snap.ops.check.tables import GrainCounts
 from qemu_vmdk_snap.storage.blockfile import BlockFile

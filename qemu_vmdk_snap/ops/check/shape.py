@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.units import byte_sectors
 from qemu_vmdk_snap.vmdk.cowd.header import HEADER_BYTES, CowdHeader
 from qemu_vmdk_snap.vmdk.runs import Int64s

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Final
 
-import numpy as np
-
+from qemu_vmdk_snap.light import dataclass, field
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.vmdk.runs import Int64s
 
 _FOLD_AT: Final = 1 << 20

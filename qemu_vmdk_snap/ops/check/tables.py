@@ -12,12 +12,10 @@ follow one another in the file. Tables that are holes of the file take no time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
-import numpy.typing as npt
-
+from qemu_vmdk_snap.light import dataclass, field
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.ops.check.findings import LISTED, Findings, Severity
 from qemu_vmdk_snap.ops.check.shape import TableShape, shape_of
 from qemu_vmdk_snap.ops.check.stretches import Stretches
@@ -28,6 +26,9 @@ from qemu_vmdk_snap.vmdk.grain.tables import Entries, GrainTables, read_director
 from qemu_vmdk_snap.vmdk.runs import Int64s
 from qemu_vmdk_snap.vmdk.sparse.copies import Comparison
 from qemu_vmdk_snap.vmdk.sparse.header import SparseExtentHeader
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 _TABLES_AT_ONCE: Final = 2048
 

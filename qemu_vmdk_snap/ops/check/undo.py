@@ -20,12 +20,12 @@ import re
 import stat
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 from qemu_vmdk_snap.chain.resolver import Confined, check_opened
 from qemu_vmdk_snap.errors import CorruptChain, VmdkSnapError
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.ops.check.opening import descriptor_of, open_file_for_change
 from qemu_vmdk_snap.ops.check.repair_plan import ExtentPlan
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener

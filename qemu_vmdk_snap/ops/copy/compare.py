@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from qemu_vmdk_snap.chain.disk import Disk
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore
 from qemu_vmdk_snap.storage.blocks import in_same_blocks
 from qemu_vmdk_snap.units import KIB, SECTOR_SIZE

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from qemu_vmdk_snap.chain.chain import WritableChain, open_chain
 from qemu_vmdk_snap.chain.disk import Disk
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.ops.copy.limited import LimitedWriter, Pace
 from qemu_vmdk_snap.ops.copy.pipes import BulkPipe, rows_with_grains
 from qemu_vmdk_snap.ops.copy.zeros import may_share, nonzero_parts

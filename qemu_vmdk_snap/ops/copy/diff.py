@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -19,6 +18,7 @@ from qemu_vmdk_snap.chain.chain import Chain, open_links
 from qemu_vmdk_snap.chain.identity import hint_to, with_cid
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.ops.copy.transfer import STEP, LinkWriter, View, upper_tables
 from qemu_vmdk_snap.ops.make.create import create_overlay
 from qemu_vmdk_snap.ops.make.layout import ImageOptions

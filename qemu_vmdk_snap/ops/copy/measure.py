@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-
-import numpy as np
 
 from qemu_vmdk_snap.chain.chain import Chain
 from qemu_vmdk_snap.chain.disk import Disk
 from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.ops.make.create import plan_base
 from qemu_vmdk_snap.ops.make.layout import ImageOptions
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, Protocol, Self, runtime_checkable
 
-import numpy as np
-
 from qemu_vmdk_snap.chain.chain import Chain
 from qemu_vmdk_snap.chain.disk import Disk
 from qemu_vmdk_snap.chain.link import Link
 from qemu_vmdk_snap.chain.windows import windows
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.storage.copying import Copier
 from qemu_vmdk_snap.units import MIB

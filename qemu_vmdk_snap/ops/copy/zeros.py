@@ -9,8 +9,7 @@ import struct
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 
 _FICLONERANGE: Final = 0x4020940D

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +21,7 @@ from qemu_vmdk_snap.chain.needs.dependents import (
 from qemu_vmdk_snap.chain.needs.own import require_own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CidMismatch, InvalidRequest
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.ops.copy.transfer import LinkWriter, View, upper_tables
 from qemu_vmdk_snap.ops.edit.trim import trim_link
 from qemu_vmdk_snap.ops.journal.guard import folders_of, guarded_operation

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +37,7 @@ from qemu_vmdk_snap.chain.needs.dependents import (
 from qemu_vmdk_snap.chain.needs.own import own_files, require_own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined, unconfined
 from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest, StillNeeded, Unsupported
+from qemu_vmdk_snap.light import dataclass, field
 from qemu_vmdk_snap.ops.copy.limited import paced
 from qemu_vmdk_snap.ops.copy.transfer import Clearable, LinkWriter, View, restricted, upper_tables
 from qemu_vmdk_snap.ops.edit.move import delete_files, holding

@@ -10,11 +10,8 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-
-import numpy as np
 
 from qemu_vmdk_snap.chain.chain import Chain
 from qemu_vmdk_snap.chain.change import open_for_change
@@ -22,6 +19,8 @@ from qemu_vmdk_snap.chain.needs.dependents import Census, require_one_name, sear
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.chain.windows import ROW_GRAINS, extent_windows
 from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.ops.copy.transfer import STEP, View
 from qemu_vmdk_snap.ops.journal.recover import settle
 from qemu_vmdk_snap.ops.progress import Meter, OnProgress, ignore

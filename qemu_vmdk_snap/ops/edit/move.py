@@ -9,12 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.chain.chain import Chain, open_chain, open_links
@@ -24,6 +20,8 @@ from qemu_vmdk_snap.chain.link import Link
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.chain.windows import windows
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.ops.copy.transfer import STEP, LinkWriter, View
 from qemu_vmdk_snap.ops.edit.trim import trim_link
 from qemu_vmdk_snap.ops.journal.guard import check_unwritten, folders_of, guarded_operation
@@ -35,6 +33,9 @@ from qemu_vmdk_snap.storage.locks import keep_from_writers
 from qemu_vmdk_snap.storage.opening import open_locked
 from qemu_vmdk_snap.storage.record import Operation
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, NO_SOURCE, ZERO, Row, RunTable
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 _log = log.of(__name__)
 

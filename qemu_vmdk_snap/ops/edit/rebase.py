@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_vmdk_snap.chain.change import open_link_for_change
@@ -13,6 +12,7 @@ from qemu_vmdk_snap.chain.link import open_link
 from qemu_vmdk_snap.chain.links import is_backed_by
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.ops.edit.move import open_move, run_moves
 from qemu_vmdk_snap.ops.journal.guard import guarded_operation
 from qemu_vmdk_snap.ops.journal.recover import settle

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_vmdk_snap.chain.change import open_for_change
@@ -18,6 +17,7 @@ from qemu_vmdk_snap.chain.needs.dependents import (
 from qemu_vmdk_snap.chain.needs.own import own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.ops.edit.move import open_move, run_moves
 from qemu_vmdk_snap.ops.journal.recover import settle
 from qemu_vmdk_snap.ops.journal.relink import changing_child_of

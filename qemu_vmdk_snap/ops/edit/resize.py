@@ -10,7 +10,6 @@ import contextlib
 import re
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +28,7 @@ from qemu_vmdk_snap.chain.needs.own import own_files
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.chain.windows import windows
 from qemu_vmdk_snap.errors import FormatError, InvalidRequest, Unsupported
+from qemu_vmdk_snap.light import dataclass, replace
 from qemu_vmdk_snap.ops.journal.guard import guarded_operation
 from qemu_vmdk_snap.ops.journal.recover import settle
 from qemu_vmdk_snap.ops.journal.relink import DescriptorChange

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from qemu_vmdk_snap.chain.link import read_descriptor
 from qemu_vmdk_snap.errors import CorruptChain, VmdkSnapError
+from qemu_vmdk_snap.light import replace
 from qemu_vmdk_snap.storage.blockfile import PosixFile
 from qemu_vmdk_snap.storage.record import Operation, from_text, make_operation
 from qemu_vmdk_snap.vmdk.descriptor import Descriptor

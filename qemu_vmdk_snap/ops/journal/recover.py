@@ -7,12 +7,12 @@ import errno
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
 from qemu_vmdk_snap.chain.resolver import Confined, Resolver, confined
 from qemu_vmdk_snap.errors import CorruptChain, FormatError, LockBusy, VmdkSnapError
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.ops.journal.guard import check_unwritten
 from qemu_vmdk_snap.storage.blockfile import FileOpener, open_posix
 from qemu_vmdk_snap.storage.durable import sweep_temporaries

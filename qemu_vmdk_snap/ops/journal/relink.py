@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from qemu_vmdk_snap.chain.link import Link
 from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener
 from qemu_vmdk_snap.storage.opening import open_locked
 from qemu_vmdk_snap.storage.record import from_text, to_text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +14,7 @@ from qemu_vmdk_snap.chain.look import notes
 from qemu_vmdk_snap.chain.look.opening import look_at
 from qemu_vmdk_snap.chain.resolver import check_opened, confined
 from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest
+from qemu_vmdk_snap.light import replace
 from qemu_vmdk_snap.ops.make.allocate import replace_empty
 from qemu_vmdk_snap.ops.make.base_notes import base_notes
 from qemu_vmdk_snap.ops.make.layout import (

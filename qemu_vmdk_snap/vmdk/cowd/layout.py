@@ -11,11 +11,11 @@ as ESXi has them.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.light import dataclass, replace
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, FLAGS, HEADER_BYTES, CowdHeader

@@ -8,12 +8,12 @@ Source: VMware Virtual Disk Format 5.0, "Extent descriptions"; the offset counts
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.units import KIB, sector_bytes
 from qemu_vmdk_snap.vmdk import shortfall
@@ -74,6 +74,23 @@ class FlatExtent:
         """
         if self._writable:
             return RunTable.single(start, end, DATA, file_offset=self._start + start)
+        rows = self._begins(start, end)
+        begins, kinds = np.array(rows, np.int64).T
+        places = np.where(kinds == DATA, begins + self._start, 0)
+        return RunTable(begins, kinds.astype(np.uint8), np.full(len(rows), NO_SOURCE, np.int64), places, end)
+
+    def small_entries(self) -> int | None:
+        """Return 0: it has no tables; None while it is written."""
+        return None if self._writable else 0
+
+    def pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (offset, length, kind, file offset) of what is in [start, end), as `resolve` has it."""
+        rows = self._begins(start, end)
+        for (begin, kind), (stop, _) in zip(rows, [*rows[1:], (end, ZERO)], strict=True):
+            yield begin, stop - begin, kind, begin + self._start if kind == DATA else 0
+
+    def _begins(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Return where each run of [start, end) begins, and its kind."""
         rows: list[tuple[int, int]] = []
         offset = start
         limit = min(end, max(start, self._file.size() - self._start))
@@ -87,9 +104,7 @@ class FlatExtent:
             offset = data
         if offset < end and (not rows or rows[-1][1] != ZERO):
             rows.append((offset, ZERO))  # the file ends inside the extent
-        begins, kinds = np.array(rows, np.int64).T
-        places = np.where(kinds == DATA, begins + self._start, 0)
-        return RunTable(begins, kinds.astype(np.uint8), np.full(len(rows), NO_SOURCE, np.int64), places, end)
+        return rows
 
     def read_grain(self, file_offset: int) -> bytes:
         """Never called: this kind has no compressed grains."""

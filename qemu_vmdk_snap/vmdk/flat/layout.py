@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import sector_bytes
 from qemu_vmdk_snap.vmdk.grain.new_extent import Wanted

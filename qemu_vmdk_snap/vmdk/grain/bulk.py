@@ -7,9 +7,8 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
-import numpy as np
-
 from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.storage.copying import Copier
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes

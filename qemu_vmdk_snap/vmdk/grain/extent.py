@@ -17,9 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import numpy as np
-
 from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, byte_sectors, round_up, sector_bytes
 from qemu_vmdk_snap.vmdk import shortfall

@@ -6,10 +6,10 @@ To let a kind be created: write one module with `plan_extent`, and name it in a 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 
 if TYPE_CHECKING:

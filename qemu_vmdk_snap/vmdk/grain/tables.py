@@ -16,21 +16,24 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Final
 
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Entries = npt.NDArray[Any]
+else:
+    Entries = object  # for annotations alone
 
 _CACHED_BYTES: Final = 8 << 20
 MAX_DIRTY_TABLES: Final = 2048
 _ENTRIES_AT_ONCE: Final = 1 << 18
 _CLEARED_BYTES: Final = 1 << 20
-
-Entries = npt.NDArray[Any]
 
 
 def read_directory(file: BlockFile, offset: int, count: int) -> Entries:

@@ -14,24 +14,25 @@ the file are not read.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.grain.tables import Entries, read_directory, read_tables, used_entries
 from qemu_vmdk_snap.vmdk.runs import Int64s
 from qemu_vmdk_snap.vmdk.sparse.header import HeaderFlag, SparseExtentHeader
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Bools = npt.NDArray[np.bool_]
+
 LISTED: Final = 1 << 16
 """Entries that a report lists one by one; the rest is only counted."""
 _TABLES_AT_ONCE: Final = 2048
-
-Bools = npt.NDArray[np.bool_]
 
 
 class MissingEntry(NamedTuple):

@@ -11,13 +11,12 @@ Source: VMware Virtual Disk Format 5.0, "Hosted Sparse Extents".
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec
@@ -25,6 +24,10 @@ from qemu_vmdk_snap.vmdk.grain.extent import GTE_UNALLOCATED, GTE_ZEROED, MAX_FI
 from qemu_vmdk_snap.vmdk.grain.tables import Entries, GrainTables, clear_tables, read_directory
 from qemu_vmdk_snap.vmdk.sparse.copies import settle_copies
 from qemu_vmdk_snap.vmdk.sparse.header import HeaderFlag, SparseExtentHeader, check_header, refuse_moved
+from qemu_vmdk_snap.vmdk.sparse.small import Piece, small_tables
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 __all__ = ["GTE_UNALLOCATED", "GTE_ZEROED", "MAX_FILE_SECTORS", "SparseExtent", "open_sparse", "read_header"]
 
@@ -60,21 +63,45 @@ def open_sparse(spec: ExtentSpec, file: BlockFile, header: SparseExtentHeader) -
 class SparseExtent(GrainExtent):
     """One open hosted sparse extent."""
 
+    _known_copies: list[Copy]
+
     def __init__(
         self, file: BlockFile, path: Path, header: SparseExtentHeader, capacity: int, *, writable: bool
     ) -> None:
         self.header = header
         self._file, self._path, self._file_size, self._writable = file, path, file.size(), writable
+        self._small = None if writable else small_tables(file, header)
         super().__init__(
             file,
             path,
-            self._read_copies(),
+            [] if self._small is not None else self._read_copies(),
             capacity=capacity,
             grain_bytes=sector_bytes(header.grain_size),
             has_zeroed=bool(header.flags & HeaderFlag.ZEROED_GRAINS),
             writable=writable,
         )
-        self._prefer_good_tables()
+        if self._small is None:
+            self._prefer_good_tables()
+
+    @property
+    def _copies(self) -> list[Copy]:
+        """Both copies of the tables; of a small extent they are read when something asks for arrays."""
+        if not self._known_copies:
+            self._known_copies = self._read_copies()
+        return self._known_copies
+
+    @_copies.setter
+    def _copies(self, copies: list[Copy]) -> None:
+        self._known_copies = copies
+
+    def small_entries(self) -> int | None:
+        """Return how many entries `pieces` goes through; None where the extent is large, written, or needs a word."""
+        return None if self._small is None else self._small.entries
+
+    def pieces(self, start: int, end: int) -> Iterator[Piece]:
+        """Yield what is where in [start, end) of a small extent."""
+        assert self._small is not None
+        return self._small.pieces(start, end)
 
     def cut(self, end: int) -> None:
         """Free, durably, what is past byte `end` of the file; the caller knows that nothing in use is there."""

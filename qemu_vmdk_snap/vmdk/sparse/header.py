@@ -4,12 +4,12 @@ Source: VMware Virtual Disk Format 5.0, "Hosted Sparse Extents"; limits as QEMU 
 """
 
 import struct
-from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path
 from typing import Annotated, Final
 
 from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.ondisk import U8, U16, U32, U64, Must, OnDisk, Wire, power_of_two

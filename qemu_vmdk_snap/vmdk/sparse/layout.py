@@ -10,9 +10,9 @@ directory entry of 0. The tables are a hole in the file until they are used. Sam
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from qemu_vmdk_snap.light import dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, round_up, sector_bytes
 from qemu_vmdk_snap.vmdk.grain.new_extent import Wanted

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, Place

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.pipes import PipeReader
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.grain.extent import GTE_ZEROED

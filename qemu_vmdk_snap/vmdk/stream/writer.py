@@ -15,13 +15,12 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.light import numpy as np
+from qemu_vmdk_snap.light import replace
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, byte_sectors, round_up, sector_bytes
 from qemu_vmdk_snap.vmdk.sparse.header import (

@@ -29,13 +29,13 @@ from qemu_vmdk_snap.harness import pattern
 from qemu_vmdk_snap.harness.probe import parse_answer
 from tests.domain.lab import xml_of
 from tests.domain.served.guests import ServedGuest, written_by
-from tests.e2e.live_guest import MIB, SECTOR, STARTS, Progress, Writer, check_frozen
+from tests.e2e.live.live_guest import MIB, SECTOR, STARTS, Progress, Writer, check_frozen
 
 if TYPE_CHECKING:
     import libvirt
 
 pytestmark = [pytest.mark.needs("libvirt", "qemu-system-x86_64"), pytest.mark.timeout(180)]
-AT, LENGTH = 2 * MIB, 28 * MIB
+AT, LENGTH = 2 * MIB, 16 * MIB
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_memory_and_disk_are_of_one_instant_and_the_guest_resumes_there(
     embed: libvirt.virConnect, scratch: Path
 ) -> None:
     """A guest in the middle of a long write: what it has in memory and what is on disk fit, and it writes on."""
-    guest = ServedGuest(embed, scratch, size=32 * MIB)
+    guest = ServedGuest(embed, scratch, size=20 * MIB)
     try:
         probe = guest.start()
         sequence = f"{probe._sequence + 1:02x}"

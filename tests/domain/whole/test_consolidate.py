@@ -16,8 +16,8 @@ from qemu_vmdk_snap.domain.delete.run import delete
 from qemu_vmdk_snap.domain.doctor.domain import check_domain
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.journal.recover import recover
+from tests.domain.delete.test_delete import chain_in_xml_fits, read, seen, tops, write
 from tests.domain.lab import MIB, Lab, contents, xml_of
-from tests.domain.test_delete import chain_in_xml_fits, read, seen, tops, write
 from tests.support.schemas import check
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def test_a_template_and_what_others_need_stay(lab: Lab, domain: libvirt.virDomai
     assert [(path.name, reason) for path, reason in report.kept] == [
         (
             "template.vmdk",
-            "vm.vmdk is not called as an overlay of it is: it may be a template (--include merges it)",
+            "the name of vm.vmdk is not that of an overlay on it: it may be a template (--include merges it)",
         )
     ]
     assert (read(tops(other)[0]), read(template)) == (held, before)
