@@ -322,11 +322,14 @@ def _execute(run: _Run, intent: Intent) -> None:
 
 def _finish_now(run: _Run, intent: Intent) -> None:
     try:
-        finish(run.conn, run.domain, intent, on_progress=run.on_progress, notes=run.notes)
+        taken_back = finish(run.conn, run.domain, intent, on_progress=run.on_progress, notes=run.notes)
     except (VmdkSnapError, OSError) as error:
         raise DomainError(run.domain.name(), _unfinished(intent, error)) from error
     with contextlib.suppress(OSError):
         run.store.remove(intent.uuid)
+    if taken_back is not None:
+        reason = f"its guest ended while snapshot {intent.snapshot!r} was deleted, which is as it was: try again"
+        raise DomainError(run.domain.name(), reason, snapshot=intent.snapshot)
 
 
 def _unfinished(intent: Intent, error: VmdkSnapError | OSError) -> str:

@@ -15,7 +15,7 @@ import qemu_vmdk_snap
 from qemu_vmdk_snap import DomainError, NotWhileRunning, open_chain
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.domain.create.run import create_snapshot
-from qemu_vmdk_snap.domain.delete import live, preflight
+from qemu_vmdk_snap.domain.delete import live, preflight, steps
 from qemu_vmdk_snap.domain.delete.plan import State
 from qemu_vmdk_snap.domain.delete.prune import Retention, prune
 from qemu_vmdk_snap.domain.delete.run import delete
@@ -319,3 +319,24 @@ def test_a_branch_below_keeps_what_it_is_backed_by(guest: ChainGuest) -> None:
     assert list(both(found["b2"]).values()) == expected["b2"]
     assert content(left) == kept
     assert guest.guest_sees() == sums(guest.disks["sda"][0])
+
+
+def test_a_guest_that_ends_right_after_the_exchange(guest: ChainGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing on the disk tells of the exchange yet: the snapshot is as it was, and that is said."""
+    create_snapshot(guest.conn, guest.name, "s1")
+    guest.probe.pattern(1, 0x200000, 4096)
+    expected = {name: list(both(files).values()) for name, files in frozen_files(guest).items()}
+    real = steps.exchange_images
+
+    def ending(*args: Any) -> object:  # noqa: ANN401
+        report = real(*args)
+        guest.domain.destroy()
+        return report
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "exchange_images", ending)
+        with pytest.raises(DomainError, match=r"its guest ended while snapshot 'off1' was deleted, which is as it was"):
+            delete(guest.conn, guest.name, "off1")
+    check_sound(guest, expected)
+    delete(guest.conn, guest.name, "off1")
+    assert {name: list(both(files).values()) for name, files in frozen_files(guest).items()} == {"s1": expected["s1"]}
