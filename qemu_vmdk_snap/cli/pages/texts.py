@@ -31,6 +31,8 @@ ABOUT: Final = {
     "command on the same domain, and by qemu-vmdk-snap recover.",
     "guest": "The guest is a program of a few kilobytes that QEMU boots in a tenth of a second; it reads and writes "
     "sectors of the disk and answers on a serial line. KVM is used where it is there, and is not needed.",
+    "serve": "A served disk of a domain is a raw network disk to libvirt; what is behind it is in the metadata of the "
+    "domain. The hook starts the servers before the guest and stops them after it.",
     "hook": "libvirt runs the hook when a guest starts and stops; a policy for each domain says what is done then.",
     "": "",
 }
@@ -48,6 +50,10 @@ _POLICIES: Final = (
 FILES: Final = {
     "image": ((".NAME.*.qemu-vmdk-snap*", "Beside an image: what an operation on it has not finished yet."),),
     "snapshot": _RECORDS,
+    "serve": (
+        ("/run/qemu-vmdk-snap", "Sockets of the servers and their logs, as root; QEMU_VMDK_SNAP_RUN moves it."),
+        *_RECORDS,
+    ),
     "hook": (*_POLICIES, *_RECORDS),
     "guest": (),
     "": (*_POLICIES, *_RECORDS),
@@ -64,6 +70,11 @@ _LIBVIRT: Final = (
 ENVIRONMENT: Final = {
     "image": _LOG,
     "snapshot": (*_LIBVIRT, *_LOG),
+    "serve": (
+        ("QEMU_VMDK_SNAP_RUN", "The folder of the sockets, instead of that under FILES."),
+        *_LIBVIRT,
+        *_LOG,
+    ),
     "hook": (*_LIBVIRT, *_LOG),
     "guest": (("QEMU_VMDK_SNAP_TIMEOUT_SCALE", "How many times longer a guest is waited for."), *_LOG),
     "": (*_LIBVIRT, *_LOG),
