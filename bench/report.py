@@ -15,10 +15,13 @@ from bench.rows import Result
 
 NOTE = """## Where a target is missed
 
-- Whole processes include their start: on the machine above 12 ms for Python, 40 to 50 ms for the modules of the
-  standard library and ours (a third of it `dataclasses` and `argparse`) and, for all but `create`, 60 to 80 ms for
-  NumPy; qemu-img starts in 10 ms. So `create -b` as a process and a check of a small image cannot be as quick; as
-  library calls they are (0.4 to 0.7 ms, and 30 to 40 ms for the tables of 4 million grains).
+- Whole processes include their start: on the machine above 12 ms for Python and about 30 ms for the modules of the
+  standard library and ours; qemu-img starts in 10 ms. `check`, conversions and merges take NumPy too, 60 to 80 ms;
+  `info`, `map`, `measure` and `create -b` of small chains do not, nor `dataclasses` ([ADR
+  0007](adr/0007-a-light-start.md)): on a machine of two cores shared by twenty processes, processor time of `info`
+  fell from 151 to 63 ms, of `map` from 134 to 56, of `measure` from 179 to 57 and of `create -b` from 70 to 63,
+  beside 12 ms for `python -c pass` and 4 to 9 for qemu-img. As a library call an overlay takes 0.4 to 0.7 ms, and a
+  check 30 to 40 ms for the tables of 4 million grains.
 - `convert` waits until the copy is on the disk, which qemu-img's does not (its default is `-t unsafe`): to raw on ext4
   that is about half of the time. The rows with `-t unsafe` compare like with like.
 - Where extents are shared, a copy takes as long as its process takes to start, and little more. To raw, qemu-img's time

@@ -72,7 +72,7 @@ class _Call:
                 return None
             said.seek(0)
             lines = said.read(65536).decode(errors="replace").split("\n")
-        last = next((" ".join(line.split()) for line in reversed(lines) if line.strip()), "it said nothing")
+        last = next((" ".join(line.split()) for line in reversed(lines) if line.strip()), "no output")
         how = f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
         return f"{phase} {self.operation}: {how}: {last}"
 

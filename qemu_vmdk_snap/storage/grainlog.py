@@ -5,7 +5,7 @@ promises more than durability after a flush (that what was acknowledged outlives
 before it acknowledges the write. The log is a file in memory (`/run` is a tmpfs), mapped: a note is a store of 16 bytes
 without a system call. It ends with the machine: grains that were not flushed are then lost, as the guest expects.
 
-    | header: magic, boot, device, inode, CID, generation, path | note | note | ...
+    | header: magic, boot, device, inode, CID, generation, inode version, path | note | note | ...
     note: extent and grain (64 bits), sector (32), check over both and the generation (32)
 
 Invariants: the log is locked (flock) while its writer lives; a flush that made the tables durable begins a new
@@ -32,6 +32,8 @@ _log = log.of(__name__)
 
 _MAGIC: Final = b"QVSGRAIN"
 _HEADER: Final = struct.Struct("<8s16sQQII")  # magic, boot, device, inode, CID, generation
+_VERSION: Final = struct.Struct("<Q")
+_VERSION_AT: Final = _HEADER.size
 _PATH: Final = struct.Struct("<H")
 _PATH_AT: Final = 64
 _NOTES_AT: Final = 8192
@@ -42,6 +44,7 @@ _FIRST_SIZE: Final = 1 << 16
 _EXTENT_SHIFT: Final = 48
 _GRAIN_MASK: Final = (1 << _EXTENT_SHIFT) - 1
 _FOLDER: Final = "qemu-vmdk-snap"
+_FS_IOC_GETVERSION: Final = 0x80087601  # linux/fs.h: _IOR('v', 1, long)
 
 
 class Noted(NamedTuple):
@@ -88,6 +91,7 @@ class GrainLog:
         self._at = _NOTES_AT
         _, _, device, inode, self.cid, self._generation = _HEADER.unpack_from(self._map)
         self.identity = Identity(device, inode)
+        (self.version,) = _VERSION.unpack_from(self._map, _VERSION_AT)
         (length,) = _PATH.unpack_from(self._map, _PATH_AT)
         start = _PATH_AT + _PATH.size
         self.image = Path(os.fsdecode(self._map[start : start + length]))
@@ -107,6 +111,7 @@ class GrainLog:
             os.posix_fallocate(fd, 0, _FIRST_SIZE)  # a mapped hole in a full tmpfs would be a SIGBUS later
             raw = os.fsencode(image)
             head = _HEADER.pack(_MAGIC, boot_id(), identity.device, identity.inode, cid, 1)
+            head += _VERSION.pack(inode_version(image))
             os.pwrite(fd, head.ljust(_PATH_AT, b"\0") + _PATH.pack(len(raw)) + raw, 0)
             draft.rename(path)
             return cls(fd, path)
@@ -163,13 +168,42 @@ class GrainLog:
         self._size *= 2
 
 
+def inode_version(image: Path) -> int:
+    """Return what tells the file from an earlier one with the same inode number; 0 where the file system has no such.
+
+    ext4, XFS and Btrfs have one. tmpfs has none, and gives no number twice.
+    """
+    try:
+        fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return 0
+    try:
+        answer = fcntl.ioctl(fd, _FS_IOC_GETVERSION, bytes(_VERSION.size))
+        return int.from_bytes(answer[:4], "little")  # file systems store 32 bits, whatever the header of Linux says
+    except OSError:
+        return 0
+    finally:
+        os.close(fd)
+
+
 def waiting(image: Path) -> GrainLog | None:
     """Return the log that a dead process left for the image, with entries in it; None where there is none.
 
-    The log of an earlier boot, and an empty one, are removed. That of a living process is none.
+    The log of an earlier boot, an empty one, and one of a deleted file whose inode number the image has now, are
+    removed. That of a living process is none.
     """
     identity = identity_of(image)
-    return None if identity is None else _first(identity)
+    opened = None if identity is None else _first(identity)
+    if opened is not None and _is_of_another(opened, image):
+        _log.info("%s: removed: the image it was for, %s, does not exist any more", opened.path, opened.image)
+        opened.remove()
+        return None
+    return opened
+
+
+def _is_of_another(opened: GrainLog, image: Path) -> bool:
+    version = inode_version(image)
+    return bool(opened.version and version) and opened.version != version
 
 
 def waiting_in(folder: Path) -> list[Path]:
@@ -190,7 +224,7 @@ def _image_of(entry: Path, folder: Path) -> list[Path]:
     try:
         image = opened.image
         same = image.parent == folder and identity_of(image) == opened.identity
-        return [image] if same else []
+        return [image] if same and not _is_of_another(opened, image) else []
     finally:
         opened.close()
 

@@ -69,7 +69,7 @@ def test_a_template_and_what_others_need_stay(lab: Lab, domain: libvirt.virDomai
     assert [(path.name, reason) for path, reason in report.kept] == [
         (
             "template.vmdk",
-            "vm.vmdk is not called as an overlay of it is: it may be a template (--include merges it)",
+            "the name of vm.vmdk is not that of an overlay on it: it may be a template (--include merges it)",
         )
     ]
     assert (read(tops(other)[0]), read(template)) == (held, before)

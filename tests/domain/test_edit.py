@@ -114,6 +114,6 @@ def test_the_commands(lab: Lab, domain: libvirt.virDomain, capsys: pytest.Captur
     assert out("describe", "two", "text") == "Description of domain snapshot two changed\n"
     sizes = out("list", "--sizes").splitlines()
     assert sizes[0].split()[-2:] == ["Frozen", "Depth"]
-    assert [line.split()[-1] for line in sizes[2:]] == ["1", "3", "2"]
+    assert [line.split()[-1] for line in sizes[2:]] == ["1", "2", "3"]  # by time
     assert main(["recover", "-c", lab.uri]) == 0
     assert capsys.readouterr().out == "Nothing to recover.\n"

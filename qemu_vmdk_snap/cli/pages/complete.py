@@ -39,22 +39,18 @@ def parser_of(words: list[str]) -> argparse.ArgumentParser:
     groups = parser.add_subparsers()
     for group, table in COMMANDS.items():
         names = groups.add_parser(group, help=GROUPS[group], allow_abbrev=False)
-        if words[:1] == [group] and group in TOP_LEVEL and not _is_in_group(words[1:2], table):
-            _add(names, TOP_LEVEL[group], wanted=True)  # `serve` is a command and a group
-        elif words[:1] == [group]:
+        if words[:1] == [group]:
+            second, alone = "".join(words[1:2]), TOP_LEVEL.get(group)
+            if alone is not None and not any(name.startswith(second) for name in table):
+                _add(names, alone, wanted=True)  # `serve IMAGE`, not `serve start`
+                continue
             inner = names.add_subparsers()
             for name, command in table.items():
                 _add(inner.add_parser(name, help=command.help, allow_abbrev=False), command, words[1:2] == [name])
     for name, command in TOP_LEVEL.items():
-        if name in COMMANDS:
-            continue
-        _add(groups.add_parser(name, help=command.help, allow_abbrev=False), command, words[:1] == [name])
+        if name not in COMMANDS:
+            _add(groups.add_parser(name, help=command.help, allow_abbrev=False), command, words[:1] == [name])
     return parser
-
-
-def _is_in_group(words: list[str], names: Iterable[str]) -> bool:
-    """Return whether the word after a group begins one of its commands."""
-    return not words or any(name.startswith(words[0]) for name in names)
 
 
 def _add(parser: argparse.ArgumentParser, command: Command, wanted: bool) -> None:

@@ -25,14 +25,14 @@ STATUSES: Final = (
 ABOUT: Final = {
     "image": "Images are locked as QEMU locks them: one that a guest is writing is refused. Parents and extents are "
     "opened beside the file that names them, and in the folders that --allow-dir names. What is interrupted is "
-    "finished or taken back by the next command on the same images, and by qemu-vmdk-snap recover.",
+    "finished or undone by the next command on the same images, and by qemu-vmdk-snap recover.",
     "snapshot": "The domain is named by name, id or UUID. Options may be before, between and after the names; --domain "
     "and --snapshotname name the two as virsh has them. What is interrupted is finished or taken back by the next "
     "command on the same domain, and by qemu-vmdk-snap recover.",
     "guest": "The guest is a program of a few kilobytes that QEMU boots in a tenth of a second; it reads and writes "
     "sectors of the disk and answers on a serial line. KVM is used where it is there, and is not needed.",
-    "serve": "A served disk of a domain is a raw network disk to libvirt; what is behind it is in the metadata of the "
-    "domain. The hook starts the servers before the guest and stops them after it.",
+    "serve": "A server gives the guest a raw NBD disk on a Unix socket and writes the VMDK chain itself. "
+    "libvirt's hook starts the servers of a domain before its guest and stops them after it.",
     "hook": "libvirt runs the hook when a guest starts and stops; a policy for each domain says what is done then.",
     "": "",
 }

@@ -28,6 +28,7 @@ from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain
 from qemu_vmdk_snap.domain.needs.alone import Alone, all_locked, images_alone, require_alone
 from qemu_vmdk_snap.domain.needs.needed import Given, Needed, real_file
 from qemu_vmdk_snap.domain.overlay.newfile import refresh_pools
+from qemu_vmdk_snap.domain.registration import register_text
 from qemu_vmdk_snap.domain.served.memory import memory_files
 from qemu_vmdk_snap.domain.state import inactive_xml, volume_resolver
 from qemu_vmdk_snap.domain.xml.nvram import frozen_nvram
@@ -127,14 +128,11 @@ def settle(conn: libvirt.virConnect, domain: libvirt.virDomain, intent: Intent) 
     Raises:
         DomainError: libvirt refuses.
     """
-    import libvirt
-
     with libvirt_errors(domain.name(), "register its snapshots again"):
         there = {snapshot.getName() for snapshot in domain.listAllSnapshots()}
         missing = {name: text for name, text in intent.snapshots if name not in there}
         for name, text in missing.items():
-            current = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT if name == intent.current else 0
-            domain.snapshotCreateXML(text, libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE | current)
+            register_text(domain, text, current=name == intent.current)
     return Recovery(domain.name(), "", finished=False, operation="destroy")
 
 

@@ -156,6 +156,11 @@ def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
 
             refuse_other_state(text, name)
         disks = vmdk_disks(text, name)
+        serving = policy.serve and bool(served_disks(text))
+        if serving:
+            from qemu_vmdk_snap.domain.hooks.serve import refuse_other_state
+
+            refuse_other_state(text, name)
         named = {path.parent for disk in disks if disk.path is not None for path in (disk.path, *disk.backing)}
         with engine.allowing(*named, below=False):
             if policy.verify != "no":
@@ -163,7 +168,7 @@ def _prepare(path: Path, name: str, stdin: IO[bytes]) -> None:
                 require_tops(disks, policy, name)
             if policy.revert:
                 _revert(disks, policy, name, text)
-        if policy.serve and served_disks(text):
+        if serving:
             from qemu_vmdk_snap.domain.hooks.serve import start_servers
 
             start_servers(text, policy, name)

@@ -120,7 +120,7 @@ def test_a_deadline_ends_one_with_all_it_has_started(drop: Folder) -> None:
     alive = drop.path.parent / "alive"
     drop.add("10-a", f'[ "$1" = after ] || {{ (sleep 3; touch {alive}) & sleep 60; }}')
     started = time.monotonic()
-    with pytest.raises(PluginError, match=r"before create: has not ended in 0\.5 s"):
+    with pytest.raises(PluginError, match=r"before create: did not end within 0\.5 s"):
         drop.run()
     assert time.monotonic() - started < 3
     time.sleep(3)

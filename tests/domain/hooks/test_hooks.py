@@ -219,7 +219,7 @@ def test_the_overlay_is_renewed_at_a_start(host: Host, words: str) -> None:
         ("snapshot-after-stop = true\nrevert-on-start = true", "exclude each other"),
         ('trusted-dirs = ["images"]', "must be a list of absolute paths"),
         ("revert-on-start = []", "must be true, false or a list of disks"),
-        ('revert-on-start = ["vdb"]', "says revert-on-start of vdb, which is no such disk"),
+        ('revert-on-start = ["vdb"]', "revert-on-start names vdb, which is not a disk of the domain"),
     ],
 )
 def test_a_policy_that_cannot_be_followed_refuses_the_start(host: Host, text: str, reason: str) -> None:

@@ -104,6 +104,7 @@ def merged_away(lab: Lab) -> Scene:
 def copy_up(lab: Lab) -> Scene:
     domain, files = chain_of(lab, 2)
     revert(lab.conn, domain.name(), "s2")
+    write(files[0].with_name("a-000003.vmdk"), b"data of the branch of today", 3)
     return Scene(domain, files[1], ("snapshot", "delete", domain.name(), "s2"))
 
 

@@ -57,6 +57,8 @@ def offered(home: Path, shell: str, line: str) -> list[str]:
         ("image info --output j", ["json"]),
         ("image info --output=j", ["json"]),
         ("demo --k", ["--keep"]),
+        ("serve sta", ["start", "status"]),
+        ("serve di", ["disk.vmdk"]),
         ("image info di", ["disk.vmdk"]),
         ("snapshot move web ", ["images/"]),
         ("snapshot list -c qemu:///se", ["qemu:///session"]),

@@ -132,3 +132,22 @@ def test_a_log_that_does_not_fit_is_given_up_and_changes_nothing(
         recover(image.parent)
     assert image.read_bytes() == before
     assert recover(image.parent) == []
+
+
+def test_an_image_with_the_inode_number_of_a_deleted_one_has_no_log(
+    image: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number alone is given again; it refused, and alarmed about, an image that no server ever had."""
+    monkeypatch.setattr(grainlog, "inode_version", lambda path: 1)
+    left_behind(image, 0xABCD, Noted(0, 1, 300))
+    monkeypatch.setattr(grainlog, "inode_version", lambda path: 2)
+    assert waiting_in(image.parent) == []
+    assert waiting(image) is None
+    assert list(home.iterdir()) == []  # what it was for does not exist any more
+    monkeypatch.setattr(
+        grainlog, "inode_version", lambda path: 0
+    )  # a file system without versions: not seen, not absent
+    left_behind(image, 0xABCD, Noted(0, 1, 300))
+    left = waiting(image)
+    assert left is not None
+    left.close()
