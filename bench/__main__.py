@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.report import NOTE, as_json, page, picture, table
+from bench.report import LIVE, NOTE, as_json, page, picture, table
 from bench.rows import ROWS, Place, Result
 
 HERE = Path(__file__).parent
@@ -44,7 +44,7 @@ def main() -> int:
     for one in record["rows"]:
         (args.pictures / f"{one['name']}.svg").write_text(picture(one))
     if args.page:
-        args.page.write_text(page(record, "../bench/pictures", NOTE))
+        args.page.write_text(page(record, "../bench/pictures", f"{NOTE}\n{LIVE}"))
     print(table(record))
     return 0
 

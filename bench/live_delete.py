@@ -30,7 +30,7 @@ from qemu_vmdk_snap import open_chain
 from qemu_vmdk_snap.domain.connect import open_connection
 from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.delete.run import delete
-from tests.e2e.live_guest import MIB, boot_disk, domain_xml
+from tests.e2e.live.live_guest import MIB, boot_disk, domain_xml
 
 if TYPE_CHECKING:
     import libvirt

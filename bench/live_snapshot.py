@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from qemu_vmdk_snap.domain.connect import open_connection
 from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.harness import attach
-from tests.e2e.live_guest import Writer, boot_disk, domain_xml
+from tests.e2e.live.live_guest import Writer, boot_disk, domain_xml
 
 if TYPE_CHECKING:
     import libvirt

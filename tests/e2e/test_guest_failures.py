@@ -121,7 +121,7 @@ def test_qemu_that_dies_while_it_boots(tmp_path: Path) -> None:
     machine = boot(image, expect="never", log_dir=tmp_path / "logs", qemu_args=["-pidfile", str(tmp_path / "pid")])
     code = f"import time\nwhile not open({str(tmp_path / 'pid')!r}, 'a+').seek(0, 2): time.sleep(0.01)\n"
     code += f"import sys; sys.argv.append(open({str(tmp_path / 'pid')!r}).read())\n{killer}"
-    words = "waiting for 'never': QEMU ended with -9: it said nothing"
+    words = "waiting for 'never': QEMU ended with -9: no output"
     with subprocess.Popen([sys.executable, "-c", code]), in_time(), pytest.raises(GuestError, match=words):
         machine.__enter__()
 

@@ -107,7 +107,7 @@ def test_a_chain_of_a_depth(tmp_path: Path) -> None:
     engine_agrees(chain)
     assert len({bytes(link.model.read(0, 4 * MIB)) for link in chain.links}) == 5
     assert ChainMaker(tmp_path / "one").of_depth(1).depth == 1
-    with pytest.raises(InvalidRequest, match="depth: 0 links are no chain"):
+    with pytest.raises(InvalidRequest, match="depth: 0 is not a number of links"):
         ChainMaker(tmp_path).of_depth(0)
     with pytest.raises(InvalidRequest, match="size: 16384 bytes are too few for 9 links"):
         ChainMaker(tmp_path).of_depth(9, "16K")
@@ -117,7 +117,7 @@ def test_a_write_that_is_refused_changes_no_model(tmp_path: Path) -> None:
     chain = KnownChain(tmp_path, "1M")
     with pytest.raises(InvalidRequest):
         chain.write("1M", b"x")
-    with pytest.raises(InvalidRequest, match="qemu-io: bytes 1 to 2 are no whole sectors"):
+    with pytest.raises(InvalidRequest, match="qemu-io: bytes 1 to 2 are not whole sectors"):
         chain.write(1, b"x", by="qemu")
     assert chain.model == Content("1M")
 

@@ -2,8 +2,8 @@
 
 A disk's chain, the link that the guest writes to first: T, c1, c2, ... A link but T may go when no snapshot that stays
 has it as its disk, and only the link above is backed by it. Neighbouring links that may go become one, together with
-the link above them, whose name, CID and content the new image has. T itself takes part only after a new overlay has
-frozen it.
+the link above them, whose name, CID and content the new image has. Links that earlier deletes have left go along. T
+itself takes part only after a new overlay has frozen it.
 
     delete s2      T -> c1 (s3) -> c2 (s2) -> c3 (s1)      becomes      T -> new c1 -> c3
     delete s3      T -> c1 (s3) -> c2 (s2)                 becomes      new top -> new T -> c2
@@ -203,10 +203,13 @@ class _LivePlanner:
             elif at in doomed:
                 stays[at] = reason
         for run in _runs(going):
-            if not doomed.keys().isdisjoint(run):
-                self._groups += [one for one in self._grouped(target, files, run) if one.first < one.last]
+            asked = not doomed.keys().isdisjoint(run)
+            self._groups += [one for one in self._grouped(target, files, run, asked) if one.first < one.last]
         for at, name in sorted(doomed.items()):
             works[name] += self._work(target, files, at, stays.get(at))
+        for group in self._groups:  # what earlier deletes have left goes along
+            if group.target == target and group not in self._told:
+                works[doomed[min(doomed)]] += self._exchanged(group, group.first + 1)
 
     def _obstacle(self, target: str, files: Sequence[Path], at: int) -> str | None:
         """Return None where the link may go, or why it stays.
@@ -234,11 +237,11 @@ class _LivePlanner:
         self._dropped[path] = empty
         return None
 
-    def _grouped(self, target: str, files: tuple[Path, ...], run: Sequence[int]) -> list[_Group]:
+    def _grouped(self, target: str, files: tuple[Path, ...], run: Sequence[int], asked: bool) -> list[_Group]:
         """Return which links of a run, and of the one above it, become one."""
         size_of = self._state.size
-        # What the guest writes to is frozen only where nothing else would take what goes.
-        start = run[0] - 1 if run[0] > 1 or len(run) == 1 else run[0]
+        # What the guest writes to is frozen only where nothing else would take what is asked to go.
+        start = run[0] - 1 if run[0] > 1 or (asked and len(run) == 1) else run[0]
         free = shares_extents(files[run[0]])
         groups: list[_Group] = []
         size = size_of(files[start])
@@ -259,15 +262,21 @@ class _LivePlanner:
                 or "it is far larger than what would be merged with it, and stays in the chain until there is more"
             )
             return [Work(target, "keep", str(files[at]), reason=told)]
+        return self._exchanged(group, at)
+
+    def _exchanged(self, group: _Group, at: int) -> list[Work]:
         works = []
         for path in group.links[1:]:
-            works += [Work(target, "empty", str(one), parent=str(path)) for one in self._dropped.pop(path, [])]
+            dropped = self._dropped.pop(path, [])
+            works += [Work(group.target, "empty", str(one), parent=str(path)) for one in dropped]
         head, below = str(group.links[0]), None if group.below is None else str(group.below)
         size, links = 0, tuple[str, ...]()
         if group not in self._told:  # once, however many of its links a snapshot has frozen
             size, links = sum(map(self._state.size, group.links)), tuple(map(str, group.links))
             self._told.add(group)
-        work = Work(target, "exchange", str(files[at]), head, parent=below, size=size, live=True, links=links)
+        work = Work(
+            group.target, "exchange", str(group.chain[at]), head, parent=below, size=size, live=True, links=links
+        )
         freeze = str(next_overlay(group.links[0], self._taken)) if group.first == 0 else None
         return [*works, replace(work, overlay=freeze)]
 

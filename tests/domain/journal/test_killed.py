@@ -21,8 +21,8 @@ from qemu_vmdk_snap.domain.doctor.domain import check_domain
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.journal.recover import recover
 from qemu_vmdk_snap.domain.revert.run import revert
+from tests.domain.delete.test_delete import chain_in_xml_fits, seen, write
 from tests.domain.lab import MIB, Lab
-from tests.domain.test_delete import chain_in_xml_fits, seen, write
 
 if TYPE_CHECKING:
     import libvirt

@@ -10,9 +10,9 @@ import pytest
 
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.journal.recover import recover
+from tests.domain.delete.test_delete import read, tops
 from tests.domain.journal.test_killed import THOROUGH, VICTIM, check_settled, facts, make_tree
 from tests.domain.lab import Lab
-from tests.domain.test_delete import read, tops
 
 pytestmark = [
     pytest.mark.needs("libvirt", "libvirtd", "virsh", "qemu-system-x86_64"),

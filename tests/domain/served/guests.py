@@ -14,7 +14,7 @@ from qemu_vmdk_snap.domain.served.commands import start_servers, stop_servers
 from qemu_vmdk_snap.domain.state import inactive_xml
 from qemu_vmdk_snap.harness import ProbeSession, pattern
 from qemu_vmdk_snap.harness import attach as attach_probe
-from tests.e2e.live_guest import MIB, SECTOR, boot_disk, domain_xml
+from tests.e2e.live.live_guest import MIB, SECTOR, boot_disk, domain_xml
 
 if TYPE_CHECKING:
     import libvirt

@@ -29,7 +29,7 @@ from qemu_vmdk_snap.harness import pattern
 from qemu_vmdk_snap.harness.probe import parse_answer
 from tests.domain.lab import xml_of
 from tests.domain.served.guests import ServedGuest, written_by
-from tests.e2e.live_guest import MIB, SECTOR, STARTS, Progress, Writer, check_frozen
+from tests.e2e.live.live_guest import MIB, SECTOR, STARTS, Progress, Writer, check_frozen
 
 if TYPE_CHECKING:
     import libvirt

@@ -16,7 +16,7 @@ from qemu_vmdk_snap.harness import attach as attach_probe
 from tests.domain.hooks.test_hooks_daemon import wait_for
 from tests.domain.libvirtd import obstacle
 from tests.domain.served.migrating import host
-from tests.e2e.live_guest import boot_disk, domain_xml
+from tests.e2e.live.live_guest import boot_disk, domain_xml
 
 pytestmark = [
     pytest.mark.needs("libvirt", "libvirtd", "virsh", "qemu-system-x86_64"),

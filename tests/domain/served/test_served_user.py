@@ -14,7 +14,7 @@ from qemu_vmdk_snap.domain.revert.run import revert
 from qemu_vmdk_snap.domain.served.commands import start_servers, stop_servers
 from qemu_vmdk_snap.harness import attach as attach_probe
 from tests.domain.libvirtd import Daemon
-from tests.e2e.live_guest import boot_disk, domain_xml
+from tests.e2e.live.live_guest import boot_disk, domain_xml
 
 pytestmark = [
     pytest.mark.needs("libvirt", "libvirtd", "virsh", "qemu-system-x86_64"),

@@ -21,7 +21,7 @@ from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from tests.domain.lab import contents, xml_of
 from tests.domain.libvirtd import Daemon
-from tests.e2e.live_guest import REGION, STARTS, Writer, boot_disk, check_frozen, start
+from tests.e2e.live.live_guest import REGION, STARTS, Writer, boot_disk, check_frozen, start
 
 if TYPE_CHECKING:
     import libvirt

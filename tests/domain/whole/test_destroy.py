@@ -15,8 +15,8 @@ from qemu_vmdk_snap.domain.destroy import run as destroy_module
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.journal.recover import recover
 from qemu_vmdk_snap.domain.revert.run import revert
+from tests.domain.delete.test_delete import read, seen, tops, write
 from tests.domain.lab import MIB, Lab, contents, xml_of
-from tests.domain.test_delete import read, seen, tops, write
 from tests.support.schemas import check
 
 if TYPE_CHECKING:

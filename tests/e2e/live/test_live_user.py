@@ -14,7 +14,7 @@ from qemu_vmdk_snap.domain.connect import open_connection
 from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from tests.domain.libvirtd import Daemon
-from tests.e2e.live_guest import Progress, Writer, boot_disk, check_frozen, domain_xml, start
+from tests.e2e.live.live_guest import Progress, Writer, boot_disk, check_frozen, domain_xml, start
 
 pytestmark = [
     pytest.mark.needs("libvirt", "libvirtd", "virsh", "qemu-system-x86_64", "setfacl", "getfacl"),

@@ -18,8 +18,8 @@ from qemu_vmdk_snap.domain.doctor.domain import check_domain
 from qemu_vmdk_snap.domain.dry_run import plan_delete
 from qemu_vmdk_snap.domain.registry import list_snapshots
 from qemu_vmdk_snap.domain.revert.run import revert
+from tests.domain.delete.test_delete import chain_in_xml_fits, read, seen, tops, write
 from tests.domain.lab import MIB, Lab
-from tests.domain.test_delete import chain_in_xml_fits, read, seen, tops, write
 
 if TYPE_CHECKING:
     import libvirt

@@ -25,8 +25,8 @@ from qemu_vmdk_snap.domain.move import run as move_module
 from qemu_vmdk_snap.domain.registry import list_snapshots
 from qemu_vmdk_snap.domain.revert.run import revert
 from qemu_vmdk_snap.domain.xml.kept import kept_branches
+from tests.domain.delete.test_delete import chain_in_xml_fits, read, seen, tops, write
 from tests.domain.lab import MIB, Lab, contents, xml_of
-from tests.domain.test_delete import chain_in_xml_fits, read, seen, tops, write
 from tests.support.schemas import check
 
 if TYPE_CHECKING:

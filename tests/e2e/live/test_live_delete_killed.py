@@ -20,9 +20,9 @@ from qemu_vmdk_snap.domain.doctor.domain import check_domain
 from qemu_vmdk_snap.domain.journal.recover import recover
 from qemu_vmdk_snap.domain.registry import list_snapshots
 from tests.domain.libvirtd import Daemon
-from tests.e2e.live_chain import ChainGuest, both
-from tests.e2e.live_guest import Writer
-from tests.e2e.test_live_delete import check_sound, frozen_files
+from tests.e2e.live.live_chain import ChainGuest, both
+from tests.e2e.live.live_guest import Writer
+from tests.e2e.live.test_live_delete import check_sound, frozen_files
 
 pytestmark = [pytest.mark.needs("libvirt", "libvirtd", "virsh", "qemu-system-x86_64", "qemu-img")]
 

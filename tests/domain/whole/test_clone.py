@@ -17,8 +17,8 @@ from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.delete.run import delete
 from qemu_vmdk_snap.domain.doctor.domain import check_domain
 from qemu_vmdk_snap.domain.journal.record import IntentStore
+from tests.domain.delete.test_delete import chain_in_xml_fits, read, seen, tops, write
 from tests.domain.lab import MIB, Lab, contents, xml_of
-from tests.domain.test_delete import chain_in_xml_fits, read, seen, tops, write
 from tests.support.schemas import check
 
 MODES: tuple[Mode, ...] = ("linked", "full")

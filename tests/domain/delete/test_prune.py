@@ -14,8 +14,8 @@ from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.delete.prune import Retention, decide, prune
 from qemu_vmdk_snap.domain.registry import DiskState, SnapshotInfo, list_snapshots
+from tests.domain.delete.test_delete import chain_in_xml_fits, seen, write
 from tests.domain.lab import Lab, contents, xml_of
-from tests.domain.test_delete import chain_in_xml_fits, seen, write
 
 HOUR, DAY = 3600, 86400
 

@@ -20,7 +20,7 @@ from qemu_vmdk_snap.domain.qemu import switch as live
 from qemu_vmdk_snap.domain.revert.run import revert
 from qemu_vmdk_snap.harness import ProbeSession, attach
 from tests.domain.libvirtd import Daemon
-from tests.e2e.live_guest import MIB, REGION, STARTS, Progress, Writer, boot_disk, check_frozen, domain_xml, start
+from tests.e2e.live.live_guest import MIB, REGION, STARTS, Progress, Writer, boot_disk, check_frozen, domain_xml, start
 
 pytestmark = [
     pytest.mark.needs("libvirt", "libvirtd", "virsh", "qemu-system-x86_64"),

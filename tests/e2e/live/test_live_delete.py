@@ -25,9 +25,9 @@ from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.registry import list_snapshots
 from qemu_vmdk_snap.domain.revert.run import revert
 from tests.domain.lab import contents, xml_of
-from tests.e2e.live_chain import ChainGuest, both, content, sums
-from tests.e2e.live_guest import Progress, Writer, check_frozen
-from tests.e2e.test_live import fail_at
+from tests.e2e.live.live_chain import ChainGuest, both, content, sums
+from tests.e2e.live.live_guest import Progress, Writer, check_frozen
+from tests.e2e.live.test_live import fail_at
 from tests.support.schemas import check
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from qemu_vmdk_snap.domain.registry import list_snapshots, snapshot_info
 from qemu_vmdk_snap.domain.xml import list_disks
 from qemu_vmdk_snap.harness import ProbeSession, verify_image
 from tests.domain.lab import contents, xml_of
-from tests.e2e.live_guest import MIB, REGION, STARTS, Progress, Writer, boot_disk, check_frozen, domain_xml, start
+from tests.e2e.live.live_guest import MIB, REGION, STARTS, Progress, Writer, boot_disk, check_frozen, domain_xml, start
 
 if TYPE_CHECKING:
     import libvirt

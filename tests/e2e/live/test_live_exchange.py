@@ -39,10 +39,10 @@ from qemu_vmdk_snap.domain.qemu.graph import BlockGraph, node_name
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from tests.domain.lab import contents
 from tests.domain.libvirtd import Daemon
-from tests.e2e.live_chain import ChainGuest, both, content, content_by_qemu, sums
-from tests.e2e.live_guest import Writer
-from tests.e2e.test_live import fail_at
-from tests.e2e.test_live_options import THROTTLE, Case
+from tests.e2e.live.live_chain import ChainGuest, both, content, content_by_qemu, sums
+from tests.e2e.live.live_guest import Writer
+from tests.e2e.live.test_live import fail_at
+from tests.e2e.live.test_live_options import THROTTLE, Case
 
 if TYPE_CHECKING:
     import libvirt

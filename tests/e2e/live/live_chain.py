@@ -17,7 +17,7 @@ from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.qemu.options import read_options
 from qemu_vmdk_snap.domain.xml import list_disks, relink
 from tests.domain.lab import xml_of
-from tests.e2e.live_guest import MIB, REGION, STARTS, boot_disk, domain_xml, start
+from tests.e2e.live.live_guest import MIB, REGION, STARTS, boot_disk, domain_xml, start
 
 if TYPE_CHECKING:
     import libvirt
