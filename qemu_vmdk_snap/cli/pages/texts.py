@@ -50,7 +50,10 @@ _POLICIES: Final = (
 FILES: Final = {
     "image": ((".NAME.*.qemu-vmdk-snap*", "Beside an image: what an operation on it has not finished yet."),),
     "snapshot": _RECORDS,
-    "serve": _RECORDS,
+    "serve": (
+        ("/run/qemu-vmdk-snap", "Sockets of the servers and their logs, as root; QEMU_VMDK_SNAP_RUN moves it."),
+        *_RECORDS,
+    ),
     "hook": (*_POLICIES, *_RECORDS),
     "guest": (),
     "": (*_POLICIES, *_RECORDS),
@@ -67,7 +70,11 @@ _LIBVIRT: Final = (
 ENVIRONMENT: Final = {
     "image": _LOG,
     "snapshot": (*_LIBVIRT, *_LOG),
-    "serve": (*_LIBVIRT, *_LOG),
+    "serve": (
+        ("QEMU_VMDK_SNAP_RUN", "The folder of the sockets, instead of that under FILES."),
+        *_LIBVIRT,
+        *_LOG,
+    ),
     "hook": (*_LIBVIRT, *_LOG),
     "guest": (("QEMU_VMDK_SNAP_TIMEOUT_SCALE", "How many times longer a guest is waited for."), *_LOG),
     "": (*_LIBVIRT, *_LOG),
