@@ -1,4 +1,4 @@
-"""Name the grains that a killed server stored and acknowledged, and did not live to name (`storage.journal.grainlog`)."""
+"""Name the grains that a killed server stored and acknowledged, and did not live to name (storage.journal.grainlog)."""
 
 from __future__ import annotations
 
