@@ -248,7 +248,7 @@ def test_another_snapshot_of_the_name_is_not_replaced(
     (tmp_path / "s4.xml").write_text(text)
     virsh(daemon_lab, "snapshot-create", domain.name(), str(tmp_path / "s4.xml"), "--redefine")
     before, texts = contents(daemon_lab.folder), virsh(daemon_lab, "snapshot-dumpxml", domain.name(), "s4")
-    with pytest.raises(DomainError, match=r"has another snapshot of the name 's4' by now.*`recover --abandon -c "):
+    with pytest.raises(DomainError, match=r"has another snapshot named 's4' now.*`recover --abandon -c "):
         recover(daemon_lab.conn)
     assert contents(daemon_lab.folder) == before
     assert virsh(daemon_lab, "snapshot-dumpxml", domain.name(), "s4") == texts
