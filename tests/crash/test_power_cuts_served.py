@@ -160,7 +160,7 @@ def test_a_cut_while_a_disk_is_served(tmp_path: Path, plan: str, kind: str) -> N
 def test_without_the_barrier_before_the_tables_a_cut_loses_something(tmp_path: Path) -> None:
     with patch.dict(PLANS, SERVED):
         cutter = Cutter(tmp_path, "write", "sparse")
-        site = "vmdk/grains:GrainExtent.flush: grain data is durable before a table ent"
+        site = "vmdk/grain/extent:GrainExtent.flush: grain data is durable before a table ent"
         assert site in cutter.recorder.barriers(), cutter.recorder.barriers()
         for state in reversed(list(cutter.states(limit=80, without=site))):
             try:

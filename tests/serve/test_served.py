@@ -245,9 +245,11 @@ def test_a_killed_server_is_followed_on_the_top_that_it_had(scratch: Path) -> No
     with serving(scratch / "a.vmdk", scratch) as served:
         assert served.control("status")["top"] == f"{scratch}/b.vmdk"
         io(served.uri, "read -P 2 0 64k")
-        served.control("snapshot-prepare", overlay=str(scratch / "c.vmdk"))
+        control = served.connect_control()  # whose end would take the overlay back
+        control("snapshot-prepare", overlay=str(scratch / "c.vmdk"))
         io(served.uri, "write -P 3 0 4k")
         served.kill()
+        control.close()
     with serving(scratch / "a.vmdk", scratch) as served:  # the overlay is there, and reads what its base reads
         assert served.control("status")["top"] == f"{scratch}/c.vmdk"
         io(served.uri, "read -P 3 0 4k", "read -P 2 4k 60k")

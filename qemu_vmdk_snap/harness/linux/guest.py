@@ -56,7 +56,7 @@ class CommandFailed(GuestError):
     """The guest is well; a command in it ended with another exit status than 0."""
 
     def __init__(self, guest: str, command: str, status: int, stderr: str) -> None:
-        super().__init__(guest, f"{command!r} ended with exit status {status}: {stderr or 'it said nothing'}")
+        super().__init__(guest, f"{command!r} ended with exit status {status}: {stderr or 'no output'}")
         self.args = (guest, command, status, stderr)
         self.command, self.status, self.stderr = command, status, stderr
 

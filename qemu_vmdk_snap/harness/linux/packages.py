@@ -109,7 +109,7 @@ def _run(words: list[str], folder: Path) -> str:
     """Return what a command prints."""
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
         raise BuildError(f"{' '.join(words)}: {last}")
     return done.stdout
 

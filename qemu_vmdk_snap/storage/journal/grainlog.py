@@ -251,8 +251,7 @@ def _open(path: Path) -> GrainLog | None:
             os.close(fd)
             return None
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        head = os.pread(fd, _HEADER.size, 0)
-        magic, boot, *_ = _HEADER.unpack(head)
+        magic, boot = _read_head(fd, path)
         if magic != _MAGIC or boot != boot_id():
             path.unlink()
             os.close(fd)
@@ -267,6 +266,15 @@ def _open(path: Path) -> GrainLog | None:
         opened.remove()
         return None
     return opened
+
+
+def _read_head(fd: int, path: Path) -> tuple[bytes, bytes]:
+    """Return magic and boot of the log."""
+    head = os.pread(fd, _HEADER.size, 0)
+    if len(head) < _HEADER.size:
+        raise OSError(errno.EIO, "was read in part", str(path))
+    magic, boot, *_ = _HEADER.unpack(head)
+    return magic, boot
 
 
 def _own_folder() -> Path:

@@ -100,7 +100,7 @@ def test_failures_have_the_programs_code(daemon_lab: Lab, ansible: Ansible, tmp_
     assert found == [
         ("no-domain", 69),
         ("no-snapshot", 69),
-        ("unsupported", 63),  # never silently without the memory
+        ("domain", 69),  # its disk is not served: never silently without the memory
         ("invalid-request", 64),
         ("invalid-request", 64),
         ("system", 74),

@@ -248,6 +248,11 @@ def test_two_controllers_at_once(
     assert [check.text for check in check_domain(labs["h1"].conn, "h1a") if check.verdict == "bad"] == []
 
 
+def plain(value: object) -> object:
+    """Return the text that ansible-inventory may show as what it does not trust."""
+    return value["__ansible_unsafe"] if isinstance(value, dict) else value
+
+
 def test_an_inventory_of_domains(ansible: Ansible, hypervisors: list[Hypervisor], labs: dict[str, Lab]) -> None:
     one = hypervisors[0]
     source = ansible.folder / "domains.vmdk_snap.yml"
@@ -268,5 +273,5 @@ def test_an_inventory_of_domains(ansible: Ansible, hypervisors: list[Hypervisor]
     assert "snapshot_older_than_1" not in groups
     assert sorted(groups["on_127_0_0_1"]["hosts"]) == ["h1a", "h1b"]
     facts = groups["_meta"]["hostvars"]["h1a"]
-    assert (facts["vmdk_domain"], [row["name"] for row in facts["vmdk_snapshots"]]) == ("h1a", ["s0"])
+    assert [plain(facts["vmdk_domain"]), *(plain(row["name"]) for row in facts["vmdk_snapshots"])] == ["h1a", "s0"]
     assert "root@localhost.invalid is left out" in done.stderr

@@ -271,7 +271,7 @@ def test_the_command_tells_the_pause_and_refuses_memory(guest: Guest, capsys: py
     assert out[2].startswith("  the guest kept running: disk requests waited ")
     assert main([*words, "s2", "--memspec", "/nowhere"]) != 0
     assert capsys.readouterr().err == (
-        "qemu-vmdk-snap: /nowhere: the memory of a guest on QEMU's vmdk driver cannot be saved: the driver blocks "
-        "migration; take the snapshot without --memspec\n"
+        f"qemu-vmdk-snap: domain {guest.name}: disk sda: QEMU's vmdk driver cannot save the guest's memory: "
+        f"`serve attach {guest.name} sda`, while it is shut off, lets our server serve it\n"
     )
     assert guest.domain.snapshotNum() == 1
