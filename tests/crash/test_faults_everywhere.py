@@ -39,7 +39,7 @@ MOST: Final = 40
 NEW: Final = b"new data" * 20000
 AT: Final = 300_000
 
-pytestmark = pytest.mark.usefixtures("not_durable")
+pytestmark = pytest.mark.usefixtures("not_durable", "no_server_was_killed")
 
 
 def _nothing(tree: Tree) -> None:

@@ -37,7 +37,7 @@ PAGE: Final = 4096
 ROOM: Final = (0, 1, 2, 3, 5, 9, 17, 33, 65, 129, 200, 280)
 """Free pages of the full file system."""
 
-pytestmark = pytest.mark.usefixtures("not_durable")
+pytestmark = pytest.mark.usefixtures("not_durable", "no_server_was_killed")
 
 
 @pytest.mark.parametrize("work", WORKS, ids=[work.name for work in WORKS])
