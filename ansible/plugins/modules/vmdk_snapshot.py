@@ -208,7 +208,13 @@ def present(work):
         if params["memory_dump"]:
             file = params["memory_file"] or f"/var/lib/libvirt/qemu/save/{work.domain}.{name}.mem"
             words += ["--memspec", file]
-        work.do(*words)
+        try:
+            work.do(*words)
+        except Failed as failed:
+            if failed.code != "snapshot-exists":
+                raise
+            # A create that was interrupted has been finished first, or another controller was quicker.
+            work.before = work.list()
         names, current = [*names, name], name
     elif params["new_description"] is not None and (found["description"] or "") != params["new_description"]:
         work.edit("describe", work.domain, name, params["new_description"])
