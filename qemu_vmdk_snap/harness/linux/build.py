@@ -44,8 +44,8 @@ GROUPS: Final[dict[str, tuple[str, ...]]] = {
     "nvme": ("nvme",),
     "ide": ("ata_piix", "sd_mod"),
     "ahci": ("ahci", "sd_mod"),
-    "ext4": ("ext4",),
-    "xfs": ("xfs",),
+    "ext4": ("crc32c_generic", "ext4"),  # which asks for it by name alone, at the mount
+    "xfs": ("crc32c_generic", "xfs"),
     "vfat": ("vfat", "nls_cp437", "nls_ascii", "nls_iso8859_1", "nls_utf8"),
 }
 """The modules for each controller and file system."""
