@@ -139,6 +139,16 @@ def the_domain(module):
     return domain
 
 
+def all_domains(program):
+    """Return by the name of each domain its snapshots as `as_results` has them, or the `error` that it gives."""
+    # A domain that cannot be read has an error of its own, and the status is that of the first one.
+    answer = program.call("snapshot", "list", "--all", accept=range(256))
+    return dict(
+        (one["domain"], as_results(one["snapshots"]) if "snapshots" in one else dict(error=one["error"]))
+        for one in answer
+    )
+
+
 def as_results(snapshots):
     """Return snapshots as VMware's modules do: the current one, and all, with ids in their order of creation."""
     ordered = sorted(snapshots, key=lambda one: (one["creation-time"], one["name"]))

@@ -50,7 +50,7 @@ from ansible_collections.qemu_vmdk_snap.vmdk.plugins.module_utils.program import
     PROGRAM_ARGUMENTS,
     Failed,
     Program,
-    as_results,
+    all_domains,
 )
 
 
@@ -59,13 +59,9 @@ def main():
     module = AnsibleModule(argument_spec=dict(PROGRAM_ARGUMENTS), supports_check_mode=True)
     program = Program(module)
     try:
-        answer = program.call("snapshot", "list", "--all", accept=range(256))
+        domains = all_domains(program)
     except Failed as failed:
         program.fail(failed)
-    domains = dict(
-        (one["domain"], as_results(one["snapshots"]) if "snapshots" in one else dict(error=one["error"]))
-        for one in answer
-    )
     facts = dict(version=program.version(), domains=domains)
     module.exit_json(changed=False, ansible_facts=dict(qemu_vmdk_snap=facts))
 

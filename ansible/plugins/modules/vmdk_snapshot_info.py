@@ -54,6 +54,7 @@ from ansible_collections.qemu_vmdk_snap.vmdk.plugins.module_utils.program import
     PROGRAM_ARGUMENTS,
     Failed,
     Program,
+    all_domains,
     as_results,
     domain_arguments,
     the_domain,
@@ -68,14 +69,9 @@ def main():
         if module.params["name"] or module.params["uuid"]:
             snapshots = program.call("snapshot", "list", the_domain(module))
             module.exit_json(changed=False, guest_snapshots=as_results(snapshots))
-        # A domain that cannot be read has an error of its own, and the status is that of the first one.
-        answer = program.call("snapshot", "list", "--all", accept=range(256))
+        domains = all_domains(program)
     except Failed as failed:
         program.fail(failed)
-    domains = dict(
-        (one["domain"], as_results(one["snapshots"]) if "snapshots" in one else dict(error=one["error"]))
-        for one in answer
-    )
     module.exit_json(changed=False, domains=domains)
 
 
