@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import qemu_vmdk_snap as engine
+from qemu_vmdk_snap.domain.journal.overlays import is_empty
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.needs.needed import Given, Needed, real_file, same_file
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
@@ -91,7 +92,7 @@ def remove_orphan(
         folders = sorted({path.parent, real_file(path).parent, found[0].parent.parent})
         with engine.open_chain(path, writable=True, trusted_dirs=folders, check_cids=False) as chain:
             # Checked again under the lock: it may have been written to until now.
-            if not with_data and not _is_empty(chain):
+            if not with_data and not is_empty(chain.links[0]):
                 raise DomainError(name, f"{path} contains data: it is removed only if it is named (--discard)")
             files = engine.own_files(chain.links[0])
             needed.require_unneeded(path, files, needed.holders, orphans=given_up)
@@ -115,12 +116,8 @@ def _describe(path: Path, parent: Path, folders: Collection[Path]) -> Orphan:
     try:
         with engine.open_chain(path, trusted_dirs=sorted(folders), lock=False) as chain:
             allocated = sum(file.path.stat().st_blocks * 512 for file in chain.links[0].files)
-            return Orphan(path, parent, allocated, _is_empty(chain), None)
+            return Orphan(path, parent, allocated, is_empty(chain.links[0]), None)
     except VmdkSnapError as error:
         return Orphan(path, parent, allocated, False, str(error))
     except OSError as error:
         return Orphan(path, parent, allocated, False, f"{error.filename or path}: {error.strerror}")
-
-
-def _is_empty(chain: engine.Chain) -> bool:
-    return all(run.depth > 0 or run.kind is engine.RunKind.HOLE for run in chain.map())

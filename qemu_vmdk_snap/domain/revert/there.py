@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import xml
+from qemu_vmdk_snap.domain.journal.overlays import is_empty
 from qemu_vmdk_snap.domain.needs.needed import same_file
 from qemu_vmdk_snap.domain.state import volume_resolver
 from qemu_vmdk_snap.errors import VmdkSnapError
@@ -38,6 +39,6 @@ def _holds_nothing(today: xml.Disk, planned: PlannedDisk) -> bool:
         with engine.open_chain(today.path, trusted_dirs=folders) as chain:
             if len(chain.links) < 2 or not same_file(chain.links[1].path, planned.frozen):
                 return False
-            return all(run.depth > 0 or run.kind is engine.RunKind.HOLE for run in chain.map())
+            return is_empty(chain.links[0])
     except (VmdkSnapError, OSError):
         return False
