@@ -13,6 +13,7 @@ from uuid import uuid4
 from qemu_vmdk_snap.domain.xml import relink, root_of, with_domain_name
 from qemu_vmdk_snap.domain.xml.elements import each_element
 from qemu_vmdk_snap.domain.xml.kept import with_kept_branches
+from qemu_vmdk_snap.domain.xml.nvram import with_nvram
 from qemu_vmdk_snap.domain.xml.served import served_disks, without_served
 
 _OUI: Final = "52:54:00"
@@ -56,7 +57,9 @@ def with_identity(domain_xml: str, new: Identity) -> str:
         return True
 
     text = each_element(text, ["domain", "devices", "interface"], interface)
-    return each_element(text, ["domain", "os", "nvram"], lambda element: _say(element, str(new.nvram or "")))
+    if new.nvram is not None:
+        return with_nvram(text, new.nvram)
+    return each_element(text, ["domain", "os", "nvram"], lambda element: _say(element, ""))
 
 
 def with_copies(domain_xml: str, copies: Mapping[Path, Path]) -> str:

@@ -25,8 +25,8 @@ from qemu_vmdk_snap.domain.needs.needed import Needed, same_file
 from qemu_vmdk_snap.domain.overlay.naming import check_domain_name
 from qemu_vmdk_snap.domain.qemu.depth import check_depth
 from qemu_vmdk_snap.domain.state import check_state, find_snapshot, inactive_xml, volume_resolver
-from qemu_vmdk_snap.domain.xml.elements import nvram_of, with_files_of_volumes
-from qemu_vmdk_snap.domain.xml.nvram import frozen_nvram
+from qemu_vmdk_snap.domain.xml.elements import with_files_of_volumes
+from qemu_vmdk_snap.domain.xml.nvram import frozen_nvram, nvram_of
 from qemu_vmdk_snap.errors import DomainError, DomainExists, InvalidRequest
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def make_plan(
     _require_free(domain.name(), disks, pending_overlays(store))
     if snapshot is not None:
         _require_frozen(Needed.read(conn, domain), domain.name(), disks)
-    old_nvram = nvram_of(text)
+    variables = nvram_of(text)
+    old_nvram = None if variables is None else variables.path
     identity = new_identity(text, name, None if old_nvram is None else old_nvram.with_name(f"{name}_VARS.fd"))
     if mode == "linked":
         for disk in disks:

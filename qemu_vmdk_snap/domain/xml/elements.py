@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from qemu_vmdk_snap.domain.xml import VolumePath
 from qemu_vmdk_snap.domain.xml.splice import spans, spliced
@@ -54,9 +53,3 @@ def with_files_of_volumes(text: str, volume_path: VolumePath) -> str:
     for disks in _DISKS:
         text = each_element(text, disks, change)
     return text
-
-
-def nvram_of(domain_xml: str) -> Path | None:
-    """Return the file of the domain's UEFI variables; None where the XML names none."""
-    text = (ET.fromstring(domain_xml).findtext("./os/nvram") or "").strip()
-    return Path(text) if text.startswith("/") else None

@@ -17,6 +17,7 @@ from qemu_vmdk_snap.domain.create.run import create_snapshot
 from qemu_vmdk_snap.domain.delete.run import delete
 from qemu_vmdk_snap.domain.doctor.domain import check_domain
 from qemu_vmdk_snap.domain.journal.record import IntentStore
+from qemu_vmdk_snap.domain.xml.nvram import nvram_of
 from tests.domain.delete.test_delete import chain_in_xml_fits, read, seen, tops, write
 from tests.domain.lab import MIB, Lab, contents, xml_of
 from tests.support.schemas import check
@@ -143,7 +144,8 @@ def test_what_is_refused_changes_nothing(lab: Lab, domain: libvirt.virDomain) ->
     assert IntentStore.of(lab.conn).uuids() == []
 
 
-def test_the_uefi_variables_are_copied_and_a_cdrom_is_shared(lab: Lab) -> None:
+@pytest.mark.parametrize("form", ["<nvram>{}</nvram>", "<nvram type='file'><source file='{}'/></nvram>"])
+def test_the_uefi_variables_are_copied_and_a_cdrom_is_shared(lab: Lab, form: str) -> None:
     domain = lab.define(lab.disk("a"), extra=CDROM + EXTRA)
     nvram = lab.folder / "d_VARS.fd"
     nvram.write_bytes(b"variables" * 100)
@@ -151,14 +153,16 @@ def test_the_uefi_variables_are_copied_and_a_cdrom_is_shared(lab: Lab) -> None:
     code.write_bytes(bytes(4096))
     text = xml_of(domain).replace(
         "</os>",
-        f"<loader readonly='yes' type='pflash'>{code}</loader><nvram>{nvram}</nvram></os><features><acpi/></features>",
+        f"<loader readonly='yes' type='pflash'>{code}</loader>{form.format(nvram)}</os><features><acpi/></features>",
     )
     lab.conn.defineXML(text)
     report = clone_domain(lab.conn, domain.name(), None, "uefi")
     lab.adopt("uefi")
     assert report.nvram == lab.folder / "uefi_VARS.fd"
     assert report.nvram.read_bytes() == nvram.read_bytes()
-    assert ET.fromstring(xml_of(lab.conn.lookupByName("uefi"))).findtext("./os/nvram") == str(report.nvram)
+    variables = nvram_of(xml_of(lab.conn.lookupByName("uefi")))
+    assert variables is not None
+    assert variables.path == report.nvram
 
 
 def test_the_command(lab: Lab, domain: libvirt.virDomain, capsys: pytest.CaptureFixture[str]) -> None:
