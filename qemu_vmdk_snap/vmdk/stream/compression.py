@@ -7,11 +7,11 @@ Measured on 96 MiB of programs in grains of 64 KiB, against zlib level 6 (27 MB/
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
 
 import deflate
 
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.light import Final
 from qemu_vmdk_snap.storage.blockfile import Buffer
 
 LEVEL: Final = 4
