@@ -28,6 +28,7 @@ from qemu_vmdk_snap.ops.edit.move import relink_copied
 from qemu_vmdk_snap.ops.journal.relink import DescriptorChange
 from qemu_vmdk_snap.serve.control.arguments import Arguments, path_argument
 from qemu_vmdk_snap.serve.control.switch import Holder, Switcher
+from qemu_vmdk_snap.serve.disk.disk import Disk
 from qemu_vmdk_snap.serve.disk.pull import Puller, stored_pieces
 from qemu_vmdk_snap.serve.server import Server
 from qemu_vmdk_snap.storage.identity import identity_of_open
@@ -101,11 +102,15 @@ class Merger:
                 raise InvalidRequest(path, f"{self._job.link.path} is being merged: one at a time")
             self._set_limit(arguments)
             self._count += 1
-            job = self._prepared(path, f"merge-{self._count}")
             try:
-                self._server.remember_merge(Path(job.child.path))
+                job = self._prepared(path, f"merge-{self._count}")
+                try:
+                    self._server.remember_merge(Path(job.child.path))
+                except BaseException:
+                    self._take_back(job)
+                    raise
             except BaseException:
-                self._take_back(job)
+                self._server.hidden = frozenset()
                 raise
             self._stopped.clear()
             self._job = job
@@ -144,9 +149,11 @@ class Merger:
             raise InvalidRequest(path, reason)
         link, child = stack.links[depth], stack.links[depth - 1]
         parent = stack.links[depth + 1] if depth + 1 < len(stack.links) else None
-        for one in (link, child) if depth > 1 else (link,):
-            if readers := server.readers_of(Path(one.path).name):
-                raise LockBusy(Path(one.path), "write", f"{readers} clients read this export")
+        with stack.turn:  # nobody opens one of them after the count
+            for one in (link, child) if depth > 1 else (link,):
+                if readers := Disk.users(stack, one):
+                    raise LockBusy(Path(one.path), "write", f"{readers} clients read this export")
+            server.hidden = frozenset([link, child])
         if parent is not None and child.capacity > link.capacity < parent.capacity:
             reason = f"cannot be deleted: {child.path} reads zeros past its end, and would read {parent.path} there"
             raise InvalidRequest(path, reason)
