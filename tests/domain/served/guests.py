@@ -79,7 +79,7 @@ def written_by(path: Path, seed: int, start: int, length: int) -> int:
     return count
 
 
-def wait_until_gone(pid: int, seconds: float = 10.0) -> None:
+def wait_until_gone(pid: int, seconds: float = 60.0) -> None:
     """Return once the process has ended."""
     deadline = time.monotonic() + seconds
     while Path(f"/proc/{pid}").exists():
