@@ -294,6 +294,9 @@ def test_names_are_as_long_as_a_file_system_takes_them(here: Path) -> None:
     assert len(list(here.iterdir())) == 3
 
 
+NIL = "00000000-0000-0000-0000-000000000000"
+
+
 def catches(pid: int, number: int) -> bool:
     """Return whether the process has a handler of that signal; see proc_pid_status(5)."""
     found = re.search(r"^SigCgt:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
@@ -318,11 +321,6 @@ def test_progress_reaches_its_end_and_is_told_when_asked_for(here: Path, raw: Pa
 def test_the_uuids_of_virtualbox_are_in_step(here: Path) -> None:
     base, over, top = here / "base.vmdk", here / "over.vmdk", here / "top.vmdk"
     create_image(base, MIB)
-    first = "11111111-2222-4333-8444-555555555555"
-    raw = base.read_bytes()
-    uuids = b'ddb.uuid.image = "%s"\nddb.uuid.modification = "%s"\n' % (first.encode(), first.encode()[::-1])
-    end = raw.index(b"\0", 512)
-    base.write_bytes(raw[:end] + uuids + raw[end + len(uuids) :])
 
     def seen(path: Path, key: str) -> str | None:
         with open_chain(path, lock=False) as chain:
@@ -332,18 +330,32 @@ def test_the_uuids_of_virtualbox_are_in_step(here: Path) -> None:
         assert seen(child, "parent") == seen(parent, "image") is not None
         assert seen(child, "parentmodification") == seen(parent, "modification") is not None
 
+    first = seen(base, "modification")
+    assert first != seen(base, "image") is not None
+    assert seen(base, "parent") == seen(base, "parentmodification") == NIL
     create_overlay(over, base)
     create_overlay(top, over)
     in_step(over, base)
     in_step(top, over)
     assert image("commit", "-q", over) == 0
-    assert seen(base, "modification") != first[::-1]
+    assert seen(base, "modification") != first
     in_step(over, base)
     assert image("rebase", "-b", base.name, top) == 0
     in_step(top, base)
     assert image("rebase", "-b", "", top) == 0
-    assert seen(top, "parent") == seen(top, "parentmodification") == "00000000-0000-0000-0000-000000000000"
+    assert seen(top, "parent") == seen(top, "parentmodification") == NIL
     assert status("check", top) == 0
+    assert image("convert", "-q", str(top), "copy.vmdk") == 0
+    assert seen(here / "copy.vmdk", "image") not in (None, seen(top, "image"))
+
+
+def test_a_base_without_the_uuids_of_virtualbox_is_left_as_it_is(here: Path) -> None:
+    base, over = here / "base.vmdk", here / "over.vmdk"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "vmdk", base, "1M"], check=True)
+    before = base.read_bytes()
+    create_overlay(over, base)
+    assert base.read_bytes() == before
+    assert b"ddb.uuid." not in over.read_bytes()
 
 
 def test_comments_make_room_in_a_full_descriptor(here: Path) -> None:
