@@ -35,9 +35,9 @@ class Control:
     def __call__(self, command: str, **arguments: object) -> dict[str, Any]:
         line = json.dumps({"execute": command, "arguments": arguments, "id": 7})
         self._socket.sendall(line.encode() + b"\n")
-        line = self._lines.readline()
-        assert line, f"the server has ended before it answered {command}"
-        answer = json.loads(line)
+        said = self._lines.readline()
+        assert said, f"the server has ended before it answered {command}"
+        answer = json.loads(said)
         assert answer["id"] == 7
         if "error" in answer:
             raise ControlError(answer["error"])
