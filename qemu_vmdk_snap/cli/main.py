@@ -227,6 +227,7 @@ def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
     try:
         with listening(ui.warn), _allowed(args), _telling_progress(ui):
             status = module.run(args, ui) or 0
+        _tell_slower(ui)
         ui.end()
         sys.stdout.flush()
     except BrokenPipeError:
@@ -241,6 +242,13 @@ def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
         ui.error("cancelled" + _half_done(args), error, exit_status.CANCELLED)
         return exit_status.CANCELLED
     return status
+
+
+def _tell_slower(ui: Ui) -> None:
+    """Say that compressed grains were slower for the lack of a library, if there were any."""
+    compression = sys.modules.get("qemu_vmdk_snap.vmdk.stream.compression")
+    if compression is not None and compression.was_slower():
+        ui.remark(f"compressed grains were {compression.SLOWER}")
 
 
 def _allowed(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:

@@ -93,6 +93,12 @@ class Ui:
         self._end_progress()
         sys.stderr.write(f"qemu-vmdk-snap: warning: {line}\n")
 
+    def remark(self, message: str) -> None:
+        """Print one line on standard error that is not about the answer; `-q` leaves it out."""
+        self._end_progress()
+        if not self.quiet:
+            sys.stderr.write(f"qemu-vmdk-snap: note: {printable(message)}\n")
+
     def streams(self) -> None:
         """Note that the answer is written to standard output piece by piece: nothing else may be written there."""
         self._streams = True

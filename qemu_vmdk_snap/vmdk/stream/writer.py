@@ -71,7 +71,7 @@ class StreamWriter:
         count = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(count, "deflate")
         self._ahead = max(1, min(4 * count, _AHEAD_BYTES // self._unit))
-        self._pending: deque[tuple[int, Future[bytearray]]] = deque()
+        self._pending: deque[tuple[int, Future[bytes | bytearray]]] = deque()
         self._tables = -(-sectors // (grain_sectors * GTES_PER_GT))
         self._directory = np.zeros(self._tables, "<u4")
         self._table = 0

@@ -26,7 +26,7 @@ from qemu_vmdk_snap.domain.state import inactive_xml
 from qemu_vmdk_snap.domain.xml import list_disks
 from qemu_vmdk_snap.domain.xml.served import served_disks
 from qemu_vmdk_snap.errors import DomainError
-from qemu_vmdk_snap.harness import pattern
+from qemu_vmdk_snap.harness import ProbeSession, pattern
 from qemu_vmdk_snap.harness.probe import parse_answer
 from tests.domain.lab import xml_of
 from tests.domain.served.guests import ServedGuest, written_by
@@ -151,6 +151,7 @@ def test_any_snapshot_is_deleted_inside_the_server_while_the_guest_writes(guest:
             for frozen in points.values():
                 check_frozen(*frozen)
         assert not memory.exists()
+    delete_slowly(guest, probe)
     assert [snapshot.name for snapshot in list_snapshots(guest.conn, guest.name)] == ["s1", "s3"]
     seen = probe.crc(STARTS[0], 64 * 1024)
     probe.close()
@@ -163,7 +164,19 @@ def test_any_snapshot_is_deleted_inside_the_server_while_the_guest_writes(guest:
     assert guest.start().crc(STARTS[0], 64 * 1024) == seen
     assert all(check.verdict != "bad" for check in check_domain(guest.conn, guest.name))
     guest.domain.destroy()
+    for act in (delete, plan_delete):
+        with pytest.raises(DomainError, match="disk sda: no server of a running guest's disk merges it"):
+            act(guest.conn, guest.name, ["s1", "s3"], bandwidth=MIB)
     delete(guest.conn, guest.name, ["s1", "s3"])  # shut off: by the engine
+
+
+def delete_slowly(guest: ServedGuest, probe: ProbeSession) -> None:
+    """Delete a snapshot that froze a mebibyte, at two of them a second."""
+    probe.pattern(9, 12 * MIB, MIB)
+    create_snapshot(guest.conn, guest.name, "slow")
+    began = time.monotonic()
+    assert delete(guest.conn, guest.name, "slow", bandwidth=2 * MIB).changed
+    assert time.monotonic() - began >= 0.5
 
 
 def counter_in_memory(guest: ServedGuest, file: Path) -> int:

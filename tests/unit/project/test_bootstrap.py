@@ -337,7 +337,7 @@ def test_no_system_test_goes_on_without_requiring_the_missing_tools(debian: Mach
     assert debian.run("--no-system", "test").returncode == 0
     calls = debian.calls("python")
     assert calls[-1].endswith(" -m pytest --require=none -n auto --maxprocesses=4 --dist=loadfile")
-    assert any(call.endswith("-e .[harness,dev]") for call in calls)
+    assert any(call.endswith("-e .[harness,fast,dev]") for call in calls)
 
 
 def test_without_root_and_sudo_it_says_what_to_do(debian: Machine) -> None:
