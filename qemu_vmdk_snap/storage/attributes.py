@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Final
+
+from qemu_vmdk_snap.light import Final
 
 _ACCESS: Final = ("system.posix_acl_access", "security.selinux")
 """Extended attributes that decide who may open a file. libvirt's own (trusted.libvirt.*) belong to one file only."""

@@ -15,10 +15,10 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
 
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.errors import LockBusy
+from qemu_vmdk_snap.light import Final
 from qemu_vmdk_snap.storage.attributes import copy_attributes
 from qemu_vmdk_snap.storage.blockfile import PosixFile, naming
 from qemu_vmdk_snap.storage.empty import EmptyFile, is_empty

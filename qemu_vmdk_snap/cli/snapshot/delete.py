@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.image.common import size_argument
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_dry_run, add_orphans
 from qemu_vmdk_snap.cli.snapshot.report import pause_line, show
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import TYPE_CHECKING
 from qemu_vmdk_snap.units import MIB
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.domain.delete.run import DeleteReport
     from qemu_vmdk_snap.domain.delete.work import Deleted
 
@@ -47,7 +48,9 @@ def _bandwidth(text: str) -> int:
     """Return bytes a second; a number without a suffix is MiB, as for `virsh blockcommit`."""
     rate = size_argument(text) * (MIB if text.isdecimal() else 1)
     if not rate:
-        raise argparse.ArgumentTypeError("must be more than 0 bytes a second")
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError("must be more than 0 bytes a second")
     return rate
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap.cli import main as main_module
+from qemu_vmdk_snap.cli import commands
 from qemu_vmdk_snap.cli.commands import COMMANDS
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.cli.ui import Ui
@@ -78,7 +78,7 @@ def test_a_wrong_option_is_told_as_ever(parsed: list[argparse.Namespace], capsys
         main(["snapshot", "delete", "--domain", "web", "--no-such"])
     assert (stop.value.code, parsed) == (64, [])
     assert "no option '--domain'" in capsys.readouterr().err
-    assert main_module.PROGRAM == "qemu-vmdk-snap"
+    assert commands.PROGRAM == "qemu-vmdk-snap"
 
 
 @pytest.mark.parametrize(("word", "rate"), [("50", 50 * MIB), ("512K", 512 * KIB), ("1.5M", 3 * MIB // 2)])
