@@ -16,7 +16,7 @@ from qemu_vmdk_snap import __version__
 from qemu_vmdk_snap.cli.commands import COMMANDS, TOP_LEVEL
 
 ROOT = Path(__file__).parents[3]
-SOURCE = ("qemu_vmdk_snap", "contrib", "docs", "examples", "guests")
+SOURCE = ("qemu_vmdk_snap", "contrib", "debian", "docs", "examples", "guests")
 FILES = (".gitignore", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE")
 DATA = f"qemu_vmdk_snap-{__version__}.data/data"
 
