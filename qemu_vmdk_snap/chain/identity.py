@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Final
 
 from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.light import Final
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor
 
 _MIN_DIGITS: Final = 5

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.image.common import add_allow_dir
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import argparse
     import socket
 
     from qemu_vmdk_snap.serve.server import Server
@@ -106,9 +106,13 @@ def _mode(text: str) -> int:
     try:
         mode = int(text, 8)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an octal mode") from None
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError(f"{text!r} is not an octal mode") from None
     if not 0 <= mode <= 0o777:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a mode of a socket")
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError(f"{text!r} is not a mode of a socket")
     return mode
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.errors import printable
+from qemu_vmdk_snap.light import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.ops.progress import Progress

@@ -17,6 +17,7 @@ from qemu_vmdk_snap.domain.create.run import SnapshotReport
 from qemu_vmdk_snap.domain.delete.plan import Scope, State, chosen
 from qemu_vmdk_snap.domain.delete.preview import preview
 from qemu_vmdk_snap.domain.delete.run import DeleteReport
+from qemu_vmdk_snap.domain.delete.served import require_in_servers
 from qemu_vmdk_snap.domain.journal.record import IntentStore
 from qemu_vmdk_snap.domain.revert.run import After, RevertReport
 from qemu_vmdk_snap.domain.revert.run import make_plan as plan_of_revert
@@ -101,6 +102,7 @@ def plan_delete(
     scope: Scope = "one",
     metadata: bool = False,
     orphans: Sequence[Path] = (),
+    bandwidth: int = 0,
 ) -> DeleteReport:
     """Return what `delete` would report, with `dry_run` set: every operation on files, in their order.
 
@@ -112,6 +114,7 @@ def plan_delete(
         deleted, failed = preview(State.read(conn, domain, orphans), domain, wanted, metadata=metadata)
         if failed:
             raise failed[0][1]
+        require_in_servers(domain.name(), deleted, 0 if metadata else bandwidth)
     return DeleteReport(domain.name(), deleted, recovered=None, dry_run=True)
 
 

@@ -50,7 +50,7 @@ class Server:
         self.hidden: frozenset[Link] = frozenset()
         """Links that nobody may open as an export: they are about to go."""
         self._others: dict[str, Stack] = {}
-        self._clients: dict[socket.socket, str] = {}
+        self._clients: set[socket.socket] = set()
         self._threads: set[threading.Thread] = set()
         self._guard = threading.Lock()
         written = note.written() if note is not None else []
@@ -108,14 +108,8 @@ class Server:
 
     @property
     def connections(self) -> int:
-        """How many clients have chosen an export that is written."""
-        with self._guard:
-            return sum(not name for name in self._clients.values())
-
-    def readers_of(self, name: str) -> int:
-        """Return how many clients use that export."""
-        with self._guard:
-            return sum(one == name for one in self._clients.values())
+        """How many clients have chosen the default export; counted before they hear that they have it."""
+        return Disk.users(self.stack)
 
     def accept(self, listener: socket.socket) -> None:
         """Take clients until the listener is closed."""
@@ -128,10 +122,10 @@ class Server:
                 if len(self._clients) >= MOST_CLIENTS or self.stop_asked.is_set():
                     client.close()
                     continue
-                self._clients[client] = "?"
+                self._clients.add(client)
                 thread = threading.Thread(target=self._serve, args=(client,), daemon=True)
                 self._threads.add(thread)
-            thread.start()
+                thread.start()  # here: `close` joins what is in the set
 
     def _serve(self, client: socket.socket) -> None:
         disk: Disk | None = None
@@ -143,19 +137,17 @@ class Server:
             agreed = shake_hands(client, self)
             if agreed is not None:
                 disk = agreed.disk
-                with self._guard:
-                    self._clients[client] = disk.name if disk.stack is self.stack else "?"
                 client.settimeout(None)
                 Connection(client, agreed, self.statistics).run()
         except (Dropped, OSError, VmdkSnapError) as error:
             _log.info("a client is gone: %s", error)
         finally:
+            if disk is not None:
+                disk.close()  # first: who sees the connection closed is no longer counted
             with self._guard:
-                self._clients.pop(client, None)
+                self._clients.discard(client)
                 self._threads.discard(threading.current_thread())
             client.close()
-            if disk is not None:
-                disk.close()
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -169,7 +161,9 @@ class Server:
                     with contextlib.suppress(OSError):
                         client.shutdown(socket.SHUT_RD)
         deadline = time.monotonic() + _GOODBYE_SECONDS
-        for thread in list(self._threads):
+        with self._guard:
+            threads = list(self._threads)
+        for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         with self.stack.pause():
             self._close_stacks()

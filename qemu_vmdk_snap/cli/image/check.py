@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.image.common import add_cache, add_open_options, add_progress, need_vmdk
 from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.light import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.chain.resolver import Resolver
     from qemu_vmdk_snap.ops.check.check import CheckReport
 

@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Print the script."""
-    from qemu_vmdk_snap.cli.main import PROGRAM
+    from qemu_vmdk_snap.cli.commands import PROGRAM
 
     try:
         from argcomplete.shell_integration import shellcode

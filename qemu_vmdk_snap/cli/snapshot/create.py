@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_dry_run
 from qemu_vmdk_snap.cli.snapshot.report import disk_lines, pause_line, show
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.domain.create.run import SnapshotReport
 
 

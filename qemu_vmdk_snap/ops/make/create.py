@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.chain.identity import hint_to, new_cid, overlay_uuids
 from qemu_vmdk_snap.chain.link import read_descriptor
@@ -14,7 +13,7 @@ from qemu_vmdk_snap.chain.look import notes
 from qemu_vmdk_snap.chain.look.opening import look_at
 from qemu_vmdk_snap.chain.resolver import check_opened, confined
 from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest
-from qemu_vmdk_snap.light import replace
+from qemu_vmdk_snap.light import TYPE_CHECKING, Final, replace
 from qemu_vmdk_snap.ops.make.allocate import replace_empty
 from qemu_vmdk_snap.ops.make.base_notes import base_notes
 from qemu_vmdk_snap.ops.make.layout import (

@@ -28,6 +28,7 @@ from qemu_vmdk_snap.ops.edit.move import relink_copied
 from qemu_vmdk_snap.ops.journal.relink import DescriptorChange
 from qemu_vmdk_snap.serve.control.arguments import Arguments, path_argument
 from qemu_vmdk_snap.serve.control.switch import Holder, Switcher
+from qemu_vmdk_snap.serve.disk.disk import Disk
 from qemu_vmdk_snap.serve.disk.pull import Puller, stored_pieces
 from qemu_vmdk_snap.serve.server import Server
 from qemu_vmdk_snap.storage.identity import identity_of_open
@@ -37,6 +38,8 @@ _log = log.of(__name__)
 
 _OPERATION: Final = "remove"
 _RETRY_SECONDS: Final = 0.05
+_LOOK_SECONDS: Final = 0.1
+"""How often a merge that waits looks whether its limit has changed."""
 
 State = Literal["running", "done", "failed", "cancelled"]
 
@@ -101,11 +104,15 @@ class Merger:
                 raise InvalidRequest(path, f"{self._job.link.path} is being merged: one at a time")
             self._set_limit(arguments)
             self._count += 1
-            job = self._prepared(path, f"merge-{self._count}")
             try:
-                self._server.remember_merge(Path(job.child.path))
+                job = self._prepared(path, f"merge-{self._count}")
+                try:
+                    self._server.remember_merge(Path(job.child.path))
+                except BaseException:
+                    self._take_back(job)
+                    raise
             except BaseException:
-                self._take_back(job)
+                self._server.hidden = frozenset()
                 raise
             self._stopped.clear()
             self._job = job
@@ -144,9 +151,11 @@ class Merger:
             raise InvalidRequest(path, reason)
         link, child = stack.links[depth], stack.links[depth - 1]
         parent = stack.links[depth + 1] if depth + 1 < len(stack.links) else None
-        for one in (link, child) if depth > 1 else (link,):
-            if readers := server.readers_of(Path(one.path).name):
-                raise LockBusy(Path(one.path), "write", f"{readers} clients read this export")
+        with stack.turn:  # nobody opens one of them after the count
+            for one in (link, child) if depth > 1 else (link,):
+                if readers := Disk.users(stack, one):
+                    raise LockBusy(Path(one.path), "write", f"{readers} clients read this export")
+            server.hidden = frozenset([link, child])
         if parent is not None and child.capacity > link.capacity < parent.capacity:
             reason = f"cannot be deleted: {child.path} reads zeros past its end, and would read {parent.path} there"
             raise InvalidRequest(path, reason)
@@ -267,13 +276,20 @@ class Merger:
             copied = puller.pull(start, end)
             job.copied += copied
             job.done += end - start
-            if self._limit:
-                allowed += copied / self._limit
-                self._stopped.wait(max(0.0, began + allowed - time.monotonic()))
-            else:
+            limit = self._limit
+            if limit:
+                allowed += copied / limit
+                self._wait_until(began + allowed, limit)
+            if not limit or limit != self._limit:
                 began, allowed = time.monotonic(), 0.0
         with self._stack.turn:
             puller.flush()
+
+    def _wait_until(self, moment: float, limit: int) -> None:
+        """Wait as that limit asks; no longer than until there is another one, or the merge is stopped."""
+        while limit == self._limit and (left := moment - time.monotonic()) > 0:
+            if self._stopped.wait(min(left, _LOOK_SECONDS)):
+                return
 
     def _check_stopped(self) -> None:
         if self._stopped.is_set():

@@ -286,11 +286,11 @@ class Switcher:
             if self.keep_locked is not None:
                 raise InvalidRequest(path, "a merge runs: wait for it, or cancel it")
             stack, server = self._stack, self._server
-            if server.connections and not force:
-                reason = f'{server.connections} clients are connected, and would see another disk ("force": true)'
-                raise InvalidRequest(stack.top.path, reason)
             started = time.monotonic()
-            with stack.pause():
+            with stack.pause():  # nobody connects between the count and the exchange
+                if (clients := server.connections) and not force:
+                    reason = f'{clients} clients are connected, and would see another disk ("force": true)'
+                    raise InvalidRequest(stack.top.path, reason)
                 self._exchange(path)
             return {"top": str(stack.top.path), "pause_seconds": time.monotonic() - started}
 

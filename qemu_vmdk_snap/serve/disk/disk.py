@@ -9,7 +9,6 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import ClassVar, Final
 
 from qemu_vmdk_snap import Link, WritableChain
@@ -67,6 +66,15 @@ class Disk:
                 cls._open.append(found)
             found._users += 1
             return found
+
+    @classmethod
+    def users(cls, stack: Stack, link: Link | None = None) -> int:
+        """Return how many clients have that disk open, those included that are not told yet that they have.
+
+        A caller who holds the turn knows that it stays so: `of` is called with the turn.
+        """
+        with _OPENING:
+            return sum(disk._users for disk in cls._open if disk.stack is stack and disk.link is link)
 
     def close(self) -> None:
         """Let go of the disk; with its last user it hears no more of the stack."""
@@ -310,8 +318,3 @@ class Disk:
 
     def _moved(self, offset: int, length: int) -> None:
         self.places.forget(offset, length)
-
-    @property
-    def name(self) -> str:
-        """What the export is called: nothing for the top, else the name of the link's file."""
-        return "" if self.link is None else Path(self.link.path).name

@@ -128,11 +128,16 @@ class _Handshake:
 
     def _export_name(self, data: bytes) -> Agreed:
         self._asked = data.decode("utf-8", "replace")
-        self._disk = self._exports.open(self._asked)
-        if self._disk is None:
+        disk = self._exports.open(self._asked)
+        if disk is None:
             raise Dropped  # this option has no way to say no
-        answer = struct.pack(">QH", self._disk.capacity, flags_of(self._disk))
-        self._sock.sendall(answer + (b"" if self._no_zeroes else bytes(124)))
+        answer = struct.pack(">QH", disk.capacity, flags_of(disk))
+        try:
+            self._sock.sendall(answer + (b"" if self._no_zeroes else bytes(124)))
+        except BaseException:
+            disk.close()
+            raise
+        self._disk = disk
         return self._agreed()
 
     def _list(self, data: bytes) -> bool:
@@ -209,8 +214,10 @@ class _Handshake:
         if disk is None:
             self._reply(wire.REP_ERR_UNKNOWN, b"no such export")
             return False
-        known = [BASE_ALLOCATION, *(SINCE + one for one in self._exports.snapshots_below(disk))]
-        disk.close()
+        try:
+            known = [BASE_ALLOCATION, *(SINCE + one for one in self._exports.snapshots_below(disk))]
+        finally:
+            disk.close()
         found = _matching(known, queries, chosen=chosen)[:_MOST_CONTEXTS]
         for number, context in found:
             self._reply(wire.REP_META_CONTEXT, struct.pack(">I", number if chosen else 0) + context.encode())

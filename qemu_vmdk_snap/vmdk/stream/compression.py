@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import Any, Final
 
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.light import Any, Final
 from qemu_vmdk_snap.storage.blockfile import Buffer
 
 try:

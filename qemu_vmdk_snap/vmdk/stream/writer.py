@@ -170,7 +170,7 @@ def _header(sectors: int, grain_sectors: int, room: int, overhead: int) -> Spars
     return SparseExtentHeader(
         magic=MAGIC,
         version=3,
-        flags=int(HeaderFlag.NEWLINE_TEST | HeaderFlag.COMPRESSED | HeaderFlag.MARKERS),
+        flags=HeaderFlag.NEWLINE_TEST | HeaderFlag.COMPRESSED | HeaderFlag.MARKERS,
         capacity=sectors,
         grain_size=grain_sectors,
         descriptor_offset=1,

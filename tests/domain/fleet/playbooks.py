@@ -37,7 +37,7 @@ class Ansible:
     def run(self, *words: str, check: bool = False) -> subprocess.CompletedProcess[str]:
         """Run one of ansible's commands."""
         return subprocess.run(
-            words, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=check, timeout=110
+            words, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=check, timeout=280
         )
 
     def play(self, *tasks: dict[str, Any], flags: tuple[str, ...] = (), **variables: object) -> list[dict[str, Any]]:

@@ -6,10 +6,8 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,9 @@ class Hypervisor:
 
     def __init__(self, name: str, folder: Path, daemon: Daemon) -> None:
         self.name, self.daemon, self.state = name, daemon, folder / "state"
-        self.host = Host(folder / "sshd", f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin", self.state)
+        self.bin = folder / "bin"
+        """What is here is found before what is installed."""
+        self.host = Host(folder / "sshd", f"{self.bin}:{BIN}:/usr/sbin:/usr/bin:/sbin:/bin", self.state)
         (folder / "img").mkdir()
         self.folder = folder / "img"
 
@@ -196,29 +196,49 @@ def test_hosts_in_trouble_do_not_hold_up_the_others(
     assert [names(labs[one.name], f"{one.name}a") for one in hypervisors] == [["s1", "s2"]] * 3
 
 
+CUT = """\
+#!{python}
+import os, pathlib, signal, sys
+import libvirt
+from qemu_vmdk_snap.cli.main import main
+
+define = libvirt.virConnect.defineXML
+
+def cut(*args):
+    define(*args)
+    pathlib.Path({mark!r}).touch()
+    for listed in pathlib.Path("/proc/{sshd}/task").glob("*/children"):
+        for pid in listed.read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[1:3] == ["snapshot", "create"]:
+    libvirt.virConnect.defineXML = cut
+sys.exit(main())
+"""
+
+
 def test_a_connection_cut_in_the_middle_of_a_create(
-    ansible: Ansible, hypervisors: list[Hypervisor], labs: dict[str, Lab], monkeypatch: pytest.MonkeyPatch
+    ansible: Ansible,
+    hypervisors: list[Hypervisor],
+    labs: dict[str, Lab],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """Run again there is one snapshot, whole, and nothing is left over."""
     one, lab = hypervisors[0], labs["h1"]
     monkeypatch.setenv(STATE_VARIABLE, str(one.state))  # for what is checked here
-    began = threading.Event()
-
-    def cut() -> None:
-        """Kill the program and the connection as soon as the program has begun to change something."""
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and len(list(one.folder.glob("*.vmdk"))) == 4:
-            time.sleep(0.001)
-        subprocess.run(["pkill", "-KILL", "-f", "qemu-vmdk-snap snapshot create h1a"], check=False)
-        subprocess.run(["pkill", "-KILL", "-P", str(one.host.pid)], check=False)
-        began.set()
-
-    thread = threading.Thread(target=cut)
-    thread.start()
-    status, said, _ = play(ansible, [one], "a")
-    thread.join()
-    assert began.is_set()
+    program, mark = one.bin / "qemu-vmdk-snap", tmp_path / "cut"
+    one.bin.mkdir()
+    try:
+        program.write_text(CUT.format(python=sys.executable, mark=str(mark), sshd=one.host.pid))
+        program.chmod(0o755)
+        status, said, _ = play(ansible, [one], "a")
+    finally:
+        shutil.rmtree(one.bin)
+    assert mark.exists(), said
     assert status != 0, said
+    assert IntentStore.of(lab.conn, {STATE_VARIABLE: str(one.state)}).uuids()
     status, said, _ = play(ansible, [one], "a")
     assert status == 0, said
     assert names(lab, "h1a") == ["s1", "s2"]

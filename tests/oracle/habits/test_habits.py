@@ -294,13 +294,21 @@ def test_names_are_as_long_as_a_file_system_takes_them(here: Path) -> None:
     assert len(list(here.iterdir())) == 3
 
 
+def catches(pid: int, number: int) -> bool:
+    """Return whether the process has a handler of that signal; see proc_pid_status(5)."""
+    found = re.search(r"^SigCgt:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
+
+
 def test_progress_reaches_its_end_and_is_told_when_asked_for(here: Path, raw: Path) -> None:
     words = [sys.executable, "-m", "qemu_vmdk_snap", "image", "convert", "-f", "raw", str(raw)]
     done = subprocess.run([*words, "-p", "copy.vmdk"], capture_output=True, text=True, check=True, cwd=here)
     assert done.stderr.endswith("(100.00/100%) convert \n")
     raw.write_bytes(os.urandom(4 * MIB))
-    process = subprocess.Popen([*words, "-r", "2M", "slow.vmdk"], stderr=subprocess.PIPE, text=True, cwd=here)
-    time.sleep(1)
+    process = subprocess.Popen([*words, "-r", "1M", "slow.vmdk"], stderr=subprocess.PIPE, text=True, cwd=here)
+    while not catches(process.pid, signal.SIGUSR1):
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
     _, said = process.communicate()
     assert process.returncode == 0
