@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
 import stat
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +19,8 @@ LONGEST: Final = 107
 """Bytes of a path that a Unix socket can have."""
 _FIRST_PASSED: Final = 3
 _BACKLOG: Final = 64
+_PATIENCE: Final = 10.0
+"""Seconds for which whoever else begins to listen in the folder is waited for."""
 
 
 def listen(path: Path, *, mode: int, owner: tuple[int, int] | None = None) -> socket.socket:
@@ -27,7 +32,35 @@ def listen(path: Path, *, mode: int, owner: tuple[int, int] | None = None) -> so
     """
     if len(os.fsencode(path)) > LONGEST:
         raise InvalidRequest(path, f"a socket's path has at most {LONGEST} bytes")
-    _clear(path)
+    with _alone_in(path.parent):
+        _clear(path)
+        return _listener(path, mode=mode, owner=owner)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other servers from beginning to listen in the folder: two would take each other's socket for a dead one's.
+
+    A folder that cannot be locked, or that somebody keeps locked, is used without a lock.
+    """
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield
+        return
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _listener(path: Path, *, mode: int, owner: tuple[int, int] | None) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # Nobody can connect before its mode is right: a name of its own, then the final one.

@@ -75,10 +75,11 @@ class Told(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """A frozen link, and what was told of before it was frozen."""
+    """A frozen link, and what was told of before and after it was frozen."""
 
     path: Path
     before: Told
+    after: Told
     sha256: str
 
 
@@ -116,9 +117,12 @@ def after_passes(count: int) -> bytes:
     return b"".join(last.get(area, bytes(AREA)) for area in range(AREAS))
 
 
-def is_of_one_instant(data: bytes, told_of: int) -> bool:
-    """Tell whether the areas are those of one moment after so many passes: what was done by then, and nothing else."""
-    for done in range(told_of, told_of + MOST_UNTOLD):
+def is_of_one_instant(data: bytes, before: int, after: int) -> bool:
+    """Tell whether the areas are those of one moment between two numbers of passes that were told of.
+
+    They have what was done by then, and nothing else.
+    """
+    for done in range(before, after + MOST_UNTOLD):
         expected = bytearray(after_passes(done))
         start, new = (done + 1) % AREAS * AREA, template((done + 1) % TEMPLATES)
         for at in range(0, AREA, UNIT):
@@ -130,9 +134,9 @@ def is_of_one_instant(data: bytes, told_of: int) -> bool:
     return False
 
 
-def assert_of_one_instant(data: bytes, before: Told) -> None:
+def assert_of_one_instant(data: bytes, before: Told, after: Told) -> None:
     """Check passes and stamps of a frozen disk: it has all that was told before, and what it has more is in order."""
-    assert is_of_one_instant(data, before.passes), f"not as after {before.passes} passes, or some more"
+    assert is_of_one_instant(data, before.passes, after.passes), f"not of one moment: {before} to {after}"
     stretch = data[STAMPS : STAMPS + SECTORS * 512]
     seen = max((int(number) for number in re.findall(rb"stamp (\d+) ", stretch)), default=0)
     assert seen >= before.stamps
@@ -148,10 +152,11 @@ def frozen_by(served: Served, guest: LinuxGuest, overlay: Path) -> tuple[Frozen,
     """Take a snapshot while the guest writes, and return what was frozen and for how long the guest was held."""
     before = told(guest)
     report = served.control("snapshot", overlay=str(overlay))
+    after = told(guest)
     path = Path(report["frozen"])
     data = content(path)
-    assert_of_one_instant(data, before)
-    return Frozen(path, before, hashlib.sha256(data).hexdigest()), float(report["pause_seconds"])
+    assert_of_one_instant(data, before, after)
+    return Frozen(path, before, after, hashlib.sha256(data).hexdigest()), float(report["pause_seconds"])
 
 
 def merged(served: Served) -> int:
@@ -210,10 +215,10 @@ def assert_right_offline(top: Path, links: list[Frozen], end: Told) -> None:
         data = content(link.path)
         assert hashlib.sha256(data).hexdigest() == link.sha256
         assert data == qemu_content(link.path)
-        assert_of_one_instant(data, link.before)
+        assert_of_one_instant(data, link.before, link.after)
     data = content(top)
     assert data[: AREAS * AREA] == after_passes(end.passes)
-    assert_of_one_instant(data, end)
+    assert_of_one_instant(data, end, end)
     for path in (top, *(link.path for link in links)):
         assert "No errors" in qemu_img("check", "-f", "vmdk", path)
     raw = top.with_suffix(".raw")

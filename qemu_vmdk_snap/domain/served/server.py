@@ -29,7 +29,7 @@ _POLL: Final = 0.02
 _STOPPING: Final = 30.0
 """Seconds that a server may take to write everything out."""
 
-_LEAVING: Final = 3.0
+_LEAVING: Final = 15.0
 """Seconds in which QEMU, which has ended, is seen to have closed its connection."""
 
 

@@ -35,7 +35,7 @@ from tests.e2e.live.live_guest import MIB, SECTOR, STARTS, Progress, Writer, che
 if TYPE_CHECKING:
     import libvirt
 
-pytestmark = [pytest.mark.needs("libvirt", "qemu-system-x86_64"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.needs("libvirt", "qemu-system-x86_64"), pytest.mark.timeout(300)]
 AT, LENGTH = 2 * MIB, 16 * MIB
 
 
@@ -96,12 +96,16 @@ def test_memory_and_disk_are_of_one_instant_and_the_guest_resumes_there(
     try:
         probe = guest.start()
         sequence = f"{probe._sequence + 1:02x}"
+        written = guest.writes()
         writing = threading.Thread(target=probe.pattern, args=(7, AT, LENGTH))
         writing.start()
+        while guest.writes() < written + 100:
+            assert writing.is_alive()
+            time.sleep(0.01)
         memory = scratch / "m1.memory"
         report = create_snapshot(guest.conn, guest.name, "m1", memory=memory)
         frozen = report.disks[0].frozen
-        writing.join(60)
+        writing.join()
         probe.pattern(8, AT, MIB)  # the future that is given up
         done = written_by(frozen, 7, AT, LENGTH)
         assert 0 < done < LENGTH // SECTOR, "the snapshot was not taken in the middle of the write"
