@@ -135,7 +135,7 @@ RENDEZVOUS = """\
 [ "$1 $2" = "before create" ] || exit 0
 case $3 in h?a) ;; *) exit 0 ;; esac
 : >"{folder}/$3"
-for i in $(seq 600); do
+for i in $(seq 2000); do
     [ "$(ls "{folder}" | wc -l)" -lt 3 ] || exit 0
     sleep 0.1
 done
