@@ -9,10 +9,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 from qemu_vmdk_snap.errors import DomainError, InvalidRequest, NoDomain, PluginError
+from qemu_vmdk_snap.light import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import libvirt
