@@ -213,7 +213,7 @@ def _allowed(args: argparse.Namespace) -> contextlib.AbstractContextManager[None
 def _telling_progress(ui: Ui) -> Iterator[None]:
     """Show the progress on SIGUSR1, as qemu-img does, unless that signal is used otherwise."""
     before = signal.getsignal(signal.SIGUSR1)
-    if before == signal.SIG_DFL:
+    if before in (signal.SIG_DFL, signal.SIG_IGN):
         with contextlib.suppress(ValueError):  # a thread that is not the main one
             signal.signal(signal.SIGUSR1, lambda *_: ui.tell_progress())
     try:
@@ -245,7 +245,8 @@ def _way_out(error: Exception, args: argparse.Namespace) -> str:
     if isinstance(error, OSError):
         return _half_done(args)
     if isinstance(error, FormatError) and (error.offset, error.field) == (0, "magic"):
-        return _instead_of(error.path)
+        raw = " (-f raw reads the first image as a raw one, -F raw the second)" if "second_format" in args else ""
+        return _instead_of(error.path) or raw
     if isinstance(error, FormatError) and (error.field, error.value) == ("descriptor", b""):
         return _instead_of(error.path)  # as QEMU makes the extents of a split disk
     if isinstance(error, Unsupported) and error.feature.startswith("has no descriptor"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000
@@ -14,6 +15,9 @@ def program() -> int:
     if sys.argv[1:2] != ["serve"]:  # a server runs for months: it is collected as usual
         # What modules are made of stays: looking through it again and again takes as long as a tenth of the start.
         gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS, *gc.get_threshold()[1:])
+    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        # It asks for the progress, and would end a command that has not got as far as having any.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     from qemu_vmdk_snap.cli.main import main
 
     status = main()

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     from qemu_vmdk_snap.chain.resolver import confined
     from qemu_vmdk_snap.ops.check.check import check_image
 
+    if args.format != "vmdk":
+        args.error_status = None  # qemu-img's for a format that has no checks: 63, that of what is not supported
     need_vmdk(args.filename, args.format)
     resolver = confined(args.allow_dir)
     if args.take_back is not None:

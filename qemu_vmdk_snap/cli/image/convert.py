@@ -106,7 +106,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         "-m", "--coroutines", type=_coroutines, metavar="NUMBER", help="1 to 16: accepted, without effect"
     )
     parser.add_argument("-W", "--out-of-order", action="store_true", help="accepted, without effect")
-    parser.add_argument("-l", "--snapshot", metavar="SNAPSHOT", help=HIDDEN)
+    parser.add_argument("-l", "-s", "--snapshot", metavar="SNAPSHOT", help=HIDDEN)
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int | None:
@@ -148,7 +148,7 @@ def _check(args: argparse.Namespace, words: dict[str, str]) -> None:
     if args.backing_format != "vmdk":
         raise Unsupported(target, f"a base of format {args.backing_format!r} is not supported: only vmdk is")
     if args.snapshot is not None:
-        raise Unsupported(args.filename, "-l: a VMDK image has no internal snapshots; each overlay is an image")
+        raise Unsupported(args.filename, "-l, -s: a VMDK image has no internal snapshots; each overlay is an image")
     backed = args.backing is not None or "backing_file" in words
     never: tuple[tuple[bool, str, str], ...] = (
         (args.copy_range and args.compress, "-C", "cannot go with -c"),

@@ -146,6 +146,8 @@ class Plain:
         else:
             if not long and not equals:  # an empty value is a word of its own
                 at, text = at + 1, words[at + 1]
+            if text == "--" or (not long and text.startswith("=")):  # argparse has its own way with these
+                raise Unusual
             value = argument.value(text)
             if argument.action == "append":
                 value = [*(getattr(found, argument.dest) or ()), value]
@@ -154,6 +156,8 @@ class Plain:
 
     def _rest(self, words: list[str], found: Found) -> None:
         """Give the words to the positional arguments: as many to each as those after it leave."""
+        if "--" in words:  # a second one
+            raise Unusual
         needed = [int(argument.nargs in (None, "+")) for argument in self._positionals]
         if any(argument.nargs not in (None, "?", "*", "+") for argument in self._positionals):
             raise Unusual

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from qemu_vmdk_snap.chain.identity import hint_to, new_cid, overlay_uuids
+from qemu_vmdk_snap.chain.identity import base_uuids, hint_to, new_cid, overlay_uuids
 from qemu_vmdk_snap.chain.link import read_descriptor
 from qemu_vmdk_snap.chain.look import notes
 from qemu_vmdk_snap.chain.look.opening import look_at
@@ -217,7 +217,7 @@ def plan_base(path: Path, size: int, options: ImageOptions) -> Plan:
     for key, value in kind_for(path, options).ddb:
         ddb.setdefault(key, value)
     cid = new_cid()
-    ddb["longContentID"] = _long_id(cid)
+    ddb = {**ddb, "longContentID": _long_id(cid), **{key: ddb.get(key, value) for key, value in base_uuids().items()}}
     return plan_image(path, path.name, sectors, options, cid=cid, parent_cid=NO_PARENT, hint=None, ddb=ddb)
 
 

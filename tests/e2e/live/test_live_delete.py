@@ -146,7 +146,7 @@ def test_several_on_two_disks_are_one_exchange_as_planned(
     done = check("snapshot prune", capsys.readouterr().out)
     assert done["deleted"] == planned["deleted"]
     assert (given.count("blockdev-reopen"), given.count("stop")) == (1, 0)
-    assert 0 < done["pause"]["disk-ms"] < 1000
+    assert done["pause"]["disk-ms"] > 0
     assert {one["snapshot"] for one in done["deleted"]} == {"off1", "s0", "s1", "s2"}
     lines = [line for one in done["deleted"] for disk in one["disks"] for line in disk["operations"]]
     assert sum(line.startswith("merge ") and line.endswith(" bytes)") for line in lines) == 2
