@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from qemu_vmdk_snap.cli.main import main
+from qemu_vmdk_snap.cli.program import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import unicodedata
 from pathlib import Path
-from typing import ClassVar
+
+from qemu_vmdk_snap.light import ClassVar
 
 
 def printable(text: str) -> str:
@@ -22,6 +22,8 @@ def _escaped(char: str) -> str:
     code = ord(char)
     if 0xDC80 <= code <= 0xDCFF:  # how Python carries the byte of a file name that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
+    import unicodedata  # where it is needed: few messages have such characters
+
     # Spaces of other widths and private characters are harmless, and may be part of somebody's name.
     if unicodedata.category(char) in ("Zs", "Co", "Cn"):
         return char

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 
 
 def public_names(package: str, file: str) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
@@ -22,7 +21,7 @@ def public_names(package: str, file: str) -> tuple[Callable[[str], object], Call
 
     def found() -> dict[str, tuple[str, str]]:
         if not homes:
-            homes.update(_homes(Path(file).with_suffix(".pyi")))
+            homes.update(_homes(file))
         return homes
 
     def get(name: str) -> object:
@@ -41,7 +40,10 @@ def public_names(package: str, file: str) -> tuple[Callable[[str], object], Call
     return get, names
 
 
-def _homes(stub: Path) -> dict[str, tuple[str, str]]:
-    """Return public name -> (module, name there), as the lines `from MODULE import NAME as PUBLIC` have it."""
+def _homes(file: str) -> dict[str, tuple[str, str]]:
+    """Return public name -> (module, name there), as the lines `from MODULE import NAME as PUBLIC` of the stub say."""
+    from pathlib import Path
+
+    stub = Path(file).with_suffix(".pyi")
     words = (line.split() for line in stub.read_text(encoding="utf-8").splitlines())
     return {line[5]: (line[1], line[3]) for line in words if len(line) == 6 and line[0::2] == ["from", "import", "as"]}

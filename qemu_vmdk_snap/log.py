@@ -8,7 +8,8 @@ start, which has not imported it, spends no time on it.
 from __future__ import annotations
 
 import sys
-from typing import NamedTuple
+
+from qemu_vmdk_snap.light import NamedTuple
 
 
 class Log(NamedTuple):

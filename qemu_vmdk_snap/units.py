@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, NewType
+from qemu_vmdk_snap.light import Final, NewType
 
 Sector = NewType("Sector", int)
 """A count or position in 512-byte sectors, as nearly every field on disk has it."""

@@ -50,6 +50,8 @@ DISTRIBUTIONS: Final = tuple(Path(prefix, "bin/ansible-playbook") for prefix in 
 """Where the distribution's own Ansible may be: unpacked by bootstrap beside the virtual environment's, or installed."""
 
 SESSION_VARIABLE: Final = "QEMU_VMDK_SNAP_TEST_SESSION"
+PATIENCE_VARIABLE: Final = "QEMU_VMDK_SNAP_TEST_PATIENCE"
+"""Seconds in which the processes that the tests have started, and that are about to end, must have ended."""
 SERVERS: Final = ("qemu", "virt", "libvirt", "swtpm")
 """Beginnings of the names of processes that may lose our environment (libvirt clears it) and outlive a test."""
 
@@ -179,7 +181,7 @@ def no_process_left_behind(scratch_root: Path, tmp_path_factory: pytest.TempPath
     os.environ[SESSION_VARIABLE] = token
     yield
     folders = (scratch_root, tmp_path_factory.getbasetemp())
-    deadline = time.monotonic() + 2.0
+    deadline = time.monotonic() + float(os.environ.get(PATIENCE_VARIABLE, "30"))
     time.sleep(0.05)  # one that is just being executed has no environment to be known by
     while (left := strays(token, folders)) and time.monotonic() < deadline:
         time.sleep(0.05)  # one that is just exiting is none

@@ -13,11 +13,10 @@ the first byte of data is written after an open, the top's new CID is durable.
 from __future__ import annotations
 
 import contextlib
-import threading
+from _thread import RLock  # what threading calls by that name, without its start
 from collections.abc import Collection, Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal, NamedTuple, Self, overload
 
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.chain.link import Link, open_link
@@ -26,6 +25,7 @@ from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.chain.small import continues, is_small, small_rows
 from qemu_vmdk_snap.chain.windows import ROW_GRAINS, TABLE_GRAINS, windows
 from qemu_vmdk_snap.errors import CidMismatch, InvalidRequest, VmdkSnapError
+from qemu_vmdk_snap.light import Literal, NamedTuple, Self, overload
 from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer, FileOpener, open_posix, open_posix_or_device
 from qemu_vmdk_snap.vmdk.extent import Below, PlacedExtent
@@ -255,7 +255,7 @@ class WritableChain(Chain):
         super().__init__(links)
         self._cid_renewed = cid_renewed
         self._closed = False
-        self._turn = threading.RLock()
+        self._turn = RLock()
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Return what `Chain.read_at` does; a write of another thread is seen as a whole or not at all."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Final
 
 from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.light import Final
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor
 
 _MIN_DIGITS: Final = 5
@@ -61,10 +61,19 @@ def random_uuid() -> str:
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
+def base_uuids() -> dict[str, str]:
+    """Return what VirtualBox wants in the disk database of a new image without a parent; keys without `ddb.`.
+
+    VirtualBox adds its UUIDs to an image that it opens, and an overlay made before then would never find its base.
+    """
+    own = {"uuid.image": random_uuid(), "uuid.modification": random_uuid()}
+    return {**own, "uuid.parent": _NIL, "uuid.parentmodification": _NIL}
+
+
 def overlay_uuids(base: Descriptor) -> dict[str, str]:
     """Return what VirtualBox wants in the disk database of a new overlay, in step with its base; keys without `ddb.`.
 
-    Nothing on a base that VirtualBox does not know either.
+    Nothing on a base that has none: it is not written for that, as other overlays may need it as it is.
     """
     if not (image := base.get(_IMAGE)):
         return {}

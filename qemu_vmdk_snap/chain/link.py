@@ -5,13 +5,13 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.chain.identity import with_fresh_cid
 from qemu_vmdk_snap.chain.look import notes, opening
 from qemu_vmdk_snap.chain.resolver import Resolver, check_opened, confined
 from qemu_vmdk_snap.chain.windows import windows
 from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.light import TYPE_CHECKING, Final
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix, open_posix_or_device
 from qemu_vmdk_snap.storage.limits import allow_open_files
 from qemu_vmdk_snap.storage.locks import keep_from_writers

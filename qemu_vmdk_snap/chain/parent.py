@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal
 
 from qemu_vmdk_snap.errors import CorruptChain, MissingFile
+from qemu_vmdk_snap.light import Final, Literal
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor
 
 MAX_DEPTH: Final = 256

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final, Protocol, runtime_checkable
 
 from qemu_vmdk_snap.chain.link import Link
+from qemu_vmdk_snap.light import Final, Protocol, runtime_checkable
 from qemu_vmdk_snap.vmdk.runs import COMPRESSED, DATA, HOLE, NO_SOURCE, ZERO, Row
 from qemu_vmdk_snap.vmdk.sparse.small import Piece
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
-from typing import Final
 
+from qemu_vmdk_snap.light import Final
 from qemu_vmdk_snap.vmdk.extent import Extent, PlacedExtent
 
 TABLE_GRAINS: Final = 1 << 18

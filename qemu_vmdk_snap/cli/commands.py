@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from qemu_vmdk_snap.light import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import argparse
+
+    from qemu_vmdk_snap.cli.ui import Ui
+
+PROGRAM: Final = "qemu-vmdk-snap"
+
+
+class CommandModule(Protocol):
+    """The interface of a command's module."""
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the command's arguments to `parser`."""
+
+    def run(self, args: argparse.Namespace, ui: Ui) -> int | None:
+        """Run the command and show the result; the returned number is the exit status, None is 0."""
 
 
 class Command(NamedTuple):
@@ -111,3 +128,12 @@ TOP_LEVEL: Final[dict[str, Command]] = {
     "completion": Command(f"{_HERE}.pages.completion", "print a script that lets a shell complete commands"),
     "manual": Command(f"{_HERE}.pages.manual", "write the manual pages"),
 }
+
+
+def add_arguments(module: CommandModule, parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command, and those that all commands have."""
+    module.configure(parser)
+    parser.add_argument(
+        "--output", dest="output_format", choices=("human", "json"), default="human", help="text (default) or JSON"
+    )
+    parser.add_argument("--debug", action="store_true", help="log what is done to standard error")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.image.common import add_allow_dir
 from qemu_vmdk_snap.cli.snapshot.options import add_all, add_orphans
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
+from qemu_vmdk_snap.light import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.domain.adopt.run import Settled
     from qemu_vmdk_snap.domain.doctor.check import Check
 

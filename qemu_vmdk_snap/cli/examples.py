@@ -42,6 +42,7 @@ EXAMPLES: Final[dict[str, tuple[tuple[str, str], ...]]] = {
         ("snapshot create web before-upgrade", "all VMDK disks of the domain, running or not"),
         ("snapshot create web --quiesce --description 'before the upgrade'", "with the file systems frozen"),
         ("snapshot create web s1 --diskspec vdb,snapshot=no --dry-run", "without one disk, and only the plan"),
+        ("snapshot create web s1 --naming uuid", "overlays called UUID.vmdk, not disk-000001.vmdk"),
     ),
     "snapshot list": (
         ("snapshot list web --tree", "who is whose child, as virsh draws it"),

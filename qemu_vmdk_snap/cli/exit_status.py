@@ -7,9 +7,9 @@ good, 2 corrupt, 3 leaks), so the classes begin above. 63 is qemu-img's own stat
 from __future__ import annotations
 
 import os
-from typing import Final
 
 from qemu_vmdk_snap import errors
+from qemu_vmdk_snap.light import Final
 
 USAGE: Final = 64
 SYSTEM: Final = 74

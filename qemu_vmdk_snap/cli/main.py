@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import functools
 import importlib
 import io
 import itertools
@@ -13,40 +11,17 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol, cast
 
 from qemu_vmdk_snap.chain.look.notes import listening
 from qemu_vmdk_snap.cli import exit_status
-from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL, Command
+from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, PROGRAM, TOP_LEVEL, Command, CommandModule, add_arguments
+from qemu_vmdk_snap.cli.line.words import HELP, NUMBERS, is_named, with_values
 from qemu_vmdk_snap.cli.ui import Ui
-from qemu_vmdk_snap.cli.words import sorted_words
-from qemu_vmdk_snap.errors import FormatError, LockBusy, Unsupported, VmdkSnapError, printable
+from qemu_vmdk_snap.errors import FormatError, LockBusy, Unsupported, VmdkSnapError
+from qemu_vmdk_snap.light import TYPE_CHECKING, NoReturn, cast
 
-PROGRAM = "qemu-vmdk-snap"
-_HELP = frozenset({"-h", "--help"})
-_ANY_WIDTH = 80
-_NAMED = frozenset({"--domain", "--snapshotname"})
-"""What virsh calls its positional arguments where they are given as options."""
-_NUMBERS = tuple(f"-{digit}" for digit in range(10))
-
-
-class CommandModule(Protocol):
-    """The interface of a command's module."""
-
-    def configure(self, parser: argparse.ArgumentParser) -> None:
-        """Add the command's arguments to `parser`."""
-
-    def run(self, args: argparse.Namespace, ui: Ui) -> int | None:
-        """Run the command and show the result; the returned number is the exit status, None is 0."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise exit_status.UsageError(f"{self.prog}: {printable(message)} (try {self.prog} --help)")
-
-    def parse_sorted(self, words: Sequence[str], found: argparse.Namespace | None = None) -> argparse.Namespace:
-        """Return what the words say, options wherever they are among them; a size such as -1G is no option."""
-        return self.parse_args(sorted_words(words, self._option_string_actions, self.error, plain=_NUMBERS), found)
+if TYPE_CHECKING:
+    import argparse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,23 +70,44 @@ def _main(words: list[str]) -> int:
     # Importing NumPy starts a thread for linear algebra on each core; nothing here needs them.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     module = cast(CommandModule, importlib.import_module(command.module))
-    # The width of the terminal matters only for help; finding it takes 4 ms of imports.
-    parser = make_parser(module, command, prog, width=None if _HELP & set(rest) else _ANY_WIDTH)
     try:
-        words_in_order, found = _as_positionals(module, _with_values(module, rest))
-        args = parser.parse_sorted(words_in_order, found)
+        args = _plainly(module, rest) or _by_argparse(module, command, prog, words)
     except exit_status.UsageError as error:
         if command.monitoring:
             return _unknown(str(error))
         raise SystemExit(_usage_error(error, words)) from None
-    except Unsupported as error:  # a name that means something else than a file
-        status = parser.get_default("error_status") or exit_status.status_of(error)
-        raise SystemExit(_usage_error(error, words, status)) from None
     if command.monitoring:
         return _as_plugin(args, prog, rest, module)
     if args.debug or os.environ.get("QEMU_VMDK_SNAP_LOG"):
         return _logged(args, prog, rest, module)
     return _shown(args, prog, rest, module)
+
+
+def _plainly(module: CommandModule, rest: Sequence[str]) -> argparse.Namespace | None:
+    """Return what the words of a command say, where that takes no argparse."""
+    if is_named(rest) or HELP & set(rest):
+        return None
+    from qemu_vmdk_snap.cli.line.plain import Plain, Unusual
+
+    parser = Plain()
+    add_arguments(module, cast("argparse.ArgumentParser", parser))
+    try:
+        return cast("argparse.Namespace", parser.parse(with_values(module, rest), NUMBERS))
+    except Unusual:
+        return None
+
+
+def _by_argparse(module: CommandModule, command: Command, prog: str, words: Sequence[str]) -> argparse.Namespace:
+    """Return what the words say where something about them is unusual, or end with what argparse says of them."""
+    from qemu_vmdk_snap.cli.line.parser import parse, parser_for
+
+    rest = words[len(prog.split()) - 1 :]
+    parser = parser_for(module, command, prog, rest)
+    try:
+        return parse(parser, module, rest)
+    except Unsupported as error:  # a name that means something else than a file
+        status = parser.get_default("error_status") or exit_status.status_of(error)
+        raise SystemExit(_usage_error(error, words, status)) from None
 
 
 def _as_plugin(args: argparse.Namespace, prog: str, rest: Sequence[str], module: CommandModule) -> int:
@@ -175,58 +171,11 @@ def _cancel_on_signals() -> None:
             signal.signal(number, cancel)
 
 
-def _with_values(module: CommandModule, rest: Sequence[str]) -> list[str]:
-    """Return the words with the value of each option that may be without: virsh's `--quiesce NAME` names a domain."""
-    optional: dict[str, tuple[str, ...]] = getattr(module, "OPTIONAL_VALUES", {})
-    words = []
-    for word, following in itertools.zip_longest(rest, rest[1:]):
-        alone = word in optional and following not in optional[word]
-        words.append(f"{word}={optional[word][0]}" if alone else word)
-    return words
-
-
-def _as_positionals(module: CommandModule, rest: list[str]) -> tuple[list[str], argparse.Namespace | None]:
-    """Return the words, with those that virsh lets name by an option (`--domain web`) in place, and what is parsed."""
-    if not any(word.partition("=")[0] in _NAMED for word in rest):
-        return rest, None
-    from qemu_vmdk_snap.cli.named import as_positionals
-
-    return as_positionals(module, rest)
-
-
-def make_parser(module: CommandModule, command: Command, prog: str, *, width: int | None = None) -> _Parser:
-    """Return the argument parser of one command, with the options that all of them have.
-
-    Its help is `width` columns wide; None asks the terminal.
-    """
-    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=width)
-    parser = _Parser(prog=prog, description=command.help, allow_abbrev=False, formatter_class=formatter)
-    group = prog.removeprefix(f"{PROGRAM} ")
-    also = ""
-    if group in COMMANDS:  # `serve` is a command and a group
-        names = ", ".join(f"{group} {name}" for name in COMMANDS[group])
-        also = f"Also: {names} ({GROUPS[group]})"
-    if width is None:
-        from qemu_vmdk_snap.cli.examples import as_text
-
-        parser.epilog = "\n\n".join(text for text in (also, as_text(prog)) if text)
-    add_arguments(module, parser)
-    return parser
-
-
-def add_arguments(module: CommandModule, parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command, and those that all commands have."""
-    module.configure(parser)
-    parser.add_argument(
-        "--output", dest="output_format", choices=("human", "json"), default="human", help="text (default) or JSON"
-    )
-    parser.add_argument("--debug", action="store_true", help="log what is done to standard error")
-
-
 def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
     try:
         with listening(ui.warn), _allowed(args), _telling_progress(ui):
             status = module.run(args, ui) or 0
+        _tell_slower(ui)
         ui.end()
         sys.stdout.flush()
     except BrokenPipeError:
@@ -243,6 +192,13 @@ def _run(module: CommandModule, args: argparse.Namespace, ui: Ui) -> int:
     return status
 
 
+def _tell_slower(ui: Ui) -> None:
+    """Say that compressed grains were slower for the lack of a library, if there were any."""
+    compression = sys.modules.get("qemu_vmdk_snap.vmdk.stream.compression")
+    if compression is not None and compression.was_slower():
+        ui.remark(f"compressed grains were {compression.SLOWER}")
+
+
 def _allowed(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
     """Allow the folders of `--allow-dir` to a command on domains; the others pass them on themselves."""
     folders = getattr(args, "allow_dir", []) if "connect" in args else []
@@ -257,7 +213,7 @@ def _allowed(args: argparse.Namespace) -> contextlib.AbstractContextManager[None
 def _telling_progress(ui: Ui) -> Iterator[None]:
     """Show the progress on SIGUSR1, as qemu-img does, unless that signal is used otherwise."""
     before = signal.getsignal(signal.SIGUSR1)
-    if before == signal.SIG_DFL:
+    if before in (signal.SIG_DFL, signal.SIG_IGN):
         with contextlib.suppress(ValueError):  # a thread that is not the main one
             signal.signal(signal.SIGUSR1, lambda *_: ui.tell_progress())
     try:
@@ -289,7 +245,8 @@ def _way_out(error: Exception, args: argparse.Namespace) -> str:
     if isinstance(error, OSError):
         return _half_done(args)
     if isinstance(error, FormatError) and (error.offset, error.field) == (0, "magic"):
-        return _instead_of(error.path)
+        raw = " (-f raw reads the first image as a raw one, -F raw the second)" if "second_format" in args else ""
+        return _instead_of(error.path) or raw
     if isinstance(error, FormatError) and (error.field, error.value) == ("descriptor", b""):
         return _instead_of(error.path)  # as QEMU makes the extents of a split disk
     if isinstance(error, Unsupported) and error.feature.startswith("has no descriptor"):
@@ -315,11 +272,11 @@ def _find(words: Sequence[str]) -> tuple[Command | None, str, list[str]]:
 
 
 def _show_help(words: Sequence[str]) -> int:
-    stray = next((word for word in words[:2] if word.startswith("-") and word not in _HELP), None)
+    stray = next((word for word in words[:2] if word.startswith("-") and word not in HELP), None)
     if stray is not None:
         reason = f"no option {stray!r} here: options follow the command"
         raise exit_status.UsageError(f"{PROGRAM}: {reason} (try {PROGRAM} --help)")
-    wanted = not words or words[-1] == "help" or not _HELP.isdisjoint(words)
+    wanted = not words or words[-1] == "help" or not HELP.isdisjoint(words)
     plain = [word for word in words if not word.startswith("-")]
     group = plain[0] if plain else None
     if group in COMMANDS:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.image.common import add_allow_dir
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import argparse
     import socket
 
     from qemu_vmdk_snap.serve.server import Server
@@ -60,14 +60,15 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     owner = None if args.socket_owner is None else _owner(args.socket_owner)
     with contextlib.ExitStack() as stack:
         listeners: dict[str, socket.socket] = dict(given)
+        for listener in given.values():
+            stack.callback(listener.close)
+        # At the end each goes before it is closed: whoever finds it closed takes its place.
         if "nbd" not in listeners:
-            listeners["nbd"] = listen(path, mode=args.socket_mode, owner=owner)
+            listeners["nbd"] = stack.enter_context(listen(path, mode=args.socket_mode, owner=owner))
             stack.callback(remove, path)
         if "control" not in listeners:
-            listeners["control"] = listen(control_path, mode=0o600)
+            listeners["control"] = stack.enter_context(listen(control_path, mode=0o600))
             stack.callback(remove, control_path)
-        for listener in listeners.values():
-            stack.callback(listener.close)
         note = TopNote(path.with_name(path.name + ".top"), image)
         server = Server(
             note.top(args.allow_dir), read_only=args.read_only, trusted_dirs=args.allow_dir, exports=exports, note=note
@@ -106,9 +107,13 @@ def _mode(text: str) -> int:
     try:
         mode = int(text, 8)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an octal mode") from None
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError(f"{text!r} is not an octal mode") from None
     if not 0 <= mode <= 0o777:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a mode of a socket")
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError(f"{text!r} is not a mode of a socket")
     return mode
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.errors import printable
+from qemu_vmdk_snap.light import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.ops.progress import Progress
@@ -92,6 +92,12 @@ class Ui:
         self._warned[line] = None
         self._end_progress()
         sys.stderr.write(f"qemu-vmdk-snap: warning: {line}\n")
+
+    def remark(self, message: str) -> None:
+        """Print one line on standard error that is not about the answer; `-q` leaves it out."""
+        self._end_progress()
+        if not self.quiet:
+            sys.stderr.write(f"qemu-vmdk-snap: note: {printable(message)}\n")
 
     def streams(self) -> None:
         """Note that the answer is written to standard output piece by piece: nothing else may be written there."""

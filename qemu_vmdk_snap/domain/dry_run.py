@@ -17,7 +17,9 @@ from qemu_vmdk_snap.domain.create.run import SnapshotReport
 from qemu_vmdk_snap.domain.delete.plan import Scope, State, chosen
 from qemu_vmdk_snap.domain.delete.preview import preview
 from qemu_vmdk_snap.domain.delete.run import DeleteReport
+from qemu_vmdk_snap.domain.delete.served import require_in_servers
 from qemu_vmdk_snap.domain.journal.record import IntentStore
+from qemu_vmdk_snap.domain.overlay.naming import NamingRule
 from qemu_vmdk_snap.domain.revert.run import After, RevertReport
 from qemu_vmdk_snap.domain.revert.run import make_plan as plan_of_revert
 from qemu_vmdk_snap.domain.revert.there import is_there
@@ -39,6 +41,7 @@ def plan_create(
     overlays: Mapping[str, Path] | None = None,
     quiesce: str = "no",
     memory: Path | None = None,
+    naming: NamingRule = "number",
 ) -> SnapshotReport:
     """Return what `create_snapshot` would report, with `dry_run` set.
 
@@ -46,7 +49,7 @@ def plan_create(
         DomainError: an operation on the domain is unfinished; and all that `create_snapshot` raises before its first
             change.
     """
-    request = Request(name, description, disks, required, exclude, overlays or {}, quiesce, memory)
+    request = Request(name, description, disks, required, exclude, overlays or {}, quiesce, memory, naming)
     with planning(conn, domain_name) as (domain, store), contextlib.ExitStack() as held:
         plan = make_plan(conn, domain, request, store, held)
     header = plan.snapshot
@@ -101,6 +104,7 @@ def plan_delete(
     scope: Scope = "one",
     metadata: bool = False,
     orphans: Sequence[Path] = (),
+    bandwidth: int = 0,
 ) -> DeleteReport:
     """Return what `delete` would report, with `dry_run` set: every operation on files, in their order.
 
@@ -112,6 +116,7 @@ def plan_delete(
         deleted, failed = preview(State.read(conn, domain, orphans), domain, wanted, metadata=metadata)
         if failed:
             raise failed[0][1]
+        require_in_servers(domain.name(), deleted, 0 if metadata else bandwidth)
     return DeleteReport(domain.name(), deleted, recovered=None, dry_run=True)
 
 

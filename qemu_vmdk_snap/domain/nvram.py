@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qemu_vmdk_snap import copy_attributes
+from qemu_vmdk_snap import replace_file
 from qemu_vmdk_snap.domain.connect import libvirt_errors
 from qemu_vmdk_snap.domain.xml.nvram import frozen_nvram, has_tpm_state, next_copy, nvram_of
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 _MOST_BYTES: Final = 64 << 20
 _TRIES: Final = 5
-_FOLLOWED: Final = ("system.posix_acl_access", "security.selinux")
 
 
 def plan_nvram(domain_xml: str) -> tuple[Path | None, list[tuple[str, str]]]:
@@ -66,7 +65,7 @@ def freeze_nvram(domain_xml: str, copy: Path) -> None:
     """
     found = nvram_of(domain_xml)
     if found is not None and found.path is not None:
-        _write(copy, _settled(found.path), like=found.path, new=True)
+        replace_file(copy, _settled(found.path), like=found.path, new=True)
 
 
 def discard_nvram(conn: libvirt.virConnect, domain: libvirt.virDomain, snapshot_xml: str) -> None:
@@ -104,7 +103,7 @@ def restore_nvram(snapshot_xml: str, domain_xml: str) -> str | None:
     try:
         data = copy.read_bytes()
         if not found.path.exists() or found.path.read_bytes() != data:
-            _write(found.path, data, like=found.path if found.path.exists() else copy, new=False)
+            replace_file(found.path, data, like=found.path if found.path.exists() else copy)
     except OSError as error:
         return f"the UEFI variables stay what they are: {error.filename or copy}: {error.strerror}"
     return None
@@ -124,29 +123,3 @@ def _settled(path: Path) -> bytes:
             break
         data = again
     return data
-
-
-def _write(path: Path, data: bytes, *, like: Path, new: bool) -> None:
-    """Store `data` under `path`, durably and in one step; a `new` file replaces nothing."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.unlink(missing_ok=True)
-    target = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(target, "wb") as file, like.open("rb") as model:
-            file.write(data)
-            file.flush()
-            copy_attributes(model.fileno(), file.fileno(), names=_FOLLOWED)
-            os.fsync(file.fileno())
-        if new:
-            os.link(temporary, path)
-            temporary.unlink()
-        else:
-            temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -29,8 +29,8 @@ from qemu_vmdk_snap.harness.watch.report import FailureReport, gather
 
 __tracebackhide__ = True
 
-_EXIT_SECONDS: Final = 10.0
-_DEATH_SECONDS: Final = 2.0
+_EXIT_SECONDS: Final = 30.0
+_DEATH_SECONDS: Final = 10.0
 
 
 class Machine:

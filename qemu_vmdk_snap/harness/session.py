@@ -26,7 +26,7 @@ import pexpect  # isort: skip # once it is known to be there
 __tracebackhide__ = True
 
 BOOT_SECONDS: Final = 15.0
-_ANSWER_SECONDS: Final = 10.0
+_ANSWER_SECONDS: Final = 30.0
 _SECONDS_PER_MIB: Final = 0.5
 _FIRST_PATIENCE: Final = 0.2
 _LONGEST_PATIENCE: Final = 1.0

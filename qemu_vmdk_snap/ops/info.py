@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from qemu_vmdk_snap.chain.chain import open_chain
-from qemu_vmdk_snap.chain.disk import RawDisk
 from qemu_vmdk_snap.chain.link import Link, open_link, read_descriptor
 from qemu_vmdk_snap.chain.look.over import look_over
 from qemu_vmdk_snap.chain.resolver import confined
 from qemu_vmdk_snap.errors import CidMismatch, CorruptChain, VmdkSnapError
-from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import NamedTuple, dataclass
 from qemu_vmdk_snap.storage.blockfile import PosixFile, open_posix, open_posix_or_device
 from qemu_vmdk_snap.vmdk.grain.extent import GrainExtent
 from qemu_vmdk_snap.vmdk.noted import Notes
-from qemu_vmdk_snap.vmdk.stream.extent import StreamExtent
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +133,8 @@ def chain_info(
     Raises:
         CorruptChain: a parent is missing, may not be opened, or the chain is a loop; and all that `image_info` raises.
     """
+    from qemu_vmdk_snap.chain.chain import open_chain
+
     with open_chain(path, trusted_dirs=trusted_dirs, lock=lock, check_cids=False, allow_devices=allow_devices) as chain:
         cids = [*(link.cid for link in chain.links[1:]), None]
         return [_describe(link, _parent(link, trusted_dirs), cid) for link, cid in zip(chain.links, cids, strict=True)]
@@ -149,6 +147,8 @@ def raw_info(path: Path | str, *, lock: bool = True, allow_devices: bool = False
         LockBusy: another process writes it.
         OSError: it cannot be opened.
     """
+    from qemu_vmdk_snap.chain.disk import RawDisk
+
     with RawDisk(path, lock=lock, allow_devices=allow_devices) as disk:
         return RawInfo(disk.path, disk.capacity, disk.path.stat().st_blocks * 512)
 
@@ -167,7 +167,7 @@ def _describe(link: Link, parent: Path | None, parent_cid: int | None) -> ImageI
             placed.extent.file.path if placed.extent.file else None,
             line.type,
             placed.extent.grain_bytes if isinstance(placed.extent, GrainExtent) else 0,
-            isinstance(placed.extent, StreamExtent),
+            isinstance(placed.extent, GrainExtent) and placed.extent.compressed,
         )
         for placed, line in zip(link.extents, link.descriptor.extents, strict=False)
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+
+from qemu_vmdk_snap.light import NamedTuple
 
 
 class Progress(NamedTuple):

@@ -125,7 +125,7 @@ class Server:
                 self._clients.add(client)
                 thread = threading.Thread(target=self._serve, args=(client,), daemon=True)
                 self._threads.add(thread)
-            thread.start()
+                thread.start()  # here: `close` joins what is in the set
 
     def _serve(self, client: socket.socket) -> None:
         disk: Disk | None = None
@@ -161,7 +161,9 @@ class Server:
                     with contextlib.suppress(OSError):
                         client.shutdown(socket.SHUT_RD)
         deadline = time.monotonic() + _GOODBYE_SECONDS
-        for thread in list(self._threads):
+        with self._guard:
+            threads = list(self._threads)
+        for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         with self.stack.pause():
             self._close_stacks()

@@ -7,6 +7,8 @@ import errno
 import os
 import socket
 import stat
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +18,8 @@ LONGEST: Final = 107
 """Bytes of a path that a Unix socket can have."""
 _FIRST_PASSED: Final = 3
 _BACKLOG: Final = 64
+_PATIENCE: Final = 10.0
+"""Seconds for which whoever else begins to listen in the folder is waited for."""
 
 
 def listen(path: Path, *, mode: int, owner: tuple[int, int] | None = None) -> socket.socket:
@@ -27,7 +31,31 @@ def listen(path: Path, *, mode: int, owner: tuple[int, int] | None = None) -> so
     """
     if len(os.fsencode(path)) > LONGEST:
         raise InvalidRequest(path, f"a socket's path has at most {LONGEST} bytes")
-    _clear(path)
+    with _alone_in(path.parent):
+        _clear(path)
+        return _listener(path, mode=mode, owner=owner)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other servers from beginning to listen in the folder: two would take each other's socket for a dead one's.
+
+    A name in the abstract namespace is the lock: only one process can have it, and it ends with that. Somebody who
+    keeps it is not waited for without end.
+    """
+    facts = folder.stat()
+    name = f"\0qemu-vmdk-snap listens in {facts.st_dev:x}:{facts.st_ino:x}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as lock:
+        deadline = time.monotonic() + _PATIENCE
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                lock.bind(name)
+                break
+            time.sleep(0.01)
+        yield
+
+
+def _listener(path: Path, *, mode: int, owner: tuple[int, int] | None) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # Nobody can connect before its mode is right: a name of its own, then the final one.

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection
+
+from qemu_vmdk_snap.light import Final
+
+_ACCESS: Final = ("system.posix_acl_access", "security.selinux")
+"""Extended attributes that decide who may open a file. libvirt's own (trusted.libvirt.*) belong to one file only."""
 
 
-def copy_attributes(source: int, target: int, *, names: Collection[str] | None = None, mode: int = 0) -> None:
+def copy_attributes(source: int, target: int, *, access_only: bool = False, mode: int = 0) -> None:
     """Give the file open as `target` the owner, the mode and the extended attributes of that open as `source`.
 
-    `names` are the extended attributes that are copied; None is for all of them. `mode` has bits that are added. What
-    already equal is not set: that would need a privilege for nothing.
+    `access_only` leaves out the extended attributes that do not decide who may open the file. `mode` has bits that are
+    added. What is already equal is not set: that would need a privilege for nothing.
 
     Raises:
         OSError: an attribute cannot be given; the target has some of them.
@@ -23,7 +27,7 @@ def copy_attributes(source: int, target: int, *, names: Collection[str] | None =
         except OSError as error:
             reason = f"cannot give a new file the owner {was.st_uid}:{was.st_gid} ({error.strerror}): run it as root"
             raise OSError(error.errno, reason) from error
-    for name in _attributes_of(source, names):
+    for name in _attributes_of(source, access_only=access_only):
         value = os.getxattr(source, name)
         if _attribute(target, name) == value:
             continue
@@ -34,12 +38,12 @@ def copy_attributes(source: int, target: int, *, names: Collection[str] | None =
     os.fchmod(target, stat.S_IMODE(was.st_mode) | mode)  # last: an access list changes the mode
 
 
-def _attributes_of(source: int, names: Collection[str] | None) -> list[str]:
+def _attributes_of(source: int, *, access_only: bool) -> list[str]:
     try:
         there = os.listxattr(source)
     except OSError:
         return []  # a file system without any
-    return [name for name in there if names is None or name in names]
+    return [name for name in there if not access_only or name in _ACCESS]
 
 
 def _attribute(target: int, name: str) -> bytes | None:

@@ -12,7 +12,8 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Protocol, Self
+
+from qemu_vmdk_snap.light import Final, Protocol, Self
 
 Buffer = bytes | bytearray | memoryview
 _SYNC_FILE_RANGE_WRITE: Final = 2

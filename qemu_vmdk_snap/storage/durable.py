@@ -15,10 +15,11 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
 
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.errors import LockBusy
+from qemu_vmdk_snap.light import Final
+from qemu_vmdk_snap.storage.attributes import copy_attributes
 from qemu_vmdk_snap.storage.blockfile import PosixFile, naming
 from qemu_vmdk_snap.storage.empty import EmptyFile, is_empty
 from qemu_vmdk_snap.storage.locks import lock_image
@@ -385,11 +386,23 @@ def replacing(path: Path, mode: int = 0o600) -> Iterator[Replacement]:
     sync_folder(path.parent)
 
 
-def replace_file(path: Path | str, data: bytes, mode: int = 0o644) -> None:
+def replace_file(
+    path: Path | str, data: bytes, mode: int = 0o644, *, like: Path | str | None = None, new: bool = False
+) -> None:
     """Make `path` hold `data`, durably and in one step: a reader sees the old content or the new, never a part.
 
-    It has that mode, whatever the umask is: others read what is written here.
+    It has that mode, whatever the umask is: others read what is written here. With `like` it has the owner, the mode,
+    the access list and the label of that file instead. With `new` there must be no file of that name.
+
+    Raises:
+        FileExistsError: the name of a new file exists; that file is not changed.
+        OSError: it cannot be written, or cannot be given what `like` has.
     """
-    with replacing(Path(path), mode) as file:
-        os.fchmod(file.fileno(), mode)
+    path = Path(path)
+    with new_file(path, mode=0o600) if new else replacing(path, mode) as file:
+        if like is None:
+            os.fchmod(file.fileno(), mode)
+        else:
+            with Path(like).open("rb") as model:
+                copy_attributes(model.fileno(), file.fileno(), access_only=True)
         file.write_at(0, data)

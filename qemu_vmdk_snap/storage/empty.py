@@ -7,8 +7,8 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import Final
 
+from qemu_vmdk_snap.light import Final
 from qemu_vmdk_snap.storage.identity import Identity, identity_of_open
 from qemu_vmdk_snap.storage.locks import lock_image
 

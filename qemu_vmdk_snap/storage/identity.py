@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+
+from qemu_vmdk_snap.light import NamedTuple
 
 
 class Identity(NamedTuple):

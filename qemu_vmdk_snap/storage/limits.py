@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import resource
 from pathlib import Path
-from typing import Final
+
+from qemu_vmdk_snap.light import Final
 
 _SPARE: Final = 256
 """Reserve for other files: the other links of a chain, sockets, logs."""

@@ -12,10 +12,10 @@ import errno
 import fcntl
 import struct
 from pathlib import Path
-from typing import Final
 
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.errors import LockBusy
+from qemu_vmdk_snap.light import Final
 
 _log = log.of(__name__)
 

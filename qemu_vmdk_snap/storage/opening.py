@@ -8,9 +8,9 @@ after locking, and the image opened again if it leads elsewhere.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
 
 from qemu_vmdk_snap.errors import LockBusy
+from qemu_vmdk_snap.light import Final
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener
 from qemu_vmdk_snap.storage.identity import identity_of, identity_of_open
 from qemu_vmdk_snap.storage.locks import lock_image

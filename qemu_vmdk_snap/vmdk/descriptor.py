@@ -14,10 +14,9 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
 
 from qemu_vmdk_snap.errors import FormatError, InvalidRequest
-from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import Final, NamedTuple, dataclass
 from qemu_vmdk_snap.vmdk.registry import MODULES
 
 NO_PARENT: Final = 0xFFFF_FFFF
@@ -57,17 +56,20 @@ _CODECS: Final = {
     "euckr": "euc_kr",
     "johab": "johab",
 }
-_KEY_LINE: Final = re.compile(rb"[ \t]*(?P<key>[A-Za-z_][\w.\-]*)[ \t]*=[ \t]*(?P<value>[^\r\n]*?)[ \t]*\r?\Z")
+# Importing a module that compiles regular expressions costs a short command as much as reading an image: what nearly
+# every descriptor has is taken apart by hand, and these are compiled for what is not so plain.
 # Of decoded text: the second byte of a character in Shift_JIS, Big5 or GBK may be a backslash.
-_EXTENT_LINE: Final = re.compile(
-    r"[ \t]*(?P<access>RW|RDONLY|NOACCESS)[ \t]+(?P<sectors>\S+)[ \t]+(?P<type>[A-Za-z]+)"
-    r"(?:[ \t]+\"(?P<file>(?:[^\"\\]|\\.)*)\"(?:[ \t]+(?P<offset>\S+))?(?P<rest>[^\r\n]*))?[ \t]*\r?\Z",
-    re.IGNORECASE | re.ASCII,
+_EXTENT_LINE: Final = (
+    r"(?ai)[ \t]*(?P<access>RW|RDONLY|NOACCESS)[ \t]+(?P<sectors>\S+)[ \t]+(?P<type>[A-Za-z]+)"
+    r"(?:[ \t]+\"(?P<file>(?:[^\"\\]|\\.)*)\"(?:[ \t]+(?P<offset>\S+))?(?P<rest>[^\r\n]*))?[ \t]*\r?\Z"
 )
-_BOM: Final = b"\xef\xbb\xbf"
-_EXTENT_START: Final = re.compile(rb"[ \t]*(RW|RDONLY|NOACCESS)[ \t]", re.IGNORECASE)
 # VMware writes a quote, a bar and control characters inside a quoted value as a bar and two hex digits.
-_BAR_ESCAPE: Final = re.compile(r"\|(22|7[Cc]|0[0-9A-Fa-f]|1[0-9A-Fa-f])")
+_BAR_ESCAPE: Final = r"\|(22|7[Cc]|0[0-9A-Fa-f]|1[0-9A-Fa-f])"
+_BOM: Final = b"\xef\xbb\xbf"
+_BLANK: Final = b" \t"
+_LETTERS: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_"
+_OF_KEYS: Final = _LETTERS + b"0123456789.-"
+_HEX_DIGITS: Final = frozenset("0123456789abcdefABCDEF")
 
 
 class DecodedName(str):
@@ -130,12 +132,12 @@ class Descriptor:
         extents: list[ExtentLine] = []
         at = 0
         for line in raw.split(b"\n"):
-            if _EXTENT_START.match(line):
+            if _is_extent(line):
                 extents.append(_parse_extent(line, codec, path, base + at))
-            elif not line.lstrip().startswith(b"#") and (found := _KEY_LINE.match(line)):
-                start, end = found.span("value")
-                text = _spelled(_unquote(_decode(found["value"], codec)), codec)
-                values.setdefault(found["key"].decode("ascii", "replace").lower(), _Value(at + start, at + end, text))
+            elif not line.lstrip().startswith(b"#") and (found := _key_and_value(line)):
+                key, start, end = found
+                text = _spelled(_unquote(_decode(line[start:end], codec)), codec)
+                values.setdefault(key, _Value(at + start, at + end, text))
             at += len(line) + 1
         return cls(raw, path, base, values, tuple(extents), codec)
 
@@ -218,7 +220,8 @@ class Descriptor:
 
     def _hex(self, key: str) -> int:
         value = self._required(key)
-        if not re.fullmatch(r"(?:0[xX])?[0-9A-Fa-f]{1,8}", value.text):
+        digits = value.text[2:] if value.text[:2] in ("0x", "0X") else value.text
+        if not 1 <= len(digits) <= 8 or not _HEX_DIGITS.issuperset(digits):
             raise FormatError(self.path, self.base + value.start, key, value.text, "must be 1 to 8 hexadecimal digits")
         return int(value.text, 16)
 
@@ -242,11 +245,38 @@ def _looks_like(raw: bytes) -> bool:
     return False
 
 
+def _is_extent(line: bytes) -> bool:
+    """Return whether the line begins as that of an extent."""
+    first, blank, _ = line.lstrip(_BLANK).replace(b"\t", b" ").partition(b" ")
+    return bool(blank) and first.upper() in (b"RW", b"RDONLY", b"NOACCESS")
+
+
+def _key_and_value(line: bytes) -> tuple[str, int, int] | None:
+    """Return the key of a line `KEY = VALUE` in lower case, and where its value begins and ends."""
+    body = line.removesuffix(b"\r")
+    name, equals, value = body.partition(b"=")
+    key = name.strip(_BLANK)
+    if not equals or b"\r" in body or key[:1].strip(_LETTERS) or key.translate(None, _OF_KEYS) or not key:
+        return None
+    start = len(body) - len(value.lstrip(_BLANK))
+    return key.decode("ascii").lower(), start, max(start, len(body.rstrip(_BLANK)))
+
+
+def _encoding(raw: bytes) -> str | None:
+    """Return the encoding that the descriptor names, if it does."""
+    for line in raw.split(b"\n"):
+        found = _key_and_value(line)
+        if found is not None and found[0] == "encoding":
+            name = line[found[1] : found[2]].removeprefix(b'"').removesuffix(b'"')
+            if name and not name.translate(None, _OF_KEYS + b":"):
+                return name.decode("ascii")
+    return None
+
+
 def _codec_of(raw: bytes) -> str:
-    found = re.search(rb"^[ \t]*encoding[ \t]*=[ \t]*\"?([\w.\-:]+)\"?[ \t]*\r?$", raw, re.IGNORECASE | re.MULTILINE)
-    if not found:
+    name = _encoding(raw) if b"encoding" in raw.lower() else None
+    if name is None:
         return "utf-8"
-    name = found[1].decode("ascii", "replace")
     # QEMU and others never look at the name. What is not ASCII is then kept as the bytes of a file name.
     return _CODECS.get(name.lower().replace("_", "-").partition(":")[0], "ascii")
 
@@ -272,7 +302,8 @@ def _unquote(text: str) -> str:
 
 
 def _unescape(text: str) -> str:
-    return _BAR_ESCAPE.sub(lambda found: chr(int(found[1], 16)), text.replace('\\"', '"'))
+    text = text.replace('\\"', '"')
+    return re.sub(_BAR_ESCAPE, lambda found: chr(int(found[1], 16)), text) if "|" in text else text
 
 
 def _quoted_text(text: str, codec: str, path: Path) -> bytes:
@@ -280,7 +311,7 @@ def _quoted_text(text: str, codec: str, path: Path) -> bytes:
         raise InvalidRequest(
             path, f"{text!r} cannot be written into a descriptor: it contains a quote or a control character"
         )
-    if _BAR_ESCAPE.search(text):
+    if "|" in text and re.search(_BAR_ESCAPE, text):
         raise InvalidRequest(path, f"{text!r} cannot be written into a descriptor: readers take its bar for an escape")
     try:
         return text.encode(codec, "surrogateescape")
@@ -290,21 +321,49 @@ def _quoted_text(text: str, codec: str, path: Path) -> bytes:
 
 def _parse_extent(line: bytes, codec: str, path: Path, at: int) -> ExtentLine:
     shown = _decode(line.rstrip(b"\r"), codec)
-    found = _EXTENT_LINE.match(shown)
-    if not found:
+    found = _plain_extent(shown) or _any_extent(shown)
+    if found is None:
         raise FormatError(path, at, "extent", shown, 'must be ACCESS SECTORS TYPE ["FILE" [OFFSET]]')
-    kind = found["type"].upper()
+    access, sectors, kind, name, offset = found
+    kind = kind.upper()
     if kind not in MODULES:
         raise FormatError(path, at, "extent", shown, f"must have a type of {', '.join(MODULES)}")
-    name = found["file"]
     if name is None and kind != "ZERO":
         raise FormatError(path, at, "extent", shown, f"must name a file: its type is {kind}")
-    numbers = [found["sectors"], found["offset"] or "0"]
-    if not all(re.fullmatch("[0-9]{1,19}", number) for number in numbers):
+    if not _is_number(sectors) or not _is_number(offset):
         raise FormatError(path, at, "extent", shown, "must give sectors and offset as decimal numbers")
-    sectors, offset = map(int, numbers)
     file = None if name is None or kind == "ZERO" else _spelled(_unescape(name), codec)
-    return ExtentLine(found["access"].upper(), sectors, kind, file, offset, at)
+    return ExtentLine(access.upper(), int(sectors), kind, file, int(offset), at)
+
+
+_Extent = tuple[str, str, str, str | None, str]
+"""Access, sectors, type, file and offset, as they are written."""
+
+
+def _plain_extent(shown: str) -> _Extent | None:
+    """Return the parts of an extent's line that is as every program writes it."""
+    before, *quoted = shown.split('"')
+    words = before.replace("\t", " ").split(" ")
+    if "\\" in shown or len(quoted) not in (0, 2) or not all(word.isascii() and word.isalnum() for word in words[:3]):
+        return None
+    if len(words) != (4 if quoted else 3) or any(words[3:]) or words[0].upper() not in ACCESS or not words[2].isalpha():
+        return None
+    if not quoted:
+        return words[0], words[1], words[2], None, "0"
+    offset = quoted[1].strip(" ")
+    if quoted[1] and not (quoted[1].startswith(" ") and (not offset or _is_number(offset))):
+        return None
+    return words[0], words[1], words[2], quoted[0], offset or "0"
+
+
+def _any_extent(shown: str) -> _Extent | None:
+    """Return the parts of any extent's line."""
+    found = re.match(_EXTENT_LINE, shown)
+    return found and (found["access"], found["sectors"], found["type"], found["file"], found["offset"] or "0")
+
+
+def _is_number(text: str) -> bool:
+    return 1 <= len(text) <= 19 and text.isascii() and text.isdigit()
 
 
 def make_descriptor(

@@ -9,10 +9,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from qemu_vmdk_snap.errors import Unsupported
-from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import TYPE_CHECKING, NamedTuple, Protocol, cast, dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.vmdk.descriptor import ExtentLine
 from qemu_vmdk_snap.vmdk.noted import Notes

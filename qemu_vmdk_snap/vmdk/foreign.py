@@ -7,7 +7,8 @@ file is not documented: such a file is recognised by its name, and by the descri
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+
+from qemu_vmdk_snap.light import Final
 
 HEAD_BYTES: Final = 1024
 """What `kind_of` looks at."""

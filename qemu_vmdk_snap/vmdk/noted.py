@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+
+from qemu_vmdk_snap.light import Final
 
 MOST_COUNTED: Final = 1 << 16
 """How many cases of one kind in one extent are distinguished, to bound the memory."""

@@ -6,10 +6,9 @@ import functools
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self, get_type_hints
 
 from qemu_vmdk_snap.errors import FormatError
-from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import Annotated, Any, NamedTuple, Self, dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,8 @@ class OnDisk:
 @functools.cache  # one entry a record class
 def _columns(cls: type[OnDisk]) -> tuple[Column, ...]:
     columns, offset = [], 0
-    for name, hint in get_type_hints(cls, include_extras=True).items():
+    # The annotations themselves: a module with records does not import them as text from __future__.
+    for name, hint in cls.__annotations__.items():
         marks = _marks(hint)
         wire = next(mark for mark in marks if isinstance(mark, Wire))
         rules = tuple(mark for mark in marks if isinstance(mark, Must))

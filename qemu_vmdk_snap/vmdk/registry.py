@@ -6,7 +6,7 @@ lines have in a descriptor.
 
 from __future__ import annotations
 
-from typing import Final
+from qemu_vmdk_snap.light import Final
 
 MODULES: Final[dict[str, str]] = {
     "SPARSE": "qemu_vmdk_snap.vmdk.by_magic",

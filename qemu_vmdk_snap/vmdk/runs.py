@@ -7,9 +7,7 @@ extent, a link or the whole disk).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
-
-from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import TYPE_CHECKING, Any, Final, NamedTuple, Self, dataclass
 from qemu_vmdk_snap.light import numpy as np
 
 if TYPE_CHECKING:

@@ -187,7 +187,7 @@ def faults_of(seen: list[str], seed: str) -> Iterator[Fault]:
         yield Fault(at, code, code != errno.EINTR and (turn + turn // len(codes)) % 2 == 1)
 
 
-@pytest.mark.timeout(3600 if EACH else 240)
+@pytest.mark.timeout(3600 if EACH else 300)
 @pytest.mark.parametrize("work", WORKS, ids=[work.name for work in WORKS])
 def test_a_fault_at_every_call(work: Work, origin: Tree, tmp_path: Path) -> None:
     tree = fresh(origin, tmp_path, work)

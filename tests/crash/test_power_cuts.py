@@ -54,13 +54,13 @@ def judge_all(cutter: Cutter, *, limit: int) -> int:
     return count
 
 
-@pytest.mark.timeout(1200 if LONG else 120)
+@pytest.mark.timeout(1200 if LONG else 300)
 @pytest.mark.parametrize(("plan", "kind"), cases(list(PLANS)))
 def test_a_cut_within_an_operation(tmp_path: Path, plan: str, kind: str) -> None:
     assert judge_all(Cutter(tmp_path, plan, kind), limit=STATES) > 5
 
 
-@pytest.mark.timeout(3600 if LONG else 120)
+@pytest.mark.timeout(3600 if LONG else 300)
 @pytest.mark.parametrize(("plan", "kind"), cases(list(RECOVERED), recovery=True))
 def test_a_cut_within_the_recovery(tmp_path: Path, plan: str, kind: str) -> None:
     """From some states that a first cut left: `recover` is cut itself, and runs again."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 _BINDS = {"etc": "/etc/libvirt", "lib": "/var/lib/libvirt", "cache": "/var/cache/libvirt", "log": "/var/log/libvirt"}
-_WAIT = 30.0
+_WAIT = 100.0
 
 LIBVIRTD_CONF = """\
 auth_unix_rw = "none"

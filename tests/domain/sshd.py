@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import random
 import shutil
 import socket
 import subprocess
@@ -36,6 +37,16 @@ IdentityAgent none
 """
 
 
+def free_port() -> int:
+    """Return a port that nobody listens on, and that the system gives to nobody who asks it for any."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(10000, max(first, 20000))
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+
+
 class Host:
     """A host that is reached by ssh: this machine, with a key, a port and an environment of its own."""
 
@@ -43,9 +54,7 @@ class Host:
         folder.mkdir()
         self.pid = 0  # of the sshd that listens
         self.folder, self.key = folder, folder / "key"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         for key in (self.key, folder / "host"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
         shutil.copyfile(folder / "key.pub", folder / "authorized_keys")
@@ -83,7 +92,7 @@ class Host:
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.pid = process.pid
         try:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 100
             while b"Server listening" not in (self.folder / "log").read_bytes():
                 assert process.poll() is None, (self.folder / "log").read_text()
                 assert time.monotonic() < deadline, (self.folder / "log").read_text()
@@ -91,4 +100,4 @@ class Host:
             yield self
         finally:
             process.terminate()
-            process.wait(10)
+            process.wait(60)

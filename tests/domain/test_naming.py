@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,21 @@ def test_names_on_disk_and_names_taken_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "d-000002.vmdk").symlink_to("nowhere")
     taken = {tmp_path / "d-000003.vmdk"}
     assert naming.next_overlay(tmp_path / "d.vmdk", taken) == tmp_path / "d-000004.vmdk"
+
+
+def test_a_uuid_that_is_there_is_never_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, linked, taken, free = (uuid.UUID(int=number, version=4) for number in range(4))
+    (tmp_path / f"{there}.vmdk").touch()
+    (tmp_path / f"{linked}.vmdk").symlink_to("nowhere")
+    drawn = iter([there, linked, taken, free])
+    monkeypatch.setattr(uuid, "uuid4", lambda: next(drawn))
+    found = naming.next_overlay(tmp_path / "d-000001.vmdk", {tmp_path / f"{taken}.vmdk"}, "uuid")
+    assert found == tmp_path / f"{free}.vmdk"
+
+
+def test_an_unknown_rule_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="'date' must be number or uuid"):
+        naming.next_overlay(tmp_path / "d.vmdk", rule="date")  # type: ignore[arg-type]
 
 
 def test_a_disk_without_a_free_number_is_refused(tmp_path: Path) -> None:

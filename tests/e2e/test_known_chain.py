@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -71,12 +70,10 @@ def test_whoever_wrote_it(chain: KnownChain, by: str) -> None:
 def test_a_grain_that_both_sides_read_alike_is_wrong_all_the_same(chain: KnownChain) -> None:
     path, file_offset = flip(chain.top, MIB + 5 * 512 + 100)
     assert verify_image(chain.top).identical, "engine and guest agree, which proves nothing of the content"
-    started = time.monotonic()
     with boot(chain) as guest:
         with pytest.raises(WrongContent) as caught:
             guest.assert_reads()
         guest.power_off()
-    assert time.monotonic() - started < 15
     error = caught.value
     assert path == chain.at(1).path
     assert error.offset == MIB + 5 * 512

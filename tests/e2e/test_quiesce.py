@@ -96,31 +96,44 @@ class Guest:
         wait(lambda: self.told > told + 3, self.console)
         assert "guest: a write has failed" not in self.console()
 
-    def ask(self, command: str) -> object:
+    def ask(self, command: str, seconds: int = 60) -> object:
         """Return what the agent answers."""
         import libvirt_qemu
 
-        return json.loads(libvirt_qemu.qemuAgentCommand(self.domain, json.dumps({"execute": command}), 5, 0))["return"]
+        line = json.dumps({"execute": command})
+        return json.loads(libvirt_qemu.qemuAgentCommand(self.domain, line, seconds, 0))["return"]
 
     def agent_answers(self) -> bool:
         import libvirt
 
         try:
-            self.ask("guest-ping")
+            self.ask("guest-ping", 5)
         except libvirt.libvirtError:
             return False
         return True
 
-    def shell(self, line: str) -> None:
-        """Let the guest's shell run a line, and return when it has."""
+    def shell(self, line: str) -> int:
+        """Let the guest's shell run a line, and return its exit status when it has."""
+        number, said = next(_numbers), b""
         with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(100)
             connection.connect(str(self.folder / "shell"))
-            connection.sendall(line.encode() + b"\n")
-            connection.settimeout(10)
-            connection.sendall(b"echo done-$?\n")
-            said = b""
-            while b"done-" not in said:
-                said += connection.recv(100)
+            connection.sendall(f"{line}; echo done-{number}-$?\n".encode())
+            # The line itself comes back first, with `$?` for the status.
+            while (status := re.search(rb"done-%d-(\d+)\s" % number, said)) is None:
+                said += (more := connection.recv(100))
+                assert more, said
+        return int(status[1])
+
+    def stands_still(self) -> None:
+        """Return when the frozen guest's counter waits for the thaw, and all that it has said has come out."""
+        number = next(_numbers)
+        # An open (2, 257) or a write (1) that nothing interrupts: only on a frozen file system it stays that.
+        look = "$(cat $p/syscall 2>/dev/null) $(cat $p/stat 2>/dev/null)"
+        cases = "|".join(f'"{call} "*") D "*' for call in (1, 2, 257))
+        loop = f'while :; do for p in /proc/[0-9]*; do case "{look}" in {cases}) break 2;; esac; done; sleep 0.1; done'
+        assert self.shell(f"{loop}; echo 'guest: frozen {number}' >/dev/ttyS0") == 0
+        wait(lambda: f"guest: frozen {number}" in self.console(), self.console)
 
     def state(self) -> tuple[str, list[str], int, list[str]]:
         """Return what a refused snapshot leaves as it was."""
@@ -160,7 +173,7 @@ class Guest:
         self.conn.close()
 
 
-def wait(until: object, told: object, seconds: float = 60) -> None:
+def wait(until: object, told: object, seconds: float = 120) -> None:
     assert callable(until)
     assert callable(told)
     deadline = time.monotonic() + seconds
@@ -211,9 +224,10 @@ def one_guest(the_daemon: Daemon, scratch_root: Path, linux: build.Guest) -> Ite
 
 
 @pytest.fixture
-def guest(daemon: Daemon, one_guest: Guest) -> Guest:
+def guest(daemon: Daemon, one_guest: Guest, monkeypatch: pytest.MonkeyPatch) -> Guest:
     """Return the guest that all tests share, for booting it takes longer than a test; the agent answers."""
     assert daemon is one_guest.daemon
+    monkeypatch.setattr("qemu_vmdk_snap.domain.qemu.agent.PING_SECONDS", 60)  # the machine may have much else to do
     one_guest.renew()
     return one_guest
 
@@ -269,7 +283,9 @@ class Moment:
 
     status: list[object] = field(default_factory=list)
     told: list[tuple[int, int]] = field(default_factory=list)
-    """What it had counted to, then and half a second later."""
+    """What it had counted to, then and later: half a second where it is frozen, else once it has counted on."""
+    counts: bool = True
+    """Whether there is a counter that runs, or waits for the thaw."""
 
 
 @pytest.fixture
@@ -280,9 +296,14 @@ def moment(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> Moment:
     def execute(self: Monitor, command: str, **arguments: Any) -> object:  # noqa: ANN401 # as the real one
         if command == "transaction":
             seen.status.append(guest.ask("guest-fsfreeze-status"))
-            time.sleep(0.2)  # what was said before has then come out
+            frozen = seen.status[-1] == "frozen"
+            if frozen and seen.counts:
+                guest.stands_still()
             told = guest.told
-            time.sleep(0.5)
+            if frozen:
+                time.sleep(0.6)
+            else:
+                wait(lambda: guest.told > told, guest.console)
             seen.told.append((told, guest.told))
         return real(self, command, **arguments)
 
@@ -337,6 +358,7 @@ def test_what_a_guest_finds_that_is_reverted(guest: Guest, name: str, quiesce: s
 
 def test_an_idle_guest_whose_overlay_is_first_written_by_freezing(guest: Guest, moment: Moment, name: str) -> None:
     """Freezing writes the superblock, and QEMU then a new CID, which the overlay must follow: a second try."""
+    moment.counts = False
     guest.shell("kill -STOP $(cat /run/writer)")
     first = guest.top
     create_snapshot(guest.conn, guest.name, name, quiesce="require")
@@ -424,9 +446,11 @@ def test_the_freezing_example_freezes_this_guest(
 KILLED = """
 import os, signal, sys
 from qemu_vmdk_snap.domain.connect import open_connection
+from qemu_vmdk_snap.domain.qemu import agent
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
 from qemu_vmdk_snap.domain.create.run import create_snapshot
 
+agent.PING_SECONDS = 60
 real = Monitor.execute
 Monitor.execute = lambda self, word, **more: (
     os.kill(os.getpid(), signal.SIGKILL) if word == "transaction" else real(self, word, **more)
@@ -447,18 +471,19 @@ def test_a_command_that_is_killed_while_the_guest_is_frozen(guest: Guest, name: 
 
 def test_an_interruption_while_the_agent_freezes(guest: Guest, name: str) -> None:
     """Python raises it when libvirt has let go, and the guest is frozen then."""
-    guest.shell("echo '[ $1 = thaw ] || sleep 2' >>/run/hook")
+    waits = "until [ -e /run/go ]; do sleep 0.1; done"
+    guest.shell(f"echo '[ $1 = thaw ] || {{ : >/run/freezing; {waits}; }}' >>/run/hook")
     before = guest.state()
     words = [sys.executable, "-m", "qemu_vmdk_snap", "snapshot", "create", "-c", guest.daemon.uri, guest.name, name]
     with subprocess.Popen([*words, "--quiesce"], stderr=subprocess.PIPE, text=True) as process:
-        wait(lambda: name in guest.domain.snapshotListNames(), guest.console)
-        time.sleep(0.5)
+        wait(lambda: guest.shell("[ -e /run/freezing ]") == 0, guest.console)
         process.terminate()
-        said = process.communicate(timeout=60)[1]
+        guest.shell(": >/run/go")
+        said = process.communicate(timeout=100)[1]
     assert process.returncode > 0, said
     assert guest.ask("guest-fsfreeze-status") == "thawed"
     guest.runs_as(before)
-    guest.shell("echo '#!/bin/sh' >/run/hook")
+    guest.shell("echo '#!/bin/sh' >/run/hook; rm /run/go /run/freezing")
 
 
 def test_what_cannot_be_thawed_is_told(guest: Guest, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -468,6 +493,7 @@ def test_what_cannot_be_thawed_is_told(guest: Guest, monkeypatch: pytest.MonkeyP
 
     def execute(self: Monitor, command: str, **arguments: Any) -> object:  # noqa: ANN401 # as the real one
         if command == "transaction":
+            guest.stands_still()
             guest.shell("killall -KILL qemu-ga")
         return real(self, command, **arguments)
 

@@ -47,7 +47,10 @@ def test_the_guest_runs_on_through_snapshots_and_the_death_of_its_server(scratch
         first.control("snapshot", overlay=str(scratch / "b.vmdk"))
         writer = threading.Thread(target=write, args=(guest, 200))
         writer.start()
-        time.sleep(0.1)
+        written, deadline = first.control("statistics")["writes"], time.monotonic() + 60
+        while first.control("statistics")["writes"] == written and writer.is_alive():
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
         first.kill()
         second = Served(scratch / "a.vmdk", scratch / "s")
         try:

@@ -5,6 +5,7 @@ import os
 import random
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def connected(served: Served) -> socket.socket:
     except OSError:
         client.close()
         raise
-    client.settimeout(20)
+    client.settimeout(60)
     return client
 
 
@@ -62,7 +63,10 @@ def in_transmission(served: Served, *, structured: bool = True) -> socket.socket
     wanted = wire.GREETING.size + (20 if structured else 0) + 20 + 12 + 20
     got = b""
     while len(got) < wanted:
-        got += client.recv(wanted - len(got))
+        got += (more := client.recv(wanted - len(got)))
+        if not more:
+            client.close()
+            raise ConnectionResetError
     return client
 
 
@@ -147,7 +151,19 @@ def test_more_clients_than_there_are_places(served: Served) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(300):
             stack.enter_context(connected(served))
+    deadline = time.monotonic() + 60
+    while not takes_clients(served):  # until it has seen that those are gone
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     io(served.uri, "read -P 7 0 1M")
+
+
+def takes_clients(served: Served) -> bool:
+    with contextlib.ExitStack() as stack, contextlib.suppress(ConnectionError):
+        for _ in range(8):
+            stack.enter_context(in_transmission(served))
+        return True
+    return False
 
 
 def test_mutated_sessions(served: Served) -> None:

@@ -34,23 +34,35 @@ def spinning() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def own_seconds(pid: int) -> float:
-    clock = GuestClock(pid)
+def own_share(pid: int) -> float:
+    """Return which part of the time that passes is the process's own."""
+    began, clock = time.monotonic(), GuestClock(pid)
     time.sleep(SECONDS)
-    return clock.tick()
+    own = clock.tick()
+    return own / (time.monotonic() - began)
+
+
+def until_it_runs(pid: int) -> None:
+    """Return when the process has had a while of a processor: it spins by then."""
+    while float(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) < 0.1e9:
+        time.sleep(0.01)
 
 
 def test_time_that_a_process_runs_is_its_own(spinning: subprocess.Popen[bytes]) -> None:
-    time.sleep(0.1)
-    assert 0.01 < own_seconds(spinning.pid) < SECONDS * 2
+    until_it_runs(spinning.pid)
+    assert 0 < own_share(spinning.pid) <= 1
 
 
 def test_time_that_it_sleeps_is_its_own() -> None:
-    with subprocess.Popen(["sleep", "60"]) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", "print('up', flush=True); import time; time.sleep(600)"], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
         time.sleep(0.1)
-        seconds = own_seconds(process.pid)
+        share = own_share(process.pid)
         process.kill()
-    assert seconds > SECONDS * 0.8
+    assert share > 0.8
 
 
 def test_time_that_it_waits_for_a_processor_is_not(spinning: subprocess.Popen[bytes]) -> None:
@@ -59,9 +71,10 @@ def test_time_that_it_waits_for_a_processor_is_not(spinning: subprocess.Popen[by
     others = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(2)]
     for process in (spinning, *others):
         os.sched_setaffinity(process.pid, processor)
-    time.sleep(0.2)
     try:
-        assert own_seconds(spinning.pid) < SECONDS * 0.7
+        for process in (spinning, *others):
+            until_it_runs(process.pid)
+        assert own_share(spinning.pid) < 0.7
     finally:
         for process in others:
             process.kill()
@@ -71,7 +84,7 @@ def test_time_that_it_waits_for_a_processor_is_not(spinning: subprocess.Popen[by
 def test_a_process_that_is_gone_has_time_all_the_same() -> None:
     with subprocess.Popen(["true"]) as process:
         process.wait()
-    assert own_seconds(process.pid) > 0
+    assert own_share(process.pid) > 0
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "inf", ""])

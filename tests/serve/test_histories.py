@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ class Client(threading.Thread):
         super().__init__()
         self._path, self._number, self._random, self._model = path, number, random.Random(seed), model
         self.failure: BaseException | None = None
+        self.steps = 0
 
     def run(self) -> None:
         import nbd
@@ -46,7 +48,7 @@ class Client(threading.Thread):
             handle = nbd.NBD()
             handle.connect_unix(str(self._path))
             while self._step(handle):
-                pass
+                self.steps += 1
         except nbd.Error:
             pass  # the server was killed: what was asked of it last may be done or not
         except BaseException as error:
@@ -74,6 +76,14 @@ class Client(threading.Thread):
         return True
 
 
+def until(clients: list[Client], steps: int) -> None:
+    """Wait until each client has done so many steps, or has failed."""
+    deadline = time.monotonic() + 60
+    while any(client.steps < steps and client.is_alive() for client in clients):
+        assert time.monotonic() < deadline, [client.steps for client in clients]
+        time.sleep(0.005)
+
+
 @pytest.mark.timeout(300)
 def test_killed_under_the_load_of_many_clients(scratch: Path) -> None:
     create_image(scratch / "t0.vmdk", SIZE)
@@ -83,9 +93,9 @@ def test_killed_under_the_load_of_many_clients(scratch: Path) -> None:
             clients = [Client(scratch / "s", n, life * 100 + n, model) for n in range(CLIENTS)]
             for client in clients:
                 client.start()
-            threading.Event().wait(0.3)
+            until(clients, 40)
             served.control("snapshot", overlay=str(scratch / f"t{life + 1}.vmdk"))
-            threading.Event().wait(0.3)
+            until(clients, 80)
             served.kill()
             for client in clients:
                 client.join()

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ class Control:
     def __call__(self, command: str, **arguments: object) -> dict[str, Any]:
         line = json.dumps({"execute": command, "arguments": arguments, "id": 7})
         self._socket.sendall(line.encode() + b"\n")
-        answer = json.loads(self._lines.readline())
+        said = self._lines.readline()
+        assert said, f"the server has ended before it answered {command}"
+        answer = json.loads(said)
         assert answer["id"] == 7
         if "error" in answer:
             raise ControlError(answer["error"])
@@ -59,7 +62,7 @@ class Served:
         assert self.process.stdout is not None
         self.ready = self.process.stdout.readline().decode()
         if not self.ready:
-            self.process.wait(10)
+            self.process.wait(60)
 
     @property
     def uri(self) -> str:
@@ -77,6 +80,13 @@ class Served:
 
     def connect_control(self) -> Control:
         return Control(self.path.with_name(self.path.name + ".control"))
+
+    def until_left(self, clients: int = 0) -> None:
+        """Wait until it has no more clients than that: qemu-io, for one, ends without waiting for the server."""
+        deadline = time.monotonic() + 60
+        while (connected := self.control("status")["connections"]) > clients:
+            assert time.monotonic() < deadline, f"{connected} clients are connected"
+            time.sleep(0.01)
 
     def stop(self) -> str:
         """End it as systemd does; return what it said on standard error."""

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.light import Final
 from qemu_vmdk_snap.storage.blockfile import PosixFile
 from qemu_vmdk_snap.units import SECTOR_SIZE
 from qemu_vmdk_snap.vmdk import foreign
 from qemu_vmdk_snap.vmdk.descriptor import HEAD_BYTES, Descriptor, is_descriptor, spellings
 
-_PART: Final = re.compile(r"-(?:flat|delta|sesparse|rdmp?|ctk|[sf]\d{3})\Z", re.IGNORECASE)
+_PART: Final = r"(?i)-(?:flat|delta|sesparse|rdmp?|ctk|[sf]\d{3})\Z"
 _MAX_ENTRIES: Final = 20_000
 _MAX_DESCRIPTOR: Final = 1 << 20
 
@@ -52,7 +51,9 @@ def descriptor_naming(path: Path) -> Path | None:
 
 def _candidates(path: Path) -> Iterator[Path]:
     """Yield the files that may be the descriptor, the one that VMware's naming rules suggest first."""
-    likely = path.with_name(_PART.sub("", path.stem) + path.suffix)
+    import re  # for files given by mistake only
+
+    likely = path.with_name(re.sub(_PART, "", path.stem) + path.suffix)
     if likely != path:
         yield likely
     with contextlib.suppress(OSError), os.scandir(path.parent) as entries:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from typing import Final
+
+from qemu_vmdk_snap.light import Final
 
 Listener = Callable[[str], object]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from typing import Final
 
 from qemu_vmdk_snap.chain.windows import extent_windows
 from qemu_vmdk_snap.errors import FormatError
+from qemu_vmdk_snap.light import Final
 from qemu_vmdk_snap.vmdk.extent import Extent
 from qemu_vmdk_snap.vmdk.flat.extent import FlatExtent
 

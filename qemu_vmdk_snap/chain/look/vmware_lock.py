@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Final
 
 from qemu_vmdk_snap.errors import LockBusy
+from qemu_vmdk_snap.light import Final
 
 _SUFFIX: Final = ".lck"
 

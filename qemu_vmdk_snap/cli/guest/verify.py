@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.guest.options import add_guest_options
 from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_progress, add_quiet
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import TYPE_CHECKING
 from qemu_vmdk_snap.units import format_size
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from qemu_vmdk_snap.domain.guest import DomainHardware

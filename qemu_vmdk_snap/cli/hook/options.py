@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from qemu_vmdk_snap.domain.hooks.install import FOLDER
 from qemu_vmdk_snap.domain.hooks.policy import FOLDER as POLICIES
+from qemu_vmdk_snap.light import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def add_folder(parser: argparse.ArgumentParser) -> None:

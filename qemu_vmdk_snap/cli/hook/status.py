@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict, replace
 
 from qemu_vmdk_snap.cli.hook.options import add_folder, add_policies
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.light import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-
 from qemu_vmdk_snap.cli.hook.options import add_folder
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.light import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.image.common import add_cache, add_open_options, add_progress, need_vmdk
 from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.light import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.chain.resolver import Resolver
     from qemu_vmdk_snap.ops.check.check import CheckReport
 
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace, ui: Ui) -> int:
     from qemu_vmdk_snap.chain.resolver import confined
     from qemu_vmdk_snap.ops.check.check import check_image
 
+    if args.format != "vmdk":
+        args.error_status = None  # qemu-img's for a format that has no checks: 63, that of what is not supported
     need_vmdk(args.filename, args.format)
     resolver = confined(args.allow_dir)
     if args.take_back is not None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.cli.image.names import file_name
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.light import TYPE_CHECKING, Final
 from qemu_vmdk_snap.units import parse_size
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.chain.disk import Disk
 
 
@@ -81,7 +82,9 @@ def add_rate_limit(parser: argparse.ArgumentParser) -> None:
 def _rate(text: str) -> int:
     rate = size_argument(text)
     if not rate:
-        raise argparse.ArgumentTypeError("must be more than 0 bytes a second")
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError("must be more than 0 bytes a second")
     return rate
 
 
@@ -141,4 +144,6 @@ def size_argument(text: str) -> int:
     try:
         return parse_size(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError(str(error)) from None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-
 from qemu_vmdk_snap.cli.image.common import add_cache, add_open_options, add_progress, open_disk
 from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.light import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

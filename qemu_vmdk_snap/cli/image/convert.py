@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.cli.image.common import (
     add_cache,
@@ -22,11 +20,15 @@ from qemu_vmdk_snap.cli.image.common import (
 )
 from qemu_vmdk_snap.cli.image.create import list_options, overlay_options, parse_options
 from qemu_vmdk_snap.cli.image.names import image_file
+from qemu_vmdk_snap.cli.line.plain import HIDDEN
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.light import TYPE_CHECKING, Final
 from qemu_vmdk_snap.units import MIB, SECTOR_SIZE
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.chain.disk import Disk
     from qemu_vmdk_snap.ops.copy.convert import ConvertReport
     from qemu_vmdk_snap.ops.make.create import ImageOptions
@@ -104,7 +106,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         "-m", "--coroutines", type=_coroutines, metavar="NUMBER", help="1 to 16: accepted, without effect"
     )
     parser.add_argument("-W", "--out-of-order", action="store_true", help="accepted, without effect")
-    parser.add_argument("-l", "--snapshot", metavar="SNAPSHOT", help=argparse.SUPPRESS)
+    parser.add_argument("-l", "-s", "--snapshot", metavar="SNAPSHOT", help=HIDDEN)
 
 
 def run(args: argparse.Namespace, ui: Ui) -> int | None:
@@ -146,7 +148,7 @@ def _check(args: argparse.Namespace, words: dict[str, str]) -> None:
     if args.backing_format != "vmdk":
         raise Unsupported(target, f"a base of format {args.backing_format!r} is not supported: only vmdk is")
     if args.snapshot is not None:
-        raise Unsupported(args.filename, "-l: a VMDK image has no internal snapshots; each overlay is an image")
+        raise Unsupported(args.filename, "-l, -s: a VMDK image has no internal snapshots; each overlay is an image")
     backed = args.backing is not None or "backing_file" in words
     never: tuple[tuple[bool, str, str], ...] = (
         (args.copy_range and args.compress, "-C", "cannot go with -c"),
@@ -273,11 +275,15 @@ def _to_pipe(source: Disk, args: argparse.Namespace, options: ImageOptions | Non
 def _sparse_size(text: str) -> int:
     size = size_argument(text)
     if size % SECTOR_SIZE or size > _MAX_SPARSE:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a multiple of {SECTOR_SIZE} up to {_MAX_SPARSE}, or 0")
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError(f"{text!r} must be a multiple of {SECTOR_SIZE} up to {_MAX_SPARSE}, or 0")
     return size
 
 
 def _coroutines(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= _MAX_COROUTINES:
-        raise argparse.ArgumentTypeError(f"{text!r} must be from 1 to {_MAX_COROUTINES}")
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError(f"{text!r} must be from 1 to {_MAX_COROUTINES}")
     return int(text)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any, Final
 
 from qemu_vmdk_snap.chain.identity import no_protocol, random_uuid
 from qemu_vmdk_snap.cli.image.common import add_quiet, as_bool, as_seen_from, need_vmdk, size_argument, split_options
 from qemu_vmdk_snap.cli.image.names import file_name, image_file
+from qemu_vmdk_snap.cli.line.plain import HIDDEN
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
-from qemu_vmdk_snap.light import replace
+from qemu_vmdk_snap.light import TYPE_CHECKING, Any, Final, replace
 from qemu_vmdk_snap.ops.make.create import ImageOptions, create_image, create_overlay, inherited_options
 from qemu_vmdk_snap.ops.make.layout import KINDS
 from qemu_vmdk_snap.units import parse_size
+
+if TYPE_CHECKING:
+    import argparse
 
 OPTION_HELP: Final = {
     "adapter_type": "virtual adapter type: ide (default), lsilogic, buslogic or legacyESX",
@@ -43,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="create an overlay backed by FILE, relative to the folder of the new image",
     )
     parser.add_argument("-F", "--backing-format", metavar="FMT", help="format of the base: vmdk")
-    parser.add_argument("-u", "--unsafe", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("-u", "--unsafe", action="store_true", help=HIDDEN)
     parser.add_argument(
         "-o", "--options", action="append", default=[], metavar="NAME=VALUE,...", help="options; -o help lists them"
     )

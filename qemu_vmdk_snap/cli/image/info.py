@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING
-
 from qemu_vmdk_snap.cli.image.common import add_open_options, need_vmdk
 from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.light import TYPE_CHECKING
 from qemu_vmdk_snap.units import format_size
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.ops.info import ImageInfo
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.cli.image.common import add_open_options, open_disk, size_argument
 from qemu_vmdk_snap.cli.image.names import image_file
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.light import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.chain.chain import Chain
     from qemu_vmdk_snap.chain.disk import Disk
     from qemu_vmdk_snap.vmdk.runs import Row

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from qemu_vmdk_snap.cli.image.common import add_open_options, add_progress, open_disk, size_argument, split_options
 from qemu_vmdk_snap.cli.image.names import image_file
+from qemu_vmdk_snap.cli.line.plain import HIDDEN
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, Unsupported
+from qemu_vmdk_snap.light import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-o", "--options", action="append", default=[], metavar="NAME=VALUE,...", help="options of the new image"
     )
     parser.add_argument("--size", type=size_argument, metavar="SIZE", help="measure an empty disk of this size instead")
-    parser.add_argument("-l", "--snapshot", metavar="SNAPSHOT", help=argparse.SUPPRESS)
+    parser.add_argument("-l", "--snapshot", metavar="SNAPSHOT", help=HIDDEN)
     add_progress(parser)
     parser.add_argument("filename", type=image_file, nargs="?", help="the image")
 

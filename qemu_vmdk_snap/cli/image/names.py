@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Final
 
 from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.light import Final
 
 _FILE: Final = "file:"
 # Names by which QEMU, in some build, opens something else than a file. A file that has such a name is meant by ./NAME.

@@ -7,7 +7,8 @@ of: domains, targets of disks and verdicts; never names of snapshots or paths, w
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+
+from qemu_vmdk_snap.light import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.monitor.figures import DomainFigures

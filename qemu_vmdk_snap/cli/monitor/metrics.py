@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.monitor.options import add_connection, add_domains
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import VmdkSnapError
+from qemu_vmdk_snap.light import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.cli.monitor.exposition import Sample
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qemu_vmdk_snap import __version__
 from qemu_vmdk_snap.cli.monitor.nagios import (
@@ -26,8 +24,11 @@ from qemu_vmdk_snap.cli.monitor.nagios import (
 from qemu_vmdk_snap.cli.monitor.options import add_connection, add_domains
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError, printable
+from qemu_vmdk_snap.light import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.domain.monitor.figures import DomainFigures
 
 MODES: Final[dict[str, tuple[str, Callable[[str], float]]]] = {

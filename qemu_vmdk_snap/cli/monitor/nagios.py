@@ -10,9 +10,9 @@ import enum
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
 
 from qemu_vmdk_snap.errors import printable
+from qemu_vmdk_snap.light import Final, NamedTuple
 
 _SECONDS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
 
-from qemu_vmdk_snap.cli.commands import COMMANDS, TOP_LEVEL
-from qemu_vmdk_snap.cli.main import PROGRAM, CommandModule, add_arguments
+from qemu_vmdk_snap.cli.commands import COMMANDS, PROGRAM, TOP_LEVEL, CommandModule, add_arguments
+from qemu_vmdk_snap.light import Any, NamedTuple, cast
 
 
 class Entry(NamedTuple):

@@ -12,11 +12,10 @@ import importlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Final, cast
 
-from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, TOP_LEVEL, Command
-from qemu_vmdk_snap.cli.main import PROGRAM, CommandModule, add_arguments
+from qemu_vmdk_snap.cli.commands import COMMANDS, GROUPS, PROGRAM, TOP_LEVEL, Command, CommandModule, add_arguments
 from qemu_vmdk_snap.errors import VmdkSnapError
+from qemu_vmdk_snap.light import Any, Final, cast
 
 Completer = Callable[..., Iterable[str]]
 

@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Write the pages and name them."""
-    from qemu_vmdk_snap.cli.main import PROGRAM
+    from qemu_vmdk_snap.cli.commands import PROGRAM
     from qemu_vmdk_snap.cli.pages.catalogue import every_command
 
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -82,8 +82,8 @@ def _command_page(entry: Entry) -> Iterator[str]:
 
 
 def _examples(words: str) -> Iterator[str]:
+    from qemu_vmdk_snap.cli.commands import PROGRAM
     from qemu_vmdk_snap.cli.examples import EXAMPLES
-    from qemu_vmdk_snap.cli.main import PROGRAM
 
     for line, why in EXAMPLES[words]:
         yield from (".TP", f".B {_roff(f'{PROGRAM} {line}')}", _roff(why))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING
-
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_dry_run, tell_recovery
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.light import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.domain.attach.run import AttachReport
 
 

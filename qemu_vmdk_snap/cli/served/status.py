@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-
 from qemu_vmdk_snap.cli.snapshot.options import add_domain
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.light import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

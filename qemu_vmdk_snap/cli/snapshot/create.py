@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_dry_run
 from qemu_vmdk_snap.cli.snapshot.report import disk_lines, pause_line, show
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.domain.create.run import SnapshotReport
 
 
@@ -70,6 +71,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="what to do with one disk, named by target or file; double a comma in PATH (may be repeated)",
     )
+    parser.add_argument(
+        "--naming",
+        choices=("number", "uuid"),
+        default="number",
+        help="names of the overlays: DISK-000001.vmdk and so on (number, the default), or UUID.vmdk (uuid)",
+    )
     add_dry_run(parser)
 
 
@@ -100,6 +107,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             overlays={spec.disk: spec.overlay for spec in specs if spec.overlay is not None},
             quiesce=args.quiesce,
             memory=None if args.memspec is None else parse_memspec(args.memspec),
+            naming=args.naming,
         )
         if args.print_xml:
             text = _xml(report, args.description, running=is_running(conn, args.domain))

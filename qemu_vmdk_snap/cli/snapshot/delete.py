@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
+from qemu_vmdk_snap.cli.image.common import size_argument
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_dry_run, add_orphans
 from qemu_vmdk_snap.cli.snapshot.report import pause_line, show
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import TYPE_CHECKING
+from qemu_vmdk_snap.units import MIB
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.domain.delete.run import DeleteReport
     from qemu_vmdk_snap.domain.delete.work import Deleted
 
@@ -29,9 +32,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metadata", action="store_true", help="only delete the metadata in libvirt; files are not changed"
     )
+    parser.add_argument(
+        "--bandwidth",
+        type=_bandwidth,
+        default=0,
+        metavar="RATE",
+        help="let the servers of a running guest's disks copy at most RATE a second: MiB, or with a suffix (512K)",
+    )
     add_orphans(parser)
     add_dry_run(parser)
     parser.add_argument("-p", "--progress", action="store_true", help="show progress")
+
+
+def _bandwidth(text: str) -> int:
+    """Return bytes a second; a number without a suffix is MiB, as for `virsh blockcommit`."""
+    rate = size_argument(text) * (MIB if text.isdecimal() else 1)
+    if not rate:
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError("must be more than 0 bytes a second")
+    return rate
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -45,10 +65,18 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if (args.snapshotname is None) is not args.current:
         raise InvalidRequest(f"domain {args.domain}", "needs either a snapshot or --current")
     with connection(args.connect) as conn:
-        orphans = [path.absolute() for path in args.orphan]
+        orphans, bandwidth = [path.absolute() for path in args.orphan], args.bandwidth
         if args.dry_run:
             name = args.snapshotname or snapshot_info(conn, args.domain).name
-            report = plan_delete(conn, args.domain, name, scope=args.scope, metadata=args.metadata, orphans=orphans)
+            report = plan_delete(
+                conn,
+                args.domain,
+                name,
+                scope=args.scope,
+                metadata=args.metadata,
+                orphans=orphans,
+                bandwidth=bandwidth,
+            )
         else:
             name = args.snapshotname or delete_of_current(conn, args.domain) or snapshot_info(conn, args.domain).name
             report = delete(
@@ -59,6 +87,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
                 metadata=args.metadata,
                 orphans=orphans,
                 keep_going=True,
+                bandwidth=bandwidth,
                 on_progress=ui.progress,
             )
     if report.deleted or not report.failed:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import time
-from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.snapshot.delete import deleted_lines
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_orphans, tell_recovery, warn_pending
 from qemu_vmdk_snap.cli.snapshot.report import pause_line
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.light import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.domain.delete.prune import PruneReport
 
 _RULES = {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
 
 from qemu_vmdk_snap.cli.snapshot.options import tell_recovery
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.light import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from qemu_vmdk_snap.domain.journal.recover import Recovery

@@ -49,6 +49,8 @@ class Request:
     """Whether a running guest's file systems are frozen meanwhile: `no`, `auto` (if possible), `require`."""
     memory: Path | None = None
     """Where the memory of a running guest goes; None for a snapshot of disks alone."""
+    naming: naming.NamingRule = "number"
+    """How overlays are named where `overlays` does not name them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +210,7 @@ def _plan_disk(
     trusted = sorted({path.parent for path in disk.backing})
     chain = held.enter_context(engine.open_chain(disk.path, trusted_dirs=trusted, lock=lock))
     wanted = request.overlays.get(disk.target) or request.overlays.get(str(disk.path))
-    overlay = naming.next_overlay(disk.path, taken) if wanted is None else Path(wanted).absolute()
+    overlay = naming.next_overlay(disk.path, taken, request.naming) if wanted is None else Path(wanted).absolute()
     if overlay in taken:
         raise DomainError(domain, f"overlay {overlay} belongs to another disk or snapshot")
     return PlannedDisk(disk.target, overlay, (disk.path, *(link.path for link in chain.links[1:])))

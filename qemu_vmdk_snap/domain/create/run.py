@@ -32,6 +32,7 @@ from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore
 from qemu_vmdk_snap.domain.journal.recover import Recovery, recover_domain, register
 from qemu_vmdk_snap.domain.journal.recover import undo as _undo
 from qemu_vmdk_snap.domain.nvram import freeze_nvram
+from qemu_vmdk_snap.domain.overlay.naming import NamingRule
 from qemu_vmdk_snap.domain.overlay.newfile import follow_base, make_overlay, refresh_pools
 from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
 from qemu_vmdk_snap.domain.qemu.monitor import Monitor
@@ -114,13 +115,15 @@ def create_snapshot(
     overlays: Mapping[str, Path] | None = None,
     quiesce: str = "no",
     memory: Path | None = None,
+    naming: NamingRule = "number",
 ) -> SnapshotReport:
     """Freeze the VMDK disks of a domain, which continues in new overlays, and register the snapshot.
 
-    Without a `name` it is the second since 1970, as virsh has it. Disks are named by target or by file: `disks` are the
-    only ones that take part, those in `required` must be able to, those in `exclude` are left out, and `overlays` says
-    where the overlay of a disk goes, if not beside it. `memory` is the file that the guest's memory goes to, where all
-    its disks are served. When it fails nothing has changed, unless the error says that the rest is left to `recover`.
+    Without a `name` it is the second since 1970, as virsh has it. Disks are named by target or by file: `disks` are
+    the only ones that take part, those in `required` must be able to, those in `exclude` are left out, and
+    `overlays` says where the overlay of a disk goes, if not beside it under the next number (`naming="uuid"`: a
+    UUID). `memory` is the file that the guest's memory goes to, where all its disks are served. When it fails
+    nothing has changed, unless the error says that the rest is left to `recover`.
 
     Raises:
         DomainError: the domain does not allow it (it runs, has no VMDK disk, has such a snapshot), or libvirt refused.
@@ -129,7 +132,7 @@ def create_snapshot(
         OSError: a file could not be made.
     """
     domain = find_domain(conn, domain_name)
-    request = Request(name, description, disks, required, exclude, overlays or {}, quiesce, memory)
+    request = Request(name, description, disks, required, exclude, overlays or {}, quiesce, memory, naming)
     store = IntentStore.of(conn)
     with store.locked(domain.UUIDString(), domain.name()), contextlib.ExitStack() as held:
         recovered = recover_domain(conn, domain, store)

@@ -39,7 +39,7 @@ from qemu_vmdk_snap.domain.delete import steps, waiting
 from qemu_vmdk_snap.domain.delete.live import Failed, LivePlan, live_ones, make_live_plan
 from qemu_vmdk_snap.domain.delete.plan import Scope, State, chosen, folders_of, make_intent, open_one, require_ours
 from qemu_vmdk_snap.domain.delete.preflight import check_live, check_work
-from qemu_vmdk_snap.domain.delete.served import is_begun_by_server, merge_served
+from qemu_vmdk_snap.domain.delete.served import is_begun_by_server, merge_served, require_in_servers
 from qemu_vmdk_snap.domain.delete.work import Deleted, Work, change_of, deleted_by, work_of
 from qemu_vmdk_snap.domain.dropins import dropin
 from qemu_vmdk_snap.domain.journal.overlays import is_empty
@@ -109,6 +109,7 @@ class _Run:
     orphans: Sequence[Path]
     on_progress: OnProgress
     keep_going: bool
+    bandwidth: int
     deleted: list[Deleted]
     failed: Failed
     notes: list[str]
@@ -146,6 +147,7 @@ def delete(
     metadata: bool = False,
     orphans: Sequence[Path] = (),
     keep_going: bool = False,
+    bandwidth: int = 0,
     on_progress: OnProgress = ignore,
 ) -> DeleteReport:
     """Delete snapshots of a domain, the youngest first; those that a running guest's disks are backed by in one step.
@@ -153,6 +155,8 @@ def delete(
     `scope` takes in their descendants, or these alone. `metadata` makes libvirt forget them and touches no file.
     `orphans` are files that need what goes and are given up. With `keep_going` one that cannot be deleted is
     left as it was and reported, and the others are deleted; a delete that was begun and not finished ends it.
+    The servers of a running guest's disks copy at most `bandwidth` bytes a second each (0: no limit); a delete that
+    anything else does is refused then.
 
     Raises:
         NotWhileRunning: the guest uses its files, and they cannot be exchanged beneath it. The delete is noted, and
@@ -164,7 +168,7 @@ def delete(
     """
     domain = find_domain(conn, domain_name)
     store = IntentStore.of(conn)
-    run = _Run(conn, domain, store, orphans, on_progress, keep_going, [], [], [])
+    run = _Run(conn, domain, store, orphans, on_progress, keep_going, bandwidth, [], [], [])
     with store.locked(domain.UUIDString(), domain.name()):
         recovered = recover_domain(conn, domain, store)
         ready(conn, domain)
@@ -212,6 +216,7 @@ def _delete_live(run: _Run, names: Sequence[str]) -> None:
     try:
         plan = make_live_plan(State.read(run.conn, domain, run.orphans), names)
         check_live(domain, plan)
+        require_in_servers(domain.name(), plan.deleted, run.bandwidth)
         with contextlib.ExitStack() as around:
             said = [around.enter_context(_dropins(run, one)) for one in plan.deleted]
             deleted = plan.deleted
@@ -267,6 +272,7 @@ def _delete_one(run: _Run, name: str, *, metadata: bool) -> None:
     one = deleted_by(intent)
     if not metadata:
         _settle(domain, intent)
+        require_in_servers(domain.name(), [one], run.bandwidth)
         check_work(domain.name(), one.work, folders_of(intent))
     with _dropins(run, one, metadata=metadata) as said:
         _execute(run, intent)
@@ -303,7 +309,7 @@ def _execute(run: _Run, intent: Intent) -> None:
     frozen_as = _cids(intent)
     store.write(intent)  # barrier: from here on `finish` knows what to do
     try:
-        merge_served(domain, intent, run.on_progress)
+        merge_served(domain, intent, run.on_progress, bandwidth=run.bandwidth)
         _drop_empty(domain.name(), intent)
         _copy_up(intent, run.on_progress)
         _merge_down(intent, run.on_progress)

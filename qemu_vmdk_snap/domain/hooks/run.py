@@ -226,7 +226,8 @@ def _release(path: Path, name: str, stdin: IO[bytes]) -> None:
         found = re.search(r"<domain\b[^>]*\bid='(\d+)'", text[:4096])
         run = found[1] if found else "-1"
     root = Path(__file__).resolve().parents[2]
-    code = f"import sys; sys.path.append({str(root)!r}); from qemu_vmdk_snap.cli.main import main; sys.exit(main())"
+    start = "from qemu_vmdk_snap.cli.program import program; sys.exit(program())"
+    code = f"import sys; sys.path.append({str(root)!r}); {start}"
     spawn_detached([sys.executable, "-I", "-c", code, "hook", "after-stop", name, "--policy", str(path), "--id", run])
 
 

@@ -31,7 +31,7 @@ def stop_servers(domain_xml: str, name: str) -> None:
     Raises:
         DomainError: one does not end.
     """
-    server.stop(name, domain_xml, leaving=1.0)
+    server.stop(name, domain_xml, leaving=5.0)
 
 
 def refuse_other_state(domain_xml: str, name: str) -> None:

@@ -7,9 +7,12 @@ import re
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from qemu_vmdk_snap.errors import InvalidRequest
+
+NamingRule = Literal["number", "uuid"]
+"""How overlays are named; see `next_overlay`."""
 
 _NUMBERED: Final = re.compile(r"^(?P<stem>.+)-\d{6}$")
 _NOT_XML: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
@@ -18,15 +21,19 @@ _MAX_SNAPSHOT_NAME: Final = 250 - len(".xml")
 """Bytes. libvirt keeps each snapshot in a file NAME.xml, written under a slightly longer name first."""
 
 
-def next_overlay(disk: Path, taken: Collection[Path] = ()) -> Path:
+def next_overlay(disk: Path, taken: Collection[Path] = (), rule: NamingRule = "number") -> Path:
     """Return the first free name after VMware's rule: `NAME-000001.vmdk` beside `NAME.vmdk`, and so on from there.
 
-    The number of a disk that is itself an overlay is increased. Names in `taken` and names that exist are skipped.
-    The name is a proposal: it must be created without overwriting.
+    The number of a disk that is itself an overlay is increased. With the rule `uuid` it is `UUID.vmdk`, a random one.
+    Names in `taken` and names that exist are skipped. The name is a proposal: it must be created without overwriting.
 
     Raises:
-        InvalidRequest: every number is taken, or the name would be too long.
+        InvalidRequest: every number is taken, the name would be too long, or there is no such rule.
     """
+    if rule == "uuid":
+        return _uuid_overlay(disk, taken)
+    if rule != "number":
+        raise InvalidRequest("naming", f"{rule!r} must be number or uuid")
     stem = disk.name.removesuffix(".vmdk")
     match = _NUMBERED.match(stem)
     base, number = (match["stem"], int(stem[-6:])) if match else (stem, 0)
@@ -37,6 +44,15 @@ def next_overlay(disk: Path, taken: Collection[Path] = ()) -> Path:
         if path not in taken and not os.path.lexists(path):
             return path
     raise InvalidRequest(disk, f"no name {base}-NNNNNN.vmdk is left for its overlay")
+
+
+def _uuid_overlay(disk: Path, taken: Collection[Path]) -> Path:
+    import uuid
+
+    while True:
+        path = disk.with_name(f"{uuid.uuid4()}.vmdk")
+        if path not in taken and not os.path.lexists(path):
+            return path
 
 
 def default_snapshot_name(taken: Collection[str] = (), now: float | None = None) -> str:

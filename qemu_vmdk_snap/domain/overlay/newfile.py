@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.errors import DomainError
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     import libvirt
 
     from qemu_vmdk_snap.domain.overlay.planned import PlannedDisk
-
-_FOLLOWED: Final = ("system.posix_acl_access", "security.selinux")
-"""Extended attributes that decide who may open a file. libvirt's own (trusted.libvirt.*) belong to one file only."""
 
 
 def make_overlay(domain: str, disk: PlannedDisk) -> tuple[int, int]:
@@ -47,7 +44,7 @@ def follow_base(domain: str, path: Path, model: Path, mode: int = stat.S_IWUSR) 
             fd = _opened(path, os.O_RDWR | os.O_NOFOLLOW, stack)
             made = os.fstat(fd)
             try:
-                engine.copy_attributes(base, fd, names=_FOLLOWED, mode=mode)
+                engine.copy_attributes(base, fd, access_only=True, mode=mode)
             except OSError as error:
                 raise DomainError(domain, f"{path}: {error.strerror}") from error
             os.fsync(fd)

@@ -16,7 +16,8 @@ _log = logging.getLogger(__name__)
 _PATIENCE: Final = 60.0
 """Seconds that an answer may take; a flush of a slow disk is part of some."""
 
-_LOOK: Final = 2.0
+_LOOK: Final = 10.0
+"""Seconds after which a server that is there and does not answer counts as gone; a busy machine makes it late."""
 _MAX_LINE: Final = 1 << 20
 
 

@@ -23,7 +23,7 @@ from qemu_vmdk_snap.errors import DomainError
 if TYPE_CHECKING:
     import libvirt
 
-_DECIDING: Final = 5.0
+_DECIDING: Final = 30.0
 """Seconds."""
 
 

@@ -29,7 +29,7 @@ _POLL: Final = 0.02
 _STOPPING: Final = 30.0
 """Seconds that a server may take to write everything out."""
 
-_LEAVING: Final = 3.0
+_LEAVING: Final = 15.0
 """Seconds in which QEMU, which has ended, is seen to have closed its connection."""
 
 
@@ -52,7 +52,7 @@ def words_of(domain_xml: str, target: str) -> list[str]:
 def program(words: Sequence[str]) -> list[str]:
     """Return what runs this very package with the words, whatever the folder and the environment."""
     root = str(Path(engine.__file__).resolve().parents[1])
-    code = f"import sys; sys.path.append({root!r}); from qemu_vmdk_snap.cli.main import main; sys.exit(main())"
+    code = f"import sys; sys.path.append({root!r}); from qemu_vmdk_snap.cli.program import program; sys.exit(program())"
     return [sys.executable, "-I", "-c", code, *words]
 
 

@@ -265,6 +265,7 @@ def boot_linux(
     qemu: str = EXECUTABLE,
     qemu_args: Sequence[str] = (),
     memory_mib: int = _MEMORY_MIB,
+    drive: str | None = None,
     hold: bool = False,
 ) -> AbstractContextManager[LinuxGuest]:
     """Give a Linux booted beside `image`, which is its first disk; the rest is as with `harness.boot`.
@@ -293,6 +294,7 @@ def boot_linux(
         qemu_args=tuple(qemu_args),
         memory_mib=memory_mib,
         kernel=("-kernel", str(made.kernel), "-initrd", str(made.initrd), "-append", append),
+        drive=drive,
         hold=hold,
     )
     options = {"seconds": seconds, "expect": re.compile(rb"^ready\r?\n", re.MULTILINE), "patience": _SILENT_SECONDS}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Final, cast
 
 from qemu_vmdk_snap.errors import GuestError, PluginError
-from qemu_vmdk_snap.harness.deadlines import HUNG_SECONDS, timeout_scale
+from qemu_vmdk_snap.harness.deadlines import HUNG_SECONDS, scaled, timeout_scale
 from qemu_vmdk_snap.harness.watch.clock import GuestClock
 from qemu_vmdk_snap.harness.watch.qmp import Qmp
 
@@ -42,7 +42,9 @@ _LOOK: Final = 0.05  # seconds between two looks at what does not wake us
 _SUSPECT: Final = 0.4  # guest seconds without a sign of life after which the disks' counters are asked for
 _CHARACTERS: Final = 0.0002  # seconds in which some more come
 _TAIL: Final = 4096
-_MONITOR_SECONDS: Final = 1.0
+_MONITOR_SECONDS: Final = 5.0
+_UNSEEN: Final = 0.5
+"""The most of the guest's own time that counts as idle between two looks: more passes when we had no processor."""
 
 
 class Console(SpawnBase):  # type: ignore[type-arg]
@@ -153,15 +155,14 @@ class Console(SpawnBase):  # type: ignore[type-arg]
             if self.child_fd in ready:
                 data = self._received(size)
                 if time.monotonic() > self._next_look:
-                    self._look()
+                    self._look(heard=True)
                 return data
-            for fd in ready & self._others.keys():
-                self._overheard(fd)
+            heard = [fd for fd in ready & self._others.keys() if self._overheard(fd)]
             if self._qmp.fileno() in ready and not self._qmp.closed:
                 self._qmp.feed()
             if self._qmp.closed:
                 self._poll_serial_alone()
-            self._look()
+            self._look(heard=bool(heard))
             if until is not None and time.monotonic() >= until:
                 raise pexpect.TIMEOUT("timeout")
 
@@ -221,14 +222,14 @@ class Console(SpawnBase):  # type: ignore[type-arg]
         except (KeyError, ValueError):
             return
 
-    def _look(self) -> None:
-        """Take in what does not come by the serial line, and judge."""
+    def _look(self, *, heard: bool = False) -> None:
+        """Take in what does not come by the serial line, and judge; `heard`: something has just come by it."""
         self._next_look = time.monotonic() + _LOOK
+        spent = self._clock.tick()
+        self._idle = 0.0 if heard else self._idle + min(spent, _UNSEEN)
+        self._spent += spent
         self._look_at_firmware()
         self._look_at_events()
-        spent = self._clock.tick()
-        self._idle += spent
-        self._spent += spent
         if self._idle > _SUSPECT:
             self._look_at_disks()
         scale = timeout_scale()
@@ -288,8 +289,9 @@ class Console(SpawnBase):  # type: ignore[type-arg]
         """Return how the guest hangs, by two looks at its processor, and whether it cannot but hang."""
         what = f"the guest hangs: no output and no disk access for {self._idle:.1f} s of its own time"
         try:
-            status = self._qmp("query-status", seconds=_MONITOR_SECONDS)["status"]
-            one, two = (self._qmp.monitor("info registers", _MONITOR_SECONDS) for _ in range(2))
+            seconds = scaled(_MONITOR_SECONDS)
+            status = self._qmp("query-status", seconds=seconds)["status"]
+            one, two = (self._qmp.monitor("info registers", seconds) for _ in range(2))
         except GuestError:
             return f"{what}; QEMU's monitor does not answer either", True
         if status != "running":

@@ -19,7 +19,7 @@ from qemu_vmdk_snap.errors import GuestError
 __tracebackhide__ = True
 
 _READ: Final = 1 << 16
-SECONDS: Final = 5.0
+SECONDS: Final = 30.0
 
 
 class Qmp:

@@ -13,7 +13,7 @@ from qemu_vmdk_snap.harness.watch.qmp import Qmp
 from qemu_vmdk_snap.units import format_size
 
 _LINES: Final = 12
-_MONITOR_SECONDS: Final = 1.0
+_MONITOR_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,8 @@ from qemu_vmdk_snap.chain.parent import MAX_DEPTH, Descent, find_parent
 from qemu_vmdk_snap.chain.resolver import Resolver, confined
 from qemu_vmdk_snap.errors import CorruptChain, FormatError, Unsupported
 from qemu_vmdk_snap.light import dataclass, replace
-from qemu_vmdk_snap.ops.check.findings import Finding, Findings, Severity
-from qemu_vmdk_snap.ops.check.runs import audit_runs
-from qemu_vmdk_snap.ops.check.tables import GrainCounts, TableAudit, audit_tables
+from qemu_vmdk_snap.ops.check.findings import Finding, Findings, GrainCounts, Severity
+from qemu_vmdk_snap.ops.check.small import audit_small
 from qemu_vmdk_snap.ops.progress import OnProgress, Progress, ignore
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
 from qemu_vmdk_snap.storage.journal.record import pending_in
@@ -21,6 +20,7 @@ from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.cowd.header import COWD_MAGIC, CowdHeader, legacy_descriptor, read_cowd_header
 from qemu_vmdk_snap.vmdk.descriptor import MAX_BYTES, Descriptor, ExtentLine, is_descriptor
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec, open_extent
+from qemu_vmdk_snap.vmdk.flat.extent import FlatExtent
 from qemu_vmdk_snap.vmdk.sparse.header import (
     MAGIC,
     NEWLINE_PROBE,
@@ -364,8 +364,7 @@ class _Checker:
             rule = f"must be the {line.sectors} sectors that the descriptor gives the extent"
             self._findings.corrupt(file.path, header.offset_of("capacity"), "capacity", header.capacity, rule)
         refuse_moved(header, file)
-        audit = self._audit(file, header, total)
-        return audit.end
+        return self._audit(file, header, total)
 
     def _check_length(self, image: _Image, line: ExtentLine, file: BlockFile) -> None:
         start = line.offset if line.type == "FLAT" else 0
@@ -379,7 +378,7 @@ class _Checker:
         if header.capacity < line.sectors:
             rule = f"must be at least the {line.sectors} sectors that the descriptor gives the extent"
             self._findings.corrupt(file.path, header.offset_of("capacity"), "capacity", header.capacity, rule)
-        end = self._audit(file, header, total).end
+        end = self._audit(file, header, total)
         used = byte_sectors(end)
         if used - header.free_sector >= header.grain_size:
             # QEMU appends grains and does not update it: every reader, QEMU and our writer use the end of the file.
@@ -388,15 +387,28 @@ class _Checker:
             self._findings.repairable_many(file.path, "free_sector", items, 1)
         return end
 
-    def _audit(self, file: BlockFile, header: SparseExtentHeader | CowdHeader, total: int) -> TableAudit:
+    def _audit(self, file: BlockFile, header: SparseExtentHeader | CowdHeader, total: int) -> int:
+        """Check the tables of an extent and return where its file ends."""
         unit = sector_bytes(header.grain_size)
+        small = None if isinstance(header, CowdHeader) else audit_small(file, header)
+        if small is not None:
+            self._counts.add(small.counts)
+            self._advance(small.counts.total * unit, total)
+            return small.end
+        from qemu_vmdk_snap.ops.check.tables import audit_tables
+
         audit = audit_tables(file, header, self._findings, lambda grains: self._advance(grains * unit, total))
         self._counts.add(audit.counts)
-        return audit
+        return audit.end
 
     def _resolve_all(self, line: ExtentLine, file: BlockFile, total: int) -> int | None:
         """Check a kind without redundant tables by reading all of it."""
         extent = open_extent(ExtentSpec(line, file.path, file, False))
+        if isinstance(extent, FlatExtent):  # without tables
+            self._advance(extent.capacity, total)
+            return None
+        from qemu_vmdk_snap.ops.check.runs import audit_runs
+
         self._counts.add(audit_runs(extent, file, self._findings, lambda length: self._advance(length, total)))
         return None
 

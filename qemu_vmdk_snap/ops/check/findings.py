@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
 
 from qemu_vmdk_snap.errors import FormatError
-from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import Final, dataclass
 
 LISTED: Final = 50
 """Findings of one field in one file that are listed one by one; the rest is only counted."""
@@ -58,6 +57,24 @@ class Finding:
             "rule": self.rule,
             "count": self.count,
         }
+
+
+@dataclass(slots=True)
+class GrainCounts:
+    """Counts over the tables of an extent, in grains."""
+
+    total: int = 0
+    allocated: int = 0
+    fragmented: int = 0
+    """Allocated grains that do not follow the allocated grain before them in the file."""
+    compressed: int = 0
+
+    def add(self, other: GrainCounts) -> None:
+        """Add the counts of another extent."""
+        self.total += other.total
+        self.allocated += other.allocated
+        self.fragmented += other.fragmented
+        self.compressed += other.compressed
 
 
 class Findings:

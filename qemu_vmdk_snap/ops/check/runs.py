@@ -11,8 +11,7 @@ from collections.abc import Callable
 from qemu_vmdk_snap.chain.windows import extent_windows
 from qemu_vmdk_snap.errors import FormatError
 from qemu_vmdk_snap.light import numpy as np
-from qemu_vmdk_snap.ops.check.findings import Findings
-from qemu_vmdk_snap.ops.check.tables import GrainCounts
+from qemu_vmdk_snap.ops.check.findings import Findings, GrainCounts
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE
 from qemu_vmdk_snap.vmdk.extent import Extent

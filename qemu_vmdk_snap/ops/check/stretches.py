@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
-
-from qemu_vmdk_snap.light import dataclass, field
+from qemu_vmdk_snap.light import Final, dataclass, field
 from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.vmdk.runs import Int64s
 

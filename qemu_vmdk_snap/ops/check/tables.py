@@ -12,11 +12,10 @@ follow one another in the file. Tables that are holes of the file take no time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final
 
-from qemu_vmdk_snap.light import dataclass, field
+from qemu_vmdk_snap.light import TYPE_CHECKING, Final, dataclass, field
 from qemu_vmdk_snap.light import numpy as np
-from qemu_vmdk_snap.ops.check.findings import LISTED, Findings, Severity
+from qemu_vmdk_snap.ops.check.findings import LISTED, Findings, GrainCounts, Severity
 from qemu_vmdk_snap.ops.check.shape import TableShape, shape_of
 from qemu_vmdk_snap.ops.check.stretches import Stretches
 from qemu_vmdk_snap.storage.blockfile import BlockFile
@@ -32,26 +31,6 @@ if TYPE_CHECKING:
 
 _TABLES_AT_ONCE: Final = 2048
 
-_NONE: Final = np.zeros(0, np.int64)
-
-
-@dataclass(slots=True)
-class GrainCounts:
-    """Counts over the tables of an extent, in grains."""
-
-    total: int = 0
-    allocated: int = 0
-    fragmented: int = 0
-    """Allocated grains that do not follow the allocated grain before them in the file."""
-    compressed: int = 0
-
-    def add(self, other: GrainCounts) -> None:
-        """Add the counts of another extent."""
-        self.total += other.total
-        self.allocated += other.allocated
-        self.fragmented += other.fragmented
-        self.compressed += other.compressed
-
 
 @dataclass(frozen=True, slots=True)
 class TableAudit:
@@ -62,7 +41,7 @@ class TableAudit:
     """The byte after the last grain or table that is in use."""
     leaks: list[tuple[int, int]] = field(default_factory=list)
     """(first sector, sectors) of each stretch that nothing refers to."""
-    shared: Int64s = field(default_factory=lambda: _NONE)
+    shared: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
     """Sectors of grains that overlap the grain before them, as entries have them."""
 
 
@@ -140,7 +119,7 @@ class _Audit:
     def _as_runs(self, sectors: Entries, counts: GrainCounts) -> tuple[Int64s, Int64s]:
         """Return where grains that follow one another in the file begin and end; count the jumps between."""
         if not len(sectors):
-            return _NONE, _NONE
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
         step = self._header.grain_size
         jumps = np.flatnonzero(
             sectors[1:] - sectors[:-1] != step

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
 from qemu_vmdk_snap.chain.chain import Chain
 from qemu_vmdk_snap.chain.disk import Disk
+from qemu_vmdk_snap.chain.small import is_small
 from qemu_vmdk_snap.errors import Unsupported
-from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import Final, dataclass
 from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.ops.make.create import plan_base
 from qemu_vmdk_snap.ops.make.layout import ImageOptions
@@ -77,25 +77,28 @@ def _stored(disk: Disk | None, unit: int, capacity: int, on_progress: OnProgress
         meter.reach(capacity)
         return 0
     total, last = 0, -1
-    for starts, ends in _stretches(disk):
-        if not len(starts):
-            continue
-        first, final = starts // unit, (ends - 1) // unit
-        before = np.concatenate([[last], final[:-1]])
-        total += int((final - np.maximum(first, before + 1) + 1).sum())
-        last = int(final[-1])
-        meter.reach(int(ends[-1]))
+    if isinstance(disk, Chain) and not is_small(disk.links):
+        for starts, ends in _stretches(disk):
+            if not len(starts):
+                continue
+            first, final = starts // unit, (ends - 1) // unit
+            before = np.concatenate([[last], final[:-1]])
+            total += int((final - np.maximum(first, before + 1) + 1).sum())
+            last = int(final[-1])
+            meter.reach(int(ends[-1]))
+    else:
+        for row in disk.rows():
+            if row.kind >= DATA:
+                end = row.offset + row.length
+                total += (end - 1) // unit - max(row.offset // unit, last + 1) + 1
+                last = (end - 1) // unit
+                meter.reach(end)
     meter.reach(capacity)
     return total * unit
 
 
-def _stretches(disk: Disk) -> Iterator[tuple[Int64s, Int64s]]:
+def _stretches(chain: Chain) -> Iterator[tuple[Int64s, Int64s]]:
     """Yield starts and ends of stored runs, in ascending order, many at a time."""
-    if isinstance(disk, Chain):
-        for table in disk.tables():
-            stored = table.kinds >= DATA
-            yield table.starts[stored], (table.starts + table.lengths)[stored]
-        return
-    for row in disk.rows():
-        if row.kind >= DATA:
-            yield np.array([row.offset]), np.array([row.offset + row.length])
+    for table in chain.tables():
+        stored = table.kinds >= DATA
+        yield table.starts[stored], (table.starts + table.lengths)[stored]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Final
 
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import Final
 from qemu_vmdk_snap.storage.blockfile import PosixFile, naming
 from qemu_vmdk_snap.storage.durable import NewFiles
 from qemu_vmdk_snap.storage.empty import EmptyFile, is_empty

@@ -10,10 +10,10 @@ import itertools
 import sys
 from array import array
 from collections.abc import Iterator
-from typing import Final
 
 from qemu_vmdk_snap.chain.resolver import Resolver, check_opened
 from qemu_vmdk_snap.errors import VmdkSnapError
+from qemu_vmdk_snap.light import Final
 from qemu_vmdk_snap.storage.blockfile import BlockFile, PosixFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk import shortfall

@@ -6,15 +6,14 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
 
-from qemu_vmdk_snap.chain.identity import hint_to, new_cid, overlay_uuids
+from qemu_vmdk_snap.chain.identity import base_uuids, hint_to, new_cid, overlay_uuids
 from qemu_vmdk_snap.chain.link import read_descriptor
 from qemu_vmdk_snap.chain.look import notes
 from qemu_vmdk_snap.chain.look.opening import look_at
 from qemu_vmdk_snap.chain.resolver import check_opened, confined
 from qemu_vmdk_snap.errors import CorruptChain, InvalidRequest
-from qemu_vmdk_snap.light import replace
+from qemu_vmdk_snap.light import TYPE_CHECKING, Final, replace
 from qemu_vmdk_snap.ops.make.allocate import replace_empty
 from qemu_vmdk_snap.ops.make.base_notes import base_notes
 from qemu_vmdk_snap.ops.make.layout import (
@@ -218,7 +217,7 @@ def plan_base(path: Path, size: int, options: ImageOptions) -> Plan:
     for key, value in kind_for(path, options).ddb:
         ddb.setdefault(key, value)
     cid = new_cid()
-    ddb["longContentID"] = _long_id(cid)
+    ddb = {**ddb, "longContentID": _long_id(cid), **{key: ddb.get(key, value) for key, value in base_uuids().items()}}
     return plan_image(path, path.name, sectors, options, cid=cid, parent_cid=NO_PARENT, hint=None, ddb=ddb)
 
 

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qemu_vmdk_snap.chain.link import read_descriptor
 from qemu_vmdk_snap.errors import InvalidRequest
-from qemu_vmdk_snap.light import dataclass, field
+from qemu_vmdk_snap.light import TYPE_CHECKING, Final, NamedTuple, dataclass, field
 from qemu_vmdk_snap.storage.blockfile import PosixFile
 from qemu_vmdk_snap.storage.durable import NewFiles
 from qemu_vmdk_snap.storage.limits import allow_open_files

@@ -40,6 +40,8 @@ class Control:
         self._switcher = Switcher(server)
         self._merger = Merger(server, self._switcher)
         self._places = threading.Semaphore(_MOST_CLIENTS)
+        self._ends = False
+        """Whether a client has asked for the end."""
         self._commands: dict[str, Command] = {
             "status": self._status,
             "statistics": lambda arguments, holder: self._server.statistics.as_dict(),
@@ -72,12 +74,19 @@ class Control:
                     if not line.endswith(b"\n"):
                         break
                     if line.strip():
-                        client.sendall(json.dumps(self._answer(line, holder)).encode() + b"\n")
+                        self._reply(client, self._answer(line, holder))
         except OSError as error:
             _log.info("a control client is gone: %s", error)
         finally:
             self._switcher.let_go(holder)
             self._places.release()
+
+    def _reply(self, client: socket.socket, answer: dict[str, Any]) -> None:
+        try:
+            client.sendall(json.dumps(answer).encode() + b"\n")
+        finally:
+            if self._ends:  # after the answer to it, which the process would not live to send
+                self._server.stop_asked.set()
 
     def _answer(self, line: bytes, holder: Holder) -> dict[str, Any]:
         ident: dict[str, Any] = {}
@@ -116,7 +125,7 @@ class Control:
         return {}
 
     def _stop(self, arguments: Arguments, holder: Holder) -> dict[str, Any]:
-        self._server.stop_asked.set()
+        self._ends = True
         return {}
 
 

@@ -38,6 +38,8 @@ _log = log.of(__name__)
 
 _OPERATION: Final = "remove"
 _RETRY_SECONDS: Final = 0.05
+_LOOK_SECONDS: Final = 0.1
+"""How often a merge that waits looks whether its limit has changed."""
 
 State = Literal["running", "done", "failed", "cancelled"]
 
@@ -274,13 +276,20 @@ class Merger:
             copied = puller.pull(start, end)
             job.copied += copied
             job.done += end - start
-            if self._limit:
-                allowed += copied / self._limit
-                self._stopped.wait(max(0.0, began + allowed - time.monotonic()))
-            else:
+            limit = self._limit
+            if limit:
+                allowed += copied / limit
+                self._wait_until(began + allowed, limit)
+            if not limit or limit != self._limit:
                 began, allowed = time.monotonic(), 0.0
         with self._stack.turn:
             puller.flush()
+
+    def _wait_until(self, moment: float, limit: int) -> None:
+        """Wait as that limit asks; no longer than until there is another one, or the merge is stopped."""
+        while limit == self._limit and (left := moment - time.monotonic()) > 0:
+            if self._stopped.wait(min(left, _LOOK_SECONDS)):
+                return
 
     def _check_stopped(self) -> None:
         if self._stopped.is_set():

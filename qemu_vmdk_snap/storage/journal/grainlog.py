@@ -23,9 +23,9 @@ import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, NamedTuple, Self
 
 from qemu_vmdk_snap import log
+from qemu_vmdk_snap.light import Final, NamedTuple, Self
 from qemu_vmdk_snap.storage.identity import Identity, identity_of
 
 _log = log.of(__name__)

@@ -23,16 +23,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import fcntl
-import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self
 
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.errors import CorruptChain, LockBusy
-from qemu_vmdk_snap.light import dataclass, field, replace
+from qemu_vmdk_snap.light import Any, Final, NamedTuple, Self, dataclass, field, replace
 from qemu_vmdk_snap.storage.blockfile import naming
 from qemu_vmdk_snap.storage.durable import alone_in, sync_folder, working_in
 from qemu_vmdk_snap.storage.identity import identity_of, identity_of_open
@@ -379,6 +377,8 @@ def _store(path: Path, record: Mapping[str, Any]) -> int:
         try:
             with contextlib.suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import json  # only where there is a record
+
             data = memoryview(json.dumps(record, indent=1).encode())
             with naming(path):
                 while data:
@@ -432,6 +432,8 @@ def _load(path: Path) -> dict[str, Any]:
             raise CorruptChain(path, reason)
         if facts.st_size > _MAX_BYTES:
             raise CorruptChain(path, f"the operation record is larger than {_MAX_BYTES} bytes: it is not followed")
+        import json
+
         record = json.loads(os.pread(fd, facts.st_size, 0))
     finally:
         os.close(fd)

@@ -4,10 +4,9 @@ Source: the COWDisk header of VMware's technote 1.0; libvmdk's "COWD sparse exte
 """
 
 from pathlib import Path
-from typing import Annotated, Final
 
 from qemu_vmdk_snap.errors import FormatError
-from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import Annotated, Final, dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.descriptor import NO_PARENT, Descriptor, make_descriptor

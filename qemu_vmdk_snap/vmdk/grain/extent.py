@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, NamedTuple
 
 from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.light import ClassVar, Final, NamedTuple
 from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile, Buffer
 from qemu_vmdk_snap.units import MIB, SECTOR_SIZE, byte_sectors, round_up, sector_bytes
@@ -44,6 +44,9 @@ class Copy(NamedTuple):
 
 class GrainExtent:
     """One open extent with grains. The first of `copies` is the one that is read."""
+
+    compressed: ClassVar[bool] = False
+    """Whether its grains are stored deflated."""
 
     def __init__(
         self,

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
 
-from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import TYPE_CHECKING, Protocol, cast, dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 
 if TYPE_CHECKING:

@@ -14,10 +14,9 @@ the file are not read.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qemu_vmdk_snap.errors import FormatError
-from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import TYPE_CHECKING, Final, NamedTuple, dataclass
 from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import byte_sectors, sector_bytes

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.errors import FormatError, Unsupported
+from qemu_vmdk_snap.light import TYPE_CHECKING, Final
 from qemu_vmdk_snap.light import numpy as np
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.extent import ExtentSpec
 from qemu_vmdk_snap.vmdk.grain.extent import GTE_UNALLOCATED, GTE_ZEROED, MAX_FILE_SECTORS, Copy, GrainExtent
 from qemu_vmdk_snap.vmdk.grain.tables import Entries, GrainTables, clear_tables, read_directory
-from qemu_vmdk_snap.vmdk.sparse.copies import settle_copies
 from qemu_vmdk_snap.vmdk.sparse.header import HeaderFlag, SparseExtentHeader, check_header, refuse_moved
 from qemu_vmdk_snap.vmdk.sparse.small import Piece, small_tables
 
@@ -129,6 +128,8 @@ class SparseExtent(GrainExtent):
         """
         if not self._writable:
             raise Unsupported(self._path, "the extent is read-only: its tables cannot change")
+        from qemu_vmdk_snap.vmdk.sparse.copies import settle_copies
+
         self.flush()
         settled = settle_copies(self._file, self.header)
         if settled:

@@ -4,12 +4,10 @@ Source: VMware Virtual Disk Format 5.0, "Hosted Sparse Extents"; limits as QEMU 
 """
 
 import struct
-from enum import IntFlag
 from pathlib import Path
-from typing import Annotated, Final
 
 from qemu_vmdk_snap.errors import FormatError, Unsupported
-from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import Annotated, Final, dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
 from qemu_vmdk_snap.vmdk.ondisk import U8, U16, U32, U64, Must, OnDisk, Wire, power_of_two
@@ -17,7 +15,7 @@ from qemu_vmdk_snap.vmdk.ondisk import U8, U16, U32, U64, Must, OnDisk, Wire, po
 MAGIC: Final = b"KDMV"
 NEWLINE_PROBE: Final = b"\n \r\n"
 GD_AT_END: Final = 0xFFFF_FFFF_FFFF_FFFF
-"""The The The The The The gdOffset of a stream whose real header is the footer at the end of the file."""
+"""The gdOffset of a stream whose real header is the footer at the end of the file."""
 
 GTES_PER_GT: Final = 512
 MAX_GRAIN_SECTORS: Final = 0x200000  # QEMU's limit: 1 GiB
@@ -30,18 +28,17 @@ _MOVED_SECTORS: Final = (0, -1, 1, -2, 2)
 _LOOKED_AT: Final = 128
 
 
-class HeaderFlag(IntFlag):
+class HeaderFlag:  # plain numbers: an IntFlag takes longer to define than a small image to read
     """The bits of `flags`."""
 
-    NEWLINE_TEST = 1 << 0
-    REDUNDANT_GD = 1 << 1
-    ZEROED_GRAINS = 1 << 2
-    COMPRESSED = 1 << 16
-    MARKERS = 1 << 17
+    NEWLINE_TEST: Final = 1 << 0
+    REDUNDANT_GD: Final = 1 << 1
+    ZEROED_GRAINS: Final = 1 << 2
+    COMPRESSED: Final = 1 << 16
+    MARKERS: Final = 1 << 17
 
 
-# As a plain int: ~ of a flag class has only the bits that the class knows.
-_KNOWN_FLAGS: Final = int(
+_KNOWN_FLAGS: Final = (
     HeaderFlag.NEWLINE_TEST
     | HeaderFlag.REDUNDANT_GD
     | HeaderFlag.ZEROED_GRAINS

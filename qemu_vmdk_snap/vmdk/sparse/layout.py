@@ -10,9 +10,8 @@ directory entry of 0. The tables are a hole in the file until they are used. Sam
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Final
 
-from qemu_vmdk_snap.light import dataclass
+from qemu_vmdk_snap.light import TYPE_CHECKING, Final, dataclass
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, round_up, sector_bytes
 from qemu_vmdk_snap.vmdk.grain.new_extent import Wanted
@@ -83,7 +82,7 @@ def plan_sparse(sectors: int, *, grain_sectors: int, zeroed_grains: bool, descri
     header = SparseExtentHeader(
         magic=MAGIC,
         version=2 if zeroed_grains else 1,
-        flags=int(flags | (HeaderFlag.ZEROED_GRAINS if zeroed_grains else 0)),
+        flags=flags | (HeaderFlag.ZEROED_GRAINS if zeroed_grains else 0),
         capacity=sectors,
         grain_size=grain_sectors,
         descriptor_offset=1 if room else 0,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterator
-from typing import Final
 
+from qemu_vmdk_snap.light import Final
 from qemu_vmdk_snap.storage.blockfile import BlockFile
 from qemu_vmdk_snap.units import SECTOR_SIZE, sector_bytes
 from qemu_vmdk_snap.vmdk.runs import DATA, HOLE, ZERO
@@ -69,7 +69,7 @@ def small_tables(file: BlockFile, header: SparseExtentHeader) -> SmallTables | N
     places = [header.gd_offset, header.rgd_offset] if header.redundant else [header.gd_offset]
     if any(not place or sector_bytes(place) + 4 * count > size for place in places):
         return None
-    primary, *others = [_entries(file.read_at(sector_bytes(place), 4 * count)) for place in places]
+    primary, *others = [entries_of(file.read_at(sector_bytes(place), 4 * count)) for place in places]
     if len(primary) != count or any(len(other) != count for other in others):
         return None
     unit, length = sector_bytes(header.grain_size), 4 * header.gtes_per_gt
@@ -80,7 +80,7 @@ def small_tables(file: BlockFile, header: SparseExtentHeader) -> SmallTables | N
         at = sector_bytes(sector)
         table = None
         if sector and file.next_data(at) < at + length:
-            table = _entries(file.read_at(at, length))
+            table = entries_of(file.read_at(at, length))
             highest = max(table)
             if len(table) != header.gtes_per_gt or sector_bytes(highest) + unit > size:
                 return None
@@ -90,7 +90,8 @@ def small_tables(file: BlockFile, header: SparseExtentHeader) -> SmallTables | N
     return SmallTables(tables, header.gtes_per_gt, unit, bool(header.flags & HeaderFlag.ZEROED_GRAINS))
 
 
-def _entries(raw: bytes) -> array[int]:
+def entries_of(raw: bytes) -> array[int]:
+    """Return the little-endian entries in `raw`."""
     entries = array("I", raw[: len(raw) // 4 * 4])
     if sys.byteorder == "big":
         entries.byteswap()

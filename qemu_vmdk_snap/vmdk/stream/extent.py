@@ -51,6 +51,8 @@ def open_stream(spec: ExtentSpec, file: BlockFile, header: SparseExtentHeader) -
 class StreamExtent(GrainExtent):
     """One open compressed extent."""
 
+    compressed = True
+
     def __init__(self, file: BlockFile, path: Path, header: SparseExtentHeader, capacity: int) -> None:
         self.header = header
         directory = read_directory(file, sector_bytes(header.gd_offset), header.gd_entries)

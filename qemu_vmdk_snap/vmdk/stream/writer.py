@@ -71,7 +71,7 @@ class StreamWriter:
         count = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(count, "deflate")
         self._ahead = max(1, min(4 * count, _AHEAD_BYTES // self._unit))
-        self._pending: deque[tuple[int, Future[bytearray]]] = deque()
+        self._pending: deque[tuple[int, Future[bytes | bytearray]]] = deque()
         self._tables = -(-sectors // (grain_sectors * GTES_PER_GT))
         self._directory = np.zeros(self._tables, "<u4")
         self._table = 0
@@ -170,7 +170,7 @@ def _header(sectors: int, grain_sectors: int, room: int, overhead: int) -> Spars
     return SparseExtentHeader(
         magic=MAGIC,
         version=3,
-        flags=int(HeaderFlag.NEWLINE_TEST | HeaderFlag.COMPRESSED | HeaderFlag.MARKERS),
+        flags=HeaderFlag.NEWLINE_TEST | HeaderFlag.COMPRESSED | HeaderFlag.MARKERS,
         capacity=sectors,
         grain_size=grain_sectors,
         descriptor_offset=1,

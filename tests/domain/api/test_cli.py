@@ -63,6 +63,21 @@ def test_create_as_json(lab: Lab, domain: str, capsys: pytest.CaptureFixture[str
     }
 
 
+def test_overlays_can_be_named_by_uuids(lab: Lab, domain: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["-c", lab.uri, domain]
+    assert main(["snapshot", "create", *words, "s1", "--naming", "uuid"]) == 0
+    found = re.findall(rf"  vd([ab]): {lab.folder}/([0-9a-f-]{{36}})\.vmdk, backed by", capsys.readouterr().out)
+    assert [disk for disk, _ in found] == ["a", "b"]
+    assert found[0][1] != found[1][1]
+    tops = [lab.folder / f"{name}.vmdk" for _, name in found]
+    assert all(top.exists() for top in tops)
+    assert main(["snapshot", "create", *words, "s2", "--naming=number"]) == 0
+    assert (lab.folder / f"{found[0][1]}-000001.vmdk").exists()
+    assert main(["snapshot", "delete", *words, "s2"]) == 0
+    assert main(["snapshot", "revert", *words, "s1"]) == 0
+    assert main(["snapshot", "delete", *words, "s1"]) == 0
+
+
 def test_a_name_is_made_from_the_clock(lab: Lab, domain: str, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         assert main(["snapshot", "create", "-c", lab.uri, domain]) == 0

@@ -15,7 +15,7 @@ from tests.domain.sshd import Host
 
 pytestmark = [
     pytest.mark.needs("libvirt", "libvirtd", "virsh", "qemu-system-x86_64", "ssh", "ssh-keygen", "sshd"),
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(300),
 ]
 
 

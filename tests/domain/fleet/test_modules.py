@@ -14,7 +14,7 @@ from qemu_vmdk_snap.domain.served.commands import start_servers, stop_servers
 from tests.domain.fleet.playbooks import Ansible
 from tests.domain.lab import Lab, contents, xml_of
 
-pytestmark = [pytest.mark.needs("libvirtd", "ansible-playbook"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.needs("libvirtd", "ansible-playbook"), pytest.mark.timeout(300)]
 PROGRAM = str(Path(sys.executable).parent / "qemu-vmdk-snap")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -110,11 +111,25 @@ def state(hooked: HookedDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QEMU_VMDK_SNAP_STATE", str(hooked.folder / "state"))
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 100.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.05)
+
+
+def after_stop_ends(hooked: HookedDaemon, domain: libvirt.virDomain) -> None:
+    """Return when the process of the hook that has taken a snapshot after a stop, and maybe prunes, has ended."""
+    words = f"\0after-stop\0{domain.name()}\0--policy\0{hooked.folder}/".encode()
+
+    def runs() -> bool:
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if words in (process / "cmdline").read_bytes():
+                    return True
+        return False
+
+    wait_for(lambda: not runs())
 
 
 def has_snapshots(hooked: HookedDaemon, domain: libvirt.virDomain, count: int) -> bool:
@@ -196,12 +211,13 @@ def test_a_snapshot_follows_each_stop_but_not_a_refused_start(hooked: HookedDaem
         probe.pattern(SEED + run, AT, REGION)
         power_off(probe, domain)
         wait_for(partial(has_snapshots, hooked, domain, run))
+        after_stop_ends(hooked, domain)
         (current,) = [info for info in list_snapshots(hooked.conn, domain.name()) if info.current]
         assert current.name.startswith("stop-")
         assert current.disks[0].frozen == frozen
         with open_chain(frozen) as chain:
             assert chain.read_at(AT, REGION) == pattern(SEED + run, AT, REGION)
-    wait_for(lambda: not list((hooked.folder / "state").glob("*.json")))
+    assert not list((hooked.folder / "state").glob("*.json"))
     base = hooked.folder / f"{domain.name()}.vmdk"
     base.rename(base.with_suffix(".away"))
     with pytest.raises(libvirt.libvirtError, match=r"its parent '.*' does not exist"):
@@ -224,8 +240,9 @@ def test_of_the_snapshots_after_a_stop_the_last_stay(hooked: HookedDaemon) -> No
         probe.pattern(SEED + run, AT + run * REGION, REGION)
         power_off(probe, domain)
         wait_for(lambda before=before: set(names()) - before)  # type: ignore[misc]
-    wait_for(lambda: len(names()) == 3)
-    wait_for(lambda: not list((hooked.folder / "state").glob("*.json")))
+        after_stop_ends(hooked, domain)
+    assert len(names()) == 3
+    assert not list((hooked.folder / "state").glob("*.json"))
     assert names()[0] == "clean"
     assert all(name.startswith("stop-") for name in names()[1:])
     with open_chain(top_of(domain)) as chain:  # what the deleted one held is there

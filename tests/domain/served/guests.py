@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qemu_vmdk_snap import create_image, open_chain
 from qemu_vmdk_snap.domain.attach.run import attach
@@ -47,9 +47,16 @@ class ServedGuest:
         return attach_probe(self.serial, seconds=40)
 
     def server_pid(self, target: str = "sda") -> int:
+        return int(self._status(target)["pid"])
+
+    def writes(self, target: str = "sda") -> int:
+        """Return how many requests to write its server has done."""
+        return int(self._status(target)["statistics"]["writes"])
+
+    def _status(self, target: str) -> dict[str, Any]:
         status = server.statuses(self.name, inactive_xml(self.domain))[target]
         assert status is not None
-        return int(status["pid"])
+        return status
 
     def close(self) -> None:
         import libvirt
@@ -79,7 +86,7 @@ def written_by(path: Path, seed: int, start: int, length: int) -> int:
     return count
 
 
-def wait_until_gone(pid: int, seconds: float = 10.0) -> None:
+def wait_until_gone(pid: int, seconds: float = 60.0) -> None:
     """Return once the process has ended."""
     deadline = time.monotonic() + seconds
     while Path(f"/proc/{pid}").exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from qemu_vmdk_snap.domain.state import inactive_xml
 from qemu_vmdk_snap.domain.xml import list_disks
 from qemu_vmdk_snap.domain.xml.served import served_disks
 from qemu_vmdk_snap.errors import DomainError
-from qemu_vmdk_snap.harness import pattern
+from qemu_vmdk_snap.harness import ProbeSession, pattern
 from qemu_vmdk_snap.harness.probe import parse_answer
 from tests.domain.lab import xml_of
 from tests.domain.served.guests import ServedGuest, written_by
@@ -34,7 +35,7 @@ from tests.e2e.live.live_guest import MIB, SECTOR, STARTS, Progress, Writer, che
 if TYPE_CHECKING:
     import libvirt
 
-pytestmark = [pytest.mark.needs("libvirt", "qemu-system-x86_64"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.needs("libvirt", "qemu-system-x86_64"), pytest.mark.timeout(300)]
 AT, LENGTH = 2 * MIB, 16 * MIB
 
 
@@ -95,12 +96,16 @@ def test_memory_and_disk_are_of_one_instant_and_the_guest_resumes_there(
     try:
         probe = guest.start()
         sequence = f"{probe._sequence + 1:02x}"
+        written = guest.writes()
         writing = threading.Thread(target=probe.pattern, args=(7, AT, LENGTH))
         writing.start()
+        while guest.writes() < written + 100:
+            assert writing.is_alive()
+            time.sleep(0.01)
         memory = scratch / "m1.memory"
         report = create_snapshot(guest.conn, guest.name, "m1", memory=memory)
         frozen = report.disks[0].frozen
-        writing.join(60)
+        writing.join()
         probe.pattern(8, AT, MIB)  # the future that is given up
         done = written_by(frozen, 7, AT, LENGTH)
         assert 0 < done < LENGTH // SECTOR, "the snapshot was not taken in the middle of the write"
@@ -146,6 +151,7 @@ def test_any_snapshot_is_deleted_inside_the_server_while_the_guest_writes(guest:
             for frozen in points.values():
                 check_frozen(*frozen)
         assert not memory.exists()
+    delete_slowly(guest, probe)
     assert [snapshot.name for snapshot in list_snapshots(guest.conn, guest.name)] == ["s1", "s3"]
     seen = probe.crc(STARTS[0], 64 * 1024)
     probe.close()
@@ -158,7 +164,19 @@ def test_any_snapshot_is_deleted_inside_the_server_while_the_guest_writes(guest:
     assert guest.start().crc(STARTS[0], 64 * 1024) == seen
     assert all(check.verdict != "bad" for check in check_domain(guest.conn, guest.name))
     guest.domain.destroy()
+    for act in (delete, plan_delete):
+        with pytest.raises(DomainError, match="disk sda: no server of a running guest's disk merges it"):
+            act(guest.conn, guest.name, ["s1", "s3"], bandwidth=MIB)
     delete(guest.conn, guest.name, ["s1", "s3"])  # shut off: by the engine
+
+
+def delete_slowly(guest: ServedGuest, probe: ProbeSession) -> None:
+    """Delete a snapshot that froze a mebibyte, at two of them a second."""
+    probe.pattern(9, 12 * MIB, MIB)
+    create_snapshot(guest.conn, guest.name, "slow")
+    began = time.monotonic()
+    assert delete(guest.conn, guest.name, "slow", bandwidth=2 * MIB).changed
+    assert time.monotonic() - began >= 0.5
 
 
 def counter_in_memory(guest: ServedGuest, file: Path) -> int:

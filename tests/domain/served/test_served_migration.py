@@ -21,7 +21,7 @@ from tests.e2e.live.live_guest import boot_disk, domain_xml
 pytestmark = [
     pytest.mark.needs("libvirt", "libvirtd", "virsh", "qemu-system-x86_64"),
     pytest.mark.skipif(obstacle() is not None or os.geteuid() != 0, reason="needs two system daemons of its own"),
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(300),
 ]
 AT, LENGTH = 2 << 20, 64 * 1024
 

@@ -19,7 +19,7 @@ from tests.e2e.live.live_guest import boot_disk, domain_xml
 pytestmark = [
     pytest.mark.needs("libvirt", "libvirtd", "virsh", "qemu-system-x86_64"),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can let QEMU be another user"),
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(300),
 ]
 
 NOBODY = 65534

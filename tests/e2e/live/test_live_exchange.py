@@ -47,7 +47,7 @@ from tests.e2e.live.test_live_options import THROTTLE, Case
 if TYPE_CHECKING:
     import libvirt
 
-pytestmark = [pytest.mark.needs("libvirt", "qemu-system-x86_64", "qemu-img"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.needs("libvirt", "qemu-system-x86_64", "qemu-img"), pytest.mark.timeout(300)]
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from qemu_vmdk_snap.harness import ProbeSession
 
-pytestmark = [pytest.mark.needs("libvirt", "qemu-system-x86_64", "qemu-img"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.needs("libvirt", "qemu-system-x86_64", "qemu-img"), pytest.mark.timeout(300)]
 _numbers = itertools.count(1)
 
 CACHES: Final = ("default", "none", "writethrough", "writeback", "directsync", "unsafe")

@@ -50,7 +50,7 @@ class Holder:
 
     def quit(self) -> None:
         self.ask("quit")
-        assert self.process.wait(20) == 0
+        assert self.process.wait(60) == 0
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None

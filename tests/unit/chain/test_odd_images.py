@@ -165,9 +165,9 @@ def test_names_that_readers_would_take_for_something_else(tmp_path: Path) -> Non
 def test_a_request_to_end_leaves_nothing_half_done(tmp_path: Path, number: signal.Signals) -> None:
     create_image(tmp_path / "a.vmdk", 8 << 30, options=ImageOptions(grain_size=4096), durable=False)
     with open_chain(tmp_path / "a.vmdk", writable=True) as chain:
-        for offset in range(0, 512 * MIB, 8192):
+        for offset in range(0, 128 * MIB, 8192):
             chain.write_at(offset, b"x" * 4096)
-    words = [sys.executable, "-m", "qemu_vmdk_snap", "image", "convert", "-O", "raw", "a.vmdk", "b.raw"]
+    words = [sys.executable, "-m", "qemu_vmdk_snap", "image", "convert", "-r", "4M", "-O", "raw", "a.vmdk", "b.raw"]
     with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.glob(".b.raw.*")) and process.poll() is None:
             time.sleep(0.005)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qemu_vmdk_snap.cli.main import main
+
 SHELLS = ("bash", "zsh", "fish")
 
 ASK = {
@@ -82,3 +84,23 @@ def test_zsh_takes_the_script(home: Path) -> None:
     ask = f"autoload -Uz compinit; compinit -u; source {home / 'zsh'}; print $_comps[qemu-vmdk-snap]"
     done = subprocess.run(["zsh", "-f", "-c", ask], capture_output=True, text=True, check=True, timeout=60)
     assert (done.stdout.strip(), done.stderr) == ("_python_argcomplete", "")
+
+
+@pytest.mark.needs("zsh")
+def test_zsh_is_offered_the_same_with_an_argcomplete_that_does_not_know_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("argcomplete.shell_integration.shellcode", lambda *_, **__: "")
+    assert main(["completion", "zsh"]) == 0
+    (home / "zsh").write_text(capsys.readouterr().out)
+    for line, expected in (("hook st", ["status"]), ("image co", ["commit", "compact", "compare", "convert"])):
+        ask = (
+            f"autoload -Uz compinit; compinit -u; source {home / 'zsh'}; print $_comps[qemu-vmdk-snap]\n"
+            'compadd() { shift; print -l -- "$@" }\n'
+            f"words=(qemu-vmdk-snap) BUFFER='qemu-vmdk-snap {line}'\n"
+            "CURSOR=${#BUFFER}; _python_argcomplete"
+        )
+        done = subprocess.run(["zsh", "-f", "-c", ask], capture_output=True, text=True, check=True, timeout=60)
+        assert done.stderr == ""
+        first, *offered = done.stdout.split()
+        assert (first, sorted(offered)) == ("_python_argcomplete", expected)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap.cli import main as main_module
+from qemu_vmdk_snap.cli import commands
 from qemu_vmdk_snap.cli.commands import COMMANDS
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.units import KIB, MIB
 
 
 @pytest.fixture
@@ -77,4 +78,19 @@ def test_a_wrong_option_is_told_as_ever(parsed: list[argparse.Namespace], capsys
         main(["snapshot", "delete", "--domain", "web", "--no-such"])
     assert (stop.value.code, parsed) == (64, [])
     assert "no option '--domain'" in capsys.readouterr().err
-    assert main_module.PROGRAM == "qemu-vmdk-snap"
+    assert commands.PROGRAM == "qemu-vmdk-snap"
+
+
+@pytest.mark.parametrize(("word", "rate"), [("50", 50 * MIB), ("512K", 512 * KIB), ("1.5M", 3 * MIB // 2)])
+def test_a_bandwidth_is_mib_a_second_unless_it_says_otherwise(
+    parsed: list[argparse.Namespace], word: str, rate: int
+) -> None:
+    assert main(["snapshot", "delete", "web", "s1", "--bandwidth", word]) == 0
+    assert parsed[0].bandwidth == rate
+
+
+@pytest.mark.parametrize("word", ["0", "0K", "-1", "fast"])
+def test_a_bandwidth_is_some_number_of_bytes(capsys: pytest.CaptureFixture[str], word: str) -> None:
+    with pytest.raises(SystemExit, match="64"):
+        main(["snapshot", "delete", "web", "s1", f"--bandwidth={word}"])
+    assert "--bandwidth" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import pytest
 
-from qemu_vmdk_snap.cli.words import sorted_words
+from qemu_vmdk_snap.cli.line.words import sorted_words
 
 
 class WrongError(Exception):

@@ -116,7 +116,7 @@ class Machine:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=100,
             check=False,
         )
 
@@ -147,7 +147,9 @@ def fedora(tmp_path: Path) -> Machine:
 def test_help_names_every_command(debian: Machine) -> None:
     done = debian.run("--help")
     assert done.returncode == 0
-    assert all(f"\n  {word} " in done.stdout for word in ("demo", "test", "lint", "setup", "test-on", "--no-system"))
+    assert all(
+        f"\n  {word} " in done.stdout for word in ("demo", "test", "lint", "setup", "test-on", "package", "--no-system")
+    )
 
 
 @pytest.mark.parametrize(("words", "complaint"), [((), "usage"), (("x",), "unknown command x"), (("-x",), "option -x")])
@@ -182,6 +184,17 @@ def test_another_debian_takes_mmdebstrap_and_no_set_up(debian: Machine) -> None:
     assert lines[2] == "test-on debian13 -k two words"
     done = debian.run("--no-system", "test-on", "debian13")
     assert (done.returncode, "test-on needs mmdebstrap" in done.stderr) == (1, True)
+
+
+def test_packages_take_mmdebstrap_and_no_set_up(debian: Machine) -> None:
+    (debian.checkout / "tests/machines").mkdir(parents=True)
+    (debian.checkout / "tests/machines/package").write_text('echo "package $*" >>"$CALLS"\n')
+    assert debian.run("package", "debian12").returncode == 0
+    lines = debian.calls_file.read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["apt-get", "apt-get", "package"]
+    assert lines[2] == "package debian12"
+    done = debian.run("--no-system", "package")
+    assert (done.returncode, "package needs mmdebstrap" in done.stderr) == (1, True)
 
 
 def test_dnf_installs_what_is_missing_and_only_that(fedora: Machine) -> None:
@@ -337,7 +350,7 @@ def test_no_system_test_goes_on_without_requiring_the_missing_tools(debian: Mach
     assert debian.run("--no-system", "test").returncode == 0
     calls = debian.calls("python")
     assert calls[-1].endswith(" -m pytest --require=none -n auto --maxprocesses=4 --dist=loadfile")
-    assert any(call.endswith("-e .[harness,dev]") for call in calls)
+    assert any(call.endswith("-e .[harness,fast,dev]") for call in calls)
 
 
 def test_without_root_and_sudo_it_says_what_to_do(debian: Machine) -> None:

@@ -35,10 +35,10 @@ def run_pytest(folder: Path, tests: dict[str, str], *options: str) -> subprocess
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", *options, "tests"],
         cwd=folder,
-        env={"PATH": os.environ["PATH"]},
+        env={"PATH": os.environ["PATH"], "QEMU_VMDK_SNAP_TEST_PATIENCE": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
     )
 
@@ -91,7 +91,7 @@ def test_a_process_left_running_is_killed_and_fails_the_run(tmp_path: Path) -> N
     assert "processes left running, now killed" in done.stdout
     assert "1 passed, 1 error" in done.stdout
     pid = next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("left "))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while "sleep" in _command_of(pid):  # SIGKILL was sent; the end comes when the kernel gets to it
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -13,8 +13,8 @@ from typing import cast
 
 import pytest
 
-from qemu_vmdk_snap.cli.commands import COMMANDS, TOP_LEVEL
-from qemu_vmdk_snap.cli.main import CommandModule, make_parser
+from qemu_vmdk_snap.cli.commands import COMMANDS, TOP_LEVEL, CommandModule
+from qemu_vmdk_snap.cli.line.parser import make_parser
 from qemu_vmdk_snap.cli.monitor.exposition import HELP
 
 UNITS = Path(__file__).parents[3] / "contrib" / "systemd"

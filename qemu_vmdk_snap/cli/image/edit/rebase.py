@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-
 from qemu_vmdk_snap.cli.image.common import add_allow_dir, add_cache, add_progress, add_quiet, as_seen_from, need_vmdk
 from qemu_vmdk_snap.cli.image.names import image_file
+from qemu_vmdk_snap.cli.line.plain import HIDDEN
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.light import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-F", "--backing-format", default="vmdk", metavar="FMT", help="format of the parent: vmdk")
     add_cache(parser, "-t", "--cache", "accepted, without effect")
     add_cache(parser, "-T", "--src-cache", "accepted, without effect")
-    parser.add_argument("-U", "--force-share", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("-U", "--force-share", action="store_true", help=HIDDEN)
     parser.add_argument(
         "-u", "--unsafe", action="store_true", help="only change the name of the parent: no data is copied"
     )

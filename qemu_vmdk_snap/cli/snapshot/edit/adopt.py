@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_dry_run
 from qemu_vmdk_snap.cli.ui import Ui
+from qemu_vmdk_snap.light import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING
-
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, warn_pending
 from qemu_vmdk_snap.cli.ui import Ui, keyed
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import TYPE_CHECKING
 from qemu_vmdk_snap.units import format_size
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.domain.registry import DiskState, SnapshotInfo
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, warn_pending
 from qemu_vmdk_snap.cli.snapshot.show.choose import add_choice, choose
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest, VmdkSnapError
+from qemu_vmdk_snap.light import TYPE_CHECKING
 from qemu_vmdk_snap.units import format_size
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.domain.registry import SnapshotInfo
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_dry_run, add_orphans
 from qemu_vmdk_snap.cli.snapshot.report import show
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import TYPE_CHECKING
 from qemu_vmdk_snap.units import format_size
 
 if TYPE_CHECKING:
+    import argparse
+
     from qemu_vmdk_snap.domain.destroy.run import DestroyReport
 
 

@@ -7,10 +7,17 @@ getopt_long sorts them, and what is unknown or incomplete is named.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, NoReturn, Protocol
 
+from qemu_vmdk_snap.light import Any, Final, NoReturn, Protocol
+
+HELP: Final = frozenset({"-h", "--help"})
+NUMBERS: Final = tuple(f"-{digit}" for digit in range(10))
+"""How a word begins that is a number, not an option."""
+_NAMED: Final = frozenset({"--domain", "--snapshotname"})
+"""What virsh calls its positional arguments where they are given as options."""
 _ENDS: Final = "--"
 
 
@@ -85,3 +92,18 @@ def _value(name: str, left: deque[str], wrong: Callable[[str], NoReturn]) -> str
     if not left:
         wrong(f"option {name!r} needs a value")
     return left.popleft()
+
+
+def is_named(words: Iterable[str]) -> bool:
+    """Return whether an option among `words` stands for a positional argument."""
+    return any(word.partition("=")[0] in _NAMED for word in words)
+
+
+def with_values(module: object, rest: Sequence[str]) -> list[str]:
+    """Return the words with the value of each option that may be without: virsh's `--quiesce NAME` names a domain."""
+    optional: dict[str, tuple[str, ...]] = getattr(module, "OPTIONAL_VALUES", {})
+    words = []
+    for word, following in itertools.zip_longest(rest, rest[1:]):
+        alone = word in optional and following not in optional[word]
+        words.append(f"{word}={optional[word][0]}" if alone else word)
+    return words
