@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -44,6 +45,9 @@ QUICK: Final = (
 
 MODULES: Final = {"libvirt": "libvirt", "libnbd": "nbd"}
 """Tools that are no executables but bindings, and the module that each is."""
+
+DISTRIBUTIONS: Final = tuple(Path(prefix, "bin/ansible-playbook") for prefix in (f"{sys.prefix}/oracles/usr", "/usr"))
+"""Where the distribution's own Ansible may be: unpacked by bootstrap beside the virtual environment's, or installed."""
 
 SESSION_VARIABLE: Final = "QEMU_VMDK_SNAP_TEST_SESSION"
 PATIENCE_VARIABLE: Final = "QEMU_VMDK_SNAP_TEST_PATIENCE"
@@ -108,6 +112,8 @@ def lacking(tool: str) -> str | None:
     if tool in MODULES:
         found = importlib.util.find_spec(MODULES[tool]) is not None
         return None if found else f"{tool}: no Python module {MODULES[tool]!r}"
+    if tool == "distribution-ansible":
+        return None if any(path.exists() for path in DISTRIBUTIONS) else f"{tool}: neither of {DISTRIBUTIONS}"
     return None if shutil.which(tool) else f"{tool} is not installed"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import stat
@@ -41,23 +40,19 @@ def listen(path: Path, *, mode: int, owner: tuple[int, int] | None = None) -> so
 def _alone_in(folder: Path) -> Iterator[None]:
     """Keep other servers from beginning to listen in the folder: two would take each other's socket for a dead one's.
 
-    A folder that cannot be locked, or that somebody keeps locked, is used without a lock.
+    A name in the abstract namespace is the lock: only one process can have it, and it ends with that. Somebody who
+    keeps it is not waited for without end.
     """
-    try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        yield
-        return
-    try:
+    facts = folder.stat()
+    name = f"\0qemu-vmdk-snap listens in {facts.st_dev:x}:{facts.st_ino:x}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as lock:
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.bind(name)
                 break
             time.sleep(0.01)
         yield
-    finally:
-        os.close(lock)
 
 
 def _listener(path: Path, *, mode: int, owner: tuple[int, int] | None) -> socket.socket:

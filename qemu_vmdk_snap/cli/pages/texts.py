@@ -55,7 +55,9 @@ FILES: Final = {
         *_RECORDS,
     ),
     "hook": (*_POLICIES, *_RECORDS),
-    "guest": (),
+    "guest": (
+        ("~/.cache/qemu-vmdk-snap", "What is kept of made guests and of this host's KVM; XDG_CACHE_HOME moves it."),
+    ),
     "": (*_POLICIES, *_RECORDS),
 }
 

@@ -51,7 +51,7 @@ OPERATIONS: Final = (
 )
 _VERSION: Final = 1
 _MAX_BYTES: Final = 64 << 20
-_PATIENCE: Final = 0.3
+_PATIENCE: Final = 1.0
 """Seconds: a test whether the lock is held takes it for a moment."""
 
 

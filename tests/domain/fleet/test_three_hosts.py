@@ -1,82 +1,72 @@
-"""Playbooks over ssh on three hosts, each with a libvirtd of its own: in parallel, and with each kind of failure."""
+"""Playbooks over ssh on three hosts, each with a libvirtd of its own: in parallel, and with each kind of failure.
+
+The first host is reached as root, the second and the third as a user who becomes root, the third without pipelining.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
-import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qemu_vmdk_snap.domain import check_domain, connection, create_snapshot, list_snapshots
+from qemu_vmdk_snap.domain import connection, create_snapshot, list_snapshots
 from qemu_vmdk_snap.domain.journal.record import STATE_VARIABLE, IntentStore
-from tests.domain.fleet.playbooks import Ansible
+from tests.domain.fleet.bed import NOBODYS_ADDRESS, PROGRAM, Host, Switch, bed
+from tests.domain.fleet.playbooks import Ansible, chosen_core
 from tests.domain.lab import Lab
-from tests.domain.libvirtd import Daemon, private_daemon
-from tests.domain.sshd import Host
+from tests.domain.libvirtd import obstacle
 
 pytestmark = [
-    pytest.mark.needs("libvirtd", "ansible-playbook", "ssh", "sshd", "ssh-keygen"),
-    pytest.mark.timeout(300),
+    pytest.mark.needs("libvirtd", "virsh", "ansible-playbook", "ssh", "sshd", "ssh-keygen", "ip", "sudo"),
+    pytest.mark.timeout(900),
 ]
-BIN = Path(sys.executable).parent
 MODULE = "qemu_vmdk_snap.vmdk.vmdk_snapshot"
-
-
-class Hypervisor:
-    """One host: a libvirtd, an sshd, a state folder, domains of its own."""
-
-    def __init__(self, name: str, folder: Path, daemon: Daemon) -> None:
-        self.name, self.daemon, self.state = name, daemon, folder / "state"
-        self.bin = folder / "bin"
-        """What is here is found before what is installed."""
-        self.host = Host(folder / "sshd", f"{self.bin}:{BIN}:/usr/sbin:/usr/bin:/sbin:/bin", self.state)
-        (folder / "img").mkdir()
-        self.folder = folder / "img"
-
-    def variables(self) -> dict[str, object]:
-        """Return what the inventory says of it."""
-        return {
-            "ansible_host": "127.0.0.1",
-            "ansible_port": self.host.port,
-            "ansible_user": "root",
-            "ansible_ssh_private_key_file": str(self.host.key),
-            "ansible_ssh_common_args": f"-F {self.host.folder}/ssh_config",
-            "ansible_python_interpreter": "/usr/bin/python3",
-            "libvirt": self.daemon.uri,
-        }
+STATE = "var/lib/qemu-vmdk-snap"
+HOOKS = "etc/qemu-vmdk-snap/hooks.d"
 
 
 @pytest.fixture(scope="module")
-def hypervisors(scratch_root: Path) -> Iterator[list[Hypervisor]]:
-    if os.geteuid() != 0:
-        pytest.skip("three system daemons need root")
-    with contextlib.ExitStack() as running:
-        found = []
-        for name in ("h1", "h2", "h3"):
-            (scratch_root / name).mkdir()
-            daemon = running.enter_context(private_daemon(scratch_root / name / "v")).ensure()
-            found.append(Hypervisor(name, scratch_root / name, daemon))
-            running.enter_context(found[-1].host.running())
-        yield found
+def network(scratch_root: Path) -> Iterator[tuple[Switch, list[Host]]]:
+    if os.geteuid() != 0 or (reason := obstacle()):
+        pytest.skip("hosts in namespaces need root" if os.geteuid() else str(reason))
+    (scratch_root / "bed").mkdir()
+    with bed(scratch_root / "bed", "h1", "h2", "h3") as made:
+        yield made
 
 
 @pytest.fixture
-def labs(hypervisors: list[Hypervisor]) -> Iterator[dict[str, Lab]]:
+def hosts(network: tuple[Switch, list[Host]]) -> list[Host]:
+    return network[1]
+
+
+@pytest.fixture
+def controller(network: tuple[Switch, list[Host]], scratch: Path) -> Callable[[str, str], Ansible]:
+    def make(name: str, core: str = "current") -> Ansible:
+        return Ansible(scratch / name, chosen_core(core), network[0].inside())
+
+    return make
+
+
+@pytest.fixture
+def labs(hosts: list[Host], monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Lab]]:
     """Two domains on each host, `NAMEa` and `NAMEb`."""
     with contextlib.ExitStack() as opened:
         found = {}
-        for one in hypervisors:
-            lab = Lab(opened.enter_context(connection(one.daemon.uri)), one.folder, one.daemon.uri)
-            opened.callback(shutil.rmtree, one.folder)
+        for one in hosts:
+            lab = Lab(opened.enter_context(connection(one.uri)), one.images, one.uri)
+            opened.callback(shutil.rmtree, one.images)
             opened.callback(lab.close)
-            one.folder.mkdir(exist_ok=True)
+            one.images.mkdir(exist_ok=True)
+            monkeypatch.setenv(STATE_VARIABLE, str(one.root(STATE)))  # what is created from here is recorded there
             for letter in "ab":
                 define(lab, f"{one.name}{letter}", lab.disk(letter))
                 create_snapshot(lab.conn, f"{one.name}{letter}", "s0")
@@ -93,50 +83,86 @@ def define(lab: Lab, name: str, disk: Path) -> None:
     )
 
 
-def play(ansible: Ansible, hypervisors: list[Hypervisor], letters: str = "ab") -> tuple[int, str, dict[str, Any]]:
-    """Snapshot, prune and revert these domains of each host; return status, output and each host's results."""
-    inventory = ansible.folder / "hosts.json"
-    hosts = {one.name: one.variables() for one in hypervisors}
-    inventory.write_text(json.dumps({"all": {"hosts": hosts}}))
+class Played:
+    """One run of the playbook: its status, what it said, and the results of each host."""
+
+    def __init__(self, status: int, said: str, results: dict[str, Any]) -> None:
+        self.status, self.said, self.results = status, said, results
+
+    def recap(self, host: str) -> dict[str, int]:
+        """Return the counts of Ansible's last line about the host."""
+        lines = self.said[self.said.index("PLAY RECAP") :].splitlines()
+        (line,) = [line for line in lines if line.split()[:1] == [host]]
+        return {name: int(count) for name, _, count in (word.partition("=") for word in line.split()[2:])}
+
+
+def inventory(hosts: list[Host]) -> dict[str, dict[str, object]]:
+    ways = {"h1": (False, True), "h2": (True, True), "h3": (True, False)}
+    return {one.name: one.variables(*ways[one.name]) for one in hosts}
+
+
+def play(ansible: Ansible, inventory: dict[str, dict[str, object]], letters: str = "a") -> Played:
+    """Snapshot, prune and revert these domains of each host."""
+    source = ansible.folder / "hosts.json"
+    source.write_text(json.dumps({"all": {"hosts": inventory}}))
     results = ansible.folder / "results"
-    results.mkdir(exist_ok=True)
-    about = {"connect": "{{ libvirt }}", "name": "{{ inventory_hostname }}{{ item }}"}
+    shutil.rmtree(results, ignore_errors=True)
+    results.mkdir()
+    about = {"name": "{{ inventory_hostname }}{{ item }}"}
     loop = {"loop": list(letters)}
     tasks = [
         {MODULE: {**about, "snapshot_name": "s1"}, **loop, "register": "made"},
         {MODULE: {**about, "snapshot_name": "s2"}, **loop},
         {"qemu_vmdk_snap.vmdk.vmdk_snapshot_prune": {**about, "keep_last": 2}, **loop, "register": "pruned"},
-        {MODULE: {**about, "snapshot_name": "s2", "state": "reverted"}, **loop},
+        {MODULE: {**about, "snapshot_name": "s1", "state": "reverted"}, **loop, "register": "reverted"},
     ]
+    kept = ", ".join(f"'{name}': {name} | default({{}})" for name in ("made", "pruned", "reverted"))
     report = {
         "ansible.builtin.copy": {
-            "content": "{{ {'made': made | default({}), 'pruned': pruned | default({}), "
-            "'failed': ansible_failed_result | default({})} | to_json }}",
+            "content": "{{ {" + kept + ", 'failed': ansible_failed_result | default({})} | to_json }}",
             "dest": f"{results}/{{{{ inventory_hostname }}}}.json",
         },
         "delegate_to": "localhost",
-        "vars": {"ansible_connection": "local"},
+        "vars": {"ansible_connection": "local", "ansible_become": False},
     }
     fail = {"ansible.builtin.fail": {"msg": "{{ ansible_failed_result.msg }}"}}
-    block = {"block": [*tasks, report], "rescue": [report, fail]}
     book = ansible.folder / "fleet.yml"
+    block = {"block": [*tasks, report], "rescue": [report, fail]}
     book.write_text(json.dumps([{"hosts": "all", "gather_facts": False, "tasks": [block]}]))
-    done = ansible.run("ansible-playbook", "-i", str(inventory), "-f", "4", str(book))
+    done = ansible.run("ansible-playbook", "-i", str(source), "-f", "4", str(book))
     found = {path.stem: json.loads(path.read_text()) for path in results.iterdir()}
-    return done.returncode, done.stdout + done.stderr, found
+    return Played(done.returncode, done.stdout + done.stderr, found)
 
 
 def names(lab: Lab, domain: str) -> list[str]:
     return [one.name for one in list_snapshots(lab.conn, domain)]
 
 
+def assert_sound(host: Host, *domains: str) -> None:
+    for domain in domains:
+        done = host.run(str(PROGRAM), "doctor", domain, "--output=json")
+        findings = [one for one in json.loads(done.stdout)["checks"] if one["verdict"] == "bad"]
+        assert (done.returncode, findings) == (0, []), done.stdout
+
+
+def until(what: Callable[[], bool], message: str) -> None:
+    deadline = time.monotonic() + 240
+    while not what():
+        assert time.monotonic() < deadline, message
+        time.sleep(0.05)
+
+
+def is_over(host: Host, pattern: str) -> bool:
+    return host.run("pgrep", "-f", pattern).returncode == 1
+
+
 RENDEZVOUS = """\
 #!/bin/sh
-[ "$1 $2" = "before create" ] || exit 0
 case $3 in h?a) ;; *) exit 0 ;; esac
-: >"{folder}/$3"
-for i in $(seq 600); do
-    [ "$(ls "{folder}" | wc -l)" -lt 3 ] || exit 0
+echo "$1 $(date +%s.%N)" >>"{folder}/$2-$3"
+[ "$1" = before ] || exit 0
+for i in $(seq 2300); do
+    [ "$(ls "{folder}" | grep -c "^$2-")" -lt 3 ] || exit 0
     sleep 0.1
 done
 echo "the other hosts did not begin meanwhile"
@@ -144,128 +170,165 @@ exit 1
 """
 
 
-def test_all_hosts_at_once(
-    ansible: Ansible, hypervisors: list[Hypervisor], labs: dict[str, Lab], tmp_path: Path
-) -> None:
-    """In parallel: no create ends before one has begun on each host."""
-    scripts = [one.host.folder / "hooks.d" / "rendezvous" for one in hypervisors]
-    for script in scripts:
-        script.parent.mkdir()
-        script.write_text(RENDEZVOUS.format(folder=tmp_path))
-        script.chmod(0o755)
+@contextlib.contextmanager
+def hook(hosts: list[Host], script: str) -> Iterator[None]:
+    """Have this drop-in on the hosts for the length of the block."""
+    for one in hosts:
+        one.root(HOOKS).mkdir()
+        (one.root(HOOKS) / "probe").write_text(script)
+        (one.root(HOOKS) / "probe").chmod(0o755)
     try:
-        status, said, _ = play(ansible, hypervisors)
+        yield
     finally:
-        for script in scripts:
-            shutil.rmtree(script.parent)
-    assert status == 0, said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["h1a", "h2a", "h3a"]
-    for one in hypervisors:
-        for letter in "ab":
-            assert names(labs[one.name], f"{one.name}{letter}") == ["s1", "s2"]
-            checks = check_domain(labs[one.name].conn, f"{one.name}{letter}")
-            assert [check.text for check in checks if check.verdict == "bad"] == []
+        for one in hosts:
+            shutil.rmtree(one.root(HOOKS))
+
+
+@pytest.mark.needs("distribution-ansible")
+def test_all_hosts_at_once(
+    controller: Callable[..., Ansible], hosts: list[Host], labs: dict[str, Lab], scratch: Path
+) -> None:
+    """In parallel: of each operation none ends before it has begun on each host. With the distribution's Ansible."""
+    (scratch / "times").mkdir()
+    with hook(hosts, RENDEZVOUS.format(folder=scratch / "times")):
+        played = play(controller("c", "distribution"), inventory(hosts))
+    assert played.status == 0, played.said
+    for operation in ("create", "delete", "revert"):
+        logs = [
+            [line.split() for line in (scratch / "times" / f"{operation}-{one.name}a").read_text().splitlines()]
+            for one in hosts
+        ]
+        # The rendezvous is that of the first; create is called twice.
+        begun = max(float(log[0][1]) for log in logs)
+        ended = min(float(log[1][1]) for log in logs)
+        assert [[phase for phase, _ in log[:2]] for log in logs] == [["before", "after"]] * 3
+        assert begun < ended, (operation, logs)
+    for one in hosts:
+        assert names(labs[one.name], f"{one.name}a") == ["s1", "s2"]
+        assert [row["changed"] for row in played.results[one.name]["reverted"]["results"]] == [True]
+        assert_sound(one, f"{one.name}a")
 
 
 def test_hosts_in_trouble_do_not_hold_up_the_others(
-    ansible: Ansible, hypervisors: list[Hypervisor], labs: dict[str, Lab], tmp_path: Path
+    controller: Callable[..., Ansible], hosts: list[Host], labs: dict[str, Lab]
 ) -> None:
     """One host is down; on one a domain is locked, and the chain of the other is broken: each is named, with why."""
-    first, second, third = hypervisors
-    (tmp_path / "h0").mkdir()
-    extra = Hypervisor("h0", tmp_path / "h0", first.daemon)  # never started: nobody listens on its port
-    (third.folder / "a.vmdk").replace(third.folder.parent / "a.vmdk")
+    first, second, third = hosts
+    everyone = {**inventory(hosts), "h0": {**first.variables(), "ansible_host": NOBODYS_ADDRESS}}
+    ansible = controller("c")
+    (third.images / "a.vmdk").replace(third.folder / "a.vmdk")
     uuid = labs["h2"].conn.lookupByName("h2a").UUIDString()
-    with IntentStore.of(labs["h2"].conn, {STATE_VARIABLE: str(second.state)}).locked(uuid, "h2a"):
-        status, said, found = play(ansible, [extra, *hypervisors])
-    assert status != 0
-    recap = {line.split()[0]: line for line in said[said.index("PLAY RECAP") :].splitlines()[1:] if line.strip()}
-    assert "unreachable=1" in recap["h0"]
-    assert "failed=0" in recap["h1"]
+    with IntentStore.of(labs["h2"].conn, {STATE_VARIABLE: str(second.root(STATE))}).locked(uuid, "h2a"):
+        played = play(ansible, everyone, "ab")
+    assert played.status != 0
+    assert (played.recap("h0")["unreachable"], "h0" in played.results) == (1, False)
+    assert NOBODYS_ADDRESS in played.said
+    assert (played.recap("h1")["failed"], played.recap("h1")["rescued"]) == (0, 0)
     assert names(labs["h1"], "h1b") == ["s1", "s2"]
-    locked = found["h2"]["failed"]["results"]
+    locked = played.results["h2"]["failed"]["results"]
     assert [row.get("code") for row in locked] == ["locked", None]
     assert (locked[1]["changed"], names(labs["h2"], "h2b")) == (True, ["s0", "s1"])
-    broken = found["h3"]["failed"]["results"]
+    broken = played.results["h3"]["failed"]["results"]
     assert broken[0]["code"] in ("missing-file", "system")
     assert "a.vmdk" in broken[0]["msg"]
+    assert broken[0]["msg"] in played.said
+    assert broken[1]["changed"]
     # What went wrong is put right, and the same play is run again: all hosts come to the same state.
-    (third.folder.parent / "a.vmdk").replace(third.folder / "a.vmdk")
-    status, said, _ = play(ansible, hypervisors)
-    assert status == 0, said
-    assert [names(labs[one.name], f"{one.name}a") for one in hypervisors] == [["s1", "s2"]] * 3
+    (third.folder / "a.vmdk").replace(third.images / "a.vmdk")
+    played = play(ansible, inventory(hosts))
+    assert played.status == 0, played.said
+    assert [names(labs[one.name], f"{one.name}a") for one in hosts] == [["s1", "s2"]] * 3
 
 
-CUT = """\
+STOPS = """\
 #!{python}
-import os, pathlib, signal, sys
-import libvirt
+# Stops in the middle: the overlay is there, and no XML names it.
+import pathlib, socket, sys, time
+import qemu_vmdk_snap
 from qemu_vmdk_snap.cli.main import main
 
-define = libvirt.virConnect.defineXML
+folder, real = pathlib.Path("{folder}"), qemu_vmdk_snap.create_overlay
 
-def cut(*args):
-    define(*args)
-    pathlib.Path({mark!r}).touch()
-    for listed in pathlib.Path("/proc/{sshd}/task").glob("*/children"):
-        for pid in listed.read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
-    os.kill(os.getpid(), signal.SIGKILL)
+def stops(*args, **options):
+    result = real(*args, **options)
+    (folder / f"reached-{{socket.gethostname()}}").touch()
+    while not (folder / f"go-{{socket.gethostname()}}").exists():
+        time.sleep(0.05)
+    return result
 
-if sys.argv[1:3] == ["snapshot", "create"]:
-    libvirt.virConnect.defineXML = cut
-sys.exit(main())
+qemu_vmdk_snap.create_overlay = stops
+sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_a_connection_cut_in_the_middle_of_a_create(
-    ansible: Ansible,
-    hypervisors: list[Hypervisor],
-    labs: dict[str, Lab],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    controller: Callable[..., Ansible], hosts: list[Host], labs: dict[str, Lab], scratch: Path
 ) -> None:
-    """Run again there is one snapshot, whole, and nothing is left over."""
-    one, lab = hypervisors[0], labs["h1"]
-    monkeypatch.setenv(STATE_VARIABLE, str(one.state))  # for what is checked here
-    program, mark = one.bin / "qemu-vmdk-snap", tmp_path / "cut"
-    one.bin.mkdir()
+    """The program goes on without a listener, is killed, or is hung up: run again there is one snapshot, whole."""
+    ansible = controller("c")
+    program = "usr/local/bin/qemu-vmdk-snap"
+    whole = hosts[0].root(program).read_text()
+    for one in hosts:
+        one.root(program).write_text(STOPS.format(python=PROGRAM.with_name("python"), folder=scratch))
+    played: list[Played] = []
+    thread = threading.Thread(target=lambda: played.append(play(ansible, inventory(hosts))))
+    thread.start()
     try:
-        program.write_text(CUT.format(python=sys.executable, mark=str(mark), sshd=one.host.pid))
-        program.chmod(0o755)
-        status, said, _ = play(ansible, [one], "a")
+        for one in hosts:
+            until((scratch / f"reached-{one.name}").exists, f"{one.name} did not begin")
+            one.cut()
+        (scratch / "go-h1").touch()
+        assert hosts[1].run("pkill", "-KILL", "-f", f"^[^ ]*python /{program}").returncode == 0
     finally:
-        shutil.rmtree(one.bin)
-    assert mark.exists(), said
-    assert status != 0, said
-    assert IntentStore.of(lab.conn, {STATE_VARIABLE: str(one.state)}).uuids()
-    status, said, _ = play(ansible, [one], "a")
-    assert status == 0, said
-    assert names(lab, "h1a") == ["s1", "s2"]
-    assert [check.text for check in check_domain(lab.conn, "h1a") if check.verdict == "bad"] == []
-    assert [path.name for path in one.folder.iterdir() if path.suffix != ".vmdk" or path.name.startswith(".")] == []
+        thread.join()
+    for one in hosts:
+        until(functools.partial(is_over, one, f"^[^ ]*python /{program}"), f"{one.name} goes on")
+        one.root(program).write_text(whole)
+    assert [played[0].recap(one.name)["unreachable"] for one in hosts] == [1, 1, 1], played[0].said
+    assert names(labs["h1"], "h1a") == ["s0", "s1"]  # nobody heard of it
+    again = play(ansible, inventory(hosts))
+    assert again.status == 0, again.said
+    for one in hosts:
+        assert names(labs[one.name], f"{one.name}a") == ["s1", "s2"]
+        assert_sound(one, f"{one.name}a")
+        assert [path.name for path in one.images.iterdir() if path.suffix != ".vmdk" or path.name[0] == "."] == []
+
+
+WAITS = """\
+#!/bin/sh
+[ "$1 $2 $3" = "before create h1a" ] || exit 0
+: >"{folder}/reached"
+for i in $(seq 2300); do
+    [ ! -e "{folder}/go" ] || exit 0
+    sleep 0.1
+done
+exit 1
+"""
 
 
 def test_two_controllers_at_once(
-    ansible: Ansible,
-    hypervisors: list[Hypervisor],
-    labs: dict[str, Lab],
-    scratch: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    controller: Callable[..., Ansible], hosts: list[Host], labs: dict[str, Lab], scratch: Path
 ) -> None:
-    """Both ask for the same snapshot: there is one in the end, and whoever came second found it or was told why not."""
-    monkeypatch.setenv(STATE_VARIABLE, str(hypervisors[0].state))  # for what is checked here
-    other = Ansible(scratch / "other")
-    ends: list[tuple[int, str, dict[str, Any]]] = []
-    thread = threading.Thread(target=lambda: ends.append(play(other, hypervisors[:1], "a")))
-    thread.start()
-    ends.append(play(ansible, hypervisors[:1], "a"))
-    thread.join()
-    assert 0 in [status for status, _, _ in ends] or all("locked" in said for _, said, _ in ends)
-    status, said, _ = play(ansible, hypervisors[:1], "a")
-    assert status == 0, said
+    """Both ask for the same snapshot: the second one is told that the first is at it, and finds it later."""
+    first, other = controller("c"), controller("d")
+    played: list[Played] = []
+    thread = threading.Thread(target=lambda: played.append(play(first, inventory(hosts[:1]))))
+    with hook(hosts[:1], WAITS.format(folder=scratch)):
+        thread.start()
+        try:
+            until((scratch / "reached").exists, "the first controller did not begin")
+            second = play(other, inventory(hosts[:1]))
+        finally:
+            (scratch / "go").touch()
+            thread.join()
+    assert second.status != 0
+    assert [row["code"] for row in second.results["h1"]["failed"]["results"]] == ["locked"], second.said
+    assert played[0].status == 0, played[0].said
+    later = play(other, inventory(hosts[:1]))
+    assert later.status == 0, later.said
+    assert [row["changed"] for row in later.results["h1"]["made"]["results"]] == [False]
     assert names(labs["h1"], "h1a") == ["s1", "s2"]
-    assert [check.text for check in check_domain(labs["h1"].conn, "h1a") if check.verdict == "bad"] == []
+    assert_sound(hosts[0], "h1a")
 
 
 def plain(value: object) -> object:
@@ -273,15 +336,13 @@ def plain(value: object) -> object:
     return value["__ansible_unsafe"] if isinstance(value, dict) else value
 
 
-def test_an_inventory_of_domains(ansible: Ansible, hypervisors: list[Hypervisor], labs: dict[str, Lab]) -> None:
-    one = hypervisors[0]
+def test_an_inventory_of_domains(controller: Callable[..., Ansible], hosts: list[Host], labs: dict[str, Lab]) -> None:
+    one, ansible = hosts[0], controller("c")
     source = ansible.folder / "domains.vmdk_snap.yml"
-    options = ["-F", f"{one.host.folder}/ssh_config", "-i", str(one.host.key), "-p", str(one.host.port)]
     config = {
         "plugin": "qemu_vmdk_snap.vmdk.domains",
-        "hypervisors": ["root@127.0.0.1", "root@localhost.invalid"],
-        "connect": one.daemon.uri,
-        "ssh_options": options,
+        "hypervisors": [f"root@{one.address}", f"root@{NOBODYS_ADDRESS}"],
+        "ssh_options": ["-F", f"{one.keys}/ssh_config", "-i", str(one.keys / "key")],
         "older_than_days": [0, 1],
     }
     source.write_text(json.dumps(config))
@@ -291,7 +352,7 @@ def test_an_inventory_of_domains(ansible: Ansible, hypervisors: list[Hypervisor]
     assert sorted(groups["has_vmdk"]["hosts"]) == ["h1a", "h1b"]
     assert sorted(groups["snapshot_older_than_0"]["hosts"]) == ["h1a", "h1b"]
     assert "snapshot_older_than_1" not in groups
-    assert sorted(groups["on_127_0_0_1"]["hosts"]) == ["h1a", "h1b"]
+    assert sorted(groups[f"on_{one.address.replace('.', '_')}"]["hosts"]) == ["h1a", "h1b"]
     facts = groups["_meta"]["hostvars"]["h1a"]
     assert [plain(facts["vmdk_domain"]), *(plain(row["name"]) for row in facts["vmdk_snapshots"])] == ["h1a", "s0"]
-    assert "root@localhost.invalid is left out" in done.stderr
+    assert f"root@{NOBODYS_ADDRESS} is left out" in done.stderr

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import socket
 import threading
 from pathlib import Path
@@ -51,8 +49,5 @@ def test_a_folder_that_somebody_locks_is_waited_for_and_no_longer(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sockets, "_PATIENCE", 0.1)
-    folder = os.open(scratch, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    with listen(scratch / "s", mode=0o600):
+    with sockets._alone_in(scratch), listen(scratch / "s", mode=0o600):
         assert connects(scratch / "s")
-    os.close(folder)
