@@ -87,7 +87,7 @@ virtlogd --config /etc/libvirt/virtlogd.conf </dev/null >>{folder}/log 2>&1 &
 libvirtd --config /etc/libvirt/libvirtd.conf </dev/null >>{folder}/log 2>&1 &
 /usr/sbin/sshd -D -e -f {folder}/sshd_config </dev/null >>{folder}/sshd.log 2>&1 &
 while read -r word; do
-    [ "$word" != cut ] || kill -KILL $(pgrep -f '^sshd: (root|admin)')
+    [ "$word" != cut ] || pkill -KILL -f '^sshd(-session)?: (root|admin)' || echo 'no connection'
     echo done
 done
 """

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from qemu_vmdk_snap.domain import create_snapshot, list_snapshots
+from qemu_vmdk_snap.domain.attach.run import attach
+from qemu_vmdk_snap.domain.served.commands import start_servers, stop_servers
 from tests.domain.fleet.playbooks import Ansible
 from tests.domain.lab import Lab, contents, xml_of
 
@@ -170,3 +172,28 @@ def test_info_doctor_and_facts_of_a_host_with_a_broken_domain(daemon_lab: Lab, a
     assert image["check"]["status"] == "good"
     assert (cut["failed"], cut["code"]) == (True, "missing-file")
     assert (verified["failed"], verified["identical"], verified["changed"]) == (False, True, False)
+
+
+@pytest.mark.needs("qemu-system-x86_64")
+def test_memory_dump_saves_the_memory_of_a_guest_with_served_disks(daemon_lab: Lab, ansible: Ansible) -> None:
+    lab = daemon_lab
+    domain = lab.define(lab.disk("a"))
+    attach(lab.conn, domain.name(), [])
+    start_servers(lab.conn, domain.name())
+    try:
+        domain.create()
+        about = {"connect": lab.uri, "name": domain.name(), "snapshot_name": "m1"}
+        file = lab.folder / "m1.memory"
+        dump = task("vmdk_snapshot", **about, memory_dump=True, memory_file=str(file))
+        announced, made, again = ansible.play({**dump, "check_mode": True}, dump, dump)
+        assert [one["failed"] for one in (announced, made, again)] == [False] * 3, (announced, made, again)
+        assert [one["changed"] for one in (announced, made, again)] == [True, True, False]
+        assert file.stat().st_size > 1 << 16
+        (row,) = again["snapshot_results"]["snapshots"]
+        assert (row["name"], row["state"]) == ("m1", "running")
+        assert f"<memory snapshot='external' file='{file}'/>" in domain.snapshotLookupByName("m1").getXMLDesc()
+        assert domain.isActive()
+    finally:
+        if domain.isActive():
+            domain.destroy()
+        stop_servers(lab.conn, domain.name())

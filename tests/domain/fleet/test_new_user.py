@@ -73,8 +73,8 @@ def make_index(folder: Path) -> None:
 def make_project(folder: Path) -> None:
     """Put what a checkout has of the program and the collection into `folder`, and its wheel into `dist`."""
     source = folder / "source"
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "qemu_vmdk_snap", source / "qemu_vmdk_snap", ignore=ignored)
+    for name in ("qemu_vmdk_snap", "contrib", "docs", "examples", "guests"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]

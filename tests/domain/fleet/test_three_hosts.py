@@ -252,7 +252,8 @@ folder, real = pathlib.Path("{folder}"), qemu_vmdk_snap.create_overlay
 def stops(*args, **options):
     result = real(*args, **options)
     (folder / f"reached-{{socket.gethostname()}}").touch()
-    while not (folder / f"go-{{socket.gethostname()}}").exists():
+    deadline = time.monotonic() + 300
+    while not (folder / f"go-{{socket.gethostname()}}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     return result
 
@@ -279,6 +280,10 @@ def test_a_connection_cut_in_the_middle_of_a_create(
             one.cut()
         (scratch / "go-h1").touch()
         assert hosts[1].run("pkill", "-KILL", "-f", f"^[^ ]*python /{program}").returncode == 0
+    except BaseException:
+        for one in hosts:
+            (scratch / f"go-{one.name}").touch()
+        raise
     finally:
         thread.join()
     for one in hosts:

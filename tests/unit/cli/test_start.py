@@ -44,12 +44,12 @@ def top(tmp_path: Path) -> Path:
     ("words", "most"),
     [
         (["--help"], 82),
-        (["image", "create", "-q", "-b", "base.vmdk", "NEW"], 133),
+        (["image", "create", "-q", "-b", "base.vmdk", "NEW"], 134),
         (["image", "info", "TOP"], 132),
         (["image", "check", "TOP"], 127),
         (["image", "map", "TOP"], 130),
-        (["image", "measure", "-O", "vmdk", "TOP"], 147),
-        (["image", "measure", "-O", "raw", "--size", "1G"], 142),
+        (["image", "measure", "-O", "vmdk", "TOP"], 148),
+        (["image", "measure", "-O", "raw", "--size", "1G"], 143),
     ],
 )
 def test_little_is_imported(top: Path, words: list[str], most: int) -> None:

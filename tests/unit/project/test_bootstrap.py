@@ -317,7 +317,7 @@ def test_what_packages_print_goes_to_a_log(debian: Machine) -> None:
 def test_what_runs_a_service_is_unpacked_and_not_installed(debian: Machine) -> None:
     assert debian.run("setup").returncode == 0
     assert "prometheus" not in " ".join(debian.calls("apt-get")).split()
-    assert debian.run("test").returncode == 0
+    assert debian.run("unpack").returncode == 0
     assert (debian.checkout / ".venv/oracles/usr/bin/promtool").is_file()
     assert [path.name for path in (debian.checkout / ".venv/oracles").iterdir()] == ["usr"]
     debian.calls("apt-get")
