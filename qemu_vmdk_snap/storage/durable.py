@@ -19,7 +19,6 @@ from pathlib import Path
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.errors import LockBusy
 from qemu_vmdk_snap.light import Final
-from qemu_vmdk_snap.storage.attributes import copy_attributes
 from qemu_vmdk_snap.storage.blockfile import PosixFile, naming
 from qemu_vmdk_snap.storage.empty import EmptyFile, is_empty
 from qemu_vmdk_snap.storage.locks import lock_image
@@ -403,6 +402,8 @@ def replace_file(
         if like is None:
             os.fchmod(file.fileno(), mode)
         else:
+            from qemu_vmdk_snap.storage.attributes import copy_attributes
+
             with Path(like).open("rb") as model:
                 copy_attributes(model.fileno(), file.fileno(), access_only=True)
         file.write_at(0, data)
