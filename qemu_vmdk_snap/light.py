@@ -155,9 +155,15 @@ else:
         def __init__(self, make: Callable[[], object], counts: bool) -> None:
             self.make, self.counts = make, counts
 
-    def field(*, default_factory: Callable[[], object], compare: bool = True, repr: bool = True) -> _Factory:
-        """Return the default of a field: what `default_factory` makes for each record; False leaves it out there."""
-        return _Factory(default_factory, compare and repr)
+    def field(
+        *,
+        default: object = _MISSING,
+        default_factory: Callable[[], object] | None = None,
+        compare: bool = True,
+        repr: bool = True,
+    ) -> _Factory:
+        """Return the default of a field, the same for all or made for each record; False leaves it out there."""
+        return _Factory(default_factory or (lambda: default), compare and repr)
 
     def replace(record: object, /, **changes: object) -> object:
         """Return a copy of `record` with some fields changed."""
@@ -170,7 +176,10 @@ else:
         def __get__(self, instance: object, owner: type) -> dict[str, object]:
             import dataclasses
 
-            fields = [(name, object, _told(owner, name, dataclasses)) for name in owner.__record_fields__]
+            hints: dict[str, object] = {}
+            for base in reversed(owner.__mro__[:-1]):
+                hints |= base.__annotations__
+            fields = [(name, hints[name], _told(owner, name, dataclasses)) for name in owner.__record_fields__]
             owner.__dataclass_fields__ = made = dataclasses.make_dataclass(owner.__name__, fields).__dataclass_fields__
             return made
 

@@ -43,7 +43,7 @@ QUICK: Final = (
 )
 """What `--quick` runs: beginnings of the names of tests, one or two that stand for each folder."""
 
-MODULES: Final = {"libvirt": "libvirt", "libnbd": "nbd"}
+MODULES: Final = {"libvirt": "libvirt", "libnbd": "nbd", "libvmdk-python": "pyvmdk", "dissect.hypervisor": "dissect"}
 """Tools that are no executables but bindings, and the module that each is."""
 
 DISTRIBUTIONS: Final = tuple(Path(prefix, "bin/ansible-playbook") for prefix in (f"{sys.prefix}/oracles/usr", "/usr"))

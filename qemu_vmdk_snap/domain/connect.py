@@ -9,10 +9,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 from qemu_vmdk_snap.errors import DomainError, InvalidRequest, NoDomain, PluginError
+from qemu_vmdk_snap.light import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import libvirt
@@ -129,10 +129,25 @@ def prepare_embed_root(root: Path) -> None:
     A configuration that is there already is left as it is.
     """
     _check_root(root)
+    _lend_home(root)
     conf = root / "etc" / "qemu.conf"
     conf.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError), conf.open("x") as file:
         file.write(_EMBED_CONF.format(uid=os.geteuid(), gid=os.getegid()))
+
+
+def _lend_home(root: Path) -> None:
+    """Let libvirt have its cache in `root` where this user has no home, or none that can be written.
+
+    Not all of its state is below the root: a user's driver for devices keeps its own in `~/.cache/libvirt`.
+    """
+    with contextlib.suppress(OSError, RuntimeError):  # the latter: there is no such user
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "libvirt"
+        cache.mkdir(parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK | os.X_OK):
+            return
+    os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+    os.environ.setdefault("HOME", str(root))
 
 
 def find_domain(conn: libvirt.virConnect, name: str) -> libvirt.virDomain:

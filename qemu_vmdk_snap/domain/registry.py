@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain import xml
@@ -14,6 +12,7 @@ from qemu_vmdk_snap.domain.state import find_snapshot, lenient, volume_resolver
 from qemu_vmdk_snap.domain.xml.named import folders_named
 from qemu_vmdk_snap.domain.xml.origin import maker_of
 from qemu_vmdk_snap.errors import NoSnapshot, VmdkSnapError
+from qemu_vmdk_snap.light import TYPE_CHECKING, dataclass
 
 if TYPE_CHECKING:
     import libvirt

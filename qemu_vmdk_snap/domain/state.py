@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
 
 from qemu_vmdk_snap.domain import xml
 from qemu_vmdk_snap.domain.connect import find_domain, libvirt_errors
 from qemu_vmdk_snap.domain.xml.named import folders_named
 from qemu_vmdk_snap.domain.xml.served import NAMESPACE, PREFIX, direct_view, notes_element, served_view
 from qemu_vmdk_snap.errors import DomainError, NoSnapshot, VmdkSnapError
+from qemu_vmdk_snap.light import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import libvirt

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import subprocess
 import tempfile
 import time
@@ -105,7 +106,7 @@ def _first_line_at(line: socket.socket, started: float, limit: float) -> float |
 
 
 def _cache_file() -> Path | None:
-    """Return where the measurement is kept, or None for a user without a home."""
+    """Return where the measurement is kept, or None for a user who has no place for it."""
     try:
         return cache_folder() / "accelerator.json"
     except PluginError:
@@ -113,14 +114,29 @@ def _cache_file() -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be made again; it need not exist.
+    """Return the folder for what can be made again, which exists and can be written.
+
+    It is in XDG_CACHE_HOME or `~/.cache`. For a user without a home, or with one that cannot be written, it is a folder
+    of the user's own among the temporary files.
 
     Raises:
-        PluginError: this user has no home, and XDG_CACHE_HOME is not set.
+        PluginError: that folder is another user's, or open to others.
     """
-    if home := os.environ.get("XDG_CACHE_HOME"):
-        return Path(home) / "qemu-vmdk-snap"
+    with contextlib.suppress(OSError, RuntimeError):  # the latter: there is no such user
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qemu-vmdk-snap"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return _private_folder(Path(tempfile.gettempdir(), f"qemu-vmdk-snap-{os.geteuid()}"))
+
+
+def _private_folder(folder: Path) -> Path:
     try:
-        return Path("~/.cache").expanduser() / "qemu-vmdk-snap"
-    except RuntimeError:
-        raise PluginError("cache", "this user has no home: set HOME or XDG_CACHE_HOME") from None
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+    except OSError as error:
+        raise PluginError("cache", f"{folder}: {error.strerror}: set XDG_CACHE_HOME") from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise PluginError("cache", f"{folder} is not a folder of this user's own: set XDG_CACHE_HOME")
+    return folder

@@ -35,6 +35,7 @@ _BATCH: Final = 127  # sectors that the probe moves at once
 _DISCARDED: Final = 64 * 0xFFFF  # sectors that a command discards
 _LOADED: Final = 7  # sectors that a line to it has room for
 _BUFFER: Final = 0x20000  # where they are in its memory
+_NOT_AHCI: Final = "ata ff"
 _LINE: Final = rb"([^\r\n]*)\r\n"
 
 
@@ -158,7 +159,7 @@ class ProbeSession:
         Raises:
             ProbeError: the disk is not on AHCI (`ata ff`), or cannot.
         """
-        self.command("flush")
+        self._on_ahci("flush")
 
     def discard(self, offset: int, length: int) -> None:
         """Let the guest discard the range of its disk, which must be on AHCI.
@@ -168,7 +169,7 @@ class ProbeSession:
         """
         lba, count = _sectors(offset), _sectors(length)
         for at in range(0, count, _DISCARDED):
-            self.command(f"discard {lba + at:x} {min(_DISCARDED, count - at):x}")
+            self._on_ahci(f"discard {lba + at:x} {min(_DISCARDED, count - at):x}")
 
     def assert_reads(self, content: Content, *, image: Path | str | None = None, samples: int = 8) -> int:
         """Let the guest read all of `content` that was written, all that `image` stores, and samples of the rest.
@@ -212,6 +213,16 @@ class ProbeSession:
         """Close the line; the machine keeps running."""
         with contextlib.suppress(OSError):
             self._over.close()
+
+    def _on_ahci(self, words: str) -> None:
+        """Send a command for which the BIOS has no word, and of which the probe knows AHCI's."""
+        try:
+            self.command(words)
+        except ProbeError as error:
+            if error.answer != _NOT_AHCI:
+                raise
+            reason = f"{_NOT_AHCI}: the disk is not on ahci, and the probe does that nowhere else (a Linux guest does)"
+            raise ProbeError(self._name, words, reason) from None
 
     def _limit(self, seconds: float) -> _Limit:
         watched = isinstance(self._over, Console)

@@ -24,6 +24,10 @@ _UNSHARED: Final = 200
 _CONSISTENT_READ, _WRITE, _RESIZE = 0, 1, 3
 _NAMES: Final = {_CONSISTENT_READ: "consistent read", _WRITE: "write", _RESIZE: "resize"}
 _FLOCK: Final = struct.Struct("hhxxxxqqixxxx")  # type, whence, start, len, pid: struct flock of 64-bit Linux
+WHOLE_FILE: Final = _FLOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0)
+"""An exclusive lock on a whole file that is no image, for F_OFD_SETLK and F_OFD_GETLK."""
+UNLOCKED: Final = _FLOCK.pack(fcntl.F_UNLCK, 0, 0, 0, 0)[:2]
+"""How the answer of F_OFD_GETLK begins where nobody has such a lock."""
 _NO_OFD_LOCKS: Final = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -69,12 +70,12 @@ class Daemon:
         return self
 
     def start(self) -> None:
-        """Start both daemons and wait until libvirtd, this one and no other, answers."""
+        """Start both daemons and wait until libvirtd, this one and no other, answers, and virtlogd listens."""
         if not self._processes:
             self._spawn("virtlogd")
         self._spawn("libvirtd")
         deadline = time.monotonic() + _WAIT
-        while not self._answers():
+        while not (self._takes_logs() and self._answers()):
             if self._processes[-1].poll() is not None or time.monotonic() > deadline:
                 told = self._evidence()
                 self.stop()
@@ -117,8 +118,12 @@ class Daemon:
             parts.append(" ".join((task / name).read_text().strip() for name in ("comm", "wchan", "syscall")))
         return "\n".join(parts)
 
+    def _takes_logs(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.socket.with_name("virtlogd-sock"))) == 0
+
     def _answers(self) -> bool:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, subprocess.TimeoutExpired):
             if (self.folder / "libvirtd.pid").read_text().strip() != str(self._processes[-1].pid):
                 return False  # another one's, or that of the one before
             words = ["virsh", "-c", self.uri, "uri"]

@@ -25,7 +25,8 @@ KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
 StrictModes no
 UsePAM no
-SetEnv "PATH={path}" "QEMU_VMDK_SNAP_STATE={state}" "QEMU_VMDK_SNAP_HOOKS={folder}/hooks.d"
+SetEnv "PATH={path}" "QEMU_VMDK_SNAP_STATE={state}" "QEMU_VMDK_SNAP_HOOKS={folder}/hooks.d" \
+"QEMU_VMDK_SNAP_HOOKS_DEADLINE=250"
 """
 
 SSH_CONFIG = """\

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.needs("qemu-system-x86_64")
 MIB = 1 << 20
 HALT = b"\xfa\xf4\xeb\xfd"  # cli; again: hlt; jmp again
 LOOP = b"\xeb\xfe"  # again: jmp again
+DEAF_LOOP = b"\xfa\xeb\xfe"  # cli; again: jmp again
 RESET = b"\xfa\x0f\x01\x1e\x00\x7d\xcc"  # cli; lidt [0x7d00], which is zeros; int3
 PANIC = b"\xba\x05\x05\xb0\x01\xee" + HALT  # mov dx, 0x505; mov al, 1; out dx, al: QEMU's pvpanic
 CHATTER = b"\xba\xf8\x03\xb0.\xee\xeb\xfd"  # mov dx, COM1; mov al, '.'; again: out dx, al; jmp again
@@ -61,6 +62,24 @@ def test_what_is_wrong_is_told(tmp_path: Path, code: bytes | None, words: str) -
     assert caught.value.__suppress_context__
     if code == HALT:
         assert "halted at 0000:00007c02 with interrupts off" in str(caught.value)
+
+
+def test_a_system_that_loops_with_interrupts_off_hangs_for_good(tmp_path: Path) -> None:
+    image = bootable(tmp_path / "bad.vmdk", DEAF_LOOP)
+    words = (
+        r"the guest hangs: no output and no disk access for (\d+\.\d) s .*; it runs in a loop at .* with interrupts off"
+    )
+    with pytest.raises(GuestError, match=words) as caught:
+        boot(image, expect="login:", log_dir=tmp_path / "logs").__enter__()
+    found = re.search(words, str(caught.value))
+    assert found is not None
+    assert float(found[1]) < 20  # about four; one that may still say something has thirty
+
+
+def test_a_system_that_an_interrupt_could_wake_is_given_its_time(tmp_path: Path) -> None:
+    image = bootable(tmp_path / "bad.vmdk", LOOP)
+    with pytest.raises(GuestError, match=r"waiting for 'login:': not in 5 s of the guest's own time"):
+        boot(image, expect="login:", seconds=5.0, log_dir=tmp_path / "logs").__enter__()
 
 
 def test_a_guest_that_talks_but_never_gets_there(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_the_guest_flushes_and_discards(tmp_path: Path, machine: str) -> None:
 def test_a_flush_that_the_disk_has_no_port_for(tmp_path: Path) -> None:
     chain = KnownChain(tmp_path, "1M")
     with boot(chain, controller="virtio-blk") as guest:
-        with pytest.raises(ProbeError, match="'flush': ata ff"):
+        with pytest.raises(ProbeError, match="'flush': ata ff: the disk is not on ahci"):
             guest.probe.flush()
         assert guest.probe.size() == MIB
         guest.power_off()

@@ -12,6 +12,7 @@ from pathlib import Path
 from qemu_vmdk_snap.chain.look.mistaken import descriptor_naming
 from qemu_vmdk_snap.chain.look.vmware_lock import refuse_vmware_lock, vmware_lock_note
 from qemu_vmdk_snap.errors import Unsupported
+from qemu_vmdk_snap.storage.journal.grainlog import waiting
 from qemu_vmdk_snap.vmdk.descriptor import Descriptor
 
 
@@ -27,8 +28,16 @@ def look_at(descriptor: Descriptor, *, writable: bool) -> list[str]:
         refuse_tracked(descriptor)
         refuse_vmware_lock(descriptor.path)
         return []
-    note = vmware_lock_note(descriptor.path)
-    return [] if note is None else [note]
+    return [note for note in (vmware_lock_note(descriptor.path), killed_server_note(descriptor.path)) if note]
+
+
+def killed_server_note(path: Path) -> str | None:
+    """Return the warning that grains which a killed server has acknowledged are not seen, None where none are."""
+    left = waiting(path)
+    if left is None:
+        return None
+    left.close()
+    return f"{path}: its server was killed: what it acknowledged last is seen only after `recover {path}`"
 
 
 def refuse_encrypted(descriptor: Descriptor) -> None:

@@ -90,9 +90,11 @@ fi
 exec "$python" -I -S -c {code} "$policy" "$@"
 """
 _CODE: Final = (
-    "import sys; sys.path.insert(0, {root!r}); "
-    "from qemu_vmdk_snap.domain.hooks.run import main; sys.exit(main(sys.argv[1:], sys.stdin.buffer, sys.stderr))"
+    "import gc, os, sys; gc.set_threshold(50000); sys.path.insert(0, {root!r}); "
+    "from qemu_vmdk_snap.domain.hooks.run import main; "
+    "status = main(sys.argv[1:], sys.stdin.buffer, sys.stderr); sys.stderr.flush(); os._exit(status)"
 )
+"""As `cli.program` begins and ends: a quarter of the time that a guest's start waits for the hook."""
 
 
 @dataclass(frozen=True, slots=True)

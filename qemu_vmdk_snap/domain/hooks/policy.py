@@ -18,9 +18,9 @@ An unknown word is an error: a policy must not silently do less than it says.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final, NamedTuple
 
 from qemu_vmdk_snap.errors import InvalidRequest
+from qemu_vmdk_snap.light import Any, Final, NamedTuple
 
 FOLDER: Final = Path("/etc/qemu-vmdk-snap/domains")
 VERIFY: Final = ("no", "chain", "deep")

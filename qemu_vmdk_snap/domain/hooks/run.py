@@ -13,12 +13,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final
 
 import qemu_vmdk_snap as engine
 from qemu_vmdk_snap.domain.hooks import policy as policies
 from qemu_vmdk_snap.domain.xml.served import direct_view, served_disks
 from qemu_vmdk_snap.errors import DomainError, VmdkSnapError
+from qemu_vmdk_snap.light import IO, TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from types import FrameType

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from qemu_vmdk_snap.light import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from typing import TypeVar
+
     from _typeshed import DataclassInstance
 
     Made = TypeVar("Made", bound=DataclassInstance)
-else:
-    Made = TypeVar("Made")
 
 
 def read(made: type[Made], record: object, *, parts: Mapping[str, type[DataclassInstance]]) -> Made:
@@ -20,6 +20,8 @@ def read(made: type[Made], record: object, *, parts: Mapping[str, type[Dataclass
     Raises:
         TypeError, ValueError: a field is missing, not known, or of another type; the message names it.
     """
+    from dataclasses import MISSING, fields  # only where there is a record
+
     if not isinstance(record, dict):
         raise TypeError("a part of it is not an object")
     known = {field.name: field for field in fields(made)}

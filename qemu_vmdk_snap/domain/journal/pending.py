@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from qemu_vmdk_snap import log
 from qemu_vmdk_snap.domain.connect import find_domain
 from qemu_vmdk_snap.domain.journal.record import Intent, IntentStore, doing
 from qemu_vmdk_snap.errors import DomainError, InvalidRequest
+from qemu_vmdk_snap.light import TYPE_CHECKING, dataclass
 
 if TYPE_CHECKING:
     import libvirt
 
-_log = logging.getLogger(__name__)
+_log = log.of(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,20 +15,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import stat
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from qemu_vmdk_snap import replace_file
 from qemu_vmdk_snap.domain.connect import embed_root
 from qemu_vmdk_snap.domain.journal import fields
 from qemu_vmdk_snap.errors import DomainBusy, DomainError, InvalidRequest
+from qemu_vmdk_snap.light import TYPE_CHECKING, Any, Final, dataclass, replace
 
 if TYPE_CHECKING:
     from logging import Logger
@@ -220,6 +218,9 @@ class IntentStore:
             OSError: it cannot be stored; the record before it, if any, is still there.
         """
         self._make_folder()
+        import json
+        from dataclasses import asdict  # rarely needed: a command that only looks writes no record
+
         data = json.dumps({"version": _VERSION, **asdict(intent)}, indent=1).encode()
         replace_file(self.path(intent.uuid), data, mode=0o600)  # the XML may hold passwords
         _logger().info("domain %s: %s journaled", intent.domain, intent.what.removeprefix("the "))
@@ -311,6 +312,8 @@ def _load(uuid: str, path: Path) -> object:
         if facts.st_size > _MAX_BYTES:
             raise DomainError(uuid, f"the record {path} is larger than {_MAX_BYTES} bytes")
         with os.fdopen(os.dup(fd), "rb") as file:
+            import json
+
             return json.loads(file.read(_MAX_BYTES))
     finally:
         os.close(fd)

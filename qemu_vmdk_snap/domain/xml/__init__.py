@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from qemu_vmdk_snap.domain.xml.form import domain_out_of_form
 from qemu_vmdk_snap.domain.xml.nvram import nvram_out_of_snapshot
 from qemu_vmdk_snap.domain.xml.splice import spans as spans
 from qemu_vmdk_snap.domain.xml.splice import spliced
 from qemu_vmdk_snap.errors import DomainError
+from qemu_vmdk_snap.light import NamedTuple, dataclass, field
 
 VolumePath = Callable[[str, str], Path]
 """(pool, volume) -> the file of a storage volume."""

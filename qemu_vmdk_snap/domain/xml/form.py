@@ -15,10 +15,10 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Final
 
 from qemu_vmdk_snap.domain.xml.splice import spans, spliced
 from qemu_vmdk_snap.errors import VmdkSnapError
+from qemu_vmdk_snap.light import Final
 
 _END: Final = "/."
 _DOMAINS: Final = ("domain", "inactiveDomain")

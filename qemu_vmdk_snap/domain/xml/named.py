@@ -5,10 +5,10 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from qemu_vmdk_snap.domain.xml import VolumePath
 from qemu_vmdk_snap.errors import VmdkSnapError
+from qemu_vmdk_snap.light import NamedTuple
 
 
 class NamedFile(NamedTuple):

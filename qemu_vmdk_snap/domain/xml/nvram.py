@@ -12,9 +12,9 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Final, NamedTuple
 
 from qemu_vmdk_snap.domain.xml.splice import spans, spliced
+from qemu_vmdk_snap.light import Final, NamedTuple
 
 _END: Final = re.compile(r"\.snapshot-\d{6}$")
 _ROOTS: Final = (["domain"], ["domainsnapshot", "domain"], ["domainsnapshot", "inactiveDomain"])

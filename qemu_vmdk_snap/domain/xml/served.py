@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from qemu_vmdk_snap.domain.xml import Disk, list_disks, spans
+from qemu_vmdk_snap.light import Final, dataclass
 
 NAMESPACE: Final = "urn:qemu-vmdk-snap:served:1"
 PREFIX: Final = "served"

@@ -1,6 +1,6 @@
 """Make the Linux guest of the distribution's packages, once, into a cache; what is in it is known by its content.
 
-kernel       vmlinuz, and the modules for controllers and file systems that it has not built in
+kernel       vmlinuz, and vmlinux, which is unpacked; the modules for controllers and file systems, without signatures
 busybox      static, one executable
 tools        mke2fs, e2fsck, mkfs.xfs, xfs_repair, mkfs.fat, fsck.fat, with their libraries
 init, need   of this folder, and `load`, which writes stamps
@@ -9,6 +9,7 @@ init, need   of this folder, and `load`, which writes stamps
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -17,13 +18,14 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from qemu_vmdk_snap.harness.accelerator import cache_folder
 from qemu_vmdk_snap.harness.linux.cpio import write_cpio
+from qemu_vmdk_snap.harness.linux.kernel import unpacked_kernel, without_signature
 from qemu_vmdk_snap.harness.linux.modules import libraries_for, load_order, one
 from qemu_vmdk_snap.harness.linux.packages import BuildError, Files, download, read_package
 
@@ -33,8 +35,9 @@ _PACKAGES: Final = ("busybox-static", "e2fsprogs", "xfsprogs", "dosfstools")
 _TOOLS: Final = ("mke2fs", "e2fsck", "mkfs.xfs", "xfs_repair", "mkfs.fat", "fsck.fat")
 _SCRIPTS: Final = ("init", "need", "load")
 _FOLDERS: Final = ("bin", "dev", "etc", "lib", "lib64", "mnt", "modules", "proc", "run", "sys", "tmp", "tools")
+_FILES: Final = ("vmlinuz", "vmlinux", "initramfs.cpio")
 _LOADER: Final = "ld-linux-x86-64.so.2"
-_SOURCES: Final = ("build.py", "modules.py", "cpio.py", *_SCRIPTS)
+_SOURCES: Final = ("build.py", "kernel.py", "modules.py", "cpio.py", *_SCRIPTS)
 
 GROUPS: Final[dict[str, tuple[str, ...]]] = {
     "base": ("virtio_pci", "virtio_console"),
@@ -58,6 +61,7 @@ class Guest(NamedTuple):
     """What QEMU's `-kernel` and `-initrd` are given."""
 
     kernel: Path
+    """`vmlinux` where the distribution's kernel can be unpacked here and QEMU can start it so, else `vmlinuz`."""
     initrd: Path
     key: str
     """SHA-256 over both and the names of the packages."""
@@ -82,13 +86,14 @@ def build_guest(kernel: Kernel = "cloud", *, anew: bool = False, folder: Path | 
         if not anew and (found := _known(folder, pointer)) is not None:
             return found
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = _make(Path(scratch), kernel)
-            target = folder / made.key
+            key = _make(Path(scratch), kernel)
+            target = folder / key
             if not target.exists():
                 target.mkdir()
-                for path in (made.kernel, made.initrd, Path(scratch) / "manifest.json"):
-                    shutil.move(path, target)
-        pointer.write_text(made.key)
+                for name in (*_FILES, "manifest.json"):
+                    with suppress(FileNotFoundError):
+                        shutil.move(Path(scratch) / name, target)
+        pointer.write_text(key)
         found = _known(folder, pointer)
         assert found is not None, "what was just made"
         return found
@@ -100,14 +105,24 @@ def _known(folder: Path, pointer: Path) -> Guest | None:
         key = pointer.read_text().strip()
         home = folder / key
         manifest = json.loads((home / "manifest.json").read_text())
-        guest = Guest(home / "vmlinuz", home / "initramfs.cpio", key)
-        sums = {path.name: _sha256(path.read_bytes()) for path in guest[:2]}
+        sums = {name: _sum_of(home / name) for name in _FILES if (home / name).exists()}
     except (OSError, ValueError):
         return None
     if manifest.get("files") == sums and _key(manifest) == key:
-        return guest
+        return Guest(home / ("vmlinux" if "vmlinux" in sums else "vmlinuz"), home / "initramfs.cpio", key)
     shutil.rmtree(home, ignore_errors=True)
     return None
+
+
+def _sum_of(path: Path) -> str:
+    """Return the SHA-256 of a file; one that this process has summed, and that is still the same, is not read again."""
+    found = path.stat()
+    return _sum_of_file(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@functools.lru_cache(32)
+def _sum_of_file(path: Path, *_identity: int) -> str:
+    return _sha256(path.read_bytes())
 
 
 def _key(manifest: dict[str, object]) -> str:
@@ -123,7 +138,8 @@ def _sources() -> str:
     return _sha256(b"".join(here.joinpath(name).read_bytes() for name in _SOURCES))
 
 
-def _make(scratch: Path, kernel: Kernel) -> Guest:
+def _make(scratch: Path, kernel: Kernel) -> str:
+    """Make the files and their manifest in `scratch`, and return the key."""
     files: Files = {}
     packages = download(scratch, _PACKAGES, kernel)
     for package in packages:
@@ -132,6 +148,8 @@ def _make(scratch: Path, kernel: Kernel) -> Guest:
         "vmlinuz": one(files, r"boot/vmlinuz-.*|lib/modules/[^/]*/vmlinuz"),
         "initramfs.cpio": make_initramfs(files, kernel),
     }
+    if (unpacked := unpacked_kernel(made["vmlinuz"])) is not None:
+        made["vmlinux"] = unpacked
     for name, content in made.items():
         (scratch / name).write_bytes(content)
     manifest: dict[str, object] = {
@@ -139,7 +157,7 @@ def _make(scratch: Path, kernel: Kernel) -> Guest:
         "packages": [package.name for package in packages],
     }
     (scratch / "manifest.json").write_text(json.dumps(manifest))
-    return Guest(scratch / "vmlinuz", scratch / "initramfs.cpio", _key(manifest))
+    return _key(manifest)
 
 
 def _wanted(name: str) -> bool:
@@ -163,7 +181,9 @@ def make_initramfs(files: Files, kernel: Kernel = "cloud") -> bytes:
     here = resources.files(__package__)
     entries.append(("init", program, here.joinpath("init").read_bytes()))
     entries += [(f"bin/{name}", program, here.joinpath(name).read_bytes()) for name in ("need", "load")]
-    entries.append(("bin/busybox", program, one(files, r"(.*/)?busybox(\.static)?")))
+    busybox = one(files, r"(.*/)?busybox(\.static)?")
+    entries.append(("bin/busybox", program, busybox))
+    entries += [(f"bin/{name}", stat.S_IFLNK | 0o777, b"busybox") for name in _applets(busybox)]
     # Not in bin: busybox's shell prefers its own mke2fs to one on the path.
     entries += [(f"tools/{name}", program, content) for name, content in tools.items()]
     entries += [(f"lib/{name}", program, content) for name, content in libraries.items()]
@@ -176,8 +196,17 @@ def make_initramfs(files: Files, kernel: Kernel = "cloud") -> bytes:
         order = load_order(files, names)
         modules |= dict(order)
         entries.append((f"modules/{group}.list", plain, "".join(f"{name}\n" for name, _ in order).encode()))
-    entries += [(f"modules/{name}.ko", plain, content) for name, content in modules.items()]
+    entries += [(f"modules/{name}.ko", plain, without_signature(content)) for name, content in modules.items()]
     return write_cpio(entries)
+
+
+def _applets(busybox: bytes) -> list[str]:
+    """Return the names that it answers to, which it has in alphabetical order; none: it then makes the links itself."""
+    start = busybox.find(b"\0[\0[[\0") + 1
+    if not start:
+        return []
+    names = busybox[start : busybox.index(b"\0\0", start)].decode().split("\0")
+    return [name for name in names if name not in ("busybox", *_SCRIPTS)]
 
 
 @contextmanager

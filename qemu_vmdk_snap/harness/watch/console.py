@@ -8,13 +8,14 @@ GuestError. Time-outs are in seconds of the guest's own time, see `watch.clock`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import select
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, Final, cast
+from typing import IO, Any, Final, NamedTuple, cast
 
 from qemu_vmdk_snap.errors import GuestError, PluginError
 from qemu_vmdk_snap.harness.deadlines import HUNG_SECONDS, scaled, timeout_scale
@@ -43,8 +44,17 @@ _SUSPECT: Final = 0.4  # guest seconds without a sign of life after which the di
 _CHARACTERS: Final = 0.0002  # seconds in which some more come
 _TAIL: Final = 4096
 _MONITOR_SECONDS: Final = 5.0
+_SAME: Final = 1e-6
 _UNSEEN: Final = 0.5
 """The most of the guest's own time that counts as idle between two looks: more passes when we had no processor."""
+
+
+class _Look(NamedTuple):
+    """The processors at some time."""
+
+    idle: float
+    spent: float
+    registers: str
 
 
 class Console(SpawnBase):  # type: ignore[type-arg]
@@ -69,10 +79,13 @@ class Console(SpawnBase):  # type: ignore[type-arg]
         self._next_judgement = HUNG_SECONDS
         self._limit: float | None = None
         self._asked = 0
+        self._looked: _Look | None = None
         self._counters: object = None
         self._events = 0
         self.patience = HUNG_SECONDS
         """Guest seconds without a sign of life after which it hangs; halted for good, it hangs after the usual ones."""
+        self.own_disks = True
+        """No disk waits for another program, which may be slow: then a loop with interrupts off is for good."""
         self.waits_for = "the serial line"
         self.end_is_expected = False
         """The guest was told to switch off: then its end is pexpect.EOF, and no error."""
@@ -171,6 +184,7 @@ class Console(SpawnBase):  # type: ignore[type-arg]
     def _begin(self, timeout: float | None) -> None:
         self._clock.tick()
         self._idle = self._spent = 0.0
+        self._looked = None
         self._next_judgement = HUNG_SECONDS
         self._limit = None if timeout is None else float(self.timeout or 30) if timeout < 0 else timeout
 
@@ -291,12 +305,17 @@ class Console(SpawnBase):  # type: ignore[type-arg]
         try:
             seconds = scaled(_MONITOR_SECONDS)
             status = self._qmp("query-status", seconds=seconds)["status"]
-            one, two = (self._qmp.monitor("info registers", seconds) for _ in range(2))
+            one, two = (self._qmp.monitor("info registers -a", seconds) for _ in range(2))
         except GuestError:
             return f"{what}; QEMU's monitor does not answer either", True
         if status != "running":
             return f"{what}; QEMU says that it is {status}", True
-        state, surely = _processor(one, two)
+        before, self._looked = self._looked, _Look(self._idle, self._spent, two)
+        # A sign of life between two looks sets back the one time, and not the other.
+        still = before is not None and abs((self._spent - before.spent) - (self._idle - before.idle)) < _SAME
+        state, surely = _processor(
+            one, two, before.registers if before is not None and still and self.own_disks else ""
+        )
         return f"{what}; {state}", surely
 
 
@@ -321,15 +340,40 @@ def bad_news(event: dict[str, Any]) -> str | None:
     return reasons.get(data.get("reason", ""), f"QEMU ended: {data.get('reason')}")
 
 
-def _processor(one: str, two: str) -> tuple[str, bool]:
-    """Return what the processor does, from two `info registers`, and whether it can never do anything else."""
-    places = [re.search(r"[ER]IP=([0-9a-f]+)", text) for text in (one, two)]
+def _processor(one: str, two: str, before: str = "") -> tuple[str, bool]:
+    """Return what the first processor does, and whether none can ever do anything else.
+
+    `one` and `two` are `info registers -a`, taken one after the other; `before` is that of seconds ago, if nothing has
+    shown since then that the guest lives. Nothing wakes a processor that is halted with interrupts off. One that runs
+    with them off, and whose registers are the same at all three times, waits for what does not come: no interrupt can
+    bring it, and no disk is at work.
+    """
+    ones, twos, befores = (text.split("CPU#")[1:] or [text] for text in (one, two, before))
+    surely = len(ones) == len(twos) and all(
+        _is_dead(*three) for three in itertools.zip_longest(ones, twos, befores[: len(ones)], fillvalue="")
+    )
+    places = [re.search(r"[ER]IP=([0-9a-f]+)", text) for text in (ones[0], twos[0])]
     if places[0] is None or places[1] is None:
         return "its processor cannot be read", False
-    code = re.search(r"^CS =([0-9a-f]+)", two, re.MULTILINE)
+    code = re.search(r"^CS =([0-9a-f]+)", twos[0], re.MULTILINE)
     at = f"{code[1] if code else '?'}:{places[1][1]}"
+    off = " with interrupts off" if _is_deaf(twos[0]) else ""
+    if "HLT=1" in ones[0] and "HLT=1" in twos[0]:
+        return f"halted at {at}{off or ', waiting for an interrupt'}", surely
+    if places[0][1] != places[1][1]:
+        return f"it runs, last seen at {at}", surely
+    return f"it runs in a loop at {at}{off}", surely
+
+
+def _is_deaf(registers: str) -> bool:
+    """Return whether the processor takes no interrupts."""
+    flags = re.search(r"FL=([0-9a-f]+)", registers)
+    return flags is not None and not int(flags[1], 16) & 0x200
+
+
+def _is_dead(one: str, two: str, before: str) -> bool:
+    if not _is_deaf(two):
+        return False
     if "HLT=1" in one and "HLT=1" in two:
-        flags = re.search(r"FL=([0-9a-f]+)", two)
-        off = flags is not None and not int(flags[1], 16) & 0x200
-        return f"halted at {at}" + (" with interrupts off" if off else ", waiting for an interrupt"), off
-    return (f"it runs in a loop at {at}" if places[0][1] == places[1][1] else f"it runs, last seen at {at}"), False
+        return True
+    return bool(before) and len({text.partition("ES =")[0] for text in (one, two, before)}) == 1

@@ -14,6 +14,7 @@ from qemu_vmdk_snap.ops.check.findings import Finding, Findings, GrainCounts, Se
 from qemu_vmdk_snap.ops.check.small import audit_small
 from qemu_vmdk_snap.ops.progress import OnProgress, Progress, ignore
 from qemu_vmdk_snap.storage.blockfile import BlockFile, FileOpener, open_posix
+from qemu_vmdk_snap.storage.journal.grainlog import waiting
 from qemu_vmdk_snap.storage.journal.record import pending_in
 from qemu_vmdk_snap.storage.locks import lock_image
 from qemu_vmdk_snap.units import SECTOR_SIZE, byte_sectors, sector_bytes
@@ -151,6 +152,10 @@ class _Checker:
         )
 
     def _note_pending(self, path: Path) -> None:
+        if (left := waiting(path)) is not None:
+            left.close()
+            rule = f"must be followed by `recover {path}`, which names the grains that it has acknowledged"
+            self._findings.add(Severity.NOTE, path, 0, "server", "killed", rule)
         with contextlib.suppress(CorruptChain):  # another user's record does not apply to this image
             for pending in pending_in(path.parent):
                 if pending.involves(path):

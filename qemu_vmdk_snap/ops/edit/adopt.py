@@ -9,7 +9,7 @@ from qemu_vmdk_snap.chain.link import Link, open_link
 from qemu_vmdk_snap.chain.resolver import Resolver
 from qemu_vmdk_snap.errors import CorruptChain
 from qemu_vmdk_snap.ops.edit.trim import trim_link
-from qemu_vmdk_snap.storage.journal.grainlog import GrainLog, Noted, waiting
+from qemu_vmdk_snap.storage.journal.grainlog import GrainLog, Noted, taken
 from qemu_vmdk_snap.units import sector_bytes
 from qemu_vmdk_snap.vmdk.grain.extent import GTE_ZEROED, GrainExtent
 
@@ -26,7 +26,7 @@ def adopt(image: Path, resolver: Resolver) -> int:
     """
     link = open_link(image, writable=True, resolver=resolver)
     try:
-        left = waiting(image)  # with the image locked: nobody writes it, and nobody else adopts
+        left = taken(image)  # with the image locked: nobody writes it, and nobody else adopts
         if left is None:
             return 0
         try:

@@ -71,6 +71,7 @@ def recover(
         OSError: the system refused; the record stays, so this can be repeated.
     """
     home, image = _place(Path(folder))
+    named = None if image is None else image.resolve()
     found = pending_in(home, allowed=trusted_dirs)
     sweep(home)
     done: list[Recovered] = []
@@ -78,7 +79,7 @@ def recover(
     # First what was acknowledged: whoever finishes an operation cuts off what no table names.
     for one in waiting_in(home):
         try:
-            if image in (None, one):
+            if named in (None, one):
                 _adopt(one, confined(trusted_dirs))
                 done.append(Recovered(SERVE, one))
         except (VmdkSnapError, OSError) as error:

@@ -103,6 +103,20 @@ class Disk:
             self._read_run(first, view[done : done + size], place)
             done += size
 
+    def stored(self, offset: int, length: int) -> tuple[int, int] | None:
+        """Return where the range is, (descriptor, offset in its file); None where it is not stored in one piece."""
+        places, shift = self.places, self.places.shift
+        unit, last = offset >> shift, (offset + length - 1) >> shift
+        place = expected = places.window(unit >> WINDOW_SHIFT)[unit & _LAST]
+        if place < 0:
+            return None
+        while unit < last:
+            unit += 1
+            expected += places.unit
+            if places.window(unit >> WINDOW_SHIFT)[unit & _LAST] != expected:
+                return None
+        return self.stack.descriptors[place >> SLOT_SHIFT], (place & OFFSET_MASK) + (offset & (places.unit - 1))
+
     def write(self, offset: int, data: memoryview) -> None:
         """Write `data` at `offset`: stored grains of the top in place, all else as new grains."""
         stack, places, shift = self.stack, self.places, self.places.shift

@@ -8,8 +8,10 @@ without a system call. It ends with the machine: grains that were not flushed ar
     | header: magic, boot, device, inode, CID, generation, inode version, path | note | note | ...
     note: extent and grain (64 bits), sector (32), check over both and the generation (32)
 
-Invariants: the log is locked (flock) while its writer lives; a flush that made the tables durable begins a new
-generation, which ends the validity of all notes; the first note that fails its check ends the log.
+Invariants: the log is locked while its writer lives; a flush that made the tables durable begins a new generation,
+which ends the validity of all notes; the first note that fails its check ends the log. Only who holds the lock of the
+file that has the name takes the name away, and a new log never replaces one that is there: so nobody removes another
+log than the one that he has seen. Who only looks asks for the lock and does not take it: he is in nobody's way.
 """
 
 from __future__ import annotations
@@ -17,16 +19,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 import stat
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from qemu_vmdk_snap import log
 from qemu_vmdk_snap.light import Final, NamedTuple, Self
 from qemu_vmdk_snap.storage.identity import Identity, identity_of
+from qemu_vmdk_snap.storage.locks import UNLOCKED, WHOLE_FILE
 
 _log = log.of(__name__)
 
@@ -44,6 +47,8 @@ _FIRST_SIZE: Final = 1 << 16
 _EXTENT_SHIFT: Final = 48
 _GRAIN_MASK: Final = (1 << _EXTENT_SHIFT) - 1
 _FOLDER: Final = "qemu-vmdk-snap"
+_LOOKING: Final = 5.0
+"""Seconds until whoever looks at a log has gone."""
 _FS_IOC_GETVERSION: Final = 0x80087601  # linux/fs.h: _IOR('v', 1, long)
 
 
@@ -85,6 +90,8 @@ class GrainLog:
 
     def __init__(self, fd: int, path: Path) -> None:
         self.path = path
+        import mmap  # whoever opens an image looks for a log, and most find none
+
         self._fd = fd
         self._map = mmap.mmap(fd, 0)
         self._size = len(self._map)
@@ -98,22 +105,22 @@ class GrainLog:
 
     @classmethod
     def create(cls, image: Path, identity: Identity, cid: int) -> Self:
-        """Return a new, empty log for the image; one that was there for the same inode is replaced.
+        """Return a new, empty log for the image; one that a dead process left for the same inode is removed.
 
         Raises:
-            OSError: no folder takes it.
+            OSError: no folder takes it, or a living process has one for this inode.
         """
         path = _own_folder() / _name(identity)
         draft = path.with_suffix(f".{os.getpid()}")
         fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(fd)
             os.posix_fallocate(fd, 0, _FIRST_SIZE)  # a mapped hole in a full tmpfs would be a SIGBUS later
             raw = os.fsencode(image)
             head = _HEADER.pack(_MAGIC, boot_id(), identity.device, identity.inode, cid, 1)
             head += _VERSION.pack(inode_version(image))
             os.pwrite(fd, head.ljust(_PATH_AT, b"\0") + _PATH.pack(len(raw)) + raw, 0)
-            draft.rename(path)
+            _give_name(draft, path)
             return cls(fd, path)
         except BaseException:
             os.close(fd)
@@ -150,9 +157,8 @@ class GrainLog:
             yield Noted(key >> _EXTENT_SHIFT, key & _GRAIN_MASK, sector)
 
     def remove(self) -> None:
-        """Delete the log and let go of it: nothing waits in it any more."""
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()
+        """Delete the log, whose lock is held, and let go of it: nothing waits in it any more."""
+        _take_name(self._fd, self.path)
         self.close()
 
     def close(self) -> None:
@@ -190,20 +196,26 @@ def waiting(image: Path) -> GrainLog | None:
     """Return the log that a dead process left for the image, with entries in it; None where there is none.
 
     The log of an earlier boot, an empty one, and one of a deleted file whose inode number the image has now, are
-    removed. That of a living process is none.
+    removed. That of a living process is none. It is not locked, and so not to be removed: see `taken`.
     """
+    return _found(image, taking=False)
+
+
+def taken(image: Path) -> GrainLog | None:
+    """Return the same, locked, for whoever has the image locked for writing and does what the log says."""
+    return _found(image, taking=True)
+
+
+def _found(image: Path, *, taking: bool) -> GrainLog | None:
     identity = identity_of(image)
-    opened = None if identity is None else _first(identity)
-    if opened is not None and _is_of_another(opened, image):
-        _log.info("%s: removed: the image it was for, %s, does not exist any more", opened.path, opened.image)
-        opened.remove()
+    if identity is None:
         return None
-    return opened
-
-
-def _is_of_another(opened: GrainLog, image: Path) -> bool:
     version = inode_version(image)
-    return bool(opened.version and version) and opened.version != version
+    for folder in folders():
+        opened = _open(folder / _name(identity), version, taking=taking)
+        if opened is not None:
+            return opened
+    return None
 
 
 def waiting_in(folder: Path) -> list[Path]:
@@ -224,21 +236,17 @@ def _image_of(entry: Path, folder: Path) -> list[Path]:
     try:
         image = opened.image
         same = image.parent == folder and identity_of(image) == opened.identity
-        return [image] if same and not _is_of_another(opened, image) else []
+        version = inode_version(image) if same else 0
+        return [image] if same and not (opened.version and version and opened.version != version) else []
     finally:
         opened.close()
 
 
-def _first(identity: Identity) -> GrainLog | None:
-    for folder in folders():
-        opened = _open(folder / _name(identity))
-        if opened is not None:
-            return opened
-    return None
+def _open(path: Path, version: int = 0, *, taking: bool = False) -> GrainLog | None:
+    """Return the log at `path` if a process of this boot, now dead, left entries in it.
 
-
-def _open(path: Path) -> GrainLog | None:
-    """Return the log at `path` if a process of this boot, now dead, left entries in it."""
+    One that is of no use to anybody is removed. `version` is that of the image's inode, 0 where it is not known.
+    """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -250,10 +258,14 @@ def _open(path: Path) -> GrainLog | None:
             _log.info("%s: ignored: it is no log that only its owner can write", path)
             os.close(fd)
             return None
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if taking:
+            _lock(fd)
+        elif _is_locked(fd):
+            os.close(fd)
+            return None
         magic, boot = _read_head(fd, path)
         if magic != _MAGIC or boot != boot_id():
-            path.unlink()
+            _drop(fd, path)
             os.close(fd)
             return None
         opened = GrainLog(fd, path)
@@ -262,10 +274,66 @@ def _open(path: Path) -> GrainLog | None:
         if error.errno in (errno.EAGAIN, errno.EACCES, errno.ENOENT):
             return None
         raise
-    if next(opened.notes(), None) is None:
-        opened.remove()
+    stranger = opened.version and version and opened.version != version
+    if stranger or next(opened.notes(), None) is None:
+        if stranger:
+            _log.info("%s: removed: the image it was for, %s, does not exist any more", path, opened.image)
+        _drop(fd, path)
+        opened.close()
         return None
     return opened
+
+
+def _lock(fd: int) -> None:
+    """Take the lock of a log; raises OSError (EAGAIN) where another has it."""
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, WHOLE_FILE)
+
+
+def _is_locked(fd: int) -> bool:
+    """Return whether another has the lock of a log."""
+    return fcntl.fcntl(fd, fcntl.F_OFD_GETLK, WHOLE_FILE)[:2] != UNLOCKED
+
+
+def _give_name(draft: Path, path: Path) -> None:
+    """Rename a new log; one of a dead process that has the name is removed, that of a living one is not."""
+    deadline = time.monotonic() + _LOOKING
+    while True:
+        try:
+            path.hardlink_to(draft)
+            break
+        except FileExistsError:
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                continue
+            try:
+                removed = _drop(fd, path)
+            finally:
+                os.close(fd)
+            if not removed:  # by somebody who is about to remove it too, or who lives
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+    draft.unlink()
+
+
+def _drop(fd: int, path: Path) -> bool:
+    """Remove the log open as `fd`, unless another has its lock; return whether it has the name no more."""
+    try:
+        _lock(fd)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    _take_name(fd, path)
+    return True
+
+
+def _take_name(fd: int, path: Path) -> None:
+    """Remove the name of the log open and locked as `fd`, if it still has it."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(fd), path.lstat()):
+            path.unlink()
 
 
 def _read_head(fd: int, path: Path) -> tuple[bytes, bytes]:

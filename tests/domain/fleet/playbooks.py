@@ -48,6 +48,7 @@ class Ansible:
             "ANSIBLE_NOCOLOR": "true",
             "ANSIBLE_PIPELINING": "true",
             "ANSIBLE_HOST_KEY_CHECKING": "false",
+            "ANSIBLE_TIMEOUT": "100",  # for a connection; ten seconds are few on a busy machine
             "LC_ALL": "C.UTF-8",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }

@@ -186,10 +186,9 @@ def name_parent(path: Path, cid: int) -> None:
         path.write_bytes(new.raw)
 
 
+@pytest.mark.needs("libvmdk-python", "dissect.hypervisor")
 @pytest.mark.parametrize("reader", ["libvmdk", "dissect"])
 def test_what_peers_read(disks: list[Sample], reader: str) -> None:
-    pytest.importorskip("pyvmdk", reason="libvmdk-python is not installed (it is in the extra `dev`)")
-    pytest.importorskip("dissect.hypervisor", reason="dissect.hypervisor is not installed (it is in the extra `dev`)")
     version, answers = ask_peer(reader, [sample.path for sample in disks])
     assert f" {version} " in told_versions(), "the table tells of another version"
     check_column(reader, ((sample.row, verdict_of(sample, answers[str(sample.path)])) for sample in disks))

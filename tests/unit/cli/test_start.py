@@ -44,12 +44,12 @@ def top(tmp_path: Path) -> Path:
     ("words", "most"),
     [
         (["--help"], 82),
-        (["image", "create", "-q", "-b", "base.vmdk", "NEW"], 133),
+        (["image", "create", "-q", "-b", "base.vmdk", "NEW"], 134),
         (["image", "info", "TOP"], 132),
         (["image", "check", "TOP"], 127),
         (["image", "map", "TOP"], 130),
-        (["image", "measure", "-O", "vmdk", "TOP"], 147),
-        (["image", "measure", "-O", "raw", "--size", "1G"], 142),
+        (["image", "measure", "-O", "vmdk", "TOP"], 148),
+        (["image", "measure", "-O", "raw", "--size", "1G"], 143),
     ],
 )
 def test_little_is_imported(top: Path, words: list[str], most: int) -> None:
@@ -190,3 +190,26 @@ def test_a_server_is_collected_as_usual() -> None:
     usual = program(["serve", "--help"], before=shown).stdout.splitlines()[-1]
     raised = program(["image", "info", "--help"], before=shown).stdout.splitlines()[-1]
     assert int(usual) < 5000 < int(raised)
+
+
+BESIDE_LIBVIRT = """
+import sys
+sys.path[:0] = {path!r}
+import libvirt
+before = set(sys.modules)
+from qemu_vmdk_snap.cli.main import main
+status = main(["snapshot", "list", "-c", "test:///default", "test"])
+print()
+print(status, sorted(set(sys.modules) - before))
+"""
+
+
+@pytest.mark.needs("libvirt")
+def test_the_snapshots_of_a_domain_are_listed_with_little_more_than_the_binding() -> None:
+    code = BESIDE_LIBVIRT.format(path=sys.path)
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
+    status, modules = done.stdout.splitlines()[-1].split(" ", 1)
+    found = set(ast.literal_eval(modules))
+    assert status == "0"
+    assert not found & {"numpy", "logging", "dataclasses", "inspect", "json", "argparse", "uuid"}
+    assert len(found) <= 88, found

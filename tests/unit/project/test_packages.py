@@ -113,7 +113,7 @@ class Script:
         path = self.folder / "calls"
         path.unlink(missing_ok=True)
         environ = {"PATH": f"{self.folder}:/usr/bin:/bin"}
-        subprocess.run(["sh", "-c", self.text, "script", *words], env=environ, check=True, timeout=20)
+        subprocess.run(["sh", "-c", self.text, "script", *words], env=environ, check=True, timeout=100)
         return path.read_text().splitlines() if path.exists() else []
 
 
@@ -177,11 +177,11 @@ def test_a_purge_keeps_unfinished_records(tmp_path: Path) -> None:
     record = tmp_path / "var/lib/system-2.json"
     record.write_text("{}")
     command = ["sh", "-c", text, "postrm"]
-    subprocess.run([*command, "remove"], check=True, timeout=20)
+    subprocess.run([*command, "remove"], check=True, timeout=100)
     assert (tmp_path / "etc/domains/web.toml").exists()
-    done = subprocess.run([*command, "purge"], check=True, timeout=20, capture_output=True, text=True)
+    done = subprocess.run([*command, "purge"], check=True, timeout=100, capture_output=True, text=True)
     assert done.stderr == f"qemu-vmdk-snap: {tmp_path}/var/lib is not empty: it was not removed\n"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [record]
     record.unlink()
-    assert subprocess.run([*command, "purge"], check=True, timeout=20, capture_output=True, text=True).stderr == ""
+    assert subprocess.run([*command, "purge"], check=True, timeout=100, capture_output=True, text=True).stderr == ""
     assert sorted(tmp_path.iterdir()) == [tmp_path / "var"]

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import CorruptChain, check_image, create_image, open_chain, open_link, recover
+from qemu_vmdk_snap import CorruptChain, Severity, check_image, create_image, open_chain, open_link, recover
+from qemu_vmdk_snap.chain.look.notes import listening
 from qemu_vmdk_snap.storage.identity import Identity, identity_of
 from qemu_vmdk_snap.storage.journal import grainlog
-from qemu_vmdk_snap.storage.journal.grainlog import GrainLog, Noted, waiting, waiting_in
+from qemu_vmdk_snap.storage.journal.grainlog import GrainLog, Noted, taken, waiting, waiting_in
 from qemu_vmdk_snap.units import MIB
 from qemu_vmdk_snap.vmdk.grain.extent import GrainExtent
 
@@ -110,6 +112,65 @@ def test_a_grain_that_waits_is_refused_to_writers_and_named_by_recover(image: Pa
         assert chain.read_at(3 * 65536, 65536) == data
     assert not check_image(image).findings
     assert recover(image.parent) == []
+
+
+@pytest.mark.usefixtures("home")
+def test_readers_are_told_of_it_and_recover_finds_it_by_any_name(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cid, sector = stored(image, 3, os.urandom(65536))
+    left_behind(image, cid, Noted(0, 3, sector))
+    said: list[str] = []
+    with listening(said.append), open_chain(image) as chain:
+        assert chain.read_at(3 * 65536, 1) == b"\0"
+    assert said == [f"{image}: its server was killed: what it acknowledged last is seen only after `recover {image}`"]
+    notes = [str(one) for one in check_image(image).findings if one.severity == Severity.NOTE]
+    assert len(notes) == 1
+    assert f"recover {image}" in notes[0]
+    monkeypatch.chdir(image.parent)
+    (image.parent / "other.vmdk").write_bytes(image.read_bytes())
+    assert recover("other.vmdk") == []
+    assert [(one.operation, one.image) for one in recover("a.vmdk")] == [("serve", image)]
+
+
+def test_who_looks_is_in_nobodys_way_and_nobody_removes_a_log_that_he_has_not_seen(home: Path, image: Path) -> None:
+    left_behind(image, 1, Noted(0, 0, 128))
+    first, second = waiting(image), waiting(image)
+    assert first is not None
+    assert second is not None
+    log = taken(image)
+    assert log is not None
+    assert waiting(image) is None  # somebody is at it
+    assert taken(image) is None
+    log.close()
+    second.remove()
+    left_behind(image, 1, Noted(0, 0, 128))
+    first.remove()  # its name is another's by now
+    assert [path.name for path in home.iterdir()] == [second.path.name]
+    log = taken(image)
+    assert log is not None
+    log.close()
+
+
+def test_a_new_log_waits_for_who_removes_the_old_one_and_replaces_no_living_one(
+    home: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_behind(image, 1, Noted(0, 0, 128))
+    old = taken(image)
+    assert old is not None
+    remover = threading.Timer(0.2, old.remove)
+    remover.start()
+    identity = identity_of(image)
+    assert identity is not None
+    living = GrainLog.create(image, identity, 2)
+    remover.join()
+    living.note(0, 0, 128)
+    monkeypatch.setattr(grainlog, "_LOOKING", 0.1)
+    with pytest.raises(FileExistsError):
+        GrainLog.create(image, identity, 3)
+    assert [path.name for path in home.iterdir()] == [living.path.name]
+    living.close()
+    left = waiting(image)
+    assert left is not None
+    assert left.cid == 2
 
 
 @pytest.mark.usefixtures("home")
