@@ -205,7 +205,8 @@ class Host:
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run a command on the host, as root."""
-        enter = ["nsenter", f"--target={self._pid}", "--all", f"--wd={self.folder}"]
+        # With its root: that of the mounts' namespace is another one where the tests themselves run in a chroot.
+        enter = ["nsenter", f"--target={self._pid}", "--mount", "--uts", "--net", "--pid", "--root"]
         env = {**os.environ, "PATH": DEBIANS_PATH, "HOME": "/root"}
         return subprocess.run([*enter, *words], capture_output=True, text=True, env=env, check=False, timeout=300)
 

@@ -1,4 +1,4 @@
-"""Prometheus' own programs read the metrics of real domains: node_exporter serves what the textfile says."""
+"""Prometheus' node_exporter reads the metrics of real domains, and serves what the textfile says."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def samples(text: str) -> dict[tuple[str, frozenset[str]], float]:
     return found
 
 
-@pytest.mark.needs("prometheus-node-exporter", "promtool")
+@pytest.mark.needs("prometheus-node-exporter")
 def test_node_exporter_serves_what_the_textfile_says(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     good, broken = lab.define(lab.disk("a")), lab.define(lab.disk("b"))
     good.rename(ODD)
@@ -67,10 +67,6 @@ def test_node_exporter_serves_what_the_textfile_says(lab: Lab, capsys: pytest.Ca
     file = folder / "qemu_vmdk_snap.prom"
     assert main(["metrics", "-c", lab.uri, "--textfile", str(file), ODD, broken.name()]) == 1
     capsys.readouterr()
-    checked = subprocess.run(
-        ["promtool", "check", "metrics"], input=file.read_bytes(), capture_output=True, check=False
-    )
-    assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
     with exporter(folder, lab.folder / "log") as address:
         local = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with local.open(f"http://{address}/metrics", timeout=30) as answer:
