@@ -332,8 +332,8 @@ def boot(
     one of `failures` there, or the firmware that finds nothing to boot, ends the wait.
 
     A guest that shows no sign of life for two seconds of its own time hangs (with `expect` for thirty, unless its
-    processor is halted or loops with interrupts off, for good); `seconds`, of its own time too, is the limit for one that does: 15, or with `expect`
-    300. Waiting for a processor or for the host's disk is not its own time.
+    processor is halted or loops with interrupts off, for good); `seconds`, of its own time too, is the limit for one
+    that does: 15, or with `expect` 300. Waiting for a processor or for the host's disk is not its own time.
 
     The logs (QEMU's command line, its standard error, serial line, firmware, QMP) go to `log_dir`, or to a temporary
     folder that is kept when the guest or the caller's own check fails; the error, or a note on it, then names it.
