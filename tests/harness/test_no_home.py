@@ -13,6 +13,8 @@ import pytest
 
 from qemu_vmdk_snap import PluginError, create_image
 from qemu_vmdk_snap.domain.connect import prepare_embed_root
+from qemu_vmdk_snap.domain.hooks.unneeded import drivers
+from qemu_vmdk_snap.errors import InvalidRequest
 from qemu_vmdk_snap.harness.accelerator import cache_folder
 
 
@@ -69,6 +71,15 @@ def test_libvirt_in_the_process_gets_a_cache_below_its_root(scratch: Path, monke
     prepare_embed_root(scratch / "root")
     assert os.environ["XDG_CACHE_HOME"] == str(scratch / "root" / "cache")
     monkeypatch.delenv("XDG_CACHE_HOME")
+
+
+def test_a_hook_that_cannot_know_where_libvirts_files_are_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    monkeypatch.setattr(pwd, "getpwuid", no_such_user)
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    with pytest.raises(InvalidRequest, match="this user has no home: set HOME, or XDG_CONFIG_HOME"):
+        drivers()
 
 
 @pytest.mark.needs("qemu-system-x86_64")

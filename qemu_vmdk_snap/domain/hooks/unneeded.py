@@ -15,7 +15,7 @@ from typing import NamedTuple
 from qemu_vmdk_snap.domain.needs.needed import NOTHING, Holder, Needed, Walk, holders_in, require_none, same_file
 from qemu_vmdk_snap.domain.state import volume_by_pool_xml
 from qemu_vmdk_snap.domain.xml.served import direct_view
-from qemu_vmdk_snap.errors import DomainError
+from qemu_vmdk_snap.errors import DomainError, InvalidRequest
 
 
 class Drivers(NamedTuple):
@@ -32,11 +32,18 @@ class Drivers(NamedTuple):
 
 
 def drivers() -> Drivers:
-    """Return the folders of the daemon that this user's hooks belong to."""
+    """Return the folders of the daemon that this user's hooks belong to.
+
+    Raises:
+        InvalidRequest: the user has no home, so they are not known.
+    """
     if os.geteuid() == 0:
         etc = Path("/etc/libvirt")
         return Drivers(etc / "qemu", Path("/run/libvirt/qemu"), Path("/var/lib/libvirt/qemu/snapshot"), etc / "storage")
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "libvirt"
+    try:
+        home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "libvirt"
+    except RuntimeError:
+        raise InvalidRequest("hook", "this user has no home: set HOME, or XDG_CONFIG_HOME") from None
     run = Path(os.environ.get("XDG_RUNTIME_DIR") or "/nowhere") / "libvirt"
     return Drivers(home / "qemu", run / "qemu", home / "qemu" / "lib" / "snapshot", home / "storage")
 
