@@ -57,7 +57,7 @@ def judge_all(cutter: Cutter, *, limit: int) -> int:
 @pytest.mark.timeout(1200 if LONG else 300)
 @pytest.mark.parametrize(("plan", "kind"), cases(list(PLANS)))
 def test_a_cut_within_an_operation(tmp_path: Path, plan: str, kind: str) -> None:
-    assert judge_all(Cutter(tmp_path, plan, kind), limit=STATES) > 5
+    assert judge_all(Cutter(tmp_path, plan, kind), limit=STATES) > 3  # those of a sample that are alike count once
 
 
 @pytest.mark.timeout(3600 if LONG else 300)
