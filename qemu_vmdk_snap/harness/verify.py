@@ -261,12 +261,12 @@ class _Verification:
         return len(work)
 
     def _in_raw(self, planned: list[Piece]) -> Iterator[Piece]:
-        """Yield what the raw image stores and the chain does not: to be read whole, not by samples."""
+        """Yield what the raw image stores and no planned piece covers: holes of the chain are read by samples only."""
         if self._raw is None:
             return
-        whole = sorted((piece.offset, piece.offset + piece.length) for piece in planned if piece.kind == "data")
+        covered = sorted((piece.offset, piece.offset + piece.length) for piece in planned)
         for offset, length in self._raw.stored(self._chain.capacity):
-            for start, end in _outside(offset, offset + length, whole):
+            for start, end in _outside(offset, offset + length, covered):
                 for at in range(start, end, PIECE):
                     yield Piece(at, min(PIECE, end - at), "data")
 
