@@ -159,7 +159,9 @@ def verify_image(
 
     Raises:
         VmdkSnapError, OSError: the chain cannot be opened, see `open_chain`.
-        InvalidRequest: the BIOS does not see the whole of so large a disk on this controller.
+        InvalidRequest: `against` is a VMDK image, or the BIOS does not see the whole of so large a disk on this
+            controller.
+        FormatError: `against` is neither a record nor a raw image of this disk.
         GuestError: QEMU or the probe failed.
         PluginError: QEMU is not installed.
     """
@@ -171,6 +173,7 @@ def verify_image(
     with open_chain(image, trusted_dirs=trusted_dirs) as chain, contextlib.ExitStack() as stack:
         if raw is not None:
             stack.callback(raw.close)
+            raw.check_length(chain.capacity)
         _check_reach(Path(image), chain.capacity, controller)
         planned = plan(chain.map(), samples)
         with boot(image, controller=controller, log_dir=log_dir) as machine:
