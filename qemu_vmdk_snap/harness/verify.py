@@ -159,7 +159,9 @@ def verify_image(
 
     Raises:
         VmdkSnapError, OSError: the chain cannot be opened, see `open_chain`.
-        InvalidRequest: the BIOS does not see the whole of so large a disk on this controller.
+        InvalidRequest: `against` is a VMDK image, or the BIOS does not see the whole of so large a disk on this
+            controller.
+        FormatError: `against` is neither a record nor a raw image of this disk.
         GuestError: QEMU or the probe failed.
         PluginError: QEMU is not installed.
     """
@@ -171,6 +173,7 @@ def verify_image(
     with open_chain(image, trusted_dirs=trusted_dirs) as chain, contextlib.ExitStack() as stack:
         if raw is not None:
             stack.callback(raw.close)
+            raw.check_length(chain.capacity)
         _check_reach(Path(image), chain.capacity, controller)
         planned = plan(chain.map(), samples)
         with boot(image, controller=controller, log_dir=log_dir) as machine:
@@ -261,12 +264,12 @@ class _Verification:
         return len(work)
 
     def _in_raw(self, planned: list[Piece]) -> Iterator[Piece]:
-        """Yield what the raw image stores and the chain does not: to be read whole, not by samples."""
+        """Yield what the raw image stores and no planned piece covers: holes of the chain are read by samples only."""
         if self._raw is None:
             return
-        whole = sorted((piece.offset, piece.offset + piece.length) for piece in planned if piece.kind == "data")
+        covered = sorted((piece.offset, piece.offset + piece.length) for piece in planned)
         for offset, length in self._raw.stored(self._chain.capacity):
-            for start, end in _outside(offset, offset + length, whole):
+            for start, end in _outside(offset, offset + length, covered):
                 for at in range(start, end, PIECE):
                     yield Piece(at, min(PIECE, end - at), "data")
 

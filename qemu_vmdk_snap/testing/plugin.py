@@ -5,12 +5,15 @@ Every run of pytest in the environment loads this module: it imports nothing tha
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -25,6 +28,7 @@ __tracebackhide__ = True
 
 _SCALE_VARIABLE: Final = "QEMU_VMDK_SNAP_TIMEOUT_SCALE"
 _QEMU: Final = "qemu-system-x86_64"
+_PACKAGE: Final = __name__.partition(".")[0]
 _INSTALL: Final = "is not installed (Debian: qemu-system-x86, Fedora: qemu-system-x86-core)"
 
 MARKS: Final = {
@@ -62,10 +66,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{text} is not a positive number")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    raise pytest.UsageError(f"--guest-timeout-scale: {text!r}: must be a number above 0")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -94,9 +98,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             continue
         where = metafunc.definition.nodeid
         if not mark.args:
-            raise pytest.UsageError(f"{where}: mark {name} names no values")
+            raise pytest.Collector.CollectError(f"{where}: mark {name} names no values")
         if fixture not in metafunc.fixturenames:
-            raise pytest.UsageError(f"{where}: mark {name}, but the test uses neither {fixture} nor what depends on it")
+            lacks = f"the test uses neither {fixture} nor what depends on it"
+            raise pytest.Collector.CollectError(f"{where}: mark {name}, but {lacks}")
         metafunc.parametrize(fixture, list(_values(name, mark.args)), indirect=True)
 
 
@@ -303,7 +308,7 @@ def _log_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     chosen: Path | None = request.config.getoption("--guest-log-dir")
     if chosen is None:
         return tmp_path / "guests"
-    return chosen.absolute() / re.sub(r"[^\w.\-]+", "-", request.node.nodeid).strip("-")
+    return chosen.resolve() / re.sub(r"[^\w.\-]+", "-", request.node.nodeid).strip("-")
 
 
 # ---- what is missing, and what is told -------------------------------------------------------------------------------
@@ -327,15 +332,19 @@ class _lacking_skips:
 
 def lacking(config: pytest.Config, reason: str) -> None:
     """Skip the test for `reason`; fail it with --guest-require."""
-    __tracebackhide__ = True
-    if config.getoption("--guest-require"):
-        pytest.fail(f"required: {reason}", pytrace=False)
+    required = config.getoption("--guest-require")
+    __tracebackhide__ = not required  # pytest would say in one line more that all frames are hidden
+    if required:
+        # Without context: the error that told what is missing would be shown before it.
+        raise pytest.fail.Exception(f"required: {reason}", pytrace=False) from None
     pytest.skip(reason)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     """Remember that a test failed, and put the report of its guests into pytest's."""
+    if call.excinfo is not None and any(name.startswith("vmdk_") for name in getattr(item, "fixturenames", ())):
+        _hide_our_frames(item.config, call.excinfo)
     result: Any = yield
     if result.failed:
         item.stash[_failed] = True
@@ -347,6 +356,31 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             if machine.report is not None and str(machine.report) not in told:
                 result.sections.append((f"guest {machine.setup.image.name}", str(machine.report)))
     return result
+
+
+def _hide_our_frames(config: pytest.Config, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+    """Let an error that the package raises on purpose show the test's own frames alone; --full-trace shows all."""
+    if not isinstance(excinfo.value, VmdkSnapError) or config.getoption("fulltrace"):
+        return
+    traces = list(_traces(excinfo.tb))
+    theirs = list(itertools.takewhile(lambda trace: _package(trace) != _PACKAGE, traces))
+    if len(theirs) == len(traces) or not theirs or _package(theirs[-1]) in ("_pytest", "pluggy"):
+        return  # raised elsewhere, or by a fixture of this plugin that no line of a test called
+    chain = None
+    for trace in reversed(theirs):
+        chain = TracebackType(chain, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)
+    if chain is not None:  # the raw chain, from which pytest cuts its own frames off
+        excinfo.traceback = type(excinfo.traceback)(chain)
+
+
+def _package(trace: TracebackType) -> str:
+    return str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0]
+
+
+def _traces(trace: TracebackType | None) -> Iterator[TracebackType]:
+    while trace is not None:
+        yield trace
+        trace = trace.tb_next
 
 
 def _describe(machine: Machine, error: BaseException | None, result: pytest.TestReport) -> str:

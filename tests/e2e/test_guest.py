@@ -213,6 +213,20 @@ def test_a_raw_image_says_what_was_written(tmp_path: Path, capsys: pytest.Captur
     assert first == f"guest bytes {30 * MIB:#x} to {SIZE:#x}: there to the guest or to the raw image, but not to both"
 
 
+def test_what_a_raw_image_has_in_a_sampled_hole_is_reported_once(tmp_path: Path) -> None:
+    create_image(tmp_path / "a.vmdk", 4 * MIB, durable=False)
+    raw = tmp_path / "a.raw"
+    with raw.open("wb") as file:
+        file.truncate(4 * MIB)
+        file.write(b"x" * 0x600)  # the first sample has it
+        file.seek(0x2A00)
+        file.write(b"y" * 0x400)
+        file.seek(0xFE00)
+        file.write(b"z" * 0x400)  # half in the sample, half outside
+    places = [(found.offset, found.length) for found in verify_image(tmp_path / "a.vmdk", against=raw).mismatches]
+    assert places == [(0, 0x600), (0x2A00, 0x400), (0xFE00, 0x200), (0x10000, 0x200)]
+
+
 def test_one_zeroed_table_entry_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     top = chain_of(tmp_path, 2)
     record = tmp_path / "record.json"

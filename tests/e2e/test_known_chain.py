@@ -32,7 +32,7 @@ def chain(tmp_path: Path) -> KnownChain:
 
 
 def flip(image: Path, offset: int) -> tuple[Path, int]:
-    """Turn a bit of what the guest reads at `offset`, and return the file and the byte of the sector."""
+    """Turn a bit of what the guest reads at `offset`, and return the file and the byte in it."""
     with open_chain(image) as opened:
         run = next(opened.map(offset // 512 * 512, 512))
     assert run.path is not None
@@ -42,7 +42,7 @@ def flip(image: Path, offset: int) -> tuple[Path, int]:
         byte = file.read(1)
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 4]))
-    return run.path, run.file_offset
+    return run.path, run.file_offset + offset % 512
 
 
 def test_a_guest_reads_what_was_written(chain: KnownChain) -> None:
@@ -77,9 +77,23 @@ def test_a_grain_that_both_sides_read_alike_is_wrong_all_the_same(chain: KnownCh
     error = caught.value
     assert path == chain.at(1).path
     assert error.offset == MIB + 5 * 512
-    assert error.stored == (1, "data", path, file_offset)
+    assert error.stored == (1, "data", path, file_offset, False)
+    assert f"from byte {MIB + 5 * 512 + 100:#x} on: " in str(error)
     assert f"sector {error.offset // 512} (byte {error.offset:#x}) reads something else than was written" in str(error)
     assert f"link 1, data, byte {file_offset:#x} of {path}); the engine reads it wrong too" in str(error)
+
+
+def test_of_a_compressed_grain_its_record_is_named(tmp_path: Path) -> None:
+    chain = ChainMaker(tmp_path).base("1M", kind="streamOptimized").pattern(1, 0, "128K")
+    content = chain.model.copy()
+    content.write(65536 + 700, bytes([content.read(65536 + 700, 1)[0] ^ 4]))
+    with open_chain(chain.top) as opened:
+        run = next(opened.map(65536, 512))
+    with boot(chain) as guest, pytest.raises(WrongContent) as caught:
+        guest.assert_reads(content)
+    assert f"from byte {65536 + 700:#x} on: " in str(caught.value)
+    place = f"(link 0, data, compressed in the grain at byte {run.file_offset:#x} of {chain.top})"
+    assert place in str(caught.value)
 
 
 def test_a_swapped_parent_is_found(chain: KnownChain, tmp_path: Path) -> None:

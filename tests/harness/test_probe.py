@@ -12,10 +12,11 @@ import numpy as np
 import pexpect
 import pytest
 
-from qemu_vmdk_snap import Run, RunKind
+from qemu_vmdk_snap import Run, RunKind, create_image
 from qemu_vmdk_snap.errors import FormatError, GuestError, InvalidRequest, PluginError
 from qemu_vmdk_snap.harness import disk_image, floppy_image, pattern
 from qemu_vmdk_snap.harness.deadlines import VARIABLE, scaled
+from qemu_vmdk_snap.harness.known.raw import RawReference, is_raw
 from qemu_vmdk_snap.harness.machine import boot
 from qemu_vmdk_snap.harness.probe import Answer, command_line, parse_answer
 from qemu_vmdk_snap.harness.session import ProbeError, ProbeSession
@@ -246,6 +247,29 @@ def test_a_file_that_is_no_record_is_refused_before_anything_else(tmp_path: Path
     record.write_text(text)
     with pytest.raises(FormatError, match=r"record\.json: .*must be what `guest verify --record` writes"):
         verify_image(tmp_path / "missing.vmdk", against=record)
+
+
+@pytest.mark.parametrize("kind", ["monolithicSparse", "streamOptimized", "vmfsSparse", "monolithicFlat"])
+def test_a_vmdk_image_is_not_taken_as_raw(tmp_path: Path, kind: str) -> None:
+    create_image(tmp_path / "a.vmdk", 1 << 20, kind=kind, durable=False)
+    for image in tmp_path.iterdir():
+        if image.stem.endswith("-flat"):
+            assert is_raw(image)
+            continue
+        with pytest.raises(InvalidRequest, match=rf"{image}: is a VMDK image, not a raw one: .* -O raw"):
+            verify_image(tmp_path / "missing.vmdk", against=image)
+
+
+def test_a_raw_image_that_is_cut_inside_a_sector_is_refused_before_a_guest_boots(tmp_path: Path) -> None:
+    create_image(tmp_path / "a.vmdk", 1 << 20, durable=False)
+    raw = tmp_path / "a.raw"
+    raw.write_bytes(bytes(1000000))
+    with pytest.raises(FormatError) as caught:
+        verify_image(tmp_path / "a.vmdk", against=raw)
+    assert str(caught.value) == f"{raw}: byte 0xf4240: length = 1000000: a raw image has the 1048576 bytes of the disk"
+    reference = RawReference(raw)
+    reference.check_length(1000448)  # the disk that `convert` makes of it: the last sector is filled up
+    reference.close()
 
 
 def test_a_record_has_a_sum_for_each_grain_of_the_usual_size() -> None:

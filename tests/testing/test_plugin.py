@@ -60,6 +60,9 @@ def test_logs_are_kept_where_they_are_wanted(pytester: pytest.Pytester) -> None:
     (folder,) = (pytester.path / "here").iterdir()
     assert folder.name == "test_logs_are_kept_where_they_are_wanted.py-test_reads"
     assert (folder / "guest1/serial.log").read_bytes().startswith(b"00 ok probe")
+    text = READS + "    assert '..' not in guest.folder.parts\n"
+    run(pytester, text, "--guest-keep", "--guest-log-dir", "here/../there").assert_outcomes(passed=1)
+    assert (pytester.path / "there").is_dir()
 
 
 def test_a_guest_that_hangs_is_one_error_of_the_tests_own_line(pytester: pytest.Pytester) -> None:
@@ -147,6 +150,58 @@ def test_a_mark_that_means_nothing_is_refused(pytester: pytest.Pytester, text: s
     result = run(pytester, f"import pytest\n{text}\n")
     assert result.ret != 0
     assert words in result.stdout.str() + result.stderr.str()
+    assert "plugin.py" not in result.stdout.str()
+    assert "pluggy/" not in result.stdout.str()
+
+
+@pytest.mark.parametrize("scale", ["0", "-1", "x", "inf", "nan"])
+def test_a_scale_that_is_none_is_refused_in_one_line(pytester: pytest.Pytester, scale: str) -> None:
+    result = run(pytester, READS, f"--guest-timeout-scale={scale}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert result.stderr.lines[0] == f"ERROR: --guest-timeout-scale: {scale!r}: must be a number above 0"
+
+
+REFUSED = """
+import pytest
+from qemu_vmdk_snap import open_chain
+
+def test_outside(vmdk_chain):
+    vmdk_chain.base("1M").write("1M", b"x")
+
+def test_kind(vmdk_chain):
+    vmdk_chain.base("1M", kind="none")
+
+@pytest.fixture
+def stale(vmdk_chain):
+    chain = vmdk_chain.of_depth(2, "1M")
+    with open_chain(chain.at(0).path, writable=True) as opened:
+        opened.write_at(0, b"x")
+    return chain
+
+@pytest.fixture
+def guest(vmdk_guest, stale):
+    return vmdk_guest(stale)
+
+def test_cid(vmdk_guest, stale):
+    vmdk_guest(stale)
+
+def test_cid_in_a_fixture(guest): pass
+"""
+
+
+def test_what_is_refused_is_shown_at_the_tests_own_line(pytester: pytest.Pytester) -> None:
+    result = run(pytester, REFUSED)
+    result.assert_outcomes(failed=3, errors=1)
+    text = result.stdout.str()
+    assert set(re.findall(r"^(\S+\.py):\d+: ", text, re.MULTILINE)) == {
+        "test_what_is_refused_is_shown_at_the_tests_own_line.py"
+    }
+    assert "Traceback" not in text
+    for line in ('vmdk_chain.base("1M").write("1M", b"x")', 'vmdk_chain.base("1M", kind="none")', "vmdk_guest(stale)"):
+        assert f">       {line}" in text or f">   {line}" in text
+    assert "_pytest/" not in text
+    full = run(pytester, REFUSED, "--full-trace").stdout.str()
+    assert "chain/links.py:" in full
 
 
 def test_every_kind_that_can_be_created_can_be_marked() -> None:
@@ -161,7 +216,8 @@ def test_without_qemu_it_skips_with_the_reason_or_fails(pytester: pytest.Pyteste
     result = run(pytester, READS, "--guest-require", path=str(tmp_path))
     result.assert_outcomes(errors=1)
     assert f"required: {reason}" in result.stdout.str()
-    assert "Traceback" not in result.stdout.str()
+    for words in ("Traceback", "traceback", "During handling"):
+        assert words not in result.stdout.str()
 
 
 def test_without_pexpect_it_skips_with_the_reason(pytester: pytest.Pytester) -> None:

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
-from qemu_vmdk_snap import HOLE, RawDisk
+from qemu_vmdk_snap import HOLE, FormatError, InvalidRequest, RawDisk
 from qemu_vmdk_snap.units import SECTOR_SIZE
+
+_VMDK: Final = (b"KDMV", b"COWD", b"\xbe\xba\xfe\xca", b"# Disk DescriptorFile")
 
 
 def is_raw(path: Path | str) -> bool:
-    """Return whether the file is taken as a raw image: whole sectors, and no record, which is JSON."""
+    """Return whether the file is taken as a raw image: it has bytes, and they are not JSON, as a record is.
+
+    Raises:
+        OSError: it cannot be read.
+        InvalidRequest: it is a VMDK image.
+    """
     with Path(path).open("rb") as file:
-        head = file.read(1)
-        return head != b"{" and file.seek(0, 2) > 0 and file.tell() % SECTOR_SIZE == 0
+        head = file.read(SECTOR_SIZE)
+        length = file.seek(0, 2)
+    if head.startswith(_VMDK):
+        raise InvalidRequest(
+            path, "is a VMDK image, not a raw one: `qemu-vmdk-snap image convert -O raw` makes one of it"
+        )
+    return bool(head) and not head.startswith(b"{") and not (head.startswith(b"[") and length % SECTOR_SIZE)
 
 
 class RawReference:
@@ -25,8 +38,19 @@ class RawReference:
         Raises:
             OSError, LockBusy: it cannot be read, or is open for writing.
         """
+        self._path = Path(path)
         self._disk = RawDisk(path)
         self.capacity = self._disk.capacity
+
+    def check_length(self, capacity: int) -> None:
+        """Check that the file is not cut inside a sector; it may be inside the last one of a disk of `capacity` bytes.
+
+        Raises:
+            FormatError: it is cut.
+        """
+        length = self._path.stat().st_size
+        if length % SECTOR_SIZE and self.capacity != capacity:
+            raise FormatError(self._path, length, "length", length, f"a raw image has the {capacity} bytes of the disk")
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from byte `offset` on."""

@@ -38,7 +38,7 @@ class Reader(Protocol):
 
 
 class Stored(NamedTuple):
-    """Where a guest sector comes from."""
+    """Where a wrong byte comes from."""
 
     depth: int
     """The link, 0 is the top."""
@@ -46,12 +46,15 @@ class Stored(NamedTuple):
     """`data`, `zero` or `hole`."""
     path: Path | None
     file_offset: int | None
+    """Of the first wrong byte; of the grain's record where `compressed`."""
+    compressed: bool = False
 
     def __str__(self) -> str:
         """Return it as an error has it."""
         if self.path is None:
             return f"link {self.depth}, {self.kind}, stored nowhere"
-        place = f"byte {self.file_offset:#x} of {self.path}" if self.file_offset is not None else str(self.path)
+        grain = "compressed in the grain at " if self.compressed else ""
+        place = f"{grain}byte {self.file_offset:#x} of {self.path}" if self.file_offset is not None else str(self.path)
         return f"link {self.depth}, {self.kind}, {place}"
 
 
@@ -79,7 +82,7 @@ class WrongContent(AssertionError):
         if isinstance(self.read, str):
             found = f"cannot be read: {self.read}"
         else:
-            first = next((i for i, (a, b) in enumerate(zip(self.read, self.written, strict=True)) if a != b), 0)
+            first = _first_difference(self.read, self.written)
             end = first + _SHOWN
             found = (
                 f"reads something else than was written, from byte {self.offset + first:#x} on: "
@@ -184,13 +187,19 @@ def _first_wrong(
     failure = wrong(offset, length)
     read = failure or probe.dump(offset)
     written = content.read(offset, length)
-    stored, engine = _place(image, trusted, offset, written)
+    first = 0 if isinstance(read, str) else _first_difference(read, written)
+    stored, engine = _place(image, trusted, offset, first, written)
     return WrongContent(probe.name, offset, written, read, stored, engine)
 
 
+def _first_difference(read: bytes, written: bytes) -> int:
+    return next((i for i, (a, b) in enumerate(zip(read, written, strict=True)) if a != b), 0)
+
+
 def _place(
-    image: Path | None, trusted: tuple[Path, ...], offset: int, written: bytes
+    image: Path | None, trusted: tuple[Path, ...], offset: int, first: int, written: bytes
 ) -> tuple[Stored | str, bool | None]:
+    """Return where byte `first` of the sector at `offset` is stored, and whether the engine reads the sector right."""
     if image is None:
         return "the image is not known", None
     try:
@@ -199,4 +208,5 @@ def _place(
             engine = chain.read_at(offset, SECTOR_SIZE) == written
     except (VmdkSnapError, OSError) as error:
         return f"the engine cannot say where it is stored: {error}", None
-    return Stored(run.depth, run.kind.name.lower(), run.path, run.file_offset), engine
+    at = run.file_offset if run.file_offset is None or run.compressed else run.file_offset + first
+    return Stored(run.depth, run.kind.name.lower(), run.path, at, run.compressed), engine
