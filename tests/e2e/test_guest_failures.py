@@ -15,13 +15,14 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import GuestError, create_image, create_overlay, open_chain
+from qemu_vmdk_snap import GuestError, InvalidRequest, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.cli.main import main
-from qemu_vmdk_snap.harness import boot, disk_image
+from qemu_vmdk_snap.harness import Content, Machine, boot, disk_image
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64")
 
@@ -40,6 +41,17 @@ def bootable(path: Path, code: bytes | None) -> Path:
         with open_chain(path, writable=True) as chain:
             chain.write_at(0, code.ljust(510, b"\0") + b"\x55\xaa")
     return path
+
+
+# mov dx, 0x602; mov ax, 0x100; out dx, ax: the button sets its bit; mov dx, 0x600; again: in ax, dx; test ah, 1;
+# jz again; mov dx, 0x604; mov ax, 0x2000; out dx, ax: off
+BUTTON = b"\xba\x02\x06\xb8\x00\x01\xef\xba\x00\x06\xed\xf6\xc4\x01\x74\xfa\xba\x04\x06\xb8\x00\x20\xef" + HALT
+
+
+def prompt(code: bytes, text: bytes = b"login:") -> bytes:
+    """Return code that writes `text` to the serial port, and goes on with `code`."""
+    begin = b"\xfc\xbe%c\x7c\xba\xf8\x03\xac\x84\xc0\x74\x03\xee\xeb\xf8"  # lodsb; test al, al; jz; out dx, al; jmp
+    return begin % (len(begin) - 1 + len(code)) + code + text + b"\0"
 
 
 CASES = {
@@ -104,6 +116,39 @@ def test_a_system_of_the_disks_own_is_awaited(tmp_path: Path, text: bytes, wrong
         return
     with pytest.raises(GuestError, match=f"waiting for 'login:': {wrong}"):
         boot(image, expect="login:", failures=[re.compile(b"Kernel panic[^\r]*"), b"oops"]).__enter__()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda guest: guest.assert_reads(Content("4M")),
+        lambda guest: guest.probe.size(),
+        lambda guest: guest.power_off(3),
+    ],
+    ids=["assert_reads", "probe", "status"],
+)
+def test_what_needs_the_probe_is_refused_where_none_runs(tmp_path: Path, use: Callable[[Machine], object]) -> None:
+    image = bootable(tmp_path / "system.vmdk", prompt(LOOP))
+    words = "system.vmdk was booted with `expect`: no probe runs there; use `guest.console` and `guest.qmp`$"
+    with boot(image, expect="login:") as guest:
+        with pytest.raises(InvalidRequest, match=words):
+            use(guest)
+        assert guest.report is None
+
+
+def test_a_system_is_switched_off_by_its_power_button(tmp_path: Path) -> None:
+    image = bootable(tmp_path / "system.vmdk", prompt(BUTTON))
+    with boot(image, expect="login:", log_dir=tmp_path / "logs") as guest:
+        guest.power_off()
+        assert guest.report is None
+    assert '"guest-shutdown"' in (tmp_path / "logs" / "qmp.log").read_text()
+
+
+def test_a_system_that_ignores_its_power_button(tmp_path: Path) -> None:
+    image = bootable(tmp_path / "system.vmdk", prompt(HALT))
+    words = "waiting for the guest to switch off, its power button pressed: the guest hangs: .* with interrupts off"
+    with boot(image, expect="login:", log_dir=tmp_path / "logs") as guest, pytest.raises(GuestError, match=words):
+        guest.power_off()
 
 
 def test_uefi_boots_the_disks_own_system_too(tmp_path: Path, pytestconfig: pytest.Config) -> None:

@@ -122,6 +122,15 @@ class Console(SpawnBase):  # type: ignore[type-arg]
             raise self._fail(f"waiting for {self.waits_for}: {match[0].decode(errors='replace').strip()}")
         return match
 
+    def wait_for_end(self, what: str, seconds: float) -> None:
+        """Return when QEMU has let go of the line, as it was asked to; `what` is waited for.
+
+        Raises:
+            GuestError: the guest hangs, panicked, or the time is over.
+        """
+        self.waits_for = what
+        self.expect(pexpect.EOF, seconds)
+
     def listen(self, fd: int, log: IO[bytes]) -> None:
         """Write what comes in by another descriptor to `log`, and fail when it is one of `PANICS`; closed with this."""
         self._others[fd] = (log, b"")
