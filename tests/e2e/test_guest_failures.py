@@ -22,7 +22,7 @@ import pytest
 
 from qemu_vmdk_snap import GuestError, InvalidRequest, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.cli.main import main
-from qemu_vmdk_snap.harness import Content, Machine, boot, disk_image
+from qemu_vmdk_snap.harness import Console, Content, Machine, boot, disk_image
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64")
 
@@ -43,6 +43,8 @@ def bootable(path: Path, code: bytes | None) -> Path:
     return path
 
 
+# mov dx, 0x3fd; again: in al, dx; test al, 1; jz again; mov dx, COM1; in al, dx; out dx, al; and anew
+ECHO = b"\xba\xfd\x03\xec\xa8\x01\x74\xfb\xba\xf8\x03\xec\xee\xeb\xf1"
 # mov dx, 0x602; mov ax, 0x100; out dx, ax: the button sets its bit; mov dx, 0x600; again: in ax, dx; test ah, 1;
 # jz again; mov dx, 0x604; mov ax, 0x2000; out dx, ax: off
 BUTTON = b"\xba\x02\x06\xb8\x00\x01\xef\xba\x00\x06\xed\xf6\xc4\x01\x74\xfa\xba\x04\x06\xb8\x00\x20\xef" + HALT
@@ -134,6 +136,36 @@ def test_what_needs_the_probe_is_refused_where_none_runs(tmp_path: Path, use: Ca
         with pytest.raises(InvalidRequest, match=words):
             use(guest)
         assert guest.report is None
+
+
+def test_the_console_takes_text_as_pexpect_does(tmp_path: Path) -> None:
+    image = bootable(tmp_path / "system.vmdk", prompt(ECHO))
+    with boot(image, expect="login:") as guest:
+        assert guest.console.sendline("root é") == len("root é\n".encode())
+        guest.console.expect("ro+t é\n")
+        assert guest.console.after == "root é\n".encode()
+        assert guest.console.send(b"a.b") == guest.console.send("a.b")
+        assert guest.console.expect_exact(["a+b", "a.b"]) == 1
+        assert guest.console.expect_exact(b"a.b") == 0
+
+
+@pytest.mark.parametrize(
+    ("wait", "words"),
+    [
+        (lambda console: console.expect("# ", timeout=0.5), "'# '"),
+        (lambda console: console.expect([b"a", re.compile(b"b+")], timeout=0.5), r"'a' or 'b\+'"),
+        (lambda console: console.expect_exact("a.b", timeout=0.5), r"'a\.b'"),
+    ],
+)
+def test_a_wait_of_the_tests_own_names_what_it_waits_for(
+    tmp_path: Path, wait: Callable[[Console], object], words: str
+) -> None:
+    image = bootable(tmp_path / "system.vmdk", prompt(ECHO))
+    with (
+        boot(image, expect="login:", log_dir=tmp_path / "logs") as guest,
+        pytest.raises(GuestError, match=rf"^guest system\.vmdk: waiting for {words}: not in 0\.5 s of the guest's own"),
+    ):
+        wait(guest.console)
 
 
 def test_a_system_is_switched_off_by_its_power_button(tmp_path: Path) -> None:

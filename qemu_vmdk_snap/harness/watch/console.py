@@ -58,7 +58,7 @@ class _Look(NamedTuple):
 
 
 class Console(SpawnBase):  # type: ignore[type-arg]
-    """The serial line; `expect` and `send` are pexpect's, in bytes."""
+    """The serial line; `expect` and `send` are pexpect's: what comes in is bytes, and text stands for its UTF-8."""
 
     def __init__(self, fd: int, pid: int, qmp: Qmp, bios: Path, fail: Callable[[str], GuestError]) -> None:
         """Watch over the connected socket `fd`, which is closed with this; `fail` makes the error to raise."""
@@ -100,6 +100,20 @@ class Console(SpawnBase):  # type: ignore[type-arg]
             GuestError: the guest hangs, gave up, panicked or is gone, or the time is over.
             pexpect.EOF: it is gone, as it was asked to be.
         """
+        return self.expect_named(_named(pattern), pattern, timeout, *args, **options)
+
+    def expect_exact(self, pattern_list: Any, timeout: float | None = -1, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - pexpect's own
+        """Return which of these texts came in; the rest is as with `expect`."""
+        self.waits_for = _named(pattern_list)
+        self._begin(timeout)
+        try:
+            return super().expect_exact(pattern_list, None, *args, **options)
+        except GuestError as error:
+            raise error.with_traceback(None) from None
+
+    def expect_named(self, what: str, pattern: Any, timeout: float | None = -1, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - pexpect's own
+        """Do as `expect` does; errors say that it waits for `what`."""
+        self.waits_for = what
         self._begin(timeout)
         try:
             return super().expect(pattern, None, *args, **options)
@@ -115,8 +129,7 @@ class Console(SpawnBase):  # type: ignore[type-arg]
             GuestError: one of `failures` came first; and all that `expect` raises.
         """
         wanted = re.compile(wanted, re.DOTALL) if isinstance(wanted, bytes) else wanted
-        self.waits_for = repr(wanted.pattern.decode(errors="replace"))
-        found = self.expect([wanted, *failures], seconds)
+        found = self.expect_named(_named(wanted), [wanted, *failures], seconds)
         match = cast("re.Match[bytes]", self.match)
         if found:
             raise self._fail(f"waiting for {self.waits_for}: {match[0].decode(errors='replace').strip()}")
@@ -128,8 +141,7 @@ class Console(SpawnBase):  # type: ignore[type-arg]
         Raises:
             GuestError: the guest hangs, panicked, or the time is over.
         """
-        self.waits_for = what
-        self.expect(pexpect.EOF, seconds)
+        self.expect_named(what, pexpect.EOF, seconds)
 
     def listen(self, fd: int, log: IO[bytes]) -> None:
         """Write what comes in by another descriptor to `log`, and fail when it is one of `PANICS`; closed with this."""
@@ -146,16 +158,17 @@ class Console(SpawnBase):  # type: ignore[type-arg]
                 if not self._overheard(fd):
                     poll.unregister(fd)
 
-    def send(self, data: bytes) -> int:
+    def send(self, data: bytes | str) -> int:
         """Write all of `data` to the guest's serial port; its input takes as much as it takes."""
-        view = memoryview(data)
+        view = memoryview(_bytes(data))
+        size = len(view)
         while view:
             view = view[os.write(self.child_fd, view) :]
-        return len(data)
+        return size
 
-    def sendline(self, line: bytes = b"") -> int:
+    def sendline(self, line: bytes | str = b"") -> int:
         """Write `line` and a line feed."""
-        return self.send(line + b"\n")
+        return self.send(_bytes(line) + b"\n")
 
     def close(self) -> None:
         """Let go of the line."""
@@ -187,6 +200,10 @@ class Console(SpawnBase):  # type: ignore[type-arg]
             self._look(heard=bool(heard))
             if until is not None and time.monotonic() >= until:
                 raise pexpect.TIMEOUT("timeout")
+
+    def _coerce_expect_string(self, s: bytes | str) -> bytes:
+        """Return a pattern as bytes; pexpect itself takes ASCII alone."""
+        return _bytes(s)
 
     # ---- signs of life -----------------------------------------------------------------------------------------------
 
@@ -326,6 +343,23 @@ class Console(SpawnBase):  # type: ignore[type-arg]
             one, two, before.registers if before is not None and still and self.own_disks else ""
         )
         return f"{what}; {state}", surely
+
+
+def _bytes(text: bytes | str) -> bytes:
+    return text.encode() if isinstance(text, str) else text
+
+
+def _named(pattern: object) -> str:
+    """Return how errors call what is waited for: pexpect's patterns, one or several."""
+    if isinstance(pattern, (list, tuple)):
+        return " or ".join(_named(one) for one in pattern) or "nothing"
+    if isinstance(pattern, re.Pattern):
+        pattern = pattern.pattern
+    if isinstance(pattern, bytes):
+        pattern = pattern.decode(errors="replace")
+    if isinstance(pattern, str):
+        return repr(pattern)
+    return "its end" if pattern is pexpect.EOF else "a time-out"
 
 
 def bad_news(event: dict[str, Any]) -> str | None:
