@@ -191,6 +191,42 @@ def test_uefi_boots_the_disks_own_system_too(tmp_path: Path, pytestconfig: pytes
     with boot(image, uefi=True, expect=r'BdsDxe: failed to load Boot\d+ "[^"]+"', memory_mib=128) as guest:
         assert guest.found is not None
         assert b"HARDDISK" in guest.found[0]
+    words = r'waiting for \'login:\': the firmware finds nothing to boot: failed to load Boot\d+ "[^"]*HARDDISK'
+    with pytest.raises(GuestError, match=words):
+        boot(image, uefi=True, expect="login:", memory_mib=128, log_dir=tmp_path / "logs").__enter__()
+
+
+SHELL = b"UEFI Interactive Shell v2.2\r\nMapping table\r\n BLK0: Alias(s):\r\n"
+ASKS = b"Press ESC in 5 seconds to skip startup.nsh"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (b'BdsDxe: failed to load Boot0001 "DVD": Not Found\r\nlogin:', True),
+        (b'BdsDxe: failed to load Boot0001 "DVD": Not Found\r\nBdsDxe: No bootable option or device was found.', False),
+        (b'BdsDxe: failed to load Boot0001 "DVD": Not Found\r\n' + SHELL + ASKS, False),
+        (b'BdsDxe: failed to load Boot0001 "DVD": Not Found\r\n' + SHELL + b" FS0:\r\n" + ASKS + b"\r\nShell> ", False),
+        (SHELL + b" FS0:\r\n" + ASKS + b"\r\nlogin:", True),
+    ],
+    ids=["another option", "no option", "shell", "shell without script", "script"],
+)
+def test_a_uefi_that_may_start_a_system_yet_is_given_its_time(tmp_path: Path, text: bytes, found: bool) -> None:
+    image = bootable(tmp_path / "system.vmdk", prompt(LOOP, text))
+    machine = boot(image, expect="login:", failures=[b"other"], log_dir=tmp_path / "logs")
+    if found:
+        with machine as guest:
+            assert guest.found is not None
+        return
+    words = r'the firmware finds nothing to boot: failed to load Boot0001 "DVD": Not Found \(logs'
+    with pytest.raises(GuestError, match=words):
+        machine.__enter__()
+
+
+def test_the_shell_of_the_firmware_can_be_awaited(tmp_path: Path) -> None:
+    image = bootable(tmp_path / "system.vmdk", prompt(LOOP, SHELL + ASKS + b"\r\nShell> "))
+    with boot(image, expect="Shell> ") as guest:
+        assert guest.found is not None
 
 
 def test_qemu_that_dies_while_it_boots(tmp_path: Path) -> None:

@@ -30,11 +30,18 @@ except ImportError:  # the one place: everything of the harness that needs it co
 
 __tracebackhide__ = True
 
+_UEFI_GIVES_UP: Final = re.compile(rb"BdsDxe: No bootable option or device was found")
+_UEFI_SHELL: Final = re.compile(
+    rb"UEFI Interactive Shell v(?:(?!FS\d+:)[\s\S])*?startup\.nsh|UEFI Interactive Shell v[\s\S]*?Shell> "
+)
+"""The shell of a firmware that has found nothing else. Its `startup.nsh` may start a system yet, unless there is no
+file system (`FS0:`) that could have one, or the prompt shows that it did not."""
+
 PANICS: Final = (
     re.compile(rb"Kernel panic - not syncing[^\r\n]*"),
     re.compile(rb"No bootable device\.?"),
     re.compile(rb"Boot failed: not a bootable disk"),
-    re.compile(rb"BdsDxe: No bootable option or device was found"),
+    _UEFI_GIVES_UP,
 )
 """What on the serial line means that the system will not come up."""
 
@@ -123,14 +130,17 @@ class Console(SpawnBase):  # type: ignore[type-arg]
     def wait_for(
         self, wanted: bytes | re.Pattern[bytes], seconds: float | None = None, failures: Sequence[Any] = PANICS
     ) -> re.Match[bytes]:
-        """Return the match of `wanted`; what comes first of it and `failures` decides.
+        """Return the match of `wanted`; what comes first of it, `failures` and a UEFI that finds no system decides.
 
         Raises:
-            GuestError: one of `failures` came first; and all that `expect` raises.
+            GuestError: one of the others came first; and all that `expect` raises.
         """
         wanted = re.compile(wanted, re.DOTALL) if isinstance(wanted, bytes) else wanted
-        found = self.expect_named(_named(wanted), [wanted, *failures], seconds)
+        firmware = [_UEFI_GIVES_UP] if wanted.search(b"Shell> ") else [_UEFI_GIVES_UP, _UEFI_SHELL]
+        found = self.expect_named(_named(wanted), [wanted, *failures, *firmware], seconds)
         match = cast("re.Match[bytes]", self.match)
+        if found and match.re in firmware:
+            raise self._fail(f"waiting for {self.waits_for}: the firmware finds nothing to boot: {self._uefi_failed()}")
         if found:
             raise self._fail(f"waiting for {self.waits_for}: {match[0].decode(errors='replace').strip()}")
         return match
@@ -300,6 +310,10 @@ class Console(SpawnBase):  # type: ignore[type-arg]
     def _boot_failed(self) -> str:
         found = re.findall(rb"Booting from ([^\r\n]*?)\.*\s+(Boot failed: [^\r\n]*)", self._bios.read_bytes())
         return "; ".join(f"{device.decode()}: {reason.decode()}" for device, reason in found) or "it names none"
+
+    def _uefi_failed(self) -> str:
+        found = re.findall(rb"BdsDxe: (failed to [^\r\n]*)", self.tail)
+        return "; ".join(line.decode(errors="replace").strip() for line in found) or "it names none"
 
     def _look_at_events(self) -> None:
         new, self._events = self._qmp.events[self._events :], len(self._qmp.events)
