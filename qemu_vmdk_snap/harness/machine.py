@@ -23,6 +23,7 @@ from qemu_vmdk_snap.harness.hardware import DEFAULT_CONTROLLER, EXECUTABLE, Chan
 from qemu_vmdk_snap.harness.known.content import Content, Known
 from qemu_vmdk_snap.harness.probe import floppy_image
 from qemu_vmdk_snap.harness.session import BOOT_SECONDS, ProbeSession
+from qemu_vmdk_snap.harness.watch.clock import is_stopped
 from qemu_vmdk_snap.harness.watch.console import PANICS, Console, bad_news
 from qemu_vmdk_snap.harness.watch.qmp import Qmp
 from qemu_vmdk_snap.harness.watch.report import FailureReport, gather
@@ -144,12 +145,11 @@ class Machine:
         if self.report is None:
             self.qmp.drain()
             images = [disk.image for disk in self.setup.images if disk.image_format == "vmdk"]
-            running = self.qmp if self._process.poll() is None else None
-            self.report = gather(reason, images, self.folder, running, self.command_by_hand)
+            self.report = gather(reason, images, self.folder, self._asked(), self.command_by_hand)
             (self.folder / "report.txt").write_text(f"{self.report}\n")
         error.logs = self.folder
         error.add_note(str(self.report))
-        if self._sockets is not None and self._process.poll() is None:
+        if self._sockets is not None and isinstance(self._asked(), Qmp):
             error.add_note(self._hold(self._sockets))
         return error
 
@@ -251,6 +251,12 @@ class Machine:
     def __exit__(self, *exc: object) -> None:
         """End QEMU if it still runs."""
         self.kill()
+
+    def _asked(self) -> Qmp | str:
+        """Return the monitor, or why it will not answer."""
+        if self._process.poll() is not None:
+            return "QEMU has ended"
+        return "QEMU is stopped by a signal" if is_stopped(self.pid) else self.qmp
 
     def _death(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):

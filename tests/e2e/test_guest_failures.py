@@ -260,6 +260,20 @@ def test_a_guest_that_stops_answering(tmp_path: Path) -> None:
     assert str(caught.value).endswith(f"QEMU says that it is paused (logs: {tmp_path / 'logs'})")
 
 
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_qemu_that_a_signal_has_stopped_is_called_that(tmp_path: Path, hold: bool) -> None:
+    image = bootable(tmp_path / "a.vmdk", None)
+    with boot(image, log_dir=tmp_path / "logs", hold=hold) as guest:
+        os.kill(guest.pid, signal.SIGSTOP)
+        with pytest.raises(GuestError) as caught:
+            guest.probe.size()
+        words = f"waiting for the answer to 'size': a signal has stopped QEMU, process {guest.pid}, as kill -STOP does"
+        assert caught.value.reason == words
+        assert guest.report is not None
+        assert guest.report.qemu_chain.startswith("QEMU is stopped by a signal\n")
+        assert "query-status" not in guest.report.qmp
+
+
 def test_the_report_has_all_there_is(tmp_path: Path) -> None:
     bootable(tmp_path / "base.vmdk", PANIC)
     create_overlay(tmp_path / "top.vmdk", tmp_path / "base.vmdk", durable=False)

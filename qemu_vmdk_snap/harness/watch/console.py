@@ -19,7 +19,7 @@ from typing import IO, Any, Final, NamedTuple, cast
 
 from qemu_vmdk_snap.errors import GuestError, PluginError
 from qemu_vmdk_snap.harness.deadlines import HUNG_SECONDS, scaled, timeout_scale
-from qemu_vmdk_snap.harness.watch.clock import GuestClock
+from qemu_vmdk_snap.harness.watch.clock import GuestClock, is_stopped
 from qemu_vmdk_snap.harness.watch.qmp import Qmp
 
 try:
@@ -74,6 +74,7 @@ class Console(SpawnBase):  # type: ignore[type-arg]
         self._qmp = qmp
         self._bios = bios
         self._bios_seen = 0
+        self._pid = pid
         self._clock = GuestClock(pid)
         self._fail = fail
         self._poll = select.poll()
@@ -341,6 +342,8 @@ class Console(SpawnBase):  # type: ignore[type-arg]
 
     def _hangs(self) -> tuple[str, bool]:
         """Return how the guest hangs, by two looks at its processor, and whether it cannot but hang."""
+        if is_stopped(self._pid):
+            return f"a signal has stopped QEMU, process {self._pid}, as kill -STOP does", True
         what = f"the guest hangs: no output and no disk access for {self._idle:.1f} s of its own time"
         try:
             seconds = scaled(_MONITOR_SECONDS)
