@@ -17,12 +17,13 @@ from typing import Any, Final, Self
 
 from qemu_vmdk_snap import read_links
 from qemu_vmdk_snap.errors import GuestError, InvalidRequest, PluginError, VmdkSnapError
-from qemu_vmdk_snap.harness.accelerator import choose_accelerator
+from qemu_vmdk_snap.harness.accelerator import choose_accelerator, kvm_fault
 from qemu_vmdk_snap.harness.deadlines import HUNG_SECONDS, SILENT_SECONDS, SYSTEM_SECONDS, scaled
 from qemu_vmdk_snap.harness.hardware import DEFAULT_CONTROLLER, EXECUTABLE, Channels, Disk, Setup, arguments, by_hand
 from qemu_vmdk_snap.harness.known.content import Content, Known
 from qemu_vmdk_snap.harness.probe import floppy_image
 from qemu_vmdk_snap.harness.session import BOOT_SECONDS, ProbeSession
+from qemu_vmdk_snap.harness.watch.clock import is_stopped
 from qemu_vmdk_snap.harness.watch.console import PANICS, Console, bad_news
 from qemu_vmdk_snap.harness.watch.qmp import Qmp
 from qemu_vmdk_snap.harness.watch.report import FailureReport, gather
@@ -31,10 +32,11 @@ __tracebackhide__ = True
 
 _EXIT_SECONDS: Final = 30.0
 _DEATH_SECONDS: Final = 10.0
+_NO_PROBE: Final = "was booted with `expect`: no probe runs there; use `guest.console` and `guest.qmp`"
 
 
 class Machine:
-    """A running QEMU; `probe` is the session with the guest. Use it in a `with` block."""
+    """A running QEMU; `probe` is the session with the guest, unless its own system boots. Use it in a `with` block."""
 
     def __init__(
         self,
@@ -64,6 +66,8 @@ class Machine:
         if executable is None:
             raise PluginError(setup.qemu, "is not installed (Debian: qemu-system-x86, Fedora: qemu-system-x86-core)")
         self._held = False
+        self._booted = False
+        self._own_system = expect is not None
         self.found: re.Match[bytes] | None = None
         """What matched `expect`."""
         started = time.monotonic()
@@ -71,12 +75,13 @@ class Machine:
         self.console.patience = patience or (HUNG_SECONDS if expect is None else SILENT_SECONDS)
         try:
             if expect is None:
-                self.probe.wait_for_boot(seconds)
+                self._probe.wait_for_boot(seconds)
             else:
                 self.found = self.console.wait_for(expect, seconds, failures)
         except BaseException:
             self.kill()
             raise
+        self._booted = True
         self.boot_seconds = time.monotonic() - started
 
     def _start(self, executable: str) -> None:
@@ -117,8 +122,19 @@ class Machine:
         line.explain_end = self._death
         self.console = line
         """The guest's serial line, or the port for its commands: `expect` and `send` as pexpect has them."""
-        self.probe = ProbeSession(line, setup.image.name, self._death, self.failure)
-        self.probe.memory = self.memory
+        self._probe = ProbeSession(line, setup.image.name, self._death, self.failure)
+        self._probe.memory = self.memory
+
+    @property
+    def probe(self) -> ProbeSession:
+        """The session with the probe.
+
+        Raises:
+            InvalidRequest: the disk's own system was booted, with `expect`.
+        """
+        if self._own_system:
+            raise InvalidRequest("probe", f"{self.setup.image.name} {_NO_PROBE}")
+        return self._probe
 
     @property
     def pid(self) -> int:
@@ -127,16 +143,17 @@ class Machine:
 
     def failure(self, reason: str) -> GuestError:
         """Return the error of a guest that has failed, with its report; QEMU is ended, or held for a look at it."""
+        if not self._booted and self.setup.accelerator == "kvm" and (fault := kvm_fault()) is not None:
+            reason = f"{reason}; {fault} (see qemu-vmdk-snap doctor)"
         error = GuestError(self.setup.image.name, reason)
         if self.report is None:
             self.qmp.drain()
             images = [disk.image for disk in self.setup.images if disk.image_format == "vmdk"]
-            running = self.qmp if self._process.poll() is None else None
-            self.report = gather(reason, images, self.folder, running, self.command_by_hand)
+            self.report = gather(reason, images, self.folder, self._asked(), self.command_by_hand)
             (self.folder / "report.txt").write_text(f"{self.report}\n")
         error.logs = self.folder
         error.add_note(str(self.report))
-        if self._sockets is not None and self._process.poll() is None:
+        if self._sockets is not None and isinstance(self._asked(), Qmp):
             error.add_note(self._hold(self._sockets))
         return error
 
@@ -155,8 +172,10 @@ class Machine:
 
         Raises:
             WrongContent, WrongSize (AssertionError): it reads something else.
-            InvalidRequest: nothing is known of what was written.
+            InvalidRequest: nothing is known of what was written, or the disk's own system was booted, with `expect`.
         """
+        if self._own_system:
+            raise InvalidRequest("assert_reads", f"{self.setup.image.name} {_NO_PROBE}")
         known = self.known if content is None else content
         if known is None:
             raise InvalidRequest("assert_reads", "needs the content, unless a known chain was booted")
@@ -174,10 +193,21 @@ class Machine:
     def power_off(self, status: int = 0) -> None:
         """Let the probe switch off, and return when QEMU has ended and released the image.
 
+        A system of the disk's own has its power button pressed (ACPI), and chooses no status.
+
         Raises:
             GuestError: QEMU does not end, or not with the status that was asked for.
+            InvalidRequest: the disk's own system was booted, with `expect`, and a status is asked for.
         """
+        if self._own_system and status:
+            raise InvalidRequest("power_off", f"the status {status}: {self.setup.image.name} {_NO_PROBE}")
         self.console.end_is_expected = True
+        if self._own_system:
+            with contextlib.suppress(GuestError):  # QEMU may have ended by itself: its exit status is the answer
+                self.qmp("system_powerdown")
+            self.console.wait_for_end("the guest to switch off, its power button pressed", SYSTEM_SECONDS)
+            self.wait()
+            return
         try:
             self.probe.power_off(status)
         except GuestError:
@@ -212,7 +242,7 @@ class Machine:
         self._process.wait()
         with contextlib.suppress(GuestError):  # a panic, of which nobody waits to hear any more
             self.console.drain()
-        self.probe.close()
+        self._probe.close()
         self.qmp.close()
         self._log.close()
         if self._sockets is not None and not self._held:
@@ -225,6 +255,12 @@ class Machine:
     def __exit__(self, *exc: object) -> None:
         """End QEMU if it still runs."""
         self.kill()
+
+    def _asked(self) -> Qmp | str:
+        """Return the monitor, or why it will not answer."""
+        if self._process.poll() is not None:
+            return "QEMU has ended"
+        return "QEMU is stopped by a signal" if is_stopped(self.pid) else self.qmp
 
     def _death(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):

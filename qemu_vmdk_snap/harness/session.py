@@ -262,11 +262,12 @@ class ProbeSession:
             raise self._fail(f"{words!r}: {self._explain()}") from None
 
     def _line(self, limit: _Limit, waiting_for: str) -> bytes:
-        if isinstance(self._over, Console):
-            self._over.waits_for = waiting_for
         timeout = limit.seconds if limit.until is None else max(0.01, limit.until - time.monotonic())
         try:
-            self._over.expect(_LINE, timeout=timeout)
+            if isinstance(self._over, Console):
+                self._over.expect_named(waiting_for, _LINE, timeout)
+            else:
+                self._over.expect(_LINE, timeout=timeout)
         except (pexpect.EOF, OSError):  # a socket is reset, not closed, when QEMU dies with our words unread
             raise _LineClosed(self._name, f"waiting for {waiting_for}: {self._explain()}") from None
         except pexpect.TIMEOUT:

@@ -15,13 +15,14 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import GuestError, create_image, create_overlay, open_chain
+from qemu_vmdk_snap import GuestError, InvalidRequest, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.cli.main import main
-from qemu_vmdk_snap.harness import boot, disk_image
+from qemu_vmdk_snap.harness import Console, Content, Machine, boot, disk_image
 
 pytestmark = pytest.mark.needs("qemu-system-x86_64")
 
@@ -40,6 +41,19 @@ def bootable(path: Path, code: bytes | None) -> Path:
         with open_chain(path, writable=True) as chain:
             chain.write_at(0, code.ljust(510, b"\0") + b"\x55\xaa")
     return path
+
+
+# mov dx, 0x3fd; again: in al, dx; test al, 1; jz again; mov dx, COM1; in al, dx; out dx, al; and anew
+ECHO = b"\xba\xfd\x03\xec\xa8\x01\x74\xfb\xba\xf8\x03\xec\xee\xeb\xf1"
+# mov dx, 0x602; mov ax, 0x100; out dx, ax: the button sets its bit; mov dx, 0x600; again: in ax, dx; test ah, 1;
+# jz again; mov dx, 0x604; mov ax, 0x2000; out dx, ax: off
+BUTTON = b"\xba\x02\x06\xb8\x00\x01\xef\xba\x00\x06\xed\xf6\xc4\x01\x74\xfa\xba\x04\x06\xb8\x00\x20\xef" + HALT
+
+
+def prompt(code: bytes, text: bytes = b"login:") -> bytes:
+    """Return code that writes `text` to the serial port, and goes on with `code`."""
+    begin = b"\xfc\xbe%c\x7c\xba\xf8\x03\xac\x84\xc0\x74\x03\xee\xeb\xf8"  # lodsb; test al, al; jz; out dx, al; jmp
+    return begin % (len(begin) - 1 + len(code)) + code + text + b"\0"
 
 
 CASES = {
@@ -106,6 +120,69 @@ def test_a_system_of_the_disks_own_is_awaited(tmp_path: Path, text: bytes, wrong
         boot(image, expect="login:", failures=[re.compile(b"Kernel panic[^\r]*"), b"oops"]).__enter__()
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda guest: guest.assert_reads(Content("4M")),
+        lambda guest: guest.probe.size(),
+        lambda guest: guest.power_off(3),
+    ],
+    ids=["assert_reads", "probe", "status"],
+)
+def test_what_needs_the_probe_is_refused_where_none_runs(tmp_path: Path, use: Callable[[Machine], object]) -> None:
+    image = bootable(tmp_path / "system.vmdk", prompt(LOOP))
+    words = "system.vmdk was booted with `expect`: no probe runs there; use `guest.console` and `guest.qmp`$"
+    with boot(image, expect="login:") as guest:
+        with pytest.raises(InvalidRequest, match=words):
+            use(guest)
+        assert guest.report is None
+
+
+def test_the_console_takes_text_as_pexpect_does(tmp_path: Path) -> None:
+    image = bootable(tmp_path / "system.vmdk", prompt(ECHO))
+    with boot(image, expect="login:") as guest:
+        assert guest.console.sendline("root é") == len("root é\n".encode())
+        guest.console.expect("ro+t é\n")
+        assert guest.console.after == "root é\n".encode()
+        assert guest.console.send(b"a.b") == guest.console.send("a.b")
+        assert guest.console.expect_exact(["a+b", "a.b"]) == 1
+        assert guest.console.expect_exact(b"a.b") == 0
+
+
+@pytest.mark.parametrize(
+    ("wait", "words"),
+    [
+        (lambda console: console.expect("# ", timeout=0.5), "'# '"),
+        (lambda console: console.expect([b"a", re.compile(b"b+")], timeout=0.5), r"'a' or 'b\+'"),
+        (lambda console: console.expect_exact("a.b", timeout=0.5), r"'a\.b'"),
+    ],
+)
+def test_a_wait_of_the_tests_own_names_what_it_waits_for(
+    tmp_path: Path, wait: Callable[[Console], object], words: str
+) -> None:
+    image = bootable(tmp_path / "system.vmdk", prompt(ECHO))
+    with (
+        boot(image, expect="login:", log_dir=tmp_path / "logs") as guest,
+        pytest.raises(GuestError, match=rf"^guest system\.vmdk: waiting for {words}: not in 0\.5 s of the guest's own"),
+    ):
+        wait(guest.console)
+
+
+def test_a_system_is_switched_off_by_its_power_button(tmp_path: Path) -> None:
+    image = bootable(tmp_path / "system.vmdk", prompt(BUTTON))
+    with boot(image, expect="login:", log_dir=tmp_path / "logs") as guest:
+        guest.power_off()
+        assert guest.report is None
+    assert '"guest-shutdown"' in (tmp_path / "logs" / "qmp.log").read_text()
+
+
+def test_a_system_that_ignores_its_power_button(tmp_path: Path) -> None:
+    image = bootable(tmp_path / "system.vmdk", prompt(HALT))
+    words = "waiting for the guest to switch off, its power button pressed: the guest hangs: .* with interrupts off"
+    with boot(image, expect="login:", log_dir=tmp_path / "logs") as guest, pytest.raises(GuestError, match=words):
+        guest.power_off()
+
+
 def test_uefi_boots_the_disks_own_system_too(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """There is none: the firmware says of the disk that it cannot be booted, which is what is awaited here."""
     if not list(Path("/usr/share").glob("*/**/OVMF_CODE*.fd")) and pytestconfig.getoption("--require") == "none":
@@ -114,6 +191,42 @@ def test_uefi_boots_the_disks_own_system_too(tmp_path: Path, pytestconfig: pytes
     with boot(image, uefi=True, expect=r'BdsDxe: failed to load Boot\d+ "[^"]+"', memory_mib=128) as guest:
         assert guest.found is not None
         assert b"HARDDISK" in guest.found[0]
+    words = r'waiting for \'login:\': the firmware finds nothing to boot: failed to load Boot\d+ "[^"]*HARDDISK'
+    with pytest.raises(GuestError, match=words):
+        boot(image, uefi=True, expect="login:", memory_mib=128, log_dir=tmp_path / "logs").__enter__()
+
+
+SHELL = b"UEFI Interactive Shell v2.2\r\nMapping table\r\n BLK0: Alias(s):\r\n"
+ASKS = b"Press ESC in 5 seconds to skip startup.nsh"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (b'BdsDxe: failed to load Boot0001 "DVD": Not Found\r\nlogin:', True),
+        (b'BdsDxe: failed to load Boot0001 "DVD": Not Found\r\nBdsDxe: No bootable option or device was found.', False),
+        (b'BdsDxe: failed to load Boot0001 "DVD": Not Found\r\n' + SHELL + ASKS, False),
+        (b'BdsDxe: failed to load Boot0001 "DVD": Not Found\r\n' + SHELL + b" FS0:\r\n" + ASKS + b"\r\nShell> ", False),
+        (SHELL + b" FS0:\r\n" + ASKS + b"\r\nlogin:", True),
+    ],
+    ids=["another option", "no option", "shell", "shell without script", "script"],
+)
+def test_a_uefi_that_may_start_a_system_yet_is_given_its_time(tmp_path: Path, text: bytes, found: bool) -> None:
+    image = bootable(tmp_path / "system.vmdk", prompt(LOOP, text))
+    machine = boot(image, expect="login:", failures=[b"other"], log_dir=tmp_path / "logs")
+    if found:
+        with machine as guest:
+            assert guest.found is not None
+        return
+    words = r'the firmware finds nothing to boot: failed to load Boot0001 "DVD": Not Found \(logs'
+    with pytest.raises(GuestError, match=words):
+        machine.__enter__()
+
+
+def test_the_shell_of_the_firmware_can_be_awaited(tmp_path: Path) -> None:
+    image = bootable(tmp_path / "system.vmdk", prompt(LOOP, SHELL + ASKS + b"\r\nShell> "))
+    with boot(image, expect="Shell> ") as guest:
+        assert guest.found is not None
 
 
 def test_qemu_that_dies_while_it_boots(tmp_path: Path) -> None:
@@ -145,6 +258,20 @@ def test_a_guest_that_stops_answering(tmp_path: Path) -> None:
             guest.probe.size()
     assert "waiting for the answer to 'size': the guest hangs" in str(caught.value)
     assert str(caught.value).endswith(f"QEMU says that it is paused (logs: {tmp_path / 'logs'})")
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_qemu_that_a_signal_has_stopped_is_called_that(tmp_path: Path, hold: bool) -> None:
+    image = bootable(tmp_path / "a.vmdk", None)
+    with boot(image, log_dir=tmp_path / "logs", hold=hold) as guest:
+        os.kill(guest.pid, signal.SIGSTOP)
+        with pytest.raises(GuestError) as caught:
+            guest.probe.size()
+        words = f"waiting for the answer to 'size': a signal has stopped QEMU, process {guest.pid}, as kill -STOP does"
+        assert caught.value.reason == words
+        assert guest.report is not None
+        assert guest.report.qemu_chain.startswith("QEMU is stopped by a signal\n")
+        assert "query-status" not in guest.report.qmp
 
 
 def test_the_report_has_all_there_is(tmp_path: Path) -> None:

@@ -94,10 +94,10 @@ class LinuxGuest:
         except OSError:
             raise self.machine.failure(f"{command!r}: the guest is gone") from None
         wanted = re.compile(rb"^%d (\d+) (\d+) (\d+)\r?\n" % self._number, re.MULTILINE)
-        console.waits_for = f"the end of {_short(command)!r}"
-        console.expect([wanted], timeout)
+        what = f"the end of {_short(command)!r}"
+        console.expect_named(what, wanted, timeout)
         status, out, err = (int(value) for value in console.match.groups())  # type: ignore[union-attr]
-        both = self._exactly(out + err, timeout)
+        both = self._exactly(out + err, timeout, what)
         return Ran(status, both[:out], both[out:])
 
     def check(self, command: str, *, timeout: float = _COMMAND_SECONDS) -> str:
@@ -209,11 +209,11 @@ class LinuxGuest:
         """End QEMU if it still runs."""
         self.machine.kill()
 
-    def _exactly(self, length: int, timeout: float) -> bytes:
+    def _exactly(self, length: int, timeout: float, what: str) -> bytes:
         if not length:
             return b""
         console = self.machine.console
-        console.expect([re.compile(rb"\A.{%d}" % length, re.DOTALL)], timeout)
+        console.expect_named(what, re.compile(rb"\A.{%d}" % length, re.DOTALL), timeout)
         return bytes(console.match[0])  # type: ignore[index]
 
     def _need(self, kind: str) -> None:

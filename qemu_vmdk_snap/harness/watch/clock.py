@@ -17,6 +17,7 @@ from qemu_vmdk_snap.harness.deadlines import scaled
 
 _NANO: Final = 1e-9
 _WAITS_FOR_DISK: Final = "D"
+_STOPPED: Final = "T"
 
 
 class _Sum(NamedTuple):
@@ -53,7 +54,19 @@ class GuestClock:
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
                     one, two, _ = (task / "schedstat").read_text().split()
                     ran, waited = ran + int(one), waited + int(two)
-                    disk = disk or (task / "stat").read_text().rpartition(")")[2].split()[0] == _WAITS_FOR_DISK
+                    disk = disk or _state(task) == _WAITS_FOR_DISK
         except (OSError, ValueError):
             return None
         return _Sum(ran * _NANO, waited * _NANO, disk) if ran else None
+
+
+def is_stopped(pid: int) -> bool:
+    """Return whether a signal has stopped the process, as SIGSTOP does."""
+    try:
+        return _state(Path(f"/proc/{pid}")) == _STOPPED
+    except (OSError, IndexError):  # it is gone
+        return False
+
+
+def _state(process: Path) -> str:
+    return (process / "stat").read_text().rpartition(")")[2].split()[0]

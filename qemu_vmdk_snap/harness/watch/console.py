@@ -19,7 +19,7 @@ from typing import IO, Any, Final, NamedTuple, cast
 
 from qemu_vmdk_snap.errors import GuestError, PluginError
 from qemu_vmdk_snap.harness.deadlines import HUNG_SECONDS, scaled, timeout_scale
-from qemu_vmdk_snap.harness.watch.clock import GuestClock
+from qemu_vmdk_snap.harness.watch.clock import GuestClock, is_stopped
 from qemu_vmdk_snap.harness.watch.qmp import Qmp
 
 try:
@@ -30,11 +30,18 @@ except ImportError:  # the one place: everything of the harness that needs it co
 
 __tracebackhide__ = True
 
+_UEFI_GIVES_UP: Final = re.compile(rb"BdsDxe: No bootable option or device was found")
+_UEFI_SHELL: Final = re.compile(
+    rb"UEFI Interactive Shell v(?:(?!FS\d+:)[\s\S])*?startup\.nsh|UEFI Interactive Shell v[\s\S]*?Shell> "
+)
+"""The shell of a firmware that has found nothing else. Its `startup.nsh` may start a system yet, unless there is no
+file system (`FS0:`) that could have one, or the prompt shows that it did not."""
+
 PANICS: Final = (
     re.compile(rb"Kernel panic - not syncing[^\r\n]*"),
     re.compile(rb"No bootable device\.?"),
     re.compile(rb"Boot failed: not a bootable disk"),
-    re.compile(rb"BdsDxe: No bootable option or device was found"),
+    _UEFI_GIVES_UP,
 )
 """What on the serial line means that the system will not come up."""
 
@@ -58,7 +65,7 @@ class _Look(NamedTuple):
 
 
 class Console(SpawnBase):  # type: ignore[type-arg]
-    """The serial line; `expect` and `send` are pexpect's, in bytes."""
+    """The serial line; `expect` and `send` are pexpect's: what comes in is bytes, and text stands for its UTF-8."""
 
     def __init__(self, fd: int, pid: int, qmp: Qmp, bios: Path, fail: Callable[[str], GuestError]) -> None:
         """Watch over the connected socket `fd`, which is closed with this; `fail` makes the error to raise."""
@@ -67,6 +74,7 @@ class Console(SpawnBase):  # type: ignore[type-arg]
         self._qmp = qmp
         self._bios = bios
         self._bios_seen = 0
+        self._pid = pid
         self._clock = GuestClock(pid)
         self._fail = fail
         self._poll = select.poll()
@@ -100,6 +108,20 @@ class Console(SpawnBase):  # type: ignore[type-arg]
             GuestError: the guest hangs, gave up, panicked or is gone, or the time is over.
             pexpect.EOF: it is gone, as it was asked to be.
         """
+        return self.expect_named(_named(pattern), pattern, timeout, *args, **options)
+
+    def expect_exact(self, pattern_list: Any, timeout: float | None = -1, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - pexpect's own
+        """Return which of these texts came in; the rest is as with `expect`."""
+        self.waits_for = _named(pattern_list)
+        self._begin(timeout)
+        try:
+            return super().expect_exact(pattern_list, None, *args, **options)
+        except GuestError as error:
+            raise error.with_traceback(None) from None
+
+    def expect_named(self, what: str, pattern: Any, timeout: float | None = -1, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - pexpect's own
+        """Do as `expect` does; errors say that it waits for `what`."""
+        self.waits_for = what
         self._begin(timeout)
         try:
             return super().expect(pattern, None, *args, **options)
@@ -109,18 +131,28 @@ class Console(SpawnBase):  # type: ignore[type-arg]
     def wait_for(
         self, wanted: bytes | re.Pattern[bytes], seconds: float | None = None, failures: Sequence[Any] = PANICS
     ) -> re.Match[bytes]:
-        """Return the match of `wanted`; what comes first of it and `failures` decides.
+        """Return the match of `wanted`; what comes first of it, `failures` and a UEFI that finds no system decides.
 
         Raises:
-            GuestError: one of `failures` came first; and all that `expect` raises.
+            GuestError: one of the others came first; and all that `expect` raises.
         """
         wanted = re.compile(wanted, re.DOTALL) if isinstance(wanted, bytes) else wanted
-        self.waits_for = repr(wanted.pattern.decode(errors="replace"))
-        found = self.expect([wanted, *failures], seconds)
+        firmware = [_UEFI_GIVES_UP] if wanted.search(b"Shell> ") else [_UEFI_GIVES_UP, _UEFI_SHELL]
+        found = self.expect_named(_named(wanted), [wanted, *failures, *firmware], seconds)
         match = cast("re.Match[bytes]", self.match)
+        if found and match.re in firmware:
+            raise self._fail(f"waiting for {self.waits_for}: the firmware finds nothing to boot: {self._uefi_failed()}")
         if found:
             raise self._fail(f"waiting for {self.waits_for}: {match[0].decode(errors='replace').strip()}")
         return match
+
+    def wait_for_end(self, what: str, seconds: float) -> None:
+        """Return when QEMU has let go of the line, as it was asked to; `what` is waited for.
+
+        Raises:
+            GuestError: the guest hangs, panicked, or the time is over.
+        """
+        self.expect_named(what, pexpect.EOF, seconds)
 
     def listen(self, fd: int, log: IO[bytes]) -> None:
         """Write what comes in by another descriptor to `log`, and fail when it is one of `PANICS`; closed with this."""
@@ -137,16 +169,17 @@ class Console(SpawnBase):  # type: ignore[type-arg]
                 if not self._overheard(fd):
                     poll.unregister(fd)
 
-    def send(self, data: bytes) -> int:
+    def send(self, data: bytes | str) -> int:
         """Write all of `data` to the guest's serial port; its input takes as much as it takes."""
-        view = memoryview(data)
+        view = memoryview(_bytes(data))
+        size = len(view)
         while view:
             view = view[os.write(self.child_fd, view) :]
-        return len(data)
+        return size
 
-    def sendline(self, line: bytes = b"") -> int:
+    def sendline(self, line: bytes | str = b"") -> int:
         """Write `line` and a line feed."""
-        return self.send(line + b"\n")
+        return self.send(_bytes(line) + b"\n")
 
     def close(self) -> None:
         """Let go of the line."""
@@ -178,6 +211,10 @@ class Console(SpawnBase):  # type: ignore[type-arg]
             self._look(heard=bool(heard))
             if until is not None and time.monotonic() >= until:
                 raise pexpect.TIMEOUT("timeout")
+
+    def _coerce_expect_string(self, s: bytes | str) -> bytes:
+        """Return a pattern as bytes; pexpect itself takes ASCII alone."""
+        return _bytes(s)
 
     # ---- signs of life -----------------------------------------------------------------------------------------------
 
@@ -275,6 +312,10 @@ class Console(SpawnBase):  # type: ignore[type-arg]
         found = re.findall(rb"Booting from ([^\r\n]*?)\.*\s+(Boot failed: [^\r\n]*)", self._bios.read_bytes())
         return "; ".join(f"{device.decode()}: {reason.decode()}" for device, reason in found) or "it names none"
 
+    def _uefi_failed(self) -> str:
+        found = re.findall(rb"BdsDxe: (failed to [^\r\n]*)", self.tail)
+        return "; ".join(line.decode(errors="replace").strip() for line in found) or "it names none"
+
     def _look_at_events(self) -> None:
         new, self._events = self._qmp.events[self._events :], len(self._qmp.events)
         for event in new:
@@ -301,6 +342,8 @@ class Console(SpawnBase):  # type: ignore[type-arg]
 
     def _hangs(self) -> tuple[str, bool]:
         """Return how the guest hangs, by two looks at its processor, and whether it cannot but hang."""
+        if is_stopped(self._pid):
+            return f"a signal has stopped QEMU, process {self._pid}, as kill -STOP does", True
         what = f"the guest hangs: no output and no disk access for {self._idle:.1f} s of its own time"
         try:
             seconds = scaled(_MONITOR_SECONDS)
@@ -317,6 +360,23 @@ class Console(SpawnBase):  # type: ignore[type-arg]
             one, two, before.registers if before is not None and still and self.own_disks else ""
         )
         return f"{what}; {state}", surely
+
+
+def _bytes(text: bytes | str) -> bytes:
+    return text.encode() if isinstance(text, str) else text
+
+
+def _named(pattern: object) -> str:
+    """Return how errors call what is waited for: pexpect's patterns, one or several."""
+    if isinstance(pattern, (list, tuple)):
+        return " or ".join(_named(one) for one in pattern) or "nothing"
+    if isinstance(pattern, re.Pattern):
+        pattern = pattern.pattern
+    if isinstance(pattern, bytes):
+        pattern = pattern.decode(errors="replace")
+    if isinstance(pattern, str):
+        return repr(pattern)
+    return "its end" if pattern is pexpect.EOF else "a time-out"
 
 
 def bad_news(event: dict[str, Any]) -> str | None:

@@ -60,8 +60,8 @@ class FailureReport:
         return "\n".join([*parts, f"--- logs: {self.logs}"])
 
 
-def gather(reason: str, images: Sequence[Path], folder: Path, qmp: Qmp | None, command: str) -> FailureReport:
-    """Return the report of a guest whose logs are in `folder`; `qmp` is asked if QEMU still runs."""
+def gather(reason: str, images: Sequence[Path], folder: Path, qmp: Qmp | str, command: str) -> FailureReport:
+    """Return the report of a guest whose logs are in `folder`; `qmp` is asked, or is why not."""
     return FailureReport(
         reason=reason,
         serial=tail(folder / "serial.log"),
@@ -100,9 +100,9 @@ def _host_chain(image: Path) -> Iterator[str]:
         yield from (f"   ! {note}" for note in link.notes)
 
 
-def _qemu_chain(qmp: Qmp | None) -> Iterator[str]:
-    if qmp is None or qmp.closed:
-        yield "QEMU has ended"
+def _qemu_chain(qmp: Qmp | str) -> Iterator[str]:
+    if isinstance(qmp, str) or qmp.closed:
+        yield qmp if isinstance(qmp, str) else "QEMU has ended"
         return
     try:
         blocks = qmp("query-block", seconds=_MONITOR_SECONDS)
