@@ -146,10 +146,11 @@ def domain_xml(name: str, top: Path, floppy: Path, serial: Path, bus: str, domai
     """Return the XML of such a domain; every link of the chain is in it: libvirt finds none by itself."""
     below = [link.path for link in chain_info(top, lock=False)[1:]]
     scsi = "<controller type='scsi' model='virtio-scsi'/>" if bus == "scsi" else ""
+    # A disk on virtio that is not in the boot order is none to the BIOS, and so to the probe.
     return f"""<domain type='{domain_type}'>
   <name>{name}</name>
   <memory unit='MiB'>32</memory>
-  <os><type arch='x86_64' machine='pc'>hvm</type><boot dev='fd'/></os>
+  <os><type arch='x86_64' machine='pc'>hvm</type><boot dev='fd'/><boot dev='hd'/></os>
   <features><acpi/></features>
   <on_poweroff>destroy</on_poweroff><on_reboot>destroy</on_reboot><on_crash>destroy</on_crash>
   <devices>

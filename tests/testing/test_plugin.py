@@ -211,6 +211,18 @@ def test_a(vmdk_chain, vmdk_domain, vmdk_libvirt):
     run(pytester, text).assert_outcomes(passed=1)
 
 
+@pytest.mark.needs("libvirt")
+def test_a_domain_on_each_bus(pytester: pytest.Pytester) -> None:
+    text = """
+import pytest
+
+@pytest.mark.vmdk_controllers("ide", "ahci", "virtio-blk", "virtio-scsi")
+def test_a(vmdk_chain, vmdk_domain):
+    assert vmdk_domain(vmdk_chain.of_depth(2, "4M")).start().assert_reads() > 0
+"""
+    run(pytester, text).assert_outcomes(passed=4)
+
+
 def test_the_plugin_imports_little() -> None:
     code = "import sys, pytest, qemu_vmdk_snap.testing.plugin; print([m for m in "
     code += "('numpy', 'libvirt', 'pexpect', 'qemu_vmdk_snap.harness') if m in sys.modules])"
