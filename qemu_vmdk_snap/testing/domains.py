@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -13,6 +14,7 @@ from qemu_vmdk_snap import chain_info
 from qemu_vmdk_snap.errors import GuestError, InvalidRequest
 from qemu_vmdk_snap.harness import KnownChain, attach, floppy_image
 from qemu_vmdk_snap.harness.deadlines import scaled
+from qemu_vmdk_snap.harness.stale import refuse_stale
 
 if TYPE_CHECKING:
     from typing import IO
@@ -41,8 +43,11 @@ class GuestDomain:
         controller: str = "ahci",
         name: str | None = None,
         domain_type: str = "qemu",
+        check_cids: bool = True,
     ) -> None:
         """Define it on `conn`; sockets and logs go to `folder`, whose path must be short (Unix sockets: 108 bytes).
+
+        `check_cids=False` starts it on a chain whose CIDs do not fit, too.
 
         Raises:
             InvalidRequest: there is no such controller, or the folder's path is too long.
@@ -60,6 +65,7 @@ class GuestDomain:
         floppy = folder / "probe.img"
         floppy.write_bytes(floppy_image())
         top = self.known.top if self.known is not None else Path(image)
+        self._check_cids = check_cids
         self._log: IO[bytes] | None = None
         self._probe: ProbeSession | None = None
         xml = domain_xml(self.name, top, floppy, self.serial, BUSES[controller], domain_type)
@@ -81,9 +87,12 @@ class GuestDomain:
         """Start the guest, and return when the probe answers.
 
         Raises:
+            CidMismatch: a parent was written after its overlay was made.
             GuestError: it does not answer.
             libvirt.libvirtError: libvirt cannot start it.
         """
+        if self._check_cids:
+            refuse_stale(_images(self.domain.XMLDesc()))
         self.serial.unlink(missing_ok=True)
         self.domain.create()
         self._log = (self.folder / f"{self.name}.serial.log").open("ab", buffering=0)
@@ -165,6 +174,13 @@ def domain_xml(name: str, top: Path, floppy: Path, serial: Path, bus: str, domai
     <memballoon model='none'/>
   </devices>
 </domain>"""
+
+
+def _images(xml: str) -> list[Path]:
+    """Return the VMDKs that a domain's disks are on now: a snapshot has another one than it was defined with."""
+    disks = ET.fromstring(xml).iterfind("devices/disk")
+    sources = [disk.find("source") for disk in disks if disk.find("driver[@type='vmdk']") is not None]
+    return [Path(source.attrib["file"]) for source in sources if source is not None and "file" in source.attrib]
 
 
 def _backing(below: Sequence[Path]) -> str:

@@ -223,6 +223,31 @@ def test_a(vmdk_chain, vmdk_domain):
     run(pytester, text).assert_outcomes(passed=4)
 
 
+@pytest.mark.needs("libvirt")
+def test_a_domain_on_a_stale_chain_is_not_started(pytester: pytest.Pytester) -> None:
+    text = """
+import pytest
+from qemu_vmdk_snap import CidMismatch, open_chain
+from qemu_vmdk_snap.domain import create_snapshot
+
+def spoil(chain):
+    with open_chain(chain.at(0).path, writable=True) as opened:
+        opened.write_at(0, b"x")
+
+def test_a(vmdk_chain, vmdk_domain, vmdk_libvirt):
+    chain = vmdk_chain.of_depth(2, "4M")
+    one, two = vmdk_domain(chain), vmdk_domain(str(chain.top))
+    create_snapshot(vmdk_libvirt, two.name, "one")
+    spoil(chain)
+    for domain in (one, two):
+        with pytest.raises(CidMismatch, match="the parent was modified after the overlay was made"):
+            domain.start()
+        assert not domain.domain.isActive()
+    vmdk_domain(chain, check_cids=False).start()
+"""
+    run(pytester, text).assert_outcomes(passed=1)
+
+
 def test_the_plugin_imports_little() -> None:
     code = "import sys, pytest, qemu_vmdk_snap.testing.plugin; print([m for m in "
     code += "('numpy', 'libvirt', 'pexpect', 'qemu_vmdk_snap.harness') if m in sys.modules])"

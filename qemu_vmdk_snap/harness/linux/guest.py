@@ -282,6 +282,7 @@ def boot_linux(
     memory_mib: int = _MEMORY_MIB,
     drive: str | None = None,
     hold: bool = False,
+    check_cids: bool = True,
 ) -> AbstractContextManager[LinuxGuest]:
     """Give a Linux booted beside `image`, which is its first disk; the rest is as with `harness.boot`.
 
@@ -291,6 +292,7 @@ def boot_linux(
         InvalidRequest: it has no driver for the controller.
         PluginError: QEMU is not installed, or the guest cannot be made here.
         GuestError: it does not boot; see `harness.boot`.
+        CidMismatch: a parent was written after its overlay was made; see `harness.boot`.
     """
     if controller not in CONTROLLERS:
         raise InvalidRequest("controller", f"the Linux guest has {', '.join(CONTROLLERS)}, not {controller!r}")
@@ -319,7 +321,7 @@ def boot_linux(
         "expect": re.compile(rb"^ready([^\r\n]*)\r?\n", re.MULTILINE),
         "patience": _SILENT_SECONDS,
     }
-    return _Booting(Booting(setup, log_dir, image if isinstance(image, Known) else None, options))
+    return _Booting(Booting(setup, log_dir, image if isinstance(image, Known) else None, options, check_cids))
 
 
 def _short(command: str) -> str:
