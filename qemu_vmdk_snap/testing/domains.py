@@ -15,6 +15,7 @@ from qemu_vmdk_snap.errors import GuestError, InvalidRequest
 from qemu_vmdk_snap.harness import KnownChain, attach, floppy_image
 from qemu_vmdk_snap.harness.deadlines import scaled
 from qemu_vmdk_snap.harness.stale import refuse_stale
+from qemu_vmdk_snap.testing.buses import BUSES
 
 if TYPE_CHECKING:
     from typing import IO
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.harness import ProbeSession
 
 __tracebackhide__ = True
-
-BUSES: Final = {"ide": "ide", "ahci": "sata", "virtio-blk": "virtio", "virtio-scsi": "scsi"}
-"""libvirt's bus for each controller that a domain can have here."""
 
 _TARGETS: Final = {"ide": "hda", "sata": "sda", "virtio": "vda", "scsi": "sda"}
 _OFF_SECONDS: Final = 20.0

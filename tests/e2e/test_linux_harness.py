@@ -24,7 +24,8 @@ from qemu_vmdk_snap.harness import (
     build_guest,
     missing_stamps,
 )
-from qemu_vmdk_snap.harness.linux.guest import CONTROLLERS, Ran
+from qemu_vmdk_snap.harness.hardware import LINUX_CONTROLLERS as CONTROLLERS
+from qemu_vmdk_snap.harness.linux.guest import Ran
 from qemu_vmdk_snap.harness.linux.packages import BuildError
 from tests.support.schemas import check
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from qemu_vmdk_snap.harness import CONTROLLERS
 from qemu_vmdk_snap.harness.chains import CREATABLE
 from qemu_vmdk_snap.ops.make.layout import KINDS
 
@@ -147,6 +148,45 @@ def test_a_mark_that_means_nothing_is_refused(pytester: pytest.Pytester, text: s
     result = run(pytester, f"import pytest\n{text}\n")
     assert result.ret != 0
     assert words in result.stdout.str() + result.stderr.str()
+
+
+def test_all_controllers_are_those_that_the_guests_can_have(pytester: pytest.Pytester) -> None:
+    text = """
+import pytest
+
+@pytest.mark.vmdk_controllers("all")
+class Test:
+    def test_probe(self, vmdk_guest): pass
+    def test_linux(self, vmdk_linux): pass
+    def test_domain(self, vmdk_domain): pass
+    def test_both(self, vmdk_linux, vmdk_domain, vmdk_controller): pass
+"""
+    shown = run(pytester, text, "--collect-only", "-q").stdout.str()
+    named: dict[str, set[str]] = {}
+    for test, value in re.findall(r"::test_(\w+)\[(\S+)\]", shown):
+        named.setdefault(test, set()).add(value)
+    assert named == {
+        "probe": set(CONTROLLERS),
+        "linux": set(CONTROLLERS) - {"lsi"},
+        "domain": {"ide", "ahci", "virtio-blk", "virtio-scsi"},
+        "both": {"ide", "ahci", "virtio-blk", "virtio-scsi"},
+    }
+
+
+def test_a_linux_alone_takes_the_controller_of_the_mark(pytester: pytest.Pytester) -> None:
+    text = """
+import pytest
+
+@pytest.mark.vmdk_controllers("virtio-scsi", "ide")
+def test_marked(vmdk_chain, vmdk_linux, request):
+    with vmdk_linux(vmdk_chain.base("4M")) as guest:
+        assert guest.machine.setup.controller in request.node.name
+
+def test_unmarked(vmdk_chain, vmdk_linux):
+    with vmdk_linux(vmdk_chain.base("4M")) as guest:
+        assert guest.machine.setup.controller == "virtio-blk"
+"""
+    run(pytester, text).assert_outcomes(passed=3)
 
 
 def test_every_kind_that_can_be_created_can_be_marked() -> None:

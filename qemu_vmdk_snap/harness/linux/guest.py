@@ -13,15 +13,13 @@ from typing import Final, NamedTuple, Self
 from qemu_vmdk_snap.errors import GuestError, InvalidRequest, printable
 from qemu_vmdk_snap.harness.accelerator import choose_accelerator
 from qemu_vmdk_snap.harness.hardware import EXECUTABLE, Disk, Setup
+from qemu_vmdk_snap.harness.hardware import LINUX_CONTROLLERS as CONTROLLERS
 from qemu_vmdk_snap.harness.known.content import Known
 from qemu_vmdk_snap.harness.linux.build import GENERIC, Guest, Kernel, build_guest
 from qemu_vmdk_snap.harness.machine import Booting, Machine
 from qemu_vmdk_snap.units import SECTOR_SIZE
 
 __tracebackhide__ = True
-
-CONTROLLERS: Final = ("virtio-blk", "virtio-scsi", "nvme", "ide", "ahci", "pvscsi")
-"""What the disks can be attached to; `ahci` takes the generic kernel, a larger download."""
 
 FILE_SYSTEMS: Final = {
     "ext4": ("/tools/mke2fs -q -F -t ext4 {}", "/tools/e2fsck -f -n {}"),
