@@ -20,6 +20,9 @@ CONTROLLERS: Final[dict[str, tuple[str, ...]]] = {
 }
 """How the disk under test is attached: QEMU's arguments, the drive being `disk`."""
 
+LINUX_CONTROLLERS: Final = ("virtio-blk", "virtio-scsi", "nvme", "ide", "ahci", "pvscsi")
+"""Those that the Linux guest has drivers for; `ahci` takes the generic kernel, a larger download."""
+
 REACH: Final[dict[str, int]] = dict.fromkeys(("virtio-scsi", "pvscsi", "lsi"), 2 * TIB)
 """Bytes that the BIOS sees of a disk, where that has a limit: SeaBIOS 1.16 asks SCSI disks in 32 bits only."""
 

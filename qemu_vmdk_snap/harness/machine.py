@@ -23,6 +23,7 @@ from qemu_vmdk_snap.harness.hardware import DEFAULT_CONTROLLER, EXECUTABLE, Chan
 from qemu_vmdk_snap.harness.known.content import Content, Known
 from qemu_vmdk_snap.harness.probe import floppy_image
 from qemu_vmdk_snap.harness.session import BOOT_SECONDS, ProbeSession
+from qemu_vmdk_snap.harness.stale import refuse_stale
 from qemu_vmdk_snap.harness.watch.clock import is_stopped
 from qemu_vmdk_snap.harness.watch.console import PANICS, Console, bad_news
 from qemu_vmdk_snap.harness.watch.qmp import Qmp
@@ -293,14 +294,17 @@ class Machine:
 class Booting(AbstractContextManager[Machine]):
     """A machine from its start to its end, and what becomes of its logs."""
 
-    def __init__(self, setup: Setup, log_dir: Path | None, chain: Known | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self, setup: Setup, log_dir: Path | None, chain: Known | None, options: dict[str, Any], check_cids: bool = True
+    ) -> None:
         self._setup, self._log_dir, self._chain, self._options = setup, log_dir, chain, options
+        self._check_cids = check_cids
         self._machine: Machine | None = None
 
     def __enter__(self) -> Machine:
         self._setup.validate()
-        if self._chain is not None:
-            read_links(self._chain.top)
+        if self._check_cids:
+            self._refuse_stale()
         self._folder = self._log_dir or Path(tempfile.mkdtemp(prefix="qemu-vmdk-snap-guest-"))
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -327,6 +331,15 @@ class Booting(AbstractContextManager[Machine]):
         self._machine.kill()
         if not failed:
             self._clean()
+
+    def _refuse_stale(self) -> None:
+        """Refuse chains whose CIDs do not fit; a known chain must be whole, too."""
+        first, *rest = self._setup.images
+        if self._chain is not None:
+            read_links(self._chain.top)
+        elif self._setup.drive is None:
+            rest.append(first)
+        refuse_stale(disk.image for disk in rest if disk.image_format == "vmdk")
 
     def _report(self, reason: str) -> FailureReport | None:
         if self._machine is not None and self._machine.report is None:
@@ -359,10 +372,12 @@ def boot(
     expect: bytes | str | re.Pattern[bytes] | None = None,
     failures: Sequence[bytes | re.Pattern[bytes]] = PANICS,
     hold: bool = False,
+    check_cids: bool = True,
 ) -> AbstractContextManager[Machine]:
     """Give a machine with the probe booted on `image` (and its backing chain, as QEMU's own driver opens it).
 
-    `image` may be a `KnownChain`: then `assert_reads` knows what should be read, and the CIDs are checked first.
+    `image` may be a `KnownChain`: then `assert_reads` knows what should be read. The CIDs of every VMDK chain, those of
+    `disks` too, are checked first; `check_cids=False` boots a guest on a chain in which they do not fit.
 
     With `expect` the disk's own system boots, and is ready when that pattern has come out of its first serial port;
     one of `failures` there, or the firmware that finds nothing to boot, ends the wait.
@@ -380,7 +395,8 @@ def boot(
         InvalidRequest: there is no such controller, or there are too many disks.
         PluginError: QEMU is not installed.
         GuestError: QEMU died, or the guest did not boot or answer; its notes have the whole report.
-        CidMismatch, CorruptChain, FormatError: the known chain is not what it was.
+        CidMismatch: a parent was written after its overlay was made.
+        CorruptChain, FormatError: the known chain is not what it was.
     """
     pattern = expect.encode() if isinstance(expect, str) else expect
     own_system = expect is not None
@@ -413,4 +429,5 @@ def boot(
             "failures": failures,
             "patience": patience,
         },
+        check_cids,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -13,6 +14,8 @@ from qemu_vmdk_snap import chain_info
 from qemu_vmdk_snap.errors import GuestError, InvalidRequest
 from qemu_vmdk_snap.harness import KnownChain, attach, floppy_image
 from qemu_vmdk_snap.harness.deadlines import scaled
+from qemu_vmdk_snap.harness.stale import refuse_stale
+from qemu_vmdk_snap.testing.buses import BUSES
 
 if TYPE_CHECKING:
     from typing import IO
@@ -20,9 +23,6 @@ if TYPE_CHECKING:
     from qemu_vmdk_snap.harness import ProbeSession
 
 __tracebackhide__ = True
-
-BUSES: Final = {"ide": "ide", "ahci": "sata", "virtio-blk": "virtio", "virtio-scsi": "scsi"}
-"""libvirt's bus for each controller that a domain can have here."""
 
 _TARGETS: Final = {"ide": "hda", "sata": "sda", "virtio": "vda", "scsi": "sda"}
 _OFF_SECONDS: Final = 20.0
@@ -41,8 +41,11 @@ class GuestDomain:
         controller: str = "ahci",
         name: str | None = None,
         domain_type: str = "qemu",
+        check_cids: bool = True,
     ) -> None:
         """Define it on `conn`; sockets and logs go to `folder`, whose path must be short (Unix sockets: 108 bytes).
+
+        `check_cids=False` starts it on a chain whose CIDs do not fit, too.
 
         Raises:
             InvalidRequest: there is no such controller, or the folder's path is too long.
@@ -60,6 +63,7 @@ class GuestDomain:
         floppy = folder / "probe.img"
         floppy.write_bytes(floppy_image())
         top = self.known.top if self.known is not None else Path(image)
+        self._check_cids = check_cids
         self._log: IO[bytes] | None = None
         self._probe: ProbeSession | None = None
         xml = domain_xml(self.name, top, floppy, self.serial, BUSES[controller], domain_type)
@@ -81,9 +85,12 @@ class GuestDomain:
         """Start the guest, and return when the probe answers.
 
         Raises:
+            CidMismatch: a parent was written after its overlay was made.
             GuestError: it does not answer.
             libvirt.libvirtError: libvirt cannot start it.
         """
+        if self._check_cids:
+            refuse_stale(_images(self.domain.XMLDesc()))
         self.serial.unlink(missing_ok=True)
         self.domain.create()
         self._log = (self.folder / f"{self.name}.serial.log").open("ab", buffering=0)
@@ -146,10 +153,11 @@ def domain_xml(name: str, top: Path, floppy: Path, serial: Path, bus: str, domai
     """Return the XML of such a domain; every link of the chain is in it: libvirt finds none by itself."""
     below = [link.path for link in chain_info(top, lock=False)[1:]]
     scsi = "<controller type='scsi' model='virtio-scsi'/>" if bus == "scsi" else ""
+    # A disk on virtio that is not in the boot order is none to the BIOS, and so to the probe.
     return f"""<domain type='{domain_type}'>
   <name>{name}</name>
   <memory unit='MiB'>32</memory>
-  <os><type arch='x86_64' machine='pc'>hvm</type><boot dev='fd'/></os>
+  <os><type arch='x86_64' machine='pc'>hvm</type><boot dev='fd'/><boot dev='hd'/></os>
   <features><acpi/></features>
   <on_poweroff>destroy</on_poweroff><on_reboot>destroy</on_reboot><on_crash>destroy</on_crash>
   <devices>
@@ -164,6 +172,13 @@ def domain_xml(name: str, top: Path, floppy: Path, serial: Path, bus: str, domai
     <memballoon model='none'/>
   </devices>
 </domain>"""
+
+
+def _images(xml: str) -> list[Path]:
+    """Return the VMDKs that a domain's disks are on now: a snapshot has another one than it was defined with."""
+    disks = ET.fromstring(xml).iterfind("devices/disk")
+    sources = [disk.find("source") for disk in disks if disk.find("driver[@type='vmdk']") is not None]
+    return [Path(source.attrib["file"]) for source in sources if source is not None and "file" in source.attrib]
 
 
 def _backing(below: Sequence[Path]) -> str:

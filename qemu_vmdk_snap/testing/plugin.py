@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
@@ -102,10 +102,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if fixture not in metafunc.fixturenames:
             lacks = f"the test uses neither {fixture} nor what depends on it"
             raise pytest.Collector.CollectError(f"{where}: mark {name}, but {lacks}")
-        metafunc.parametrize(fixture, list(_values(name, mark.args)), indirect=True)
+        metafunc.parametrize(fixture, list(_values(name, mark.args, metafunc.fixturenames)), indirect=True)
 
 
-def _values(mark: str, args: tuple[object, ...]) -> tuple[object, ...]:
+def _values(mark: str, args: tuple[object, ...], fixtures: Sequence[str]) -> tuple[object, ...]:
     if args != ("all",):
         return args
     if mark == "vmdk_kinds":
@@ -113,10 +113,24 @@ def _values(mark: str, args: tuple[object, ...]) -> tuple[object, ...]:
 
         return CREATABLE
     if mark == "vmdk_controllers":
-        from qemu_vmdk_snap.harness import CONTROLLERS
-
-        return tuple(CONTROLLERS)
+        return _all_controllers(fixtures)
     return ("tcg", "kvm") if mark == "vmdk_accelerators" else args
+
+
+def _all_controllers(fixtures: Sequence[str]) -> tuple[str, ...]:
+    """Return the controllers that every guest of a test with these fixtures can have."""
+    from qemu_vmdk_snap.harness import CONTROLLERS
+
+    names = list(CONTROLLERS)
+    if "vmdk_linux" in fixtures:
+        from qemu_vmdk_snap.harness.hardware import LINUX_CONTROLLERS
+
+        names = [name for name in names if name in LINUX_CONTROLLERS]
+    if "vmdk_domain" in fixtures:
+        from qemu_vmdk_snap.testing.buses import BUSES
+
+        names = [name for name in names if name in BUSES]
+    return tuple(names)
 
 
 # ---- what the marks set ----------------------------------------------------------------------------------------------
@@ -192,7 +206,11 @@ def vmdk_guest(
 
 @pytest.fixture
 def vmdk_linux(
-    request: pytest.FixtureRequest, _guests: _Guests, vmdk_machine: str, vmdk_accelerator: str | None
+    request: pytest.FixtureRequest,
+    _guests: _Guests,
+    vmdk_controller: str,
+    vmdk_machine: str,
+    vmdk_accelerator: str | None,
 ) -> Callable[..., LinuxGuest]:
     """Return what boots a Linux, with the arguments of `harness.boot_linux`.
 
@@ -200,7 +218,7 @@ def vmdk_linux(
     virtio-blk, or on what the mark for controllers says.
     """
     marked = request.node.get_closest_marker("vmdk_controllers") is not None
-    controller = request.getfixturevalue("vmdk_controller") if marked else "virtio-blk"
+    controller = vmdk_controller if marked else "virtio-blk"
     usual = {"controller": controller, "machine": vmdk_machine, "accelerator": vmdk_accelerator}
     with _guests.lacking_skips:
         from qemu_vmdk_snap.harness import boot_linux, build_guest

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import CidMismatch, InvalidRequest, create_image, open_chain
+from qemu_vmdk_snap import CidMismatch, InvalidRequest, create_image, create_overlay, open_chain
 from qemu_vmdk_snap.harness import (
     ChainMaker,
     Content,
@@ -115,8 +116,40 @@ def test_a_stale_cid_is_refused_before_the_boot(chain: KnownChain) -> None:
         opened.write_at(0, b"x")
     with pytest.raises(CidMismatch, match="the parent was modified after the overlay was made"):
         boot(chain).__enter__()
-    with boot(chain.top) as guest, pytest.raises(WrongContent, match=r"sector 0 .* cannot be read: bios"):
+    with boot(chain.top, check_cids=False) as guest, pytest.raises(WrongContent) as caught:
         guest.assert_reads(chain.model)
+    assert caught.value.engine is None
+    told = r"sector 0 .* cannot be read: bios .* \(link 1, data, .*\); the CIDs of the chain do not fit: "
+    assert re.search(told + rf"{chain.top}: parentCID = \w+, but the CID of its parent ", str(caught.value))
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one folder", "two folders"])
+def test_a_stale_cid_of_a_path_is_refused(chain: KnownChain, tmp_path: Path, apart: bool) -> None:
+    top = chain.top
+    if apart:
+        top = tmp_path / "elsewhere/top.vmdk"
+        top.parent.mkdir()
+        create_overlay(top, chain.top, durable=False)
+    with open_chain(chain.at(1).path, writable=True) as opened:
+        opened.write_at(0, b"x")
+    other = ChainMaker(tmp_path / "other").base("1M")
+    said = "the parent was modified after the overlay was made"
+    with pytest.raises(CidMismatch, match=said):
+        boot(top).__enter__()
+    with pytest.raises(CidMismatch, match=said):
+        boot(str(top), expect="login:").__enter__()
+    with pytest.raises(CidMismatch, match=said):
+        boot(other, disks=[Disk(top)]).__enter__()
+    with boot(other, disks=[Disk(top)], check_cids=False) as guest:
+        guest.power_off()
+
+
+def test_of_other_formats_no_cids_are_asked_for(chain: KnownChain) -> None:
+    with open_chain(chain.at(1).path, writable=True) as opened:
+        opened.write_at(0, b"x")
+    with boot(chain.top, image_format="raw") as guest:
+        assert guest.probe.size() == chain.top.stat().st_size
+        guest.power_off()
 
 
 def test_a_grain_that_nobody_wrote_is_found(chain: KnownChain) -> None:

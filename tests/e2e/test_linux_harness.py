@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_vmdk_snap import GuestError, InvalidRequest, open_chain
+from qemu_vmdk_snap import CidMismatch, GuestError, InvalidRequest, open_chain
 from qemu_vmdk_snap.cli.main import main
 from qemu_vmdk_snap.harness import (
     ChainMaker,
@@ -24,7 +24,8 @@ from qemu_vmdk_snap.harness import (
     build_guest,
     missing_stamps,
 )
-from qemu_vmdk_snap.harness.linux.guest import CONTROLLERS, Ran
+from qemu_vmdk_snap.harness.hardware import LINUX_CONTROLLERS as CONTROLLERS
+from qemu_vmdk_snap.harness.linux.guest import Ran
 from qemu_vmdk_snap.harness.linux.packages import BuildError
 from tests.support.schemas import check
 
@@ -137,6 +138,16 @@ def test_the_command_that_makes_it(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_controller_without_a_driver(chain: KnownChain) -> None:
     with pytest.raises(InvalidRequest, match=r"controller: the Linux guest has virtio-blk, .* not 'lsi'"):
         boot_linux(chain, controller="lsi")
+
+
+def test_a_stale_cid_of_a_path_is_refused(chain: KnownChain) -> None:
+    with open_chain(chain.at(0).path, writable=True) as opened:
+        opened.write_at(0, b"x")
+    with pytest.raises(CidMismatch, match="the parent was modified after the overlay was made"):
+        boot_linux(chain.top).__enter__()
+    with boot_linux(chain.top, check_cids=False) as guest:
+        assert guest.run(f"dd if={guest.disk()} count=1").status, "QEMU refuses to read it"
+        guest.power_off()
 
 
 @pytest.mark.skipif(not EACH, reason="VMDK_LINUX_EACH=1 tries every controller")

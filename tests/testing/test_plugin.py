@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from qemu_vmdk_snap.harness import CONTROLLERS
 from qemu_vmdk_snap.harness.chains import CREATABLE
 from qemu_vmdk_snap.ops.make.layout import KINDS
 
@@ -220,6 +221,45 @@ def test_what_is_refused_is_shown_at_the_tests_own_line(pytester: pytest.Pyteste
     assert "chain/links.py:" in full
 
 
+def test_all_controllers_are_those_that_the_guests_can_have(pytester: pytest.Pytester) -> None:
+    text = """
+import pytest
+
+@pytest.mark.vmdk_controllers("all")
+class Test:
+    def test_probe(self, vmdk_guest): pass
+    def test_linux(self, vmdk_linux): pass
+    def test_domain(self, vmdk_domain): pass
+    def test_both(self, vmdk_linux, vmdk_domain, vmdk_controller): pass
+"""
+    shown = run(pytester, text, "--collect-only", "-q").stdout.str()
+    named: dict[str, set[str]] = {}
+    for test, value in re.findall(r"::test_(\w+)\[(\S+)\]", shown):
+        named.setdefault(test, set()).add(value)
+    assert named == {
+        "probe": set(CONTROLLERS),
+        "linux": set(CONTROLLERS) - {"lsi"},
+        "domain": {"ide", "ahci", "virtio-blk", "virtio-scsi"},
+        "both": {"ide", "ahci", "virtio-blk", "virtio-scsi"},
+    }
+
+
+def test_a_linux_alone_takes_the_controller_of_the_mark(pytester: pytest.Pytester) -> None:
+    text = """
+import pytest
+
+@pytest.mark.vmdk_controllers("virtio-scsi", "ide")
+def test_marked(vmdk_chain, vmdk_linux, request):
+    with vmdk_linux(vmdk_chain.base("4M")) as guest:
+        assert guest.machine.setup.controller in request.node.name
+
+def test_unmarked(vmdk_chain, vmdk_linux):
+    with vmdk_linux(vmdk_chain.base("4M")) as guest:
+        assert guest.machine.setup.controller == "virtio-blk"
+"""
+    run(pytester, text).assert_outcomes(passed=3)
+
+
 def test_every_kind_that_can_be_created_can_be_marked() -> None:
     assert set(CREATABLE) == set(KINDS)
 
@@ -279,6 +319,43 @@ def test_a(vmdk_chain, vmdk_domain, vmdk_libvirt):
     assert [one.name for one in list_snapshots(vmdk_libvirt, domain.name)] == ["one"]
     domain.start()
     domain.probe.assert_reads(chain.model)
+"""
+    run(pytester, text).assert_outcomes(passed=1)
+
+
+@pytest.mark.needs("libvirt")
+def test_a_domain_on_each_bus(pytester: pytest.Pytester) -> None:
+    text = """
+import pytest
+
+@pytest.mark.vmdk_controllers("ide", "ahci", "virtio-blk", "virtio-scsi")
+def test_a(vmdk_chain, vmdk_domain):
+    assert vmdk_domain(vmdk_chain.of_depth(2, "4M")).start().assert_reads() > 0
+"""
+    run(pytester, text).assert_outcomes(passed=4)
+
+
+@pytest.mark.needs("libvirt")
+def test_a_domain_on_a_stale_chain_is_not_started(pytester: pytest.Pytester) -> None:
+    text = """
+import pytest
+from qemu_vmdk_snap import CidMismatch, open_chain
+from qemu_vmdk_snap.domain import create_snapshot
+
+def spoil(chain):
+    with open_chain(chain.at(0).path, writable=True) as opened:
+        opened.write_at(0, b"x")
+
+def test_a(vmdk_chain, vmdk_domain, vmdk_libvirt):
+    chain = vmdk_chain.of_depth(2, "4M")
+    one, two = vmdk_domain(chain), vmdk_domain(str(chain.top))
+    create_snapshot(vmdk_libvirt, two.name, "one")
+    spoil(chain)
+    for domain in (one, two):
+        with pytest.raises(CidMismatch, match="the parent was modified after the overlay was made"):
+            domain.start()
+        assert not domain.domain.isActive()
+    vmdk_domain(chain, check_cids=False).start()
 """
     run(pytester, text).assert_outcomes(passed=1)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 from qemu_vmdk_snap import Chain, Run, RunKind, open_chain
-from qemu_vmdk_snap.errors import VmdkSnapError, printable
+from qemu_vmdk_snap.errors import CidMismatch, VmdkSnapError, printable
 from qemu_vmdk_snap.harness.known.content import Content
 from qemu_vmdk_snap.harness.probe import ProbeError
+from qemu_vmdk_snap.harness.stale import refuse_stale
 from qemu_vmdk_snap.units import KIB, MIB, SECTOR_SIZE
 
 __tracebackhide__ = True
@@ -62,9 +63,16 @@ class WrongContent(AssertionError):
     """A guest reads something else than was written; bytes."""
 
     def __init__(
-        self, guest: str, offset: int, written: bytes, read: bytes | str, stored: Stored | str, engine: bool | None
+        self,
+        guest: str,
+        offset: int,
+        written: bytes,
+        read: bytes | str,
+        stored: Stored | str,
+        engine: bool | None,
+        cids: str = "",
     ) -> None:
-        super().__init__(guest, offset, written, read, stored, engine)
+        super().__init__(guest, offset, written, read, stored, engine, cids)
         self.guest = guest
         self.offset = offset
         """The first sector that is wrong; or, if `written` is empty, where the shorter of two disks ends."""
@@ -74,7 +82,9 @@ class WrongContent(AssertionError):
         self.stored = stored
         """Where it comes from, or why that is not known."""
         self.engine = engine
-        """Whether the engine reads what was written; None where this is unknown."""
+        """Whether the engine reads what was written; None where this is unknown, or where the CIDs do not fit."""
+        self.cids = cids
+        """Which CIDs of the chain do not fit, so that the engine refuses to read it."""
 
     def __str__(self) -> str:
         """Return what is wrong and where."""
@@ -89,7 +99,8 @@ class WrongContent(AssertionError):
                 f"{self.read[first:end].hex(' ')} instead of {self.written[first:end].hex(' ')}"
             )
         engine = {True: "; the engine reads what was written", False: "; the engine reads it wrong too", None: ""}
-        return printable(f"{place} {found} ({self.stored}){engine[self.engine]}")
+        cids = f"; the CIDs of the chain do not fit: {self.cids}" if self.cids else ""
+        return printable(f"{place} {found} ({self.stored}){engine[self.engine]}{cids}")
 
 
 class WrongSize(AssertionError):
@@ -188,8 +199,7 @@ def _first_wrong(
     read = failure or probe.dump(offset)
     written = content.read(offset, length)
     first = 0 if isinstance(read, str) else _first_difference(read, written)
-    stored, engine = _place(image, trusted, offset, first, written)
-    return WrongContent(probe.name, offset, written, read, stored, engine)
+    return WrongContent(probe.name, offset, written, read, *_place(image, trusted, offset, first, written))
 
 
 def _first_difference(read: bytes, written: bytes) -> int:
@@ -198,15 +208,26 @@ def _first_difference(read: bytes, written: bytes) -> int:
 
 def _place(
     image: Path | None, trusted: tuple[Path, ...], offset: int, first: int, written: bytes
-) -> tuple[Stored | str, bool | None]:
-    """Return where byte `first` of the sector at `offset` is stored, and whether the engine reads the sector right."""
+) -> tuple[Stored | str, bool | None, str]:
+    """Return where byte `first` of the sector is stored, whether the engine reads it right, and which CIDs do not fit."""
     if image is None:
-        return "the image is not known", None
+        return "the image is not known", None, ""
     try:
         with _opened(image, trusted) as chain:
             run: Run = next(chain.map(offset, SECTOR_SIZE))
             engine = chain.read_at(offset, SECTOR_SIZE) == written
     except (VmdkSnapError, OSError) as error:
-        return f"the engine cannot say where it is stored: {error}", None
+        return f"the engine cannot say where it is stored: {error}", None, ""
+    cids = _misfit(image)
     at = run.file_offset if run.file_offset is None or run.compressed else run.file_offset + first
-    return Stored(run.depth, run.kind.name.lower(), run.path, at, run.compressed), engine
+    stored = Stored(run.depth, run.kind.name.lower(), run.path, at, run.compressed)
+    return stored, None if cids else engine, cids
+
+
+def _misfit(image: Path) -> str:
+    """Return which CIDs of the chain do not fit: without checking them the engine reads what it else refuses."""
+    try:
+        refuse_stale([image])
+    except CidMismatch as error:
+        return str(error)
+    return ""

@@ -13,15 +13,13 @@ from typing import Final, NamedTuple, Self
 from qemu_vmdk_snap.errors import GuestError, InvalidRequest, printable
 from qemu_vmdk_snap.harness.accelerator import choose_accelerator
 from qemu_vmdk_snap.harness.hardware import EXECUTABLE, Disk, Setup
+from qemu_vmdk_snap.harness.hardware import LINUX_CONTROLLERS as CONTROLLERS
 from qemu_vmdk_snap.harness.known.content import Known
 from qemu_vmdk_snap.harness.linux.build import GENERIC, Guest, Kernel, build_guest
 from qemu_vmdk_snap.harness.machine import Booting, Machine
 from qemu_vmdk_snap.units import SECTOR_SIZE
 
 __tracebackhide__ = True
-
-CONTROLLERS: Final = ("virtio-blk", "virtio-scsi", "nvme", "ide", "ahci", "pvscsi")
-"""What the disks can be attached to; `ahci` takes the generic kernel, a larger download."""
 
 FILE_SYSTEMS: Final = {
     "ext4": ("/tools/mke2fs -q -F -t ext4 {}", "/tools/e2fsck -f -n {}"),
@@ -282,6 +280,7 @@ def boot_linux(
     memory_mib: int = _MEMORY_MIB,
     drive: str | None = None,
     hold: bool = False,
+    check_cids: bool = True,
 ) -> AbstractContextManager[LinuxGuest]:
     """Give a Linux booted beside `image`, which is its first disk; the rest is as with `harness.boot`.
 
@@ -291,6 +290,7 @@ def boot_linux(
         InvalidRequest: it has no driver for the controller.
         PluginError: QEMU is not installed, or the guest cannot be made here.
         GuestError: it does not boot; see `harness.boot`.
+        CidMismatch: a parent was written after its overlay was made; see `harness.boot`.
     """
     if controller not in CONTROLLERS:
         raise InvalidRequest("controller", f"the Linux guest has {', '.join(CONTROLLERS)}, not {controller!r}")
@@ -319,7 +319,7 @@ def boot_linux(
         "expect": re.compile(rb"^ready([^\r\n]*)\r?\n", re.MULTILINE),
         "patience": _SILENT_SECONDS,
     }
-    return _Booting(Booting(setup, log_dir, image if isinstance(image, Known) else None, options))
+    return _Booting(Booting(setup, log_dir, image if isinstance(image, Known) else None, options, check_cids))
 
 
 def _short(command: str) -> str:
