@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -17,39 +18,65 @@ from pathlib import Path
 from typing import Final
 
 from qemu_vmdk_snap.errors import PluginError
+from qemu_vmdk_snap.harness.deadlines import HUNG_SECONDS
+from qemu_vmdk_snap.harness.hardware import EXECUTABLE
 from qemu_vmdk_snap.harness.probe import floppy_image
 
 _KVM: Final = Path("/dev/kvm")
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _FIRST_LINE: Final = b"00 ok probe"
 _TCG_LIMIT: Final = 20.0
+_KVM_TIMES: Final = 10.0
 
 
 def choose_accelerator() -> str:
     """Return `kvm` where it boots the probe faster than TCG does, else `tcg`; measured once a boot of the host."""
     if not os.access(_KVM, os.R_OK | os.W_OK):
         return "tcg"
-    record = _cache_file()
-    if record is not None and (known := _known(record)) is not None:
-        return known
+    if (known := _known().get("accelerator")) in ("tcg", "kvm"):
+        return str(known)
     tcg = boot_seconds("tcg", _TCG_LIMIT)
     # KVM is given no longer than TCG took: then it is known not to be faster.
     kvm = boot_seconds("kvm", tcg) if tcg is not None else None
     verdict = "kvm" if kvm is not None else "tcg"
-    if record is not None:
-        with contextlib.suppress(OSError):  # without a cache it is measured again
-            record.parent.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps({"boot_id": _boot_id(), "accelerator": verdict, "tcg": tcg, "kvm": kvm}))
+    _remember(accelerator=verdict, tcg=tcg, kvm=kvm)
     return verdict
 
 
-def _known(record: Path) -> str | None:
-    """Return what was measured since the host was started, if anything."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        known = json.loads(record.read_text())
-        if known.get("boot_id") == _boot_id() and known.get("accelerator") in ("tcg", "kvm"):
-            return str(known["accelerator"])
-    return None
+def kvm_fault() -> str | None:
+    """Return why KVM is of no use to guests here, or None: measured once a boot of the host.
+
+    It may well be slower than TCG, but not so slow that a guest that is well seems to hang.
+    """
+    if not os.access(_KVM, os.R_OK | os.W_OK):
+        return "/dev/kvm cannot be used here"
+    if shutil.which(EXECUTABLE) is None:
+        return None  # that is another fault
+    known = _known()
+    in_time = known.get("kvm-in-time", known.get("kvm") is not None or None)
+    if in_time is None:
+        # TCG at the same time, so that the same load is in both.
+        tcg = boot_seconds("tcg", _TCG_LIMIT)
+        limit = _TCG_LIMIT if tcg is None else max(HUNG_SECONDS, _KVM_TIMES * tcg)
+        in_time = boot_seconds("kvm", limit) is not None
+        _remember(**{"kvm-in-time": in_time})
+    return None if in_time else "/dev/kvm is there, but KVM boots no guest in time on this machine"
+
+
+def _known() -> dict[str, object]:
+    """Return what was measured since the host was started."""
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(record.read_text()) if (record := _cache_file()) is not None else None
+        if isinstance(known, dict) and known.get("boot_id") == _boot_id():
+            return known
+    return {}
+
+
+def _remember(**measured: object) -> None:
+    record = _cache_file()
+    if record is not None:
+        with contextlib.suppress(OSError):  # without a cache it is measured again
+            record.write_text(json.dumps({**_known(), "boot_id": _boot_id(), **measured}))
 
 
 def _boot_id() -> str:
@@ -65,7 +92,7 @@ def boot_seconds(accelerator: str, limit: float) -> float | None:
     with tempfile.NamedTemporaryFile(prefix="qemu-vmdk-snap-probe-", suffix=".img") as floppy, ours:
         floppy.write(floppy_image())
         floppy.flush()
-        words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-m", "16"]
+        words = [EXECUTABLE, "-nodefaults", "-no-user-config", "-display", "none", "-m", "16"]
         words += ["-machine", "pc", "-accel", accelerator, "-boot", "order=a"]
         words += ["-chardev", f"socket,id=line,fd={theirs.fileno()}", "-serial", "chardev:line"]
         words += ["-drive", f"if=floppy,format=raw,readonly=on,file={floppy.name}"]

@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 
 from qemu_vmdk_snap import read_links
 from qemu_vmdk_snap.errors import GuestError, InvalidRequest, PluginError, VmdkSnapError
-from qemu_vmdk_snap.harness.accelerator import choose_accelerator
+from qemu_vmdk_snap.harness.accelerator import choose_accelerator, kvm_fault
 from qemu_vmdk_snap.harness.deadlines import HUNG_SECONDS, SILENT_SECONDS, SYSTEM_SECONDS, scaled
 from qemu_vmdk_snap.harness.hardware import DEFAULT_CONTROLLER, EXECUTABLE, Channels, Disk, Setup, arguments, by_hand
 from qemu_vmdk_snap.harness.known.content import Content, Known
@@ -66,6 +66,7 @@ class Machine:
         if executable is None:
             raise PluginError(setup.qemu, "is not installed (Debian: qemu-system-x86, Fedora: qemu-system-x86-core)")
         self._held = False
+        self._booted = False
         self._own_system = expect is not None
         self.found: re.Match[bytes] | None = None
         """What matched `expect`."""
@@ -80,6 +81,7 @@ class Machine:
         except BaseException:
             self.kill()
             raise
+        self._booted = True
         self.boot_seconds = time.monotonic() - started
 
     def _start(self, executable: str) -> None:
@@ -141,6 +143,8 @@ class Machine:
 
     def failure(self, reason: str) -> GuestError:
         """Return the error of a guest that has failed, with its report; QEMU is ended, or held for a look at it."""
+        if not self._booted and self.setup.accelerator == "kvm" and (fault := kvm_fault()) is not None:
+            reason = f"{reason}; {fault} (see qemu-vmdk-snap doctor)"
         error = GuestError(self.setup.image.name, reason)
         if self.report is None:
             self.qmp.drain()

@@ -145,8 +145,11 @@ def vmdk_machine(request: pytest.FixtureRequest) -> str:
 def vmdk_accelerator(request: pytest.FixtureRequest) -> str | None:
     """Return the accelerator of the guests: that of the mark, else of --guest-accel; None is the faster one."""
     chosen = getattr(request, "param", None) or request.config.getoption("--guest-accel")
-    if chosen == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        lacking(request.config, "kvm: /dev/kvm cannot be used here")
+    if chosen == "kvm":
+        from qemu_vmdk_snap.harness.accelerator import kvm_fault
+
+        if (fault := kvm_fault()) is not None:
+            lacking(request.config, f"kvm: {fault}")
     return None if chosen == "auto" else str(chosen)
 
 

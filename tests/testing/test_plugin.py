@@ -133,6 +133,22 @@ def test_all(vmdk_kind): pass
     assert "test_chain[1-vmfsSparse]" in result.stdout.str() or "test_chain[vmfsSparse-1]" in result.stdout.str()
 
 
+def test_a_kvm_that_boots_no_guest_is_skipped_as_a_missing_one(pytester: pytest.Pytester) -> None:
+    text = """
+import pytest
+from qemu_vmdk_snap.harness import accelerator
+accelerator.kvm_fault = lambda: "KVM boots no guest"
+
+@pytest.mark.vmdk_accelerators("all")
+def test_guest(vmdk_chain, vmdk_guest, vmdk_accelerator):
+    assert vmdk_guest(vmdk_chain.base("1M")).setup.accelerator == vmdk_accelerator
+"""
+    result = run(pytester, text)
+    result.assert_outcomes(passed=1, skipped=1)
+    assert "kvm: KVM boots no guest" in result.stdout.str()
+    run(pytester, text, "--guest-require").assert_outcomes(passed=1, errors=1)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
