@@ -209,7 +209,7 @@ def _first_difference(read: bytes, written: bytes) -> int:
 def _place(
     image: Path | None, trusted: tuple[Path, ...], offset: int, first: int, written: bytes
 ) -> tuple[Stored | str, bool | None, str]:
-    """Return where byte `first` of the sector is stored, whether the engine reads it right, and which CIDs do not fit."""
+    """Return where byte `first` of the sector is, whether the engine reads the sector right, and stale CIDs."""
     if image is None:
         return "the image is not known", None, ""
     try:
