@@ -93,6 +93,7 @@ class ProbeSession:
         self._explain = explain or (lambda: "its serial line was closed")
         self._fail = fail or (lambda reason: GuestError(name, reason))
         self._stopped = stopped
+        self._give_up: float | None = None
         self._sequence = 0
 
     def wait_for_boot(self, seconds: float = BOOT_SECONDS) -> None:
@@ -245,6 +246,7 @@ class ProbeSession:
             raise ProbeError(self._name, words, reason) from None
 
     def _limit(self, seconds: float) -> _Limit:
+        self._give_up = None
         watched = isinstance(self._over, Console)
         return _Limit(seconds, None if watched else time.monotonic() + scaled(seconds))
 
@@ -300,7 +302,6 @@ class ProbeSession:
             self._over.expect(_LINE, timeout=timeout)
             return
         until = time.monotonic() + timeout
-        give_up: float | None = None
         while True:
             now = time.monotonic()
             try:
@@ -308,14 +309,15 @@ class ProbeSession:
             except pexpect.TIMEOUT:
                 reason = self._stopped()
                 if reason is None:
-                    give_up = None
-                elif give_up is None:
-                    give_up = now + scaled(HUNG_SECONDS)
-                elif now > give_up:
+                    self._give_up = None
+                elif self._give_up is None:
+                    self._give_up = now + scaled(HUNG_SECONDS)
+                elif now > self._give_up:
                     raise self._fail(f"waiting for {waiting_for}: {reason}") from None
                 if now >= until:
                     raise
             else:
+                self._give_up = None
                 return
 
 
