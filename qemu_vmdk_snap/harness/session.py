@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Final, NamedTuple, Protocol, cast
 
 from qemu_vmdk_snap.errors import GuestError
-from qemu_vmdk_snap.harness.deadlines import scaled
+from qemu_vmdk_snap.harness.deadlines import HUNG_SECONDS, scaled
 from qemu_vmdk_snap.harness.known.content import Content
 from qemu_vmdk_snap.harness.known.reads import assert_reads
 from qemu_vmdk_snap.harness.probe import BAD_SUM, PROTOCOL, Answer, command_line, parse_answer
@@ -28,6 +28,7 @@ __tracebackhide__ = True
 BOOT_SECONDS: Final = 15.0
 _ANSWER_SECONDS: Final = 30.0
 _SECONDS_PER_MIB: Final = 0.5
+_LOOK_SECONDS: Final = 0.2
 _FIRST_PATIENCE: Final = 0.2
 _LONGEST_PATIENCE: Final = 1.0
 _TRIES: Final = 3
@@ -61,11 +62,11 @@ class _Limit(NamedTuple):
     until: float | None
 
 
-class _NoAnswer(GuestError):
+class _NoAnswer(Exception):
     """Nothing came in time; the machine may still be there."""
 
 
-class _LineClosed(GuestError):
+class _LineClosed(Exception):
     """The other end of the line is gone."""
 
 
@@ -78,14 +79,21 @@ class ProbeSession:
         name: str,
         explain: Callable[[], str] | None = None,
         fail: Callable[[str], GuestError] | None = None,
+        *,
+        stopped: Callable[[], str | None] | None = None,
     ) -> None:
-        """Talk over `line`; `explain` returns why the other end is gone, `fail` makes the error of a failure."""
+        """Talk over `line`; `explain` returns why the other end is gone, `fail` makes the error of a failure.
+
+        `stopped` returns why no answer can come now, if so: that ends a wait unless it passes within two seconds.
+        """
         self._over = line
         self._name = name
         self.memory: Callable[[int, int], bytes] | None = None
         """Reads so many bytes of the guest's memory at an address, where there is a way to do that."""
         self._explain = explain or (lambda: "its serial line was closed")
         self._fail = fail or (lambda reason: GuestError(name, reason))
+        self._stopped = stopped
+        self._give_up: float | None = None
         self._sequence = 0
 
     def wait_for_boot(self, seconds: float = BOOT_SECONDS) -> None:
@@ -97,7 +105,10 @@ class ProbeSession:
         limit = self._limit(seconds)
         patience = _FIRST_PATIENCE
         while True:
-            answer = self._hello(limit, patience)
+            try:
+                answer = self._hello(limit, patience)
+            except (_NoAnswer, _LineClosed) as error:
+                raise self._fail(str(error)) from None
             if answer is None:
                 patience = min(2 * patience, _LONGEST_PATIENCE)
                 continue
@@ -189,8 +200,12 @@ class ProbeSession:
 
     def power_off(self, status: int = 0) -> None:
         """Switch the machine off; QEMU's exit status is `2 * status + 1` where it has an isa-debug-exit device."""
-        with contextlib.suppress(_LineClosed):  # QEMU may be gone before its last answer has left
-            self.command(f"off {status:x}")
+        try:
+            self._command(f"off {status:x}")
+        except _LineClosed:  # QEMU may be gone before its last answer has left
+            return
+        except _NoAnswer as error:
+            raise self._fail(str(error)) from None
 
     def command(self, words: str, *, moving: int = 0) -> str:
         """Send one command of the protocol and return its answer; `moving` bytes of disk give it more time.
@@ -199,6 +214,17 @@ class ProbeSession:
             ProbeError: the probe answers `err`.
             GuestError: its answers stay damaged, it does not answer in time, or the machine is gone.
         """
+        try:
+            return self._command(words, moving)
+        except (_NoAnswer, _LineClosed) as error:
+            raise self._fail(str(error)) from None
+
+    def close(self) -> None:
+        """Close the line; the machine keeps running."""
+        with contextlib.suppress(OSError):
+            self._over.close()
+
+    def _command(self, words: str, moving: int = 0) -> str:
         limit = self._limit(_ANSWER_SECONDS + _SECONDS_PER_MIB * moving / MIB)
         for _ in range(_TRIES):
             answer = self._ask(words, limit)
@@ -208,11 +234,6 @@ class ProbeSession:
                 raise ProbeError(self._name, words, answer.text)
             return answer.text
         raise self._fail(f"{words!r}: the serial line damaged {_TRIES} messages in a row")
-
-    def close(self) -> None:
-        """Close the line; the machine keeps running."""
-        with contextlib.suppress(OSError):
-            self._over.close()
 
     def _on_ahci(self, words: str) -> None:
         """Send a command for which the BIOS has no word, and of which the probe knows AHCI's."""
@@ -225,6 +246,7 @@ class ProbeSession:
             raise ProbeError(self._name, words, reason) from None
 
     def _limit(self, seconds: float) -> _Limit:
+        self._give_up = None
         watched = isinstance(self._over, Console)
         return _Limit(seconds, None if watched else time.monotonic() + scaled(seconds))
 
@@ -264,22 +286,55 @@ class ProbeSession:
     def _line(self, limit: _Limit, waiting_for: str) -> bytes:
         timeout = limit.seconds if limit.until is None else max(0.01, limit.until - time.monotonic())
         try:
-            if isinstance(self._over, Console):
-                self._over.expect_named(waiting_for, _LINE, timeout)
-            else:
-                self._over.expect(_LINE, timeout=timeout)
+            self._expect_line(timeout, waiting_for)
         except (pexpect.EOF, OSError):  # a socket is reset, not closed, when QEMU dies with our words unread
-            raise _LineClosed(self._name, f"waiting for {waiting_for}: {self._explain()}") from None
+            raise _LineClosed(f"waiting for {waiting_for}: {self._explain()}") from None
         except pexpect.TIMEOUT:
-            raise _NoAnswer(self._name, f"waiting for {waiting_for}: no answer in time") from None
+            raise _NoAnswer(f"waiting for {waiting_for}: no answer in time") from None
         line: bytes = self._over.match[1]
         return line
 
+    def _expect_line(self, timeout: float, waiting_for: str) -> None:
+        """Return when a line has come in; fail when none can come any more."""
+        if isinstance(self._over, Console):
+            self._over.expect_named(waiting_for, _LINE, timeout)
+            return
+        if self._stopped is None:
+            self._over.expect(_LINE, timeout=timeout)
+            return
+        until = time.monotonic() + timeout
+        while True:
+            now = time.monotonic()
+            try:
+                self._over.expect(_LINE, timeout=max(0.01, min(_LOOK_SECONDS, until - now)))
+            except pexpect.TIMEOUT:
+                reason = self._stopped()
+                if reason is None:
+                    self._give_up = None
+                elif self._give_up is None:
+                    self._give_up = now + scaled(HUNG_SECONDS)
+                elif now > self._give_up:
+                    raise self._fail(f"waiting for {waiting_for}: {reason}") from None
+                if now >= until:
+                    raise
+            else:
+                self._give_up = None
+                return
 
-def attach(path: Path | str, *, log: IO[bytes] | None = None, seconds: float = BOOT_SECONDS) -> ProbeSession:
+
+def attach(
+    path: Path | str,
+    *,
+    log: IO[bytes] | None = None,
+    seconds: float = BOOT_SECONDS,
+    name: str | None = None,
+    explain: Callable[[], str] | None = None,
+    stopped: Callable[[], str | None] | None = None,
+) -> ProbeSession:
     """Return a session with a probe whose serial line is at `path`: a Unix socket that listens, or a terminal.
 
-    For a libvirt domain: the source path of its serial device. `log` gets every byte that comes in.
+    For a libvirt domain: the source path of its serial device. `log` gets every byte that comes in. Errors call the
+    guest `name`, or by its path; `explain` and `stopped` are as for `ProbeSession`.
 
     Raises:
         GuestError: nothing answers at `path` in time.
@@ -293,9 +348,9 @@ def attach(path: Path | str, *, log: IO[bytes] | None = None, seconds: float = B
         except OSError as error:
             # The socket is there a moment before it listens, and the domain a moment before its socket.
             if time.monotonic() > deadline:
-                raise GuestError(str(path), f"cannot connect: {error.strerror}") from None
+                raise GuestError(name or str(path), f"cannot connect: {error.strerror}") from None
             time.sleep(0.02)
-    session = ProbeSession(line, str(path))
+    session = ProbeSession(line, name or str(path), explain, stopped=stopped)
     try:
         session.wait_for_boot(seconds)
     except GuestError:

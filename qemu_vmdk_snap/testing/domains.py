@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from xml.sax.saxutils import quoteattr
 
 from qemu_vmdk_snap import chain_info
-from qemu_vmdk_snap.errors import GuestError, InvalidRequest
+from qemu_vmdk_snap.domain.connect import libvirt_errors
+from qemu_vmdk_snap.errors import GuestError, InvalidRequest, VmdkSnapError
 from qemu_vmdk_snap.harness import KnownChain, attach, floppy_image
 from qemu_vmdk_snap.harness.deadlines import scaled
 from qemu_vmdk_snap.harness.stale import refuse_stale
@@ -26,6 +27,28 @@ __tracebackhide__ = True
 
 _TARGETS: Final = {"ide": "hda", "sata": "sda", "virtio": "vda", "scsi": "sda"}
 _OFF_SECONDS: Final = 20.0
+_NOTICED_SECONDS: Final = 2.0
+
+# libvirt's own numbers, and the words of `virsh domstate --reason`.
+_RUNNING: Final = (1, 2)
+_GONE: Final = (0, 5, 6)
+_STATES: Final = {
+    1: "running",
+    2: "running",
+    3: "paused",
+    4: "being shut down",
+    5: "shut off",
+    6: "crashed",
+    7: "suspended by its guest",
+}
+_REASONS: Final = {
+    (3, 1): "user",
+    (3, 5): "I/O error",
+    (5, 1): "shutdown",
+    (5, 2): "destroyed",
+    (5, 3): "crashed",
+    (5, 6): "failed",
+}
 _numbers = itertools.count(1)
 
 
@@ -94,7 +117,9 @@ class GuestDomain:
         self.serial.unlink(missing_ok=True)
         self.domain.create()
         self._log = (self.folder / f"{self.name}.serial.log").open("ab", buffering=0)
-        self._probe = attach(self.serial, log=self._log)
+        self._probe = attach(
+            self.serial, log=self._log, name=self.name, explain=self._why_silent, stopped=self._why_stopped
+        )
         return self
 
     def assert_reads(self, samples: int = 8) -> int:
@@ -136,6 +161,26 @@ class GuestDomain:
     def __exit__(self, *exc: object) -> None:
         """End and undefine it."""
         self.close()
+
+    def _state(self) -> tuple[int, str]:
+        """Return libvirt's number of the domain's state, 0 where it does not say, and a sentence about it."""
+        try:
+            with libvirt_errors(self.name, "ask for its state"):
+                state, reason = self.domain.state()
+        except VmdkSnapError as error:
+            return 0, str(error)
+        why = _REASONS.get((state, reason))
+        return state, f"the domain is {_STATES.get(state, 'in an unknown state')}" + (f" ({why})" if why else "")
+
+    def _why_stopped(self) -> str | None:
+        state, words = self._state()
+        return None if state in _RUNNING else words
+
+    def _why_silent(self) -> str:
+        deadline = time.monotonic() + scaled(_NOTICED_SECONDS)  # libvirt hears of QEMU's end as we do, in its turn
+        while (found := self._state())[0] not in _GONE and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return f"its serial line was closed: {found[1]}"
 
     def _let_go(self) -> None:
         if self._probe is not None:

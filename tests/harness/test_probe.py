@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import pickle
 import re
+import time
 import zlib
 from pathlib import Path
 
@@ -150,6 +152,26 @@ def test_a_machine_that_is_gone_is_told_however_its_line_ends(end: Exception, mo
     monkeypatch.setattr(line, "send" if isinstance(end, BrokenPipeError) else "expect", gone)
     with pytest.raises(GuestError, match=r"QEMU ended with -9: it said nothing$"):
         ProbeSession(line, "t", lambda: "QEMU ended with -9: it said nothing").size()
+
+
+def test_a_guest_that_is_stopped_before_its_first_word_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe is asked for its greeting ever again, and each such wait is shorter than a guest may be stopped."""
+    now = 0.0
+
+    def silent(*_: object, timeout: float) -> int:
+        nonlocal now
+        now += timeout
+        raise pexpect.TIMEOUT("timeout")
+
+    line = Scripted([])
+    monkeypatch.setattr(line, "expect", silent)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with pytest.raises(GuestError, match=r"waiting for the probe's first line: the domain is paused$"):
+        ProbeSession(line, "t", stopped=lambda: "the domain is paused").wait_for_boot()
+    now = 0.0
+    states = itertools.cycle(["the domain is paused", None])
+    with pytest.raises(GuestError, match=r"waiting for the probe's first line: no answer in time$"):
+        ProbeSession(line, "t", stopped=lambda: next(states)).wait_for_boot()
 
 
 def test_an_error_of_the_guest_is_told() -> None:

@@ -360,6 +360,48 @@ def test_a(vmdk_chain, vmdk_domain, vmdk_libvirt):
     run(pytester, text).assert_outcomes(passed=1)
 
 
+@pytest.mark.needs("libvirt")
+def test_a_domain_that_cannot_answer_says_why(pytester: pytest.Pytester) -> None:
+    text = """
+import contextlib, os, pathlib, signal
+import pytest
+from qemu_vmdk_snap import GuestError
+
+def qemu_of(domain):
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes()
+            if b"qemu-system" in words.split(b"\\0")[0] and os.fsencode(domain.folder) in words:
+                return int(path.parent.name)
+
+def fails(domain):
+    with pytest.raises(GuestError) as caught:
+        domain.assert_reads()
+    assert type(caught.value) is GuestError
+    assert caught.value.guest == domain.name
+    return caught.value.reason
+
+def test_paused(vmdk_chain, vmdk_domain):
+    domain = vmdk_domain(vmdk_chain.base("4M")).start()
+    domain.domain.suspend()
+    assert fails(domain) == "waiting for the answer to 'size': the domain is paused (user)"
+    domain.domain.resume()
+    assert domain.assert_reads() > 0
+
+def test_destroyed(vmdk_chain, vmdk_domain):
+    domain = vmdk_domain(vmdk_chain.base("4M")).start()
+    domain.domain.destroy()
+    assert fails(domain).endswith(": its serial line was closed: the domain is shut off (destroyed)")
+
+def test_killed(vmdk_chain, vmdk_domain):
+    domain = vmdk_domain(vmdk_chain.base("4M")).start()
+    domain.domain.suspend()
+    os.kill(qemu_of(domain), signal.SIGKILL)
+    assert fails(domain).endswith(": its serial line was closed: the domain is shut off (crashed)")
+"""
+    run(pytester, text).assert_outcomes(passed=3)
+
+
 def test_the_plugin_imports_little() -> None:
     code = "import sys, pytest, qemu_vmdk_snap.testing.plugin; print([m for m in "
     code += "('numpy', 'libvirt', 'pexpect', 'qemu_vmdk_snap.harness') if m in sys.modules])"
