@@ -16,13 +16,13 @@ from bench.rows import Result
 NOTE = """## Where a target is missed
 
 - Whole processes include their start, which is less than it was when the table was made ([ADR
-  0007](adr/0007-a-light-start.md)). Processor time from a wheel in a virtual environment of its own, the least of 15
-  runs by turns with qemu-img on a machine that others kept busy, a chain of two images of 64 MiB: `info` 27.7 ms beside
-  5.6 (4.9 times), `check` 28.9 beside 6.4 (4.5), `map` 29.0 beside 7.6 (3.8), `measure -O raw` 30.3 beside 6.3 (4.8),
-  `create -b` 33.5 beside 8.6 (3.9); `python -c pass` takes 9.7, `import argparse` 18.3. Medians are up to a fifth above
-  these. Before: 45, 115, 45, 52 and 48 ms. `snapshot list` takes 66 ms where Python with libvirt's binding and a
-  connection takes 47; a start's hook with `verify = "chain"` 47 (62 before). Conversions and merges take NumPy too, 60
-  to 80 ms. As a library call an overlay takes 0.4 to 0.7 ms, a check 30 to 40 ms for the tables of 4 million grains.
+  0007](adr/0007-a-light-start.md)). From a wheel in a virtual environment of its own, medians of 40 runs by turns
+  with qemu-img on a machine with nothing else to do, a chain of two images of 64 MiB: `info` 28 ms (5.3 times as
+  long), `check` 28 (4.8), `map` 30 (4.2), `measure -O raw` 31 (5.3), `create -b` 33 (4.4); `python -c pass` takes 10,
+  and with `import argparse` 18. Before: 45, 115, 45, 52 and 48 ms. (What the environment's `site` imports comes on
+  top.) `snapshot list` takes 66 ms where Python with libvirt's binding and a connection takes 47; a start's hook with
+  `verify = "chain"` 47 (62 before). Conversions and merges take NumPy too, 60 to 80 ms. As a library call an overlay
+  takes 0.4 to 0.7 ms, a check 30 to 40 ms for the tables of 4 million grains.
 - `convert` waits until the copy is on the disk, which qemu-img's does not (its default is `-t unsafe`): to raw on ext4
   that is about half of the time. The rows with `-t unsafe` compare like with like.
 - Where extents are shared, a copy takes as long as its process takes to start, and little more. To raw, qemu-img's time
