@@ -210,9 +210,8 @@ def _found(image: Path, *, taking: bool) -> GrainLog | None:
     identity = identity_of(image)
     if identity is None:
         return None
-    version = inode_version(image)
     for folder in folders():
-        opened = _open(folder / _name(identity), version, taking=taking)
+        opened = _open(folder / _name(identity), image, taking=taking)
         if opened is not None:
             return opened
     return None
@@ -236,16 +235,21 @@ def _image_of(entry: Path, folder: Path) -> list[Path]:
     try:
         image = opened.image
         same = image.parent == folder and identity_of(image) == opened.identity
-        version = inode_version(image) if same else 0
-        return [image] if same and not (opened.version and version and opened.version != version) else []
+        return [image] if same and not _is_of_another(opened, image) else []
     finally:
         opened.close()
 
 
-def _open(path: Path, version: int = 0, *, taking: bool = False) -> GrainLog | None:
+def _is_of_another(opened: GrainLog, image: Path) -> bool:
+    """Return whether the log was for an earlier file with the inode number that the image has now."""
+    version = inode_version(image)
+    return bool(opened.version and version) and opened.version != version
+
+
+def _open(path: Path, image: Path | None = None, *, taking: bool = False) -> GrainLog | None:
     """Return the log at `path` if a process of this boot, now dead, left entries in it.
 
-    One that is of no use to anybody is removed. `version` is that of the image's inode, 0 where it is not known.
+    One that is of no use to anybody is removed: an empty one, or, where `image` is known, one that was another file's.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -274,7 +278,7 @@ def _open(path: Path, version: int = 0, *, taking: bool = False) -> GrainLog | N
         if error.errno in (errno.EAGAIN, errno.EACCES, errno.ENOENT):
             return None
         raise
-    stranger = opened.version and version and opened.version != version
+    stranger = image is not None and _is_of_another(opened, image)
     if stranger or next(opened.notes(), None) is None:
         if stranger:
             _log.info("%s: removed: the image it was for, %s, does not exist any more", path, opened.image)
