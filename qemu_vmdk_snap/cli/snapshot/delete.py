@@ -9,7 +9,7 @@ from qemu_vmdk_snap.cli.snapshot.options import add_domain, add_dry_run, add_orp
 from qemu_vmdk_snap.cli.snapshot.report import pause_line, show
 from qemu_vmdk_snap.cli.ui import Ui
 from qemu_vmdk_snap.errors import InvalidRequest
-from qemu_vmdk_snap.light import TYPE_CHECKING
+from qemu_vmdk_snap.light import TYPE_CHECKING, Any
 from qemu_vmdk_snap.units import MIB
 
 if TYPE_CHECKING:
@@ -65,31 +65,18 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if (args.snapshotname is None) is not args.current:
         raise InvalidRequest(f"domain {args.domain}", "needs either a snapshot or --current")
     with connection(args.connect) as conn:
-        orphans, bandwidth = [path.absolute() for path in args.orphan], args.bandwidth
+        wanted: dict[str, Any] = {
+            "scope": args.scope,
+            "metadata": args.metadata,
+            "orphans": [path.absolute() for path in args.orphan],
+            "bandwidth": args.bandwidth,
+        }
         if args.dry_run:
             name = args.snapshotname or snapshot_info(conn, args.domain).name
-            report = plan_delete(
-                conn,
-                args.domain,
-                name,
-                scope=args.scope,
-                metadata=args.metadata,
-                orphans=orphans,
-                bandwidth=bandwidth,
-            )
+            report = plan_delete(conn, args.domain, name, **wanted)
         else:
             name = args.snapshotname or delete_of_current(conn, args.domain) or snapshot_info(conn, args.domain).name
-            report = delete(
-                conn,
-                args.domain,
-                name,
-                scope=args.scope,
-                metadata=args.metadata,
-                orphans=orphans,
-                keep_going=True,
-                bandwidth=bandwidth,
-                on_progress=ui.progress,
-            )
+            report = delete(conn, args.domain, name, keep_going=True, on_progress=ui.progress, **wanted)
     if report.deleted or not report.failed:
         show(ui, report, report.as_dict(), _lines(report))
     for name, error in report.failed[1:]:
