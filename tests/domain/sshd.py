@@ -15,17 +15,22 @@ from pathlib import Path
 
 from tests.domain.lab import Lab
 
-SSHD_CONFIG = """\
-ListenAddress 127.0.0.1:{port}
-HostKey {folder}/host
-AuthorizedKeysFile {folder}/authorized_keys
+SSHD_COMMON = """\
 PidFile none
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
 StrictModes no
 UsePAM no
-SetEnv "PATH={path}" "QEMU_VMDK_SNAP_STATE={state}" "QEMU_VMDK_SNAP_HOOKS={folder}/hooks.d" \
+"""
+"""What every sshd of the tests is told: it takes a key of root's, and nothing of this machine."""
+
+SSHD_CONFIG = f"""\
+{SSHD_COMMON}\
+ListenAddress 127.0.0.1:{{port}}
+HostKey {{folder}}/host
+AuthorizedKeysFile {{folder}}/authorized_keys
+SetEnv "PATH={{path}}" "QEMU_VMDK_SNAP_STATE={{state}}" "QEMU_VMDK_SNAP_HOOKS={{folder}}/hooks.d" \
 "QEMU_VMDK_SNAP_HOOKS_DEADLINE=250"
 """
 

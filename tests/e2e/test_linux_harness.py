@@ -29,21 +29,14 @@ from qemu_vmdk_snap.harness.linux.guest import Ran
 from qemu_vmdk_snap.harness.linux.packages import BuildError
 from tests.support.schemas import check
 
-pytestmark = [pytest.mark.needs("qemu-system-x86_64", "apt-get"), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.needs("qemu-system-x86_64", "apt-get"),
+    pytest.mark.usefixtures("linux_is_made"),
+    pytest.mark.timeout(600),
+]
 
 MIB = 1 << 20
 EACH = os.environ.get("VMDK_LINUX_EACH") == "1"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def made(pytestconfig: pytest.Config) -> None:
-    """Make the guest before any test's time runs."""
-    try:
-        build_guest()
-    except BuildError as error:
-        if pytestconfig.getoption("--require") == "none":
-            pytest.skip(str(error))
-        pytest.fail(f"required: {error}", pytrace=False)
 
 
 @pytest.fixture

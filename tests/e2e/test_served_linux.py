@@ -20,8 +20,7 @@ from typing import NamedTuple
 import pytest
 
 from qemu_vmdk_snap import check_image, create_image, open_chain
-from qemu_vmdk_snap.harness import LinuxGuest, boot_linux, build_guest, missing_stamps
-from qemu_vmdk_snap.harness.linux.packages import BuildError
+from qemu_vmdk_snap.harness import LinuxGuest, boot_linux, missing_stamps
 from tests.support.qemu import qemu_content, qemu_img
 from tests.support.served import Served, serving
 
@@ -53,18 +52,11 @@ END_LOAD = "touch /run/enough; while kill -0 $(cat /run/passes.pid) 2>/dev/null;
 MOST_UNTOLD = 8
 """How many passes can have been made of which is not told yet: the serial line is slower than the disk."""
 
-pytestmark = [pytest.mark.needs("qemu-system-x86_64", "qemu-img", "apt-get"), pytest.mark.timeout(300 + 600 * CYCLES)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def made(pytestconfig: pytest.Config) -> None:
-    """Make the guest before any test's time runs."""
-    try:
-        build_guest()
-    except BuildError as error:
-        if pytestconfig.getoption("--require") == "none":
-            pytest.skip(str(error))
-        pytest.fail(f"required: {error}", pytrace=False)
+pytestmark = [
+    pytest.mark.needs("qemu-system-x86_64", "qemu-img", "apt-get"),
+    pytest.mark.usefixtures("linux_is_made"),
+    pytest.mark.timeout(300 + 600 * CYCLES),
+]
 
 
 class Told(NamedTuple):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from tests.domain.libvirtd import LIBVIRTD_CONF, QEMU_CONF
-from tests.domain.sshd import SSH_CONFIG
+from tests.domain.sshd import SSH_CONFIG, SSHD_COMMON
 
 PROGRAM: Final = Path(sys.executable).parent / "qemu-vmdk-snap"
 ADMIN: Final = 64321
@@ -92,20 +92,15 @@ while read -r word; do
 done
 """
 
-SSHD_CONFIG: Final = """\
-ListenAddress {address}:22
-HostKey {keys}/host
-AuthorizedKeysFile {keys}/key.pub
-PidFile none
-PasswordAuthentication no
-KbdInteractiveAuthentication no
-PermitRootLogin prohibit-password
-StrictModes no
-UsePAM no
+SSHD_CONFIG: Final = f"""\
+{SSHD_COMMON}\
+ListenAddress {{address}}:22
+HostKey {{keys}}/host
+AuthorizedKeysFile {{keys}}/key.pub
 UseDNS no
 MaxStartups 100
 Subsystem sftp internal-sftp
-SetEnv "PATH={debian}"
+SetEnv "PATH={{debian}}"
 """
 
 
